@@ -1,0 +1,373 @@
+"""Published checkpoints -> weights/NAME.pt, one file with config, float32 tensors and the tokenizer.
+
+    python convert.py xlmr-base                   # download, verify, convert (1.1 GB)
+    python convert.py infoxlm-base
+    python convert.py xlmr-base --from DIR        # a Hugging Face folder you already have
+    python convert.py my-model --from DIR         # any other size: its config.json gives the shape
+
+DIR holds config.json, sentencepiece.bpe.model, and model.safetensors or pytorch_model.bin. The key table below is
+the whole conversion: every tensor of the source is either mapped or named as skipped, and one that is missing, extra
+or of the wrong shape is an error that names it. Half-precision tensors (InfoXLM's file mixes fp16 and fp32) are cast.
+
+Nothing in a source file is executed: safetensors is parsed here (it is a JSON header and raw numbers), .bin files are
+read with weights_only=True.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import sys
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from data import UserError
+from data.fetch import MODELS, fetch_model
+from data.tokenizer import Tokenizer
+from model import (
+    PRESETS,
+    Model,
+    ModelConfig,
+    check_tensors,
+    checkpoint_payload,
+    save_atomically,
+)
+
+WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
+TOKENIZER_FILE = "sentencepiece.bpe.model"
+
+# ---------------------------------------------------------------------------------------- the key table
+# Hugging Face name -> name here. {i} is the layer. Both .weight and .bias follow the module's name.
+EMBEDDINGS = {
+    "embeddings.word_embeddings.weight": "encoder.embeddings.word.weight",
+    "embeddings.position_embeddings.weight": "encoder.embeddings.position.weight",
+    "embeddings.token_type_embeddings.weight": "encoder.embeddings.type.weight",
+    "embeddings.LayerNorm.weight": "encoder.embeddings.norm.weight",
+    "embeddings.LayerNorm.bias": "encoder.embeddings.norm.bias",
+}
+LAYER_MODULES = {
+    "encoder.layer.{i}.attention.self.query": "encoder.layers.{i}.attention.query",
+    "encoder.layer.{i}.attention.self.key": "encoder.layers.{i}.attention.key",
+    "encoder.layer.{i}.attention.self.value": "encoder.layers.{i}.attention.value",
+    "encoder.layer.{i}.attention.output.dense": "encoder.layers.{i}.attention.output",
+    "encoder.layer.{i}.attention.output.LayerNorm": "encoder.layers.{i}.attention.norm",
+    "encoder.layer.{i}.intermediate.dense": "encoder.layers.{i}.ffn.up",
+    "encoder.layer.{i}.output.dense": "encoder.layers.{i}.ffn.down",
+    "encoder.layer.{i}.output.LayerNorm": "encoder.layers.{i}.ffn.norm",
+}
+HEAD_TABLES = {
+    "mlm": {
+        "lm_head.bias": "head.bias",
+        "lm_head.dense.weight": "head.dense.weight",
+        "lm_head.dense.bias": "head.dense.bias",
+        "lm_head.layer_norm.weight": "head.norm.weight",
+        "lm_head.layer_norm.bias": "head.norm.bias",
+    },
+    "sequence": {
+        "classifier.dense.weight": "head.dense.weight",
+        "classifier.dense.bias": "head.dense.bias",
+        "classifier.out_proj.weight": "head.out_proj.weight",
+        "classifier.out_proj.bias": "head.out_proj.bias",
+    },
+    "token": {
+        "classifier.weight": "head.out_proj.weight",
+        "classifier.bias": "head.out_proj.bias",
+    },
+    "none": {},
+}
+SKIPPED = {  # present in some files, needed in none
+    "embeddings.position_ids": "the constant 0, 1, 2, ...",
+    "pooler.dense.weight": "the RoBERTa heads don't use the pooler",
+    "pooler.dense.bias": "the RoBERTa heads don't use the pooler",
+    "lm_head.decoder.weight": "tied to the word embeddings",
+    "lm_head.decoder.bias": "the same as lm_head.bias",
+}
+
+
+def key_table(config: ModelConfig) -> dict[str, str]:
+    """Every source name that must be there -> the name it gets."""
+    table = dict(EMBEDDINGS)
+    for i in range(config.num_layers):
+        for source, target in LAYER_MODULES.items():
+            for kind in (".weight", ".bias"):
+                table[source.format(i=i) + kind] = target.format(i=i) + kind
+    return table | HEAD_TABLES[config.head]
+
+
+# ---------------------------------------------------------------------------------------- reading files
+SAFETENSORS_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+MAX_HEADER = 100 << 20  # bytes; the format's own limit
+
+
+def read_safetensors(path: str) -> dict[str, Tensor]:
+    """Parse a .safetensors file: 8 bytes little-endian header length, a JSON header, then the raw tensors.
+
+    The tensors are views of the file, mapped into memory. Every offset and shape is checked before use.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise UserError(f"{path} is damaged: its header runs past the end of the file")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = [
+                (
+                    name,
+                    SAFETENSORS_TYPES[entry["dtype"]],
+                    tuple(entry["shape"]),
+                    *entry["data_offsets"],
+                )
+                for name, entry in header.items()
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{path} is damaged: its header is not that of a safetensors file"
+            ) from None
+    start = 8 + length
+    data = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+    tensors = {}
+    for name, dtype, shape, begin, end in entries:
+        count = 1
+        for extent in shape:
+            if not isinstance(extent, int) or extent < 0:
+                raise UserError(f"{path} is damaged: tensor {name} has shape {shape}")
+            count *= extent
+        in_file = (
+            isinstance(begin, int) and isinstance(end, int) and 0 <= begin <= end <= size - start
+        )
+        if not in_file or end - begin != count * dtype.itemsize:
+            raise UserError(
+                f"{path} is damaged or cut short: tensor {name} is not where the header says"
+            )
+        raw = data[start + begin : start + end]
+        if (start + begin) % dtype.itemsize:  # a view needs alignment
+            raw = raw.clone()
+        tensors[name] = raw.view(dtype).reshape(shape)
+    return tensors
+
+
+def read_bin(path: str) -> dict[str, Tensor]:
+    """A pytorch_model.bin, without running any code in it."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds pickled code and was not loaded: use model.safetensors instead"
+        ) from None
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        IndexError,
+    ):
+        raise UserError(f"{path} is damaged or not a PyTorch file: fetch it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"{path} is not a dictionary of tensors")
+    return tensors
+
+
+def read_folder(folder: str) -> tuple[dict[str, Tensor], dict | None, bytes]:
+    """A Hugging Face folder -> (tensors, config.json or None, tokenizer file)."""
+    if not os.path.isdir(folder):
+        raise UserError(f"no folder {folder}")
+    weights = [os.path.join(folder, name) for name in ("model.safetensors", "pytorch_model.bin")]
+    found = [path for path in weights if os.path.isfile(path)]
+    if not found:
+        raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+    tokenizer = Tokenizer.from_file(os.path.join(folder, TOKENIZER_FILE))
+    settings, path = None, os.path.join(folder, "config.json")
+    if os.path.isfile(path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                settings = json.load(file)
+        except ValueError:
+            settings = None
+        if not isinstance(settings, dict):
+            raise UserError(f"{path} is not a JSON object")
+    read = read_safetensors if found[0].endswith(".safetensors") else read_bin
+    return read(found[0]), settings, tokenizer.bytes
+
+
+# ---------------------------------------------------------------------------------------- conversion
+def config_from_json(settings: dict) -> ModelConfig:
+    """Hugging Face's config.json -> ModelConfig, refusing what this encoder does not compute."""
+    expected = {
+        "model_type": ("xlm-roberta", "roberta"),
+        "hidden_act": ("gelu",),
+        "position_embedding_type": ("absolute", None),
+    }
+    for key, known in expected.items():
+        if settings.get(key, known[0]) not in known:
+            raise UserError(f"config.json: {key} is {settings[key]!r}; supported: {known[0]}")
+    names = {
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "ffn_size": "intermediate_size",
+        "type_vocab_size": "type_vocab_size",
+        "pad_id": "pad_token_id",
+        "norm_eps": "layer_norm_eps",
+        "dropout": "hidden_dropout_prob",
+        "max_tokens": "max_position_embeddings",
+    }
+    missing = [name for name in names.values() if name not in settings]
+    if missing:
+        raise UserError(f"config.json has no {missing[0]}")
+    values = {ours: settings[theirs] for ours, theirs in names.items()}
+    if not isinstance(values["pad_id"], int) or not isinstance(values["max_tokens"], int):
+        raise UserError(
+            "config.json: pad_token_id and max_position_embeddings must be whole numbers"
+        )
+    offset = (
+        values["pad_id"] + 1
+    )  # RoBERTa numbers positions from here, in a table that much longer
+    values["max_tokens"] -= offset
+    return ModelConfig(position_offset=offset, **values)
+
+
+def convert(name: str, tensors: dict[str, Tensor], settings: dict | None, tokenizer: bytes) -> dict:
+    """Source tensors -> the payload of weights/NAME.pt (see model.checkpoint_payload).
+
+    Raises UserError naming the first tensor that is missing, extra, of the wrong shape or not a float.
+    """
+    preset = PRESETS.get(name)
+    if settings is not None:
+        config = config_from_json(settings)
+        if preset is not None and config != preset:
+            differs = next(k for k in vars(preset) if getattr(config, k) != getattr(preset, k))
+            raise UserError(
+                f"config.json has {differs} = {getattr(config, differs)}, {name} has "
+                f"{getattr(preset, differs)}: choose another name for this model"
+            )
+    elif preset is not None:
+        config = preset
+    else:
+        raise UserError(
+            f"no config.json beside the weights, and {name} is not one of: {' '.join(PRESETS)}"
+        )
+
+    # In a model with a head the encoder's names have a prefix, in a bare encoder they don't.
+    tensors = {key.removeprefix("roberta."): tensor for key, tensor in tensors.items()}
+    if "lm_head.bias" not in tensors and "lm_head.decoder.bias" in tensors:  # one tensor, two names
+        tensors["lm_head.bias"] = tensors["lm_head.decoder.bias"]
+    config = replace(config, **find_head(tensors))
+    table = key_table(config)
+
+    extra = sorted(key for key in tensors if key not in table and key not in SKIPPED)
+    if extra:
+        raise UserError(f"the source has a tensor with no place in the key table: {extra[0]}")
+    missing = [key for key in table if key not in tensors]
+    if missing:
+        raise UserError(f"the source has no tensor {missing[0]}")
+    not_float = [key for key in table if not tensors[key].is_floating_point()]
+    if not_float:
+        raise UserError(f"tensor {not_float[0]} is {tensors[not_float[0]].dtype}, not a float")
+    tied = tensors.get("lm_head.decoder.weight")
+    words = tensors["embeddings.word_embeddings.weight"]
+    if tied is not None and not torch.equal(
+        tied, words.to(tied.dtype)
+    ):  # the two may differ in precision
+        raise UserError(
+            "lm_head.decoder.weight differs from the word embeddings: untied models are not supported"
+        )
+
+    # Copies, because torch.save writes the whole storage behind a view: here, the whole source file.
+    ours = {
+        target: tensors[source].to(torch.float32, copy=True) for source, target in table.items()
+    }
+    with torch.device("meta"):
+        model = Model(config)
+    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    check_tensors("the source", expected, ours)
+    vocabulary = Tokenizer(tokenizer, TOKENIZER_FILE).vocab_size
+    if vocabulary != config.vocab_size:
+        raise UserError(f"{TOKENIZER_FILE} has {vocabulary:,} ids, the model {config.vocab_size:,}")
+    model.load_state_dict(
+        ours, strict=True, assign=True
+    )  # assign: a meta model has no storage to copy into
+    return checkpoint_payload(model, tokenizer, name=name)
+
+
+def find_head(tensors: dict[str, Tensor]) -> dict:
+    """Which head the source carries, and its number of labels: the rows of its last matrix."""
+    for head, last in (("sequence", "classifier.out_proj.weight"), ("token", "classifier.weight")):
+        if last in tensors:
+            return {"head": head, "num_labels": (*tensors[last].shape, 0)[0]}
+    has_mlm = any(key.startswith("lm_head.") for key in tensors)
+    return {"head": "mlm" if has_mlm else "none", "num_labels": 0}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Turn a published checkpoint into weights/NAME.pt.",
+        epilog="examples: python convert.py xlmr-base; python convert.py xlmr-base --from ~/models/xlm-roberta-base",
+    )
+    parser.add_argument(
+        "name", help=f"{', '.join(sorted(MODELS))}; with --from also any name of your own"
+    )
+    parser.add_argument(
+        "--from",
+        dest="folder",
+        metavar="DIR",
+        help="a local Hugging Face folder; default: download",
+    )
+    parser.add_argument("--out", metavar="FILE", help="default: weights/NAME.pt")
+    args = parser.parse_args(argv)
+    try:
+        run(args.name, args.folder, args.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(name: str, folder: str | None, out: str | None) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"{name!r} is no name for a model: use letters, digits, '.', '_' and '-'")
+    out = out or os.path.join(WEIGHTS_DIR, name + ".pt")
+    if folder is None:
+        if name not in MODELS:
+            raise UserError(
+                f"no download is known for {name!r} (known: {' '.join(sorted(MODELS))}); "
+                f"use 'python convert.py {name} --from DIR' with a Hugging Face folder"
+            )
+        folder = os.path.join(WEIGHTS_DIR, "downloads", name)
+        fetch_model(name, folder)
+    payload = convert(name, *read_folder(folder))
+    try:
+        size = save_atomically(payload, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    count = sum(tensor.numel() for tensor in payload["tensors"].values())
+    print(
+        f"wrote {out}: {payload['config']['head']} head, {count:,} parameters, {size / 1e6:,.1f} MB"
+    )
+    print(
+        f"next: python train.py --task xnli --bits 8 --model {out if name not in PRESETS else name}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

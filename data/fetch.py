@@ -1,0 +1,316 @@
+"""Download, verify, unpack: nothing reaches its final name before its size and SHA-256 are right.
+
+    python data/fetch.py xnli                     # XNLI dev, test and the English training set -> data/raw
+
+A download goes to NAME.part and is renamed when it is complete and correct. A cut connection leaves the .part file,
+and the next call continues it (HTTP Range); a wrong hash deletes it. Of an archive only the files named below are
+unpacked, each to a temporary name first, and an archive with a member that points outside its folder is refused whole.
+
+The values pinned here were published by several independent projects for the same addresses.
+"""
+
+import argparse
+import hashlib
+import http.client
+import os
+import shutil
+import stat
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+
+if __package__ in (None, ""):  # run as a script: put the repository root on the path
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from data import UserError
+
+RAW_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "raw")
+CHUNK = 1 << 20
+MAX_UNPACKED = 4 << 30  # bytes; the largest file unpacked here is under 100 MB
+TIMEOUT = 30  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file on the web: where, how many bytes (None: not published), which SHA-256, which members to unpack."""
+
+    url: str
+    size: int | None
+    sha256: str
+    members: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[1]
+
+
+XNLI = (
+    Remote(
+        "https://dl.fbaipublicfiles.com/XNLI/XNLI-1.0.zip",
+        17_865_352,
+        "4ba1d5e1afdb7161f0f23c66dc787802ccfa8a25a3ddd3b165a35e50df346ab1",
+        ("XNLI-1.0/xnli.dev.tsv", "XNLI-1.0/xnli.test.tsv"),
+    ),
+    Remote(
+        "https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip",
+        466_098_360,
+        "f732517ba2fb1d550e9f3c2aabaef6017c91ee2dcec90e878f138764d224db05",
+        ("XNLI-MT-1.0/multinli/multinli.train.en.tsv",),
+    ),
+)
+_XLMR = "https://huggingface.co/FacebookAI/xlm-roberta-base/resolve/e73636d4f797dec63c3081bb6ed5c7b0bb3f2089/"
+_XLMR_TOKENIZER = Remote(
+    _XLMR + "sentencepiece.bpe.model",
+    5_069_051,
+    "cfc8146abe2a0488e9e2a0c56de7952f7c11ab059eca145a0a727afce0db2865",
+)
+MODELS = {
+    "xlmr-base": (
+        Remote(
+            _XLMR + "model.safetensors",
+            1_115_567_652,
+            "6fd4797bc397c3b8b55d6bb5740366b57e6a3ce91c04c77f22aafc0c128e6feb",
+        ),
+        _XLMR_TOKENIZER,
+    ),
+    # InfoXLM was trained from XLM-R with its vocabulary: the same tokenizer file serves.
+    "infoxlm-base": (
+        Remote(
+            "https://huggingface.co/microsoft/infoxlm-base/resolve/main/pytorch_model.bin",
+            None,
+            "2d90db785b5a6ebb57b70aa44f6182b9414c64fa302933c3bad68e97d4d82162",
+        ),
+        _XLMR_TOKENIZER,
+    ),
+}
+DATASETS = {"xnli": XNLI}
+
+
+# ---------------------------------------------------------------------------------------- downloading
+def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0) -> str:
+    """Bring one file into `folder` and return its path. A file already there with the right hash is kept.
+
+    Raises UserError in one line for a refused, cut, truncated or wrong download.
+    """
+    path = os.path.join(folder, remote.name)
+    if os.path.exists(path):
+        if sha256_of(path) == remote.sha256:
+            return path
+        raise UserError(
+            f"{path} exists but is not the published file: delete it and run this again"
+        )
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    part = path + ".part"
+    for attempt in range(tries):
+        try:
+            if receive(remote, part):
+                break
+        except urllib.error.HTTPError as error:
+            raise UserError(f"{remote.url} answered {error.code} {error.reason}") from None
+        except (OSError, http.client.HTTPException) as error:
+            cause = getattr(error, "reason", None) or error
+            if attempt == tries - 1 and not (os.path.exists(part) and os.path.getsize(part)):
+                raise UserError(f"cannot reach {remote.url}: {cause}") from None
+        if attempt < tries - 1:
+            time.sleep(pause * 2**attempt)
+    else:
+        have = os.path.getsize(part) if os.path.exists(part) else 0
+        raise UserError(
+            f"{remote.url}: the connection was cut at {have:,} bytes, {tries} times; run this again to continue"
+        )
+    found = sha256_of(part)
+    if found != remote.sha256:
+        os.unlink(part)
+        raise UserError(
+            f"{remote.name}: SHA-256 is {found}, published is {remote.sha256}; the file was deleted"
+        )
+    os.replace(part, path)
+    return path
+
+
+def receive(remote: Remote, part: str) -> bool:
+    """Append what is missing of one file to `part`. True when it is complete, False when the connection was cut."""
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    if remote.size is not None and have >= remote.size:
+        return True  # complete (or too long, which the hash will tell)
+    headers = {"User-Agent": "sdq-fetch/1", "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    try:
+        response = urllib.request.urlopen(
+            urllib.request.Request(remote.url, headers=headers), timeout=TIMEOUT
+        )
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # the server has no byte after ours
+            if remote.size is None:
+                return True
+            os.unlink(part)
+            raise UserError(
+                f"{remote.url} holds only {have:,} bytes, published are {remote.size:,}; nothing was kept"
+            ) from None
+        raise
+    with response:
+        if response.status != 206:  # the server sends the whole file: start over
+            have = 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length and length.isdigit() else None
+        if remote.size is not None and total is not None and total != remote.size:
+            if os.path.exists(part):
+                os.unlink(part)
+            raise UserError(
+                f"{remote.url} holds {total:,} bytes, published are {remote.size:,}; nothing was kept"
+            )
+        limit = remote.size or total or MAX_UNPACKED
+        with open(part, "ab" if have else "wb") as file:
+            progress = Progress(remote.name, have, remote.size or total)
+            while True:
+                try:
+                    chunk = response.read(CHUNK)
+                except http.client.IncompleteRead as error:  # cut in the middle: keep what came
+                    file.write(error.partial)
+                    return False
+                if not chunk:
+                    break
+                file.write(chunk)
+                have += len(chunk)
+                progress.show(have)
+                if have > limit:
+                    break
+            progress.done()
+    if have > limit:
+        os.unlink(part)
+        raise UserError(
+            f"{remote.url} sends more than the published {limit:,} bytes; nothing was kept"
+        )
+    expected = remote.size if remote.size is not None else total
+    return expected is None or have == expected
+
+
+def sha256_of(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Progress:
+    """One line on the terminal: how much, how fast, how long still. Silent unless it lasts over a second."""
+
+    def __init__(self, name: str, start: int, total: int | None):
+        self.name, self.start, self.total = name, start, total
+        self.begun = self.last = time.monotonic()
+        self.shown = False
+
+    def show(self, have: int) -> None:
+        now = time.monotonic()
+        if now - self.last < (1.0 if sys.stderr.isatty() else 10.0):
+            return
+        self.last, self.shown = now, True
+        speed = (have - self.start) / (now - self.begun)
+        text = f"{self.name}: {have / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s"
+        if self.total:
+            left = (self.total - have) / max(speed, 1.0)
+            text += f", {100 * have / self.total:.0f} %, {left:.0f} s left"
+        print("\r" + text + " " * 8, end="", file=sys.stderr, flush=True)
+
+    def done(self) -> None:
+        if self.shown:
+            print(file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------- unpacking
+def unpack(archive: str, members: tuple[str, ...], folder: str) -> list[str]:
+    """Unpack the named members of a zip file under `folder`. All of them, or none.
+
+    The whole archive is refused if any member is absolute, climbs out with "..", or is a link.
+    """
+    name = os.path.basename(archive)
+    try:
+        with zipfile.ZipFile(archive) as file:
+            for info in file.infolist():
+                check_member(name, info)
+            present = {info.filename: info for info in file.infolist()}
+            for member in members:
+                if member not in present:
+                    raise UserError(f"{name} has no file {member}")
+            if sum(present[member].file_size for member in members) > MAX_UNPACKED:
+                raise UserError(
+                    f"{name} unpacks to more than {MAX_UNPACKED >> 30} GB and was refused"
+                )
+            written = []
+            try:
+                for member in members:
+                    target = os.path.join(folder, *member.split("/"))
+                    os.makedirs(os.path.dirname(target), exist_ok=True)
+                    with file.open(member) as source, open(target + ".part", "wb") as sink:
+                        written.append(target)
+                        shutil.copyfileobj(source, sink, CHUNK)
+            except BaseException:
+                for target in written:
+                    os.unlink(target + ".part")
+                raise
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"{name} is not a sound zip file ({error}): delete it and fetch it again"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot unpack {name} into {folder}: {error.strerror or error}") from None
+    for target in written:
+        os.replace(target + ".part", target)
+    return written
+
+
+def check_member(archive: str, info: zipfile.ZipInfo) -> None:
+    parts = info.filename.replace("\\", "/").split("/")
+    outside = ".." in parts or parts[0] == "" or ":" in parts[0]
+    if outside or stat.S_ISLNK(info.external_attr >> 16):
+        raise UserError(
+            f"{archive} has a member that points outside its folder ({info.filename!r}) and was refused"
+        )
+
+
+def fetch_dataset(name: str, folder: str) -> None:
+    for remote in DATASETS[name]:
+        targets = [os.path.join(folder, *member.split("/")) for member in remote.members]
+        if all(os.path.exists(target) for target in targets):
+            print(f"already there: {', '.join(targets)}")
+            continue
+        for target in unpack(
+            download(remote, os.path.join(folder, "downloads")), remote.members, folder
+        ):
+            print(f"wrote {target}")
+
+
+def fetch_model(name: str, folder: str) -> None:
+    for remote in MODELS[name]:
+        download(remote, folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Download the published data sets and check them.",
+        epilog="example: python data/fetch.py xnli",
+    )
+    parser.add_argument("dataset", choices=sorted(DATASETS))
+    parser.add_argument("--data-dir", default=RAW_DIR, help="where to put it (default: data/raw)")
+    args = parser.parse_args(argv)
+    try:
+        fetch_dataset(args.dataset, args.data_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

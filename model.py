@@ -1,0 +1,493 @@
+"""The multilingual encoder (XLM-R, InfoXLM), written by hand.
+
+An encoder turns T token ids into T vectors of size C. Each of its L layers does two things:
+
+    attention   every token looks at every other:  softmax(Q K^T / sqrt(D)) V, in H heads of size D = C / H
+    ffn         every token is transformed alone:  C -> F -> C with a GELU in the middle
+
+and after each of the two the result is added to the input and normalized ("post-LN": x = norm(x + f(x)),
+as in BERT and RoBERTa). A small head on top turns the vectors into logits.
+
+Letters used for shapes in every file of this repository:
+
+    B batch    T tokens    C hidden size    H heads    D head size    F ffn size    L layers    V vocabulary
+
+Distillation compares the insides of two such models, so `forward` hands out *taps* on request:
+
+    logits, taps = model(ids, mask, capture=("context",))     # taps["context"]: L tensors (B, H, T, D)
+
+    score    (B, H, T, T)  Q K^T / sqrt(D), before softmax; -inf where the key is padding
+    map      (B, H, T, T)  softmax of the scores: the attention probabilities
+    context  (B, H, T, D)  map @ V, one per head: what SDQ distils (arXiv 2307.05972)
+    output   (B, T, C)     context after the output projection, before residual and norm
+    hidden   (B, T, C)     the embeddings and every layer's result: L + 1 tensors
+
+Nothing is kept that was not asked for, and PyTorch's fused attention runs unless "score" or "map" is wanted.
+
+Simplified against the original: no dropout on the attention probabilities (it would rule out the fused kernel on
+CPU), positions count from the left (padding stands on the right only), no decoder and no cache.
+Sources: Conneau et al. 2020 (XLM-R), Liu et al. 2019 (RoBERTa), Vaswani et al. 2017.
+"""
+
+import math
+import os
+import pickle
+import tempfile
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import UserError
+
+TAPS = ("score", "map", "context", "output", "hidden")
+CHECKPOINT_FORMAT = "sdq-checkpoint-1"
+
+
+# ----------------------------------------------------------------------------------------------- configuration
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of an encoder. The defaults are XLM-R base; BERT would be position_offset=0, type_vocab_size=2."""
+
+    vocab_size: int = 250002
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    ffn_size: int = 3072
+    max_tokens: int = 512  # longest sequence, <s> and </s> included
+    position_offset: int = (
+        2  # RoBERTa counts positions from pad_id + 1; the table has that many unused rows on top
+    )
+    type_vocab_size: int = 1  # XLM-R has one token type, whose vector is added to every token
+    pad_id: int = 1
+    norm_eps: float = 1e-5
+    dropout: float = 0.1
+    head: str = "mlm"  # "mlm", "sequence" (one label a text), "token" (one label a token), "none"
+    num_labels: int = 0  # of the sequence and token heads
+
+    def __post_init__(self):
+        # Checkpoints come from strangers: every number is checked before anything is allocated from it.
+        bounds = dict(
+            vocab_size=10**7,
+            hidden_size=2**14,
+            num_layers=200,
+            num_heads=2**10,
+            ffn_size=2**17,
+            max_tokens=2**17,
+            type_vocab_size=16,
+        )
+        for name, most in bounds.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise UserError(
+                    f"model config: {name} is {value!r}; expected a whole number from 1 to {most}"
+                )
+        for name, most in dict(
+            position_offset=16, pad_id=self.vocab_size - 1, num_labels=10**5
+        ).items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+                raise UserError(
+                    f"model config: {name} is {value!r}; expected a whole number from 0 to {most}"
+                )
+        for name, most in dict(norm_eps=0.1, dropout=0.99).items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value <= most:
+                raise UserError(
+                    f"model config: {name} is {value!r}; expected a number from 0 to {most}"
+                )
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"model config: hidden size {self.hidden_size} is not divisible by {self.num_heads} heads"
+            )
+        if self.head not in ("mlm", "sequence", "token", "none"):
+            raise UserError(
+                f"model config: unknown head {self.head!r}; known: mlm, sequence, token, none"
+            )
+        if self.head in ("sequence", "token") and self.num_labels < 1:
+            raise UserError(f"model config: a {self.head} head needs num_labels >= 1")
+
+
+PRESETS = {
+    "mini": ModelConfig(
+        vocab_size=8000, hidden_size=256, num_layers=4, num_heads=4, ffn_size=1024, max_tokens=128
+    ),
+    "xlmr-base": ModelConfig(),
+    "xlmr-large": ModelConfig(hidden_size=1024, num_layers=24, num_heads=16, ffn_size=4096),
+    "infoxlm-base": ModelConfig(),  # the same architecture, other weights (Chi et al. 2021)
+}
+
+
+# ----------------------------------------------------------------------------------------------- encoder
+class Embeddings(nn.Module):
+    """Token + position + type vectors, normalized: (B, T) ids -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.position_offset = config.position_offset
+        # A tied MLM head's gradient touches every row, so a sparse one would only add work there.
+        self.word = WordEmbedding(config.vocab_size, config.hidden_size, config.head != "mlm")
+        self.position = nn.Embedding(config.position_offset + config.max_tokens, config.hidden_size)
+        self.type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, ids: Tensor, types: Tensor | None = None) -> Tensor:
+        num_tokens = ids.shape[1]
+        first = self.position_offset
+        position = self.position.weight[
+            first : first + num_tokens
+        ]  # (T, C), the same for every row of the batch
+        kind = self.type.weight[0] if types is None else self.type(types)
+        return self.dropout(self.norm(self.word(ids) + position + kind))
+
+
+class WordEmbedding(nn.Embedding):
+    """nn.Embedding whose gradient names only the rows that the batch used.
+
+    XLM-R's table has 250,002 rows and a batch uses a few hundred of them. A dense gradient would write, clip and
+    step through 192 million numbers to change 0.2 % of them, so the rows are gathered once (each id once, however
+    often it occurs) and the gradient is a sparse tensor of those rows.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, sparse: bool):
+        super().__init__(num_embeddings, embedding_dim, sparse=sparse)
+
+        # quant.prepare puts a weight quantizer here: rows are quantized after they are gathered.
+        self.row_quantizer = nn.Identity()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        distinct, where = torch.unique(ids, return_inverse=True)  # (U,), (B, T)
+        rows = F.embedding(distinct, self.weight, sparse=self.sparse)  # (U, C)
+        return F.embedding(where, self.row_quantizer(rows))  # (B, T, C)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with residual and norm: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.num_heads = config.num_heads
+        self.query = nn.Linear(size, size)
+        self.key = nn.Linear(size, size)
+        self.value = nn.Linear(size, size)
+        self.output = nn.Linear(size, size)
+        self.norm = nn.LayerNorm(size, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        # Query, key and value read the same tensor, so quant.prepare puts one activation quantizer here for all three.
+        self.input_quantizer = nn.Identity()
+
+    def forward(self, x: Tensor, key_mask: Tensor | None, taps: dict[str, list[Tensor]]) -> Tensor:
+        B, T, C = x.shape
+        H, D = self.num_heads, C // self.num_heads
+        inputs = self.input_quantizer(x)
+        q = self.query(inputs).view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+        k = self.key(inputs).view(B, T, H, D).transpose(1, 2)
+        v = self.value(inputs).view(B, T, H, D).transpose(1, 2)
+        if "score" in taps or "map" in taps:
+            score = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T)
+            if key_mask is not None:
+                score = score.masked_fill(~key_mask, float("-inf"))
+            attention = score.softmax(dim=-1)
+            context = attention @ v  # (B, H, T, D)
+            keep(taps, "score", score)
+            keep(taps, "map", attention)
+        else:
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
+        keep(taps, "context", context)
+        output = self.output(context.transpose(1, 2).reshape(B, T, C))
+        keep(taps, "output", output)
+        return self.norm(x + self.dropout(output))
+
+
+class FeedForward(nn.Module):
+    """C -> F -> GELU -> C for every token alone, with residual and norm: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.ffn_size)
+        self.down = nn.Linear(config.ffn_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.gelu(
+            self.up(x)
+        )  # the exact, erf form, as published; the tanh form differs by up to 5e-4
+        return self.norm(x + self.dropout(self.down(inner)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None, taps: dict[str, list[Tensor]]) -> Tensor:
+        return self.ffn(self.attention(x, key_mask, taps))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+
+    def forward(
+        self, ids: Tensor, mask: Tensor | None, types: Tensor | None, taps: dict[str, list[Tensor]]
+    ) -> Tensor:
+        key_mask = (
+            None if mask is None else mask[:, None, None, :]
+        )  # (B, 1, 1, T): which keys may be looked at
+        x = self.embeddings(ids, types)
+        keep(taps, "hidden", x)
+        for layer in self.layers:
+            x = layer(x, key_mask, taps)
+            keep(taps, "hidden", x)
+        return x
+
+
+def keep(taps: dict[str, list[Tensor]], name: str, value: Tensor) -> None:
+    if name in taps:
+        taps[name].append(value)
+
+
+# ----------------------------------------------------------------------------------------------- heads
+class SequenceHead(nn.Module):
+    """One label a text, read off the first token <s>: dense -> tanh -> out_proj, (B, T, C) -> (B, num_labels)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, hidden: Tensor, word_weight: Tensor) -> Tensor:
+        first = self.dropout(hidden[:, 0])
+        return self.out_proj(self.dropout(torch.tanh(self.dense(first))))
+
+
+class TokenHead(nn.Module):
+    """One label a token: (B, T, C) -> (B, T, num_labels)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, hidden: Tensor, word_weight: Tensor) -> Tensor:
+        return self.out_proj(self.dropout(hidden))
+
+
+class MLMHead(nn.Module):
+    """Which token stood here? (B, T, C) -> (B, T, V), the word embeddings being the output matrix ("tied")."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor, word_weight: Tensor) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.dense(hidden))), word_weight, self.bias)
+
+
+class NoHead(nn.Module):
+    """A bare encoder: its "logits" are the last hidden states (B, T, C)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+
+    def forward(self, hidden: Tensor, word_weight: Tensor) -> Tensor:
+        return hidden
+
+
+HEADS = {"sequence": SequenceHead, "token": TokenHead, "mlm": MLMHead, "none": NoHead}
+
+
+class Model(nn.Module):
+    """Encoder and head. `forward` returns logits and the taps named in `capture`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.head = HEADS[config.head](config)
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        capture: tuple[str, ...] = (),
+        types: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """ids: (B, T) token ids, padded on the right.  mask: (B, T) bool, True for real tokens; None if all are.
+
+        capture: names out of TAPS.  Returns (logits, taps), taps[name] being one tensor per layer (see the top).
+        Values of taps at padded positions mean nothing: losses must mask them.
+        """
+        unknown = set(capture) - set(TAPS)
+        if unknown:
+            raise ValueError(f"unknown taps {sorted(unknown)}; known: {', '.join(TAPS)}")
+        if ids.shape[1] > self.config.max_tokens:
+            raise ValueError(
+                f"{ids.shape[1]} tokens are more than this model's {self.config.max_tokens} positions"
+            )
+        taps = {name: [] for name in capture}
+        hidden = self.encoder(ids, mask, types, taps)
+        return self.head(hidden, self.encoder.embeddings.word.weight), taps
+
+
+# ----------------------------------------------------------------------------------------------- making models
+def init_weights(model: nn.Module, pad_id: int) -> None:
+    """BERT's initialisation: normal with std 0.02, biases 0, norms 1; the padding vector is 0."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        model.encoder.embeddings.word.weight[pad_id].zero_()
+
+
+def build_model(config: ModelConfig) -> Model:
+    """A model with random weights."""
+    with torch.device(
+        "meta"
+    ):  # no storage yet: PyTorch's own initialisation would be computed and thrown away
+        model = Model(config)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+    if config.head == "mlm":
+        nn.init.zeros_(model.head.bias)
+    init_weights(model, config.pad_id)
+    return model
+
+
+def with_head(model: Model, head: str, num_labels: int) -> Model:
+    """The same encoder (shared, not copied) under a fresh head: what fine-tuning starts from."""
+    new = Model.__new__(Model)
+    nn.Module.__init__(new)
+    new.config = replace(model.config, head=head, num_labels=num_labels)
+    new.encoder = model.encoder
+    new.head = HEADS[head](new.config)
+    for module in new.head.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+    new.encoder.embeddings.word.sparse = head != "mlm"
+    return new
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints
+def save_atomically(payload: dict, path: str) -> int:
+    """torch.save into a temporary neighbour, then rename: a reader never sees half a file. Returns the bytes."""
+    path = os.fspath(path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", suffix=".part")
+    os.close(handle)
+    try:
+        torch.save(payload, temporary)
+        size = os.path.getsize(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return size
+
+
+def checkpoint_payload(model: Model, tokenizer: bytes, **notes: str) -> dict:
+    """What a float32 checkpoint holds: plain numbers, strings and tensors only, so that weights_only can read it."""
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "config": asdict(model.config),
+        "tensors": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        "tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8),
+        "notes": notes,
+    }
+
+
+def read_checkpoint(path: str, expected_format: str = CHECKPOINT_FORMAT) -> dict:
+    """The raw dictionary of a checkpoint, tensors mapped from disk. Never executes anything in the file.
+
+    Raises UserError for a missing, truncated, foreign or code-carrying file.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"no checkpoint at {path}: make one with 'python convert.py xlmr-base'")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds pickled code or is not a checkpoint, and was not loaded: "
+            f"make one with 'python convert.py NAME --from DIR'"
+        ) from None
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        IndexError,
+    ):
+        raise UserError(
+            f"{path} is damaged or not a PyTorch checkpoint: "
+            f"make one with 'python convert.py NAME --from DIR'"
+        ) from None
+    if not isinstance(payload, dict) or payload.get("format") != expected_format:
+        raise UserError(
+            f"{path} is not a checkpoint of this project ({expected_format}): "
+            f"convert Hugging Face files with 'python convert.py NAME --from DIR'"
+        )
+    return payload
+
+
+def load_checkpoint(path: str) -> Model:
+    """The model that convert.py wrote, on CPU, in float32, in eval mode; every tensor accounted for."""
+    payload = read_checkpoint(path)
+    config, tensors = payload.get("config"), payload.get("tensors")
+    known = {field.name for field in fields(ModelConfig)}
+    if not isinstance(config, dict) or set(config) != known or not isinstance(tensors, dict):
+        raise UserError(
+            f"{path}: the model config is damaged or of another version: convert it again"
+        )
+    config = ModelConfig(**config)
+    with torch.device("meta"):
+        model = Model(config)
+    check_tensors(
+        path, {name: tensor.shape for name, tensor in model.state_dict().items()}, tensors
+    )
+    model.to_empty(device="cpu")
+    model.load_state_dict(tensors, strict=True)
+    return model.eval()
+
+
+def check_tensors(path: str, shapes: dict[str, torch.Size], tensors: dict) -> None:
+    """Refuse, by name, the first tensor that is missing, extra, of the wrong shape or not float32."""
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{path}: tensor {name} is missing")
+        if tensor.shape != shape:
+            raise UserError(
+                f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+            )
+        if tensor.dtype != torch.float32:
+            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected torch.float32")
+    extra = sorted(map(str, set(tensors) - set(shapes)))
+    if extra:
+        raise UserError(
+            f"{path}: unexpected tensor {extra[0]}"
+            + (f" and {len(extra) - 1} more" if extra[1:] else "")
+        )

@@ -1,0 +1,479 @@
+"""Quantization from the ground up: round numbers to a small integer grid, and train through the rounding.
+
+The grid. b bits give 2^b integers. A real number x is stored as an integer q with a scale s and a zero point z:
+
+    q = clamp(round(x / s) + z, quant_min, quant_max)            quantize
+    x ~ (q - z) * s                                              dequantize
+
+*Symmetric* grids have z = 0 (weights, which lie around 0: one multiplication less in the integer model).
+*Affine* grids spend their integers on [min, max] wherever that lies (activations: a GELU output is never below -0.17).
+One scale may serve a whole tensor, each output channel of a weight, or each token of an activation: finer is more
+exact and costs a vector of scales. 2 bits, symmetric, is the ternary grid {-1, 0, 1}.
+
+Training. round() has derivative 0 almost everywhere, so nothing would learn. The straight-through estimator (Bengio
+et al. 2013) pretends that rounding is the identity, except where x was clipped: there, moving x changes nothing.
+The result, `fake_quantize`, is a float tensor that lies on the grid: what the integer model will compute, but
+differentiable. *Quantization noise* (Fan et al. 2020, arXiv 2004.07320) quantizes only a random fraction p of the
+weights at each step; the others pass exactly and get an exact gradient. p = 1 is ordinary quantization-aware
+training; in evaluation everything is quantized.
+
+A model. `prepare(model, QuantConfig())` replaces the encoder's Linear layers by QuantLinear and gives the word
+embeddings a row quantizer. Embedding rows are quantized after they are gathered: with one scale a row the numbers are
+the same as for the whole table, and XLM-R's table is 250,002 rows of which a batch uses a few hundred.
+
+In float32: biases, norms, position and type embeddings, the head (together 0.4 % of XLM-R base).
+
+>>> x = torch.tensor([0.26, -9.0])
+>>> fake_quantize(x, torch.tensor(0.5), torch.tensor(0.0), -4, 3)
+tensor([ 0.5000, -2.0000])
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import UserError
+
+SMALLEST_SCALE = 1e-12  # an all-zero tensor has the range [0, 0]; its scale must still divide
+
+
+# ---------------------------------------------------------------------------------------- the grid
+def quant_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """The integers of a grid: (quant_min, quant_max).
+
+    Symmetric grids leave out the most negative integer, so that -x is on the grid whenever x is.
+
+    >>> quant_range(8, symmetric=True), quant_range(8, symmetric=False), quant_range(2, symmetric=True)
+    ((-127, 127), (0, 255), (-1, 1))
+    """
+    if not 2 <= bits <= 8:
+        raise UserError(f"{bits} bits: choose from 2 to 8 (or 32 to leave a tensor alone)")
+    if symmetric:
+        largest = 2 ** (bits - 1) - 1
+        return -largest, largest
+    return 0, 2**bits - 1
+
+
+def choose_qparams(
+    x_min: Tensor, x_max: Tensor, quant_min: int, quant_max: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """The scale (> 0) and zero point that cover [x_min, x_max] (Jacob et al. 2018, eq. 1-3).
+
+    x_min, x_max: float32, any one shape.  Returns two float32 tensors of that shape; the zero point is a whole
+    number. The range is first widened to hold 0, because padding, ReLU and dropout make exact zeros.
+    """
+    x_min, x_max = x_min.clamp(max=0.0), x_max.clamp(min=0.0)
+    if symmetric:
+        scale = torch.maximum(-x_min, x_max).div(quant_max).clamp_(min=SMALLEST_SCALE)
+        return scale, torch.zeros_like(scale)
+    scale = (x_max - x_min).div(quant_max - quant_min).clamp_(min=SMALLEST_SCALE)
+    zero_point = (quant_min - torch.round(x_min / scale)).clamp_(quant_min, quant_max)
+    return scale, zero_point
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+) -> Tensor:
+    """Real numbers -> integers (int32), rounding halves to even. scale, zero_point: broadcastable to x."""
+    return torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max).to(torch.int32)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Integers -> the real numbers they stand for (float32)."""
+    return (q - zero_point) * scale
+
+
+class _StraightThrough(torch.autograd.Function):
+    """See fake_quantize. A Function, not `x + (q - x).detach()`: that sum is not exactly q in floating point."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, clips, where):
+        # quantize and dequantize in place. Four passes over x with the range as plain numbers are twice as fast on
+        # CPU as two with clamp(x / s, quant_min - z, quant_max - z), whose bounds would be tensors.
+        codes = torch.div(x, scale).round_().add_(zero_point)
+        if clips:
+            inside = (codes >= quant_min) & (codes <= quant_max)
+            ctx.save_for_backward(inside if where is None else inside.logical_or_(~where))
+        result = codes.clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
+        if (
+            where is not None
+        ):  # lerp with weights 0 and 1 picks one of its ends exactly, faster than torch.where
+            result.lerp_(x, (~where).to(x.dtype))
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.saved_tensors:
+            grad = grad * ctx.saved_tensors[0]
+        return grad, None, None, None, None, None, None
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    clips: bool = True,
+    where: Tensor | None = None,
+) -> Tensor:
+    """Round x to the integer grid and back: what an integer model would see, but differentiable.
+
+    x: any shape, float32.  scale (> 0), zero_point: broadcastable to x, as choose_qparams returns them.
+    Forward is dequantize(quantize(x)) bit for bit.  Backward is the straight-through estimator: the gradient passes
+    unchanged where x fell inside [quant_min, quant_max] and is zero where it was clipped (Jacob et al. 2018, sec. 3).
+
+    clips=False says that the range was taken from x itself, so that nothing can be clipped: the same numbers,
+    without the cost of remembering where.
+    where: bool, of x's shape. Only these elements are quantized, the others pass exactly (quantization noise).
+    """
+    return _StraightThrough.apply(x, scale, zero_point, quant_min, quant_max, clips, where)
+
+
+# ---------------------------------------------------------------------------------------- ranges
+def min_max(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
+    """The range of x: two scalars, or per row of the last dimension (..., 1)."""
+    if (
+        per_row
+    ):  # amin and amax are vectorized on CPU, aminmax along a dimension is not: 13 times faster
+        return x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+    return torch.aminmax(x)
+
+
+@torch.no_grad()
+def best_clip(x: Tensor, quant_min: int, quant_max: int, symmetric: bool, per_row: bool) -> Tensor:
+    """By how much to shrink the min-max range of x so that the squared error of quantization is least.
+
+    Clipping a few outliers buys finer steps for all the rest; the fewer bits, the more it pays. Searched over
+    0.10, 0.12 .. 1.00. Returns factors of the shape of x's ranges: a scalar, or (..., 1).
+
+    >>> best_clip(torch.tensor([[0.1, -0.1, 0.1, -0.1, 0.12]]), -1, 1, True, per_row=True)
+    tensor([[0.8600]])
+    """
+    low, high = min_max(x, per_row)
+    best_error = torch.full_like(low, float("inf"))
+    best = torch.ones_like(low)
+    for percent in range(100, 9, -2):
+        clip = percent / 100
+        scale, zero_point = choose_qparams(low * clip, high * clip, quant_min, quant_max, symmetric)
+        error = (fake_quantize(x, scale, zero_point, quant_min, quant_max) - x).square()
+        error = error.sum(dim=-1, keepdim=True) if per_row else error.sum()
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, clip, best)
+    return best
+
+
+class MinMax:
+    """Observer: the smallest and largest value ever seen."""
+
+    def __init__(self):
+        self.low = self.high = None
+
+    def observe(self, x: Tensor) -> None:
+        low, high = torch.aminmax(x)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+    def range(self, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+        return self.low, self.high
+
+
+class MovingAverage(MinMax):
+    """Observer: an exponential average of each batch's extremes, so that one odd batch counts little."""
+
+    momentum = 0.1
+
+    def observe(self, x: Tensor) -> None:
+        low, high = torch.aminmax(x)
+        self.low = low if self.low is None else torch.lerp(self.low, low, self.momentum)
+        self.high = high if self.high is None else torch.lerp(self.high, high, self.momentum)
+
+
+class MSESearch(MinMax):
+    """Observer: the range with the least squared quantization error on a sample of the values seen."""
+
+    sample_size = 8192  # values of each batch
+
+    def __init__(self):
+        super().__init__()
+        self.sample = []
+
+    def observe(self, x: Tensor) -> None:
+        super().observe(x)
+        flat = x.flatten()
+        picks = torch.randint(flat.numel(), (min(self.sample_size, flat.numel()),), device=x.device)
+        self.sample.append(flat[picks])
+
+    def range(self, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+        values = torch.cat([*self.sample, self.low[None], self.high[None]])
+        clip = best_clip(values, quant_min, quant_max, symmetric, per_row=False)
+        return self.low * clip, self.high * clip
+
+
+OBSERVERS = {"minmax": MinMax, "moving-average": MovingAverage, "mse": MSESearch}
+
+
+# ---------------------------------------------------------------------------------------- noise
+def random_mask(shape: torch.Size, p: float, device: torch.device) -> Tensor:
+    """A bool tensor, each element True with probability p (to the nearest 1/65536).
+
+    Compares 16 random bits with a threshold. Each 64-bit draw serves four elements, which makes this 2-3 times
+    faster on CPU than torch.rand and 8 times faster than bernoulli_: noise is drawn for every weight at every step.
+    """
+    count = shape.numel()
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
+    threshold = min(round(p * 65536) - 32768, 32767)
+    return (words.view(torch.int16)[:count] < threshold).view(shape)
+
+
+def noise_mask(weight: Tensor, p: float, block: int) -> Tensor:
+    """Which elements of a weight (..., N) to quantize at this step: a fraction p, drawn in runs of `block`."""
+    if block == 1:
+        return random_mask(weight.shape, p, weight.device)
+    *rows, size = weight.shape
+    blocks = -(-size // block)
+    drawn = random_mask(torch.Size((*rows, blocks)), p, weight.device)
+    return drawn.repeat_interleave(block, dim=-1)[..., :size]
+
+
+# ---------------------------------------------------------------------------------------- configuration
+@dataclass(frozen=True)
+class QuantConfig:
+    """What to quantize and how. 32 bits means "left alone"."""
+
+    weight_bits: int = 8  # Linear weights and word embeddings
+    act_bits: int = 8  # the input of every quantized Linear
+    per_channel: bool = (
+        True  # weights: one scale an output channel (embeddings always have one a row)
+    )
+    per_token: bool = True  # activations, dynamic: one scale a token; else one for the batch
+    weight_range: str = "minmax"  # or "mse": shrink the range once, when the model is prepared
+    act_range: str = "dynamic"  # or "static": ranges fixed by calibrate()
+    observer: str = "minmax"  # static ranges: minmax, moving-average, mse
+    noise: float = 1.0  # fraction of the weights quantized at a training step
+    noise_block: int = 1  # drawn in runs of this many weights
+    keep: tuple[str, ...] = ("head",)  # modules left in float32, by the beginning of their names
+
+    def __post_init__(self):
+        for name in ("weight_bits", "act_bits"):
+            bits = getattr(self, name)
+            if bits != 32 and not 2 <= bits <= 8:
+                raise UserError(f"{name} is {bits}: choose from 2 to 8, or 32 to leave them alone")
+        if not 0.0 <= self.noise <= 1.0:
+            raise UserError(f"noise is {self.noise}: choose a fraction from 0 to 1")
+        if self.noise_block < 1:
+            raise UserError(f"noise block is {self.noise_block}: choose 1 or more")
+        choices = {
+            "weight_range": ("minmax", "mse"),
+            "act_range": ("dynamic", "static"),
+            "observer": tuple(OBSERVERS),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r}: choose from {', '.join(known)}"
+                )
+
+
+# ---------------------------------------------------------------------------------------- modules
+class WeightQuantizer(nn.Module):
+    """Fake-quantizes a weight (rows, N) on a symmetric grid, with noise in training.
+
+    clip: factors on the min-max range, 1 unless the range was searched; (rows, 1) or a scalar.
+    """
+
+    def __init__(self, config: QuantConfig, per_row: bool):
+        super().__init__()
+        self.bits, self.per_row = config.weight_bits, per_row
+        self.noise, self.noise_block = config.noise, config.noise_block
+        self.quant_min, self.quant_max = quant_range(self.bits, symmetric=True)
+        self.clips = False
+        self.register_buffer("clip", torch.ones(()))
+
+    def search_clip(self, weight: Tensor, per_row: bool) -> None:
+        self.clip = best_clip(weight.detach(), self.quant_min, self.quant_max, True, per_row)
+        self.clips = True
+
+    @torch.no_grad()
+    def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = min_max(weight, self.per_row)
+        if self.clips:
+            low, high = low * self.clip, high * self.clip
+        return choose_qparams(low, high, self.quant_min, self.quant_max, symmetric=True)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        where = None
+        if self.training and self.noise < 1.0:
+            if self.noise == 0.0:
+                return weight
+            where = noise_mask(weight, self.noise, self.noise_block)
+        scale, zero_point = self.qparams(weight)
+        return fake_quantize(
+            weight, scale, zero_point, self.quant_min, self.quant_max, clips=self.clips, where=where
+        )
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, per_row={self.per_row}, noise={self.noise}"
+
+
+class ActQuantizer(nn.Module):
+    """Fake-quantizes an activation (..., C) on an affine grid.
+
+    Dynamic: the range is that of the tensor at hand, per token or for all of it.
+    Static: one range, fixed by calibrate(); values outside are clipped.
+    """
+
+    def __init__(self, config: QuantConfig):
+        super().__init__()
+        self.bits = config.act_bits
+        self.static = config.act_range == "static"
+        self.per_token = config.per_token and not self.static
+        self.quant_min, self.quant_max = quant_range(self.bits, symmetric=False)
+        self.observer = None  # set while calibrate() runs
+        if self.static:
+            self.register_buffer("scale", torch.full((), float("nan")))  # not calibrated yet
+            self.register_buffer("zero_point", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer.observe(x.detach())
+            return x
+        if self.static:
+            scale, zero_point = self.scale, self.zero_point
+        else:
+            with torch.no_grad():
+                low, high = min_max(x, self.per_token)
+                scale, zero_point = choose_qparams(low, high, self.quant_min, self.quant_max, False)
+        return fake_quantize(
+            x, scale, zero_point, self.quant_min, self.quant_max, clips=self.static
+        )
+
+    def extra_repr(self) -> str:
+        kind = "static" if self.static else "per token" if self.per_token else "per tensor"
+        return f"bits={self.bits}, {kind}"
+
+
+class QuantLinear(nn.Linear):
+    """y = Q(x) Q(W)^T + b. Weight and bias keep their float32 values and their names."""
+
+    def __init__(self, linear: nn.Linear, act: nn.Module, weight: nn.Module):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.act_quantizer, self.weight_quantizer = act, weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.act_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+# ---------------------------------------------------------------------------------------- a model
+@dataclass
+class PrepareReport:
+    """What prepare did: names with their number of weights."""
+
+    replaced: dict[str, int]
+    kept: dict[str, int]
+    act_quantizers: int
+
+    def __str__(self) -> str:
+        done, left = sum(self.replaced.values()), sum(self.kept.values())
+        return (
+            f"{len(self.replaced)} tensors quantized ({done:,} weights, {100 * done / (done + left):.2f} %), "
+            f"{self.act_quantizers} activation quantizers, {left:,} weights left in float32"
+        )
+
+
+@torch.no_grad()
+def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
+    """Make a float32 model fake-quantized, in place, and report what was replaced and what was left.
+
+    Every nn.Linear outside config.keep becomes a QuantLinear that shares its weight and bias. A module that has an
+    attribute `input_quantizer` feeds one tensor to several Linears (query, key, value): that tensor is quantized
+    once, there. A module that has a `row_quantizer` is a table of embeddings.
+
+    Raises UserError if the model was prepared before.
+    """
+    if any(isinstance(module, (QuantLinear, WeightQuantizer)) for module in model.modules()):
+        raise UserError("this model is already prepared: quantize a copy of the float32 model")
+    replaced: dict[str, int] = {}
+    act_quantizers = 0
+
+    def new_act() -> nn.Module:
+        nonlocal act_quantizers
+        if config.act_bits == 32:
+            return nn.Identity()
+        act_quantizers += 1
+        return ActQuantizer(config)
+
+    def new_weight(weight: Tensor, per_row: bool, sample: Tensor, clip_per_row: bool) -> nn.Module:
+        if config.weight_bits == 32:
+            return nn.Identity()
+        quantizer = WeightQuantizer(config, per_row)
+        if config.weight_range == "mse":
+            quantizer.search_clip(sample, clip_per_row)
+        return quantizer.to(weight.device)
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        shared = hasattr(module, "input_quantizer")
+        if shared:
+            module.input_quantizer = new_act().to(next(module.parameters()).device)
+        for name, child in list(module.named_children()):
+            full = prefix + name
+            if full.startswith(config.keep):
+                continue
+            if isinstance(child, nn.Linear):
+                reads_shared = shared and name in ("query", "key", "value")
+                act = nn.Identity() if reads_shared else new_act().to(child.weight.device)
+                per_row = config.per_channel
+                weight = new_weight(child.weight, per_row, child.weight, per_row)
+                setattr(module, name, QuantLinear(child, act, weight))
+                if config.weight_bits != 32:
+                    replaced[full + ".weight"] = child.weight.numel()
+            elif hasattr(child, "row_quantizer"):
+                # One clip factor for the table, from some of its rows: the rows of a batch are not known here.
+                rows = child.weight[:: max(1, len(child.weight) // 4096)]
+                child.row_quantizer = new_weight(child.weight, True, rows, False)
+                if config.weight_bits != 32:
+                    replaced[full + ".weight"] = child.weight.numel()
+            else:
+                visit(child, full + ".")
+
+    visit(model, "")
+    model.train(model.training)  # new modules start in training mode: follow the model
+    kept = {n: p.numel() for n, p in model.named_parameters() if n not in replaced}
+    return PrepareReport(replaced, kept, act_quantizers)
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]], observer: str
+) -> None:
+    """Fix the ranges of all static activation quantizers from a few batches (ids, mask).
+
+    While observing, weights are quantized and activations are not. Padded positions would be observed too: give
+    batches of equal length.
+    """
+    quantizers = [m for m in model.modules() if isinstance(m, ActQuantizer) and m.static]
+    for quantizer in quantizers:
+        quantizer.observer = OBSERVERS[observer]()
+    was_training = model.training
+    model.eval()
+    try:
+        for ids, mask in batches:
+            model(ids, mask)
+        for quantizer in quantizers:
+            low, high = quantizer.observer.range(quantizer.quant_min, quantizer.quant_max, False)
+            scale, zero_point = choose_qparams(
+                low, high, quantizer.quant_min, quantizer.quant_max, symmetric=False
+            )
+            quantizer.scale.copy_(scale)
+            quantizer.zero_point.copy_(zero_point)
+    finally:
+        for quantizer in quantizers:
+            quantizer.observer = None
+        model.train(was_training)
