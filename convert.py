@@ -44,7 +44,7 @@ TOKENIZER_FILE = "sentencepiece.bpe.model"
 EMBEDDINGS = {
     "embeddings.word_embeddings.weight": "encoder.embeddings.word.weight",
     "embeddings.position_embeddings.weight": "encoder.embeddings.position.weight",
-    "embeddings.token_type_embeddings.weight": "encoder.embeddings.type.weight",
+    "embeddings.token_type_embeddings.weight": "encoder.embeddings.token_type.weight",
     "embeddings.LayerNorm.weight": "encoder.embeddings.norm.weight",
     "embeddings.LayerNorm.bias": "encoder.embeddings.norm.bias",
 }

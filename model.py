@@ -32,7 +32,6 @@ Sources: Conneau et al. 2020 (XLM-R), Liu et al. 2019 (RoBERTa), Vaswani et al. 
 import math
 import os
 import pickle
-import tempfile
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -129,7 +128,7 @@ class Embeddings(nn.Module):
         # A tied MLM head's gradient touches every row, so a sparse one would only add work there.
         self.word = WordEmbedding(config.vocab_size, config.hidden_size, config.head != "mlm")
         self.position = nn.Embedding(config.position_offset + config.max_tokens, config.hidden_size)
-        self.type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -139,7 +138,7 @@ class Embeddings(nn.Module):
         position = self.position.weight[
             first : first + num_tokens
         ]  # (T, C), the same for every row of the batch
-        kind = self.type.weight[0] if types is None else self.type(types)
+        kind = self.token_type.weight[0] if types is None else self.token_type(types)
         return self.dropout(self.norm(self.word(ids) + position + kind))
 
 
@@ -394,14 +393,14 @@ def save_atomically(payload: dict, path: str) -> int:
     """torch.save into a temporary neighbour, then rename: a reader never sees half a file. Returns the bytes."""
     path = os.fspath(path)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", suffix=".part")
-    os.close(handle)
+    temporary = f"{path}.{os.getpid()}.part"
     try:
         torch.save(payload, temporary)
         size = os.path.getsize(temporary)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        if os.path.exists(temporary):
+            os.unlink(temporary)
         raise
     return size
 
@@ -453,16 +452,24 @@ def read_checkpoint(path: str, expected_format: str = CHECKPOINT_FORMAT) -> dict
     return payload
 
 
+def config_of(payload: dict, path: str) -> ModelConfig:
+    """The checked model config of a checkpoint's dictionary."""
+    config = payload.get("config")
+    known = {field.name for field in fields(ModelConfig)}
+    if not isinstance(config, dict) or set(config) != known:
+        raise UserError(
+            f"{path}: the model config is damaged or of another version; convert it again"
+        )
+    return ModelConfig(**config)
+
+
 def load_checkpoint(path: str) -> Model:
     """The model that convert.py wrote, on CPU, in float32, in eval mode; every tensor accounted for."""
     payload = read_checkpoint(path)
-    config, tensors = payload.get("config"), payload.get("tensors")
-    known = {field.name for field in fields(ModelConfig)}
-    if not isinstance(config, dict) or set(config) != known or not isinstance(tensors, dict):
-        raise UserError(
-            f"{path}: the model config is damaged or of another version: convert it again"
-        )
-    config = ModelConfig(**config)
+    config = config_of(payload, path)
+    tensors = payload.get("tensors")
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path} is damaged: it holds no tensors; convert it again")
     with torch.device("meta"):
         model = Model(config)
     check_tensors(

@@ -34,6 +34,7 @@ class Task:
     languages: tuple[str, ...]
     train_language: str
     read: Callable[[str, str], dict[str, list[Example]]]
+    files: dict[str, str]  # split -> path under the data folder
     fetch: str  # the command that brings the data
     metric: str = "accuracy"
 
@@ -144,5 +145,14 @@ def read_tsv(path: str, columns: tuple[str, ...], fetch: str):
 
 
 TASKS = {
-    "xnli": Task("xnli", "sequence", NLI_LABELS, XNLI_LANGUAGES, "en", read_xnli, XNLI_FETCH),
+    "xnli": Task(
+        name="xnli",
+        head="sequence",
+        labels=NLI_LABELS,
+        languages=XNLI_LANGUAGES,
+        train_language="en",
+        read=read_xnli,
+        files=XNLI_FILES,
+        fetch=XNLI_FETCH,
+    ),
 }

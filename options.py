@@ -1,0 +1,266 @@
+"""The command line of train.py: one line per option, and every check that needs no data.
+
+TrainConfig is what config.json and each checkpoint record. A flag is its field's name with dashes; its default, its
+help text and its group stand beside it. One flag per ablation, and "off" is the baseline: --bits 32, --distill none.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, field, fields
+
+from data import UserError
+from data.fetch import RAW_DIR
+from data.tasks import TASKS, find_task
+from distill import PARTS, parse_distill
+from quant import OBSERVERS
+
+METHODS = ("fp32", "ptq", "ptq-static", "qat", "sdq")
+TRAINED = ("qat", "sdq")
+
+TASK, MODEL, QUANT, DISTILL, OPTIM, RUN = (
+    "task",
+    "model",
+    "quantization",
+    "distillation (the sdq row)",
+    "optimization",
+    "run",
+)
+
+
+def option(default, group: str, text: str, metavar: str | None = None):
+    return field(default=default, metadata={"group": group, "text": text, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of a run."""
+
+    task: str = option("xnli", TASK, f"one of: {' '.join(TASKS)}")
+    data_dir: str = option(RAW_DIR, TASK, "folder of the task's official files", "DIR")
+    languages: tuple[str, ...] = option((), TASK, "languages to test besides English; all")
+    eval_split: str = option("test", TASK, "report on test, or on dev (which also chose the epoch)")
+    max_train: int | None = option(None, TASK, "so many training examples, drawn at random; all")
+    max_eval: int | None = option(
+        None, TASK, "so many examples a language, the same everywhere; all"
+    )
+    max_length: int = option(128, TASK, "longest sequence in tokens; longer texts are cut")
+
+    model: str | None = option(
+        None, MODEL, "NAME (weights/NAME.pt), a path, or scratch: random weights; xlmr-base", "M"
+    )
+    layers: int | None = option(None, MODEL, "with --model scratch: number of layers; 4")
+    hidden: int | None = option(None, MODEL, "with --model scratch: hidden size; 256")
+    heads: int | None = option(None, MODEL, "with --model scratch: attention heads; hidden / 64")
+    tokenizer: str | None = option(
+        None, MODEL, "with --model scratch: a SentencePiece model", "FILE"
+    )
+
+    methods: tuple[str, ...] = option(
+        ("fp32", "ptq", "qat", "sdq"), QUANT, f"rows of the report: {' '.join(METHODS)}"
+    )
+    bits: int = option(8, QUANT, "of weights and word embeddings: 2 to 8; 32 leaves them alone")
+    act_bits: int = option(8, QUANT, "of activations: 2 to 8; 32 leaves them alone")
+    per_tensor: bool = option(
+        False, QUANT, "one scale a weight matrix and activation, not one a channel and token"
+    )
+    weight_range: str = option("minmax", QUANT, "minmax, or mse: clip outliers where it pays")
+    act_range: str = option("dynamic", QUANT, "dynamic, or static: calibrated before training")
+    observer: str = option("minmax", QUANT, f"how static ranges are found: {' '.join(OBSERVERS)}")
+    calibration: int = option(256, QUANT, "training examples that calibrate static ranges")
+    noise: float = option(
+        0.5, QUANT, "fraction of the weights quantized at a training step; 1 is ordinary QAT", "P"
+    )
+    noise_block: int = option(1, QUANT, "draw the noise in runs of so many weights")
+
+    distill: str = option(
+        "logits+context", DISTILL, f"parts joined by '+': {' '.join(PARTS)}; or none", "PARTS"
+    )
+    alpha: float = option(0.5, DISTILL, "weight of the logits")
+    beta: float = option(100.0, DISTILL, "weight of the other parts")
+    temperature: float = option(1.0, DISTILL, "softens the logits of teacher and student")
+    student_init: str = option("teacher", DISTILL, "qat and sdq start from: teacher, pretrained")
+
+    epochs: int = option(3, OPTIM, "passes over the training set")
+    student_epochs: int | None = option(None, OPTIM, "the same for qat and sdq; as --epochs")
+    steps: int | None = option(None, OPTIM, "stop every training after so many steps")
+    batch_size: int = option(32, OPTIM, "examples a step")
+    lr: float | None = option(
+        None, OPTIM, "peak learning rate; 2e-5 for pretrained weights, 5e-4 for random ones"
+    )
+    student_lr: float | None = option(None, OPTIM, "the same for qat and sdq; as --lr")
+    warmup: float = option(0.1, OPTIM, "fraction of the steps in which the rate rises")
+    weight_decay: float = option(0.01, OPTIM, "of AdamW, on matrices only")
+    clip: float = option(1.0, OPTIM, "largest gradient norm")
+    dropout: float = option(0.1, OPTIM, "while the teacher trains")
+    student_dropout: float = option(
+        0.0, OPTIM, "while qat and sdq train; it also disturbs what is distilled"
+    )
+
+    seed: int = option(0, RUN, "of weights, batches, dropout and noise")
+    device: str = option("auto", RUN, "auto, cpu, cuda")
+    threads: int | None = option(None, RUN, "CPU threads; all cores")
+    out: str | None = option(None, RUN, "folder of this run; out/TASK-wBaA-sSEED", "DIR")
+    eval_every: int | None = option(None, RUN, "steps between looks at English dev; an epoch")
+    save_every: int = option(500, RUN, "steps between states to resume from")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a mistake is answered in one line instead of the whole usage."""
+
+    def error(self, message: str):
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="train.py",
+        allow_abbrev=False,
+        description="Self-Distilled Quantization, end to end: teacher, PTQ, QAT, SDQ, one report.",
+        epilog="examples:\n"
+        "  python train.py --task xnli --bits 8\n"
+        "  python train.py --task xnli --bits 4 --distill logits            # one ablation\n"
+        "  python train.py --task xnli --languages en de sw --max-train 20000\n"
+        "  python train.py --task xnli --model scratch --layers 2 --hidden 128 --tokenizer FILE.model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    groups = {}
+    for spec in fields(TrainConfig):
+        title, text = spec.metadata["group"], spec.metadata["text"]
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        flag = "--" + spec.name.replace("_", "-")
+        kind = str(spec.type)
+        if "bool" in kind:
+            group.add_argument(flag, action="store_true", help=text)
+            continue
+        if spec.default in (None, ()):  # the text itself ends with the default, behind a semicolon
+            text, _, shown = text.rpartition("; ")
+            text, shown = (text, shown) if text else (shown, None)
+        else:
+            shown = " ".join(spec.default) if isinstance(spec.default, tuple) else spec.default
+            shown = "data/raw" if spec.default == RAW_DIR else shown
+        if shown is not None:
+            text += f" (default: {shown})"
+        kwargs = dict(default=spec.default, help=text.replace("%", "%%"))
+        kwargs["metavar"] = spec.metadata["metavar"] or ("N" if "int" in kind else "X")
+        if "tuple" in kind:
+            kwargs["nargs"] = "+"
+        else:
+            kwargs["type"] = int if "int" in kind else float if "float" in kind else str
+        group.add_argument(flag, **kwargs)
+    return parser
+
+
+def parse_args(argv: list[str] | None) -> tuple[TrainConfig, bool]:
+    """Command line -> (checked options, --resume)."""
+    parser = build_parser()
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a stopped run of the same options"
+    )
+    values = vars(parser.parse_args(argv))
+    resume = values.pop("resume")
+    for name in ("languages", "methods"):  # "en de" and "en,de" both work
+        values[name] = tuple(part for text in values[name] for part in text.split(","))
+    config = TrainConfig(**values)
+    check(config)
+    return config, resume
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse what can't be run, before any data is loaded. Raises UserError: one line, with what to type instead."""
+    task = find_task(config.task)
+    for language in config.languages:
+        if language not in task.languages:
+            raise UserError(
+                f"--languages {language!r}: {config.task} has {' '.join(task.languages)}"
+            )
+    for name in ("bits", "act_bits"):
+        value = getattr(config, name)
+        if value != 32 and not 2 <= value <= 8:
+            raise UserError(f"{flag(name)} {value}: choose from 2 to 8, or 32 for no quantization")
+    choices = {
+        "eval_split": ("test", "dev"),
+        "weight_range": ("minmax", "mse"),
+        "act_range": ("dynamic", "static"),
+        "observer": tuple(OBSERVERS),
+        "student_init": ("teacher", "pretrained"),
+        "device": ("auto", "cpu", "cuda"),
+    }
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise UserError(
+                f"{flag(name)} {getattr(config, name)!r}: choose from {', '.join(known)}"
+            )
+    bounds = {  # name -> (smallest, largest); None counts as "not given"
+        "noise": (0, 1),
+        "warmup": (0, 1),
+        "dropout": (0, 0.9),
+        "student_dropout": (0, 0.9),
+        "alpha": (0, 1e9),
+        "beta": (0, 1e9),
+        "weight_decay": (0, 1e3),
+        "temperature": (1e-3, 1e3),
+        "clip": (1e-9, 1e9),
+        "lr": (0, 1e3),
+        "student_lr": (0, 1e3),
+        "seed": (0, 2**31),
+    }
+    at_least_one = "max_train max_eval layers hidden heads epochs student_epochs steps batch_size"
+    at_least_one += " noise_block calibration threads eval_every save_every"
+    bounds |= {name: (1, 10**9) for name in at_least_one.split()} | {"max_length": (8, 10**6)}
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:  # also refuses NaN
+            raise UserError(f"{flag(name)} {value}: choose a value from {low:g} to {high:g}")
+    check_methods(config)
+    check_model(config)
+
+
+def check_methods(config: TrainConfig) -> None:
+    unknown = [name for name in config.methods if name not in METHODS]
+    if unknown or len(set(config.methods)) < len(config.methods):
+        what = f"{unknown[0]!r} is unknown" if unknown else "a row is named twice"
+        raise UserError(f"--methods: {what}; choose from {' '.join(METHODS)}")
+    quantized = [name for name in config.methods if name != "fp32"]
+    if config.bits == config.act_bits == 32 and quantized:
+        raise UserError(
+            f"--bits 32 --act-bits 32 quantizes nothing, so {quantized[0]} would be fp32 again: "
+            "use --methods fp32"
+        )
+    try:
+        parts = parse_distill(config.distill)
+    except ValueError as error:
+        raise UserError(f"--distill: {error}") from None
+    if "sdq" in config.methods and not parts:
+        raise UserError("--distill none makes sdq the same as qat: use --methods fp32 ptq qat")
+    if "sdq" in config.methods and config.alpha == config.beta == 0:
+        raise UserError("--alpha 0 --beta 0 makes sdq the same as qat: use --methods fp32 ptq qat")
+    static = config.act_range == "static"
+    if static and "ptq-static" in config.methods:
+        raise UserError("--act-range static makes ptq static: drop ptq-static from --methods")
+    if config.act_bits == 32 and (static or "ptq-static" in config.methods):
+        raise UserError("static ranges need quantized activations: choose --act-bits 2 to 8")
+
+
+def check_model(config: TrainConfig) -> None:
+    if config.model == "scratch":
+        if config.tokenizer is None:
+            raise UserError("--model scratch needs --tokenizer FILE, a SentencePiece model")
+        if config.student_init == "pretrained":
+            raise UserError(
+                "--student-init pretrained: --model scratch has no pretrained weights; use teacher"
+            )
+    else:
+        for name in ("layers", "hidden", "heads", "tokenizer"):
+            if getattr(config, name) is not None:
+                raise UserError(f"{flag(name)} shapes a new model: it needs --model scratch")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def default_out(config: TrainConfig) -> str:
+    return os.path.join("out", f"{config.task}-w{config.bits}a{config.act_bits}-s{config.seed}")

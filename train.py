@@ -1,0 +1,382 @@
+"""The recipe: a float32 teacher, then the same model in 8 bits, several ways, in one report.
+
+    python train.py --task xnli --bits 8
+
+    fp32        the teacher: a pretrained encoder fine-tuned on English
+    ptq         its weights and activations quantized, no training (activation ranges found at run time)
+    ptq-static  the same with activation ranges fixed from calibration batches
+    qat         trained on through the quantizers, with quantization noise and the task's loss alone
+    sdq         qat, and distilled from the teacher: logits and every self-attention output (arXiv 2307.05972)
+
+Training sees English only; every language is tested (zero-shot transfer). The best epoch is chosen on English dev.
+
+A run writes to --out: config.json, log.jsonl (one line a step), results.json, report.md and student.pt (packed
+integers, of the last row). The teacher is kept beside the run in teachers/ and used again by every run that would
+train the same one. A run that was stopped goes on with --resume as if nothing had happened.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, replace
+
+import torch
+
+from data import UserError
+from data.batches import Dataset, encode_split, unpadded_batches
+from data.tasks import find_task
+from data.tokenizer import Tokenizer
+from distill import parse_distill
+from int8 import bytes_on_disk, student_payload
+from loop import Run, clock, evaluate, print_live, train
+from model import (
+    PRESETS,
+    Model,
+    ModelConfig,
+    build_model,
+    checkpoint_payload,
+    config_of,
+    load_checkpoint,
+    read_checkpoint,
+    save_atomically,
+    set_dropout,
+    with_head,
+)
+from options import TRAINED, TrainConfig, default_out, parse_args
+from quant import QuantConfig, calibrate, prepare
+from report import markdown, summarize, table, write_json, write_text
+
+WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
+
+
+# ---------------------------------------------------------------------------------------- models
+def find_model(config: TrainConfig) -> str:
+    """The checkpoint that --model means. Raises UserError saying how to get one."""
+    name = config.model or "xlmr-base"
+    if name.endswith(".pt") or os.sep in name or "/" in name:
+        path = name
+    else:
+        path = os.path.join(WEIGHTS_DIR, name + ".pt")
+    if os.path.isfile(path):
+        return path
+    if config.model is None:
+        raise UserError(
+            "weights/xlmr-base.pt is not there yet: make it with 'python convert.py xlmr-base' (1.1 GB), "
+            "or train from random weights with --model scratch --tokenizer FILE"
+        )
+    if path == name or name not in PRESETS:
+        known = " ".join(PRESETS)
+        raise UserError(
+            f"no model {name!r}: give a .pt file of convert.py, 'scratch', or one of: {known}"
+        )
+    raise UserError(f"no weights for {name} yet: make them with 'python convert.py {name}'")
+
+
+class Source:
+    """Where models come from: a converted checkpoint, or random weights."""
+
+    def __init__(self, config: TrainConfig):
+        self.config, task = config, find_task(config.task)
+        self.head, self.num_labels = task.head, len(task.labels)
+        self.path = None if config.model == "scratch" else find_model(config)
+        if self.path is None:
+            self.tokenizer = Tokenizer.from_file(config.tokenizer)
+            hidden = config.hidden or 256
+            self.model_config = ModelConfig(
+                vocab_size=self.tokenizer.vocab_size,
+                hidden_size=hidden,
+                num_layers=config.layers or 4,
+                num_heads=config.heads or max(1, hidden // 64),
+                ffn_size=4 * hidden,
+                max_tokens=512,
+                head=self.head,
+                num_labels=self.num_labels,
+            )
+            shape = self.model_config
+            self.name = f"scratch-{shape.num_layers}x{hidden}"
+            self.identity = [repr(shape), self.tokenizer.sha256]
+        else:
+            payload = read_checkpoint(self.path)
+            self.model_config = config_of(payload, self.path)
+            self.tokenizer = Tokenizer(payload["tokenizer"].numpy().tobytes(), self.path)
+            self.name = os.path.splitext(os.path.basename(self.path))[0]
+            stat = os.stat(self.path)
+            self.identity = [os.path.abspath(self.path), stat.st_size, stat.st_mtime_ns]
+        longest = self.model_config.max_tokens
+        if config.max_length > longest:
+            raise UserError(
+                f"--max-length {config.max_length}: {self.name} has {longest} positions; use {longest} or less"
+            )
+
+    def build(self) -> Model:
+        """A model to fine-tune: the encoder of the source under a fresh head. The same for the same seed."""
+        torch.manual_seed(self.config.seed)
+        if self.path is None:
+            return build_model(self.model_config)
+        return with_head(load_checkpoint(self.path), self.head, self.num_labels)
+
+
+def quant_config(config: TrainConfig, method: str) -> QuantConfig:
+    static = config.act_range == "static" or method == "ptq-static"
+    return QuantConfig(
+        weight_bits=config.bits,
+        act_bits=config.act_bits,
+        per_channel=not config.per_tensor,
+        per_token=not config.per_tensor,
+        weight_range=config.weight_range,
+        act_range="static" if static else "dynamic",
+        observer=config.observer,
+        noise=config.noise if method in TRAINED else 1.0,
+        noise_block=config.noise_block,
+    )
+
+
+# ---------------------------------------------------------------------------------------- the ladder
+TEACHER_OPTIONS = (  # all that the teacher's weights depend on, besides model and data
+    "task max_train max_eval max_length epochs steps batch_size lr warmup weight_decay clip dropout "
+    "seed eval_every"
+).split()
+
+
+def teacher_path(run: Run, source: Source) -> str:
+    key = [getattr(run.config, name) for name in TEACHER_OPTIONS] + source.identity
+    for dataset in (run.train, run.dev):
+        key += [
+            hashlib.sha256(part.tobytes()).hexdigest() for part in (dataset.ids, dataset.labels)
+        ]
+    key.append(run.device.type)  # bf16 on CUDA
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+    name = f"{run.config.task}-{source.name}-{digest}.pt"
+    return os.path.join(os.path.dirname(os.path.abspath(run.out)), "teachers", name)
+
+
+def get_teacher(run: Run, source: Source, resume: bool) -> tuple[Model, int, float]:
+    """The float32 teacher, trained or taken from an earlier run: (model, bytes on disk, seconds of training)."""
+    path = teacher_path(run, source)
+    if not os.path.exists(path):
+        model = source.build()
+        set_dropout(model, run.config.dropout)
+        model.to(run.device)
+        seconds = train(run, "fp32", model, None, (), run.config.epochs, run.config.lr, resume)
+        payload = checkpoint_payload(model, source.tokenizer.bytes, seconds=f"{seconds:.1f}")
+        save_atomically(payload, path)
+        remove(run.state_file)
+        del model, payload
+    else:
+        print(f"fp32: teacher from {os.path.relpath(path)}")
+    seconds = float(read_checkpoint(path)["notes"]["seconds"])
+    teacher = load_checkpoint(path).to(run.device).requires_grad_(False)
+    return teacher, os.path.getsize(path), seconds
+
+
+def make_student(run: Run, source: Source, teacher: Model, method: str) -> Model:
+    """A prepared model: a copy of the teacher, or fresh from the source, fake-quantized and calibrated."""
+    if method in TRAINED and run.config.student_init == "pretrained":
+        student = source.build().to(run.device)
+    else:
+        student = copy.deepcopy(teacher)
+    student.requires_grad_(True).eval()
+    set_dropout(student, run.config.student_dropout)
+    settings = quant_config(run.config, method)
+    summary = prepare(student, settings)
+    if settings.act_range == "static":
+        torch.manual_seed(run.config.seed)  # the mse observer draws samples
+        batches = unpadded_batches(run.train, run.config.calibration, 32, run.config.seed)
+        batches = [batch.to(run.device) for batch in batches]
+        calibrate(student, ((batch.ids, batch.mask) for batch in batches), settings.observer)
+    print(f"{method}: {summary}")
+    return student
+
+
+def run_method(
+    run: Run, source: Source, teacher: Model, method: str, save: bool, resume: bool
+) -> tuple[Model, int, float]:
+    """One quantized row: (student, bytes on disk, seconds of training)."""
+    config = run.config
+    student = make_student(run, source, teacher, method)
+    seconds = 0.0
+    if method in TRAINED:
+        parts = parse_distill(config.distill) if method == "sdq" else ()
+        epochs = config.student_epochs or config.epochs
+        lr = config.student_lr or config.lr
+        seconds = train(run, method, student, teacher, parts, epochs, lr, resume)
+    notes = dict(task=config.task, method=method, labels=" ".join(find_task(config.task).labels))
+    settings = quant_config(config, method)
+    payload = student_payload(student, settings, source.tokenizer.bytes, **notes)
+    if save:
+        return student, save_atomically(payload, os.path.join(run.out, "student.pt")), seconds
+    return student, bytes_on_disk(payload), seconds
+
+
+def evaluate_languages(run: Run, method: str, model: Model, tests: dict[str, Dataset]) -> dict:
+    live, found = sys.stdout.isatty(), {}
+    for i, (language, dataset) in enumerate(tests.items()):
+        found[language] = evaluate(model, dataset, run.device)
+        line = f"{method}: {run.config.eval_split} {i + 1}/{len(tests)} {language}"
+        if live or i + 1 == len(tests):
+            print_live(f"{line} {found[language]['accuracy']:.2f} %", live)
+    if live:
+        print()
+    return summarize(found, find_task(run.config.task).train_language)
+
+
+def run_ladder(config: TrainConfig, resume: bool) -> None:
+    begun = time.monotonic()
+    out = config.out or default_out(config)
+    device = choose_device(config)
+    prepare_folder(out, config, resume)
+    source = Source(config)
+    pretrained = source.path is not None
+    config = replace(config, lr=config.lr or (2e-5 if pretrained else 5e-4))
+    print(f"model {source.name}, {hardware(device)}, {torch.get_num_threads()} threads, out {out}")
+    train_set, dev, tests = load_data(config, source.tokenizer)
+    run = Run(config, out, device, train_set, dev)
+    results = load_results(run, source, list(tests), resume)
+    teacher, teacher_bytes, teacher_seconds = get_teacher(run, source, resume)
+    quantized = [method for method in config.methods if method != "fp32"]
+    for method in config.methods:
+        if method in results["methods"]:
+            continue
+        if method == "fp32":
+            model, size, seconds = teacher, teacher_bytes, teacher_seconds
+        else:
+            save = method == quantized[-1]
+            model, size, seconds = run_method(run, source, teacher, method, save, resume)
+        row = {"size_bytes": size, "train_seconds": seconds}
+        row |= evaluate_languages(run, method, model, tests)
+        results["methods"][method] = row
+        write_json(run.results_file, results)
+        if method in TRAINED:
+            remove(run.state_file)
+    write_text(os.path.join(out, "report.md"), markdown(results))
+    print(
+        f"\n{table(results)}\n\n{out}/results.json, report.md; {clock(time.monotonic() - begun)} in all"
+    )
+
+
+def load_data(
+    config: TrainConfig, tokenizer: Tokenizer
+) -> tuple[Dataset, Dataset, dict[str, Dataset]]:
+    """Encoded English train and dev, and the test set of each language asked for."""
+    task, folder = find_task(config.task), config.data_dir
+    english = task.train_language
+    wanted = [
+        x for x in task.languages if not config.languages or x in (english, *config.languages)
+    ]
+
+    def encoded(split: str, language: str, limit: int | None) -> Dataset:
+        return encode_split(
+            config.task, split, language, folder, tokenizer, config.max_length, limit
+        )
+
+    if not os.path.exists(os.path.join(folder, *task.files[config.eval_split].split("/"))):
+        hint = "" if config.eval_split == "dev" else ", or report on dev with --eval-split dev"
+        raise UserError(
+            f"no {task.files[config.eval_split]} in {folder}: fetch it with '{task.fetch}', "
+            f"name its folder with --data-dir{hint}"
+        )
+    train_set = encoded("train", english, config.max_train)
+    dev = encoded("dev", english, config.max_eval)
+    tests = {x: encoded(config.eval_split, x, config.max_eval) for x in wanted}
+    rows = sum(map(len, tests.values()))
+    print(f"{len(train_set):,} training examples, {rows:,} test examples in {len(tests)} languages")
+    return train_set, dev, tests
+
+
+# ---------------------------------------------------------------------------------------- the run's folder
+def prepare_folder(out: str, config: TrainConfig, resume: bool) -> None:
+    """Make sure that results can be written before anything is computed."""
+    path = os.path.join(out, "config.json")
+    settings = json.loads(json.dumps(asdict(config)))
+    if resume:
+        try:
+            with open(path, encoding="utf-8") as file:
+                before = json.load(file)
+        except (OSError, ValueError):
+            raise UserError(f"no run to resume in {out}: leave out --resume") from None
+        differs = [k for k in settings if before.get(k, settings) != settings[k] and k != "out"]
+        if differs:
+            name = differs[0].replace("_", "-")
+            raise UserError(
+                f"{out} was run with --{name} {before.get(differs[0])}: resume with the same options"
+            )
+        return
+    try:
+        os.makedirs(out, exist_ok=True)
+        write_json(path, settings)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
+    for name in ("log.jsonl", "results.json", "report.md", "state.pt", "student.pt"):
+        remove(os.path.join(out, name))  # of an earlier run
+
+
+def load_results(run: Run, source: Source, languages: list[str], resume: bool) -> dict:
+    """A fresh results.json, or when resuming the one with the rows that are done."""
+    if resume and os.path.exists(run.results_file):
+        with open(run.results_file, encoding="utf-8") as file:
+            return json.load(file)
+    return {
+        "config": asdict(run.config),
+        "model": source.name,
+        "languages": languages,
+        "train_examples": len(run.train),
+        "environment": {
+            "hardware": hardware(run.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+        "methods": {},
+    }
+
+
+def remove(path: str) -> None:
+    if os.path.exists(path):
+        os.unlink(path)
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; use --device cpu")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(auto if config.device == "auto" else config.device)
+
+
+def hardware(device: torch.device) -> str:
+    """The name of the processor that does the work."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        config, resume = parse_args(argv)
+        run_ladder(config, resume)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(
+            "error: out of GPU memory: use a smaller --batch-size or --max-length", file=sys.stderr
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command with --resume goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
