@@ -124,15 +124,11 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = [
-                (
-                    name,
-                    SAFETENSORS_TYPES[entry["dtype"]],
-                    tuple(entry["shape"]),
-                    *entry["data_offsets"],
-                )
-                for name, entry in header.items()
-            ]
+            entries = []
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                dtype = SAFETENSORS_TYPES[entry["dtype"]]
+                entries.append((name, dtype, tuple(entry["shape"]), begin, end))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 f"{path} is damaged: its header is not that of a safetensors file"

@@ -1,0 +1,60 @@
+import os
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SAMPLE = os.path.join(ROOT, "tests", "sample")
+GOLDEN = os.path.join(ROOT, "tests", "golden")
+TOKENIZER = os.path.join(SAMPLE, "sentencepiece.bpe.model")
+sys.path.insert(0, ROOT)
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Tests never read or leave encodings in the checkout's cache."""
+    import data.batches
+
+    monkeypatch.setattr(data.batches, "CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from data.tokenizer import Tokenizer
+
+    return Tokenizer.from_file(TOKENIZER)
+
+
+@pytest.fixture
+def tiny_config():
+    from model import ModelConfig
+
+    return ModelConfig(
+        vocab_size=442,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        ffn_size=64,
+        max_tokens=64,
+        head="sequence",
+        num_labels=3,
+    )
+
+
+def random_ids(lengths, vocab, device="cpu"):
+    """(ids, mask) of rows with the given lengths, padded on the right with 1."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(4, vocab - 1, mask.shape).masked_fill(~mask, 1)
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,263 @@
+"""data/fetch.py against a local HTTP server that misbehaves in every way a download can."""
+
+import hashlib
+import http.server
+import io
+import os
+import re
+import stat
+import threading
+import zipfile
+
+import pytest
+
+from data import UserError, fetch
+from data.fetch import Remote, download, unpack
+
+CONTENT = bytes(range(256)) * 4096  # 1 MiB
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT by the name of the path: /good, /cut (drops the line), /norange, /short, /long, /missing."""
+
+    protocol_version = "HTTP/1.1"
+    requests: list = []
+    cuts = 0  # how often /cut still drops the connection
+
+    def do_GET(self):
+        asked = self.headers.get("Range")
+        type(self).requests.append((self.path, asked))
+        kind = self.path.strip("/").split("/")[0]
+        body = {"short": CONTENT[:1000], "long": CONTENT + b"more", "zip": ZIP}.get(kind, CONTENT)
+        start = int(re.match(r"bytes=(\d+)-", asked)[1]) if asked and kind != "norange" else 0
+        if kind == "missing":
+            self.send_error(404)
+        elif start >= len(body):
+            self.send_response(416)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        else:
+            self.send_response(206 if start else 200)
+            if kind == "nolength":
+                self.send_header("Connection", "close")
+                self.close_connection = True
+            else:
+                self.send_header("Content-Length", str(len(body) - start))
+            self.end_headers()
+            if kind == "cut" and type(self).cuts > 0:
+                type(self).cuts -= 1
+                self.wfile.write(body[start : start + 300_000])
+                self.close_connection = True
+            else:
+                self.wfile.write(body[start:])
+
+    def log_message(self, *args):
+        pass
+
+
+def zipped(members: dict) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, text in members.items():
+            file.writestr(name, text)
+    return buffer.getvalue()
+
+
+ZIP = zipped({"XNLI-1.0/xnli.dev.tsv": "dev", "XNLI-1.0/README": "not wanted"})
+
+
+@pytest.fixture(scope="module")
+def server():
+    instance = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=instance.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{instance.server_port}"
+    instance.shutdown()
+
+
+def remote(server, path, size=len(CONTENT), content=CONTENT):
+    return Remote(f"{server}/{path}", size, hashlib.sha256(content).hexdigest())
+
+
+def get(file, folder):
+    return download(file, str(folder), tries=3, pause=0.01)
+
+
+def one_line(error):
+    return "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [len(CONTENT), None])
+@pytest.mark.parametrize("path", ["good/f.bin", "nolength/f.bin"])
+def test_good_download_and_no_second_one(server, tmp_path, path, size):
+    file = remote(server, path, size)
+    found = get(file, tmp_path)
+    with open(found, "rb") as handle:
+        assert handle.read() == CONTENT
+    assert os.listdir(tmp_path) == ["f.bin"]
+    before = len(Handler.requests)
+    assert get(file, tmp_path) == found and len(Handler.requests) == before
+
+
+@pytest.mark.parametrize("size", [len(CONTENT), None])
+def test_cut_connection_is_resumed(server, tmp_path, size):
+    Handler.cuts, Handler.requests[:] = 2, []
+    get(remote(server, "cut/f.bin", size), tmp_path)
+    assert [asked for _, asked in Handler.requests] == [None, "bytes=300000-", "bytes=600000-"]
+    assert (tmp_path / "f.bin").read_bytes() == CONTENT
+    assert os.listdir(tmp_path) == ["f.bin"]
+
+
+def test_connection_cut_too_often_keeps_only_the_part(server, tmp_path):
+    Handler.cuts = 3
+    with pytest.raises(UserError, match="cut at 900,000 bytes, 3 times; run this again") as error:
+        get(remote(server, "cut/f.bin"), tmp_path)
+    assert one_line(error) and os.listdir(tmp_path) == ["f.bin.part"]
+    Handler.cuts = 0
+    get(remote(server, "cut/f.bin"), tmp_path)  # the next call goes on from there
+    assert Handler.requests[-1][1] == "bytes=900000-" and os.listdir(tmp_path) == ["f.bin"]
+
+
+def test_server_without_ranges_starts_over(server, tmp_path):
+    (tmp_path / "f.bin.part").write_bytes(CONTENT[:5000])
+    get(remote(server, "norange/f.bin"), tmp_path)
+    assert (tmp_path / "f.bin").read_bytes() == CONTENT
+
+
+def test_spoiled_part_is_found_out_by_its_hash(server, tmp_path):
+    (tmp_path / "f.bin.part").write_bytes(b"x" * 5000)
+    with pytest.raises(UserError, match="SHA-256 is .* the file was deleted"):
+        get(remote(server, "good/f.bin"), tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_wrong_hash(server, tmp_path):
+    with pytest.raises(UserError, match="SHA-256 is") as error:
+        get(remote(server, "good/f.bin", content=b"other"), tmp_path)
+    assert one_line(error) and os.listdir(tmp_path) == []
+
+
+def test_not_found(server, tmp_path):
+    with pytest.raises(UserError, match="missing/f.bin answered 404") as error:
+        get(remote(server, "missing/f.bin"), tmp_path)
+    assert one_line(error) and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["short", "long"])
+def test_file_of_another_size(server, tmp_path, kind):
+    with pytest.raises(UserError, match="published are 1,048,576; nothing was kept") as error:
+        get(remote(server, f"{kind}/f.bin"), tmp_path)
+    assert one_line(error) and os.listdir(tmp_path) == []
+
+
+def test_file_shorter_than_the_part(server, tmp_path):
+    (tmp_path / "f.bin.part").write_bytes(CONTENT[:2000])
+    with pytest.raises(UserError, match="nothing was kept"):
+        get(remote(server, "short/f.bin"), tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_truncated_file_of_unpublished_size(server, tmp_path):
+    with pytest.raises(UserError, match="SHA-256"):
+        get(remote(server, "short/f.bin", size=None), tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_server(tmp_path):
+    with pytest.raises(UserError, match="cannot reach http://127.0.0.1:9/f.bin") as error:
+        get(Remote("http://127.0.0.1:9/f.bin", 10, "0" * 64), tmp_path)
+    assert one_line(error) and os.listdir(tmp_path) == []
+
+
+def test_existing_file_with_other_content_is_not_overwritten(server, tmp_path):
+    (tmp_path / "f.bin").write_bytes(b"mine")
+    with pytest.raises(UserError, match="delete it and run this again"):
+        get(remote(server, "good/f.bin"), tmp_path)
+    assert (tmp_path / "f.bin").read_bytes() == b"mine"
+
+
+def test_unwritable_folder(server, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        get(remote(server, "good/f.bin"), tmp_path / "file" / "below")
+
+
+# ---------------------------------------------------------------------------------------- archives
+def archive(tmp_path, members):
+    path = tmp_path / "a.zip"
+    path.write_bytes(zipped(members))
+    return str(path)
+
+
+def test_unpack_brings_only_what_is_named(tmp_path):
+    path = archive(tmp_path, {"a/wanted.tsv": "1", "a/other.tsv": "2"})
+    assert unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"))
+    found = [os.path.join(d, f) for d, _, files in os.walk(tmp_path / "out") for f in files]
+    assert found == [str(tmp_path / "out" / "a" / "wanted.tsv")]
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "a/../../evil", "/evil", "..\\evil", "C:/evil", "\\\\server\\evil"]
+)
+def test_members_that_climb_out_refuse_the_archive(tmp_path, name):
+    path = archive(tmp_path, {"a/wanted.tsv": "1", name: "2"})
+    with pytest.raises(UserError, match="points outside its folder") as error:
+        unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"))
+    assert one_line(error) and not (tmp_path / "out").exists()
+
+
+def test_links_refuse_the_archive(tmp_path):
+    info = zipfile.ZipInfo("a/link")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a/wanted.tsv", "1")
+        file.writestr(info, "/etc/passwd")
+    with pytest.raises(UserError, match="points outside"):
+        unpack(str(path), ("a/wanted.tsv",), str(tmp_path / "out"))
+
+
+def test_missing_member_and_damaged_archives(tmp_path):
+    path = archive(tmp_path, {"a/first.tsv": "1" * 10_000, "a/second.tsv": os.urandom(10_000)})
+    with pytest.raises(UserError, match="has no file a/third.tsv"):
+        unpack(path, ("a/first.tsv", "a/third.tsv"), str(tmp_path / "out"))
+    with open(path, "r+b") as file:  # spoil the second member: its checksum fails while unpacking
+        file.seek(5000)
+        file.write(b"spoiled!")
+    with pytest.raises(UserError, match="not a sound zip file"):
+        unpack(path, ("a/first.tsv", "a/second.tsv"), str(tmp_path / "out"))
+    assert [f for _, _, files in os.walk(tmp_path / "out") for f in files] == []
+    with open(path, "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(UserError, match="not a sound zip file"):
+        unpack(path, ("a/first.tsv",), str(tmp_path / "out"))
+
+
+def test_archive_that_unpacks_to_too_much(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "MAX_UNPACKED", 1000)
+    path = archive(tmp_path, {"a/wanted.tsv": "0" * 2000})
+    with pytest.raises(UserError, match="unpacks to more than"):
+        unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"))
+
+
+# ---------------------------------------------------------------------------------------- the command
+def test_command(server, tmp_path, capsys, monkeypatch):
+    digest = hashlib.sha256(ZIP).hexdigest()
+    file = Remote(f"{server}/zip/XNLI-1.0.zip", len(ZIP), digest, ("XNLI-1.0/xnli.dev.tsv",))
+    monkeypatch.setitem(fetch.DATASETS, "xnli", (file,))
+    assert fetch.main(["xnli", "--data-dir", str(tmp_path)]) == 0
+    assert (tmp_path / "XNLI-1.0" / "xnli.dev.tsv").read_text() == "dev"
+    assert fetch.main(["xnli", "--data-dir", str(tmp_path)]) == 0
+    assert "already there" in capsys.readouterr().out
+    bad = Remote(f"{server}/missing/XNLI-1.0.zip", 10, digest, ("XNLI-1.0/other.tsv",))
+    monkeypatch.setitem(fetch.DATASETS, "xnli", (bad,))
+    assert fetch.main(["xnli", "--data-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_pins_are_complete():
+    for remotes in (*fetch.DATASETS.values(), *fetch.MODELS.values()):
+        for file in remotes:
+            assert file.url.startswith("https://") and re.fullmatch("[0-9a-f]{64}", file.sha256)
+    assert {name for name in fetch.MODELS} == {"xlmr-base", "infoxlm-base"}

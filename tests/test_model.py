@@ -1,0 +1,226 @@
+"""model.py against Hugging Face's numbers (tests/golden), and its own promises."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICES, GOLDEN, TOKENIZER, random_ids
+
+import convert
+from data import UserError
+from model import (
+    PRESETS,
+    TAPS,
+    Model,
+    ModelConfig,
+    build_model,
+    checkpoint_payload,
+    load_checkpoint,
+    save_atomically,
+    with_head,
+)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with np.load(os.path.join(GOLDEN, "expected.npz")) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """The three golden folders, each with its tokenizer, converted: name -> path of the .pt."""
+    import shutil
+
+    folder, paths = tmp_path_factory.mktemp("golden"), {}
+    for name in ("st", "bin", "seq"):
+        shutil.copytree(os.path.join(GOLDEN, name), folder / name)
+        shutil.copy(TOKENIZER, folder / name)
+        paths[name] = str(folder / f"{name}.pt")
+        command = [f"golden-{name}", "--from", str(folder / name), "--out", paths[name]]
+        assert convert.main(command) == 0
+    return paths
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("explicit", [False, True], ids=["fused", "explicit"])
+@pytest.mark.parametrize("name", ["st", "bin", "seq"])
+def test_equals_hugging_face(name, explicit, device, expected, converted):
+    model = load_checkpoint(converted[name]).to(device)
+    ids, mask = expected["ids"].to(device), expected["mask"].to(device)
+    with torch.no_grad():
+        logits, taps = model(ids, mask, ("hidden", "map") if explicit else ("hidden",))
+    hidden = torch.stack(taps["hidden"]).cpu()
+    real = expected["mask"]
+    assert hidden.shape == expected[name + "_hidden"].shape
+    assert (hidden - expected[name + "_hidden"])[:, real].abs().max() < 1e-5
+    difference = logits.cpu() - expected[name + "_logits"]
+    assert (difference if name == "seq" else difference[real]).abs().max() < 1e-5
+    if explicit:
+        maps = torch.stack(taps["map"]).cpu().transpose(2, 3)  # (L, B, T query, H, T key)
+        reference = expected[name + "_map"].transpose(2, 3)
+        assert (maps - reference)[:, real].abs().max() < 1e-5
+
+
+def test_mixed_precision_source_really_differs(expected):
+    """The golden test of the .bin would prove nothing if its fp16 layers gave the fp32 model's numbers."""
+    assert (expected["st_hidden"] - expected["bin_hidden"]).abs().max() > 1e-4
+
+
+def test_taps_are_consistent(tiny_config):
+    model = build_model(tiny_config).eval()
+    ids, mask = random_ids([9, 4], tiny_config.vocab_size)
+    logits, taps = model(ids, mask, TAPS)
+    plain, nothing = model(ids, mask)
+    assert nothing == {}
+    torch.testing.assert_close(logits, plain, atol=1e-5, rtol=1e-5)
+    B, T, C, H, L = 2, 9, 32, 4, 2
+    shapes = {
+        "score": (B, H, T, T),
+        "map": (B, H, T, T),
+        "context": (B, H, T, C // H),
+        "output": (B, T, C),
+        "hidden": (B, T, C),
+    }
+    for name, shape in shapes.items():
+        assert len(taps[name]) == L + (name == "hidden")
+        assert all(tap.shape == shape for tap in taps[name])
+    torch.testing.assert_close(taps["map"][0], taps["score"][0].softmax(-1))
+    assert (taps["map"][0][1, :, :, 4:] == 0).all()  # nothing looks at padding
+    _, fused = model(ids, mask, ("context",))
+    for a, b in zip(fused["context"], taps["context"], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_does_not_change_real_tokens(tiny_config):
+    model = build_model(tiny_config).eval()
+    ids, _ = random_ids([6], tiny_config.vocab_size)
+    alone, _ = model(ids)
+    padded = torch.cat([ids, torch.ones(1, 5, dtype=torch.long)], dim=1)
+    with_padding, _ = model(padded, torch.arange(11)[None] < 6)
+    torch.testing.assert_close(alone, with_padding, atol=1e-6, rtol=1e-5)
+
+
+def test_word_gradient_is_sparse_and_right(tiny_config):
+    model = build_model(tiny_config).eval()
+    ids = torch.tensor([[0, 7, 7, 9, 2]])
+    model(ids)[0].square().sum().backward()
+    weight = model.encoder.embeddings.word.weight
+    sparse = weight.grad.coalesce()
+    assert sparse.indices()[0].tolist() == [0, 2, 7, 9]
+    weight.grad = None
+    model.encoder.embeddings.word.sparse = False
+    model(ids)[0].square().sum().backward()
+    torch.testing.assert_close(sparse.to_dense(), weight.grad)
+
+
+def test_checkpoint_round_trip(tiny_config, tmp_path):
+    model = build_model(tiny_config).eval()
+    path = str(tmp_path / "m.pt")
+    save_atomically(checkpoint_payload(model, b"abc"), path)
+    again = load_checkpoint(path)
+    assert again.config == tiny_config and not again.training
+    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert os.listdir(tmp_path) == ["m.pt"]
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch /nonexistent-folder/evil",))
+
+
+def broken_checkpoints(config):
+    good = checkpoint_payload(build_model(config), b"abc")
+
+    def change(**values):
+        return {**good, **values}
+
+    tensors = good["tensors"]
+    first = next(iter(tensors))
+    return {
+        "code": (Evil(), "pickled code"),
+        "foreign": ({"weight": torch.zeros(2)}, "not a checkpoint of this project"),
+        "list": ([1, 2], "not a checkpoint of this project"),
+        "missing": (change(tensors={k: t for k, t in tensors.items() if k != first}), "is missing"),
+        "extra": (change(tensors={**tensors, "spare": torch.zeros(1)}), "unexpected tensor spare"),
+        "shape": (change(tensors={**tensors, first: torch.zeros(3, 3)}), "has shape (3, 3)"),
+        "dtype": (change(tensors={**tensors, first: tensors[first].half()}), "torch.float16"),
+        "config": (change(config={**good["config"], "num_layers": 10**9}), "num_layers is 1000000000"),
+        "text in config": (change(config={**good["config"], "hidden_size": "x"}), "hidden_size is 'x'"),
+        "unknown field": (change(config={**good["config"], "spare": 1}), "model config is damaged"),
+        "no tensors": (change(tensors=None), "holds no tensors"),
+    }
+
+
+@pytest.mark.parametrize("kind", broken_checkpoints(ModelConfig(8, 4, 1, 1, 4, 8)))
+def test_broken_checkpoints_are_refused_by_name(kind, tmp_path):
+    payload, message = broken_checkpoints(ModelConfig(8, 4, 1, 1, 4, 8))[kind]
+    path = str(tmp_path / "bad.pt")
+    torch.save(payload, path)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 500, 0.5, 0.99])
+def test_truncated_checkpoint_is_refused(keep, tiny_config, tmp_path):
+    path = tmp_path / "cut.pt"
+    save_atomically(checkpoint_payload(build_model(tiny_config), b"abc"), str(path))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(UserError, match="damaged|pickled code"):
+        load_checkpoint(str(path))
+
+
+def test_failed_save_leaves_nothing(tmp_path):
+    class Unpicklable:
+        def __reduce__(self):
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        save_atomically({"x": Unpicklable()}, str(tmp_path / "x.pt"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_too_long_and_unknown_taps(tiny_config):
+    model = build_model(tiny_config)
+    with pytest.raises(ValueError, match="65 tokens are more than this model's 64"):
+        model(torch.zeros(1, 65, dtype=torch.long))
+    with pytest.raises(ValueError, match="unknown taps"):
+        model(torch.zeros(1, 5, dtype=torch.long), capture=("values",))
+
+
+def test_presets_have_the_published_sizes():
+    def parameters(name):
+        with torch.device("meta"):
+            return sum(p.numel() for p in Model(PRESETS[name]).parameters())
+
+    assert parameters("xlmr-base") == 278_295_186  # XLMRobertaForMaskedLM of Hugging Face
+    assert parameters("xlmr-large") == 560_142_482
+    assert PRESETS["infoxlm-base"] == PRESETS["xlmr-base"]
+
+
+def test_with_head_shares_the_encoder(tiny_config):
+    from dataclasses import replace
+
+    base = build_model(replace(tiny_config, head="mlm", num_labels=0))
+    assert not base.encoder.embeddings.word.sparse
+    new = with_head(base, "sequence", 3)
+    assert new.encoder is base.encoder and new.config.num_labels == 3
+    assert new.encoder.embeddings.word.sparse
+    assert new(torch.zeros(2, 4, dtype=torch.long))[0].shape == (2, 3)
+
+
+def test_config_refuses_nonsense():
+    for values, message in (
+        ({"hidden_size": 30, "num_heads": 4}, "not divisible"),
+        ({"head": "lm"}, "unknown head"),
+        ({"head": "token"}, "num_labels"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"dropout": 2.0}, "dropout"),
+        ({"num_layers": True}, "num_layers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ModelConfig(**values)
