@@ -110,7 +110,9 @@ def bench_train(args: argparse.Namespace) -> dict:
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "shape": {k: getattr(args, k) for k in ("layers", "hidden", "vocab", "batch_size", "tokens")},
+        "shape": {
+            k: getattr(args, k) for k in ("layers", "hidden", "vocab", "batch_size", "tokens")
+        },
         "noise": args.noise,
         "rounds": args.rounds,
         "rows": rows,
@@ -129,7 +131,9 @@ def random_batch(size: int, tokens: int, vocab: int, device: torch.device) -> Ba
 def print_rows(result: dict) -> None:
     shape = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in result["shape"].items())
     print(f"{result['hardware']}, {result['threads']} threads, torch {result['torch']}; {shape}")
-    print(f"| {'step':6} | {'median ms':>9} | {'quartiles ms':>17} | {'tokens/s':>9} | {'to fp32':>7} |")
+    print(
+        f"| {'step':6} | {'median ms':>9} | {'quartiles ms':>17} | {'tokens/s':>9} | {'to fp32':>7} |"
+    )
     print(f"|{'-' * 8}|{'-' * 10}:|{'-' * 18}:|{'-' * 10}:|{'-' * 8}:|")
     for name, row in result["rows"].items():
         low, high = row["quartiles_ms"]
@@ -146,7 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: python bench.py train --layers 4 --batch-size 16",
     )
     base = PRESETS["xlmr-base"]
-    parser.add_argument("what", choices=["train"], help="train: a step of FP32, QAT and SDQ training")
+    parser.add_argument(
+        "what", choices=["train"], help="train: a step of FP32, QAT and SDQ training"
+    )
     integers = {
         "layers": (base.num_layers, "layers"),
         "hidden": (base.hidden_size, "hidden size, a multiple of 64"),
@@ -156,8 +162,12 @@ def build_parser() -> argparse.ArgumentParser:
         "rounds": (20, "measured rounds; two more warm up"),
     }
     for name, (default, text) in integers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    parser.add_argument("--noise", type=float, default=0.5, metavar="P", help="as in train.py (default: 0.5)")
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    parser.add_argument(
+        "--noise", type=float, default=0.5, metavar="P", help="as in train.py (default: 0.5)"
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--json", metavar="FILE", help="write the figures here, too")
@@ -169,7 +179,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for name in ("layers", "hidden", "vocab", "batch_size", "tokens", "rounds"):
             if getattr(args, name) < (8 if name == "vocab" else 1):
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose a larger number")
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(args, name)}: choose a larger number"
+                )
         if not 0 <= args.noise <= 1:
             raise UserError(f"--noise {args.noise}: choose a fraction from 0 to 1")
         result = bench_train(args)

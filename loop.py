@@ -212,17 +212,41 @@ def train(
     peak_lr: float,
     resume: bool,
 ) -> float:
-    """Train in place, leave the weights of the best look at English dev, and return the seconds it took."""
-    config = run.config
-    optimizers = make_optimizers(student, config.weight_decay)
-    per_epoch = -(-len(run.train) // config.batch_size)
-    total = min(epochs * per_epoch, config.steps or epochs * per_epoch)
+    """Train in place, leave the weights of the best look at English dev, return the seconds it took.
+
+    Raises UserError when the loss or a weight is no longer a finite number.
+    """
+    optimizers = make_optimizers(student, run.config.weight_decay)
     state = State(name)
     if resume and state.load(run.state_file, student, optimizers):
         print(f"{name}: goes on after step {state.step}")
         trim_log(run.log_file, name, state.step)
     else:
-        torch.manual_seed(config.seed)
+        torch.manual_seed(run.config.seed)
+    try:
+        run_steps(run, state, student, teacher, parts, optimizers, epochs, peak_lr)
+    except FloatingPointError as error:
+        raise UserError(not_finite(state, str(error), run.state_file)) from None
+    student.load_state_dict(state.best_tensors)
+    print(f"{name}: keeps step {state.best_step}, English dev {state.best_accuracy:.2f} %")
+    return state.seconds
+
+
+def run_steps(
+    run: Run,
+    state: "State",
+    student: Model,
+    teacher: Model | None,
+    parts: tuple[str, ...],
+    optimizers: list[torch.optim.Optimizer],
+    epochs: int,
+    peak_lr: float,
+) -> None:
+    """The loop: batches, learning rate, step, log, looks at English dev, states to resume from."""
+    config, name = run.config, state.name
+    per_epoch = -(-len(run.train) // config.batch_size)
+    total = min(epochs * per_epoch, config.steps or epochs * per_epoch)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     progress = Progress(name, total, state.step)
     begun = time.monotonic() - state.seconds
     order, order_epoch = [], -1
@@ -233,31 +257,18 @@ def train(
             order_epoch = epoch
         batch = collate(run.train, order[index]).to(run.device)
         lr = learning_rate(state.step, total, peak_lr, config.warmup)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        for group in groups:
             group["lr"] = lr
         started = time.monotonic()
         student.train()
-        try:
-            record = train_step(student, teacher, batch, optimizers, config, parts)
-        except FloatingPointError as error:
-            progress.close()
-            raise UserError(not_finite(name, str(error), state.step, lr, run.state_file)) from None
+        record = train_step(student, teacher, batch, optimizers, config, parts)
         state.step += 1
-        progress.step(record, lr, batch.tokens)
         ms = 1e3 * (time.monotonic() - started)
-        log(
-            run,
-            {
-                "method": name,
-                "step": state.step,
-                **record,
-                "lr": lr,
-                "ms": ms,
-                "tokens": batch.tokens,
-            },
-        )
-        look_now = index + 1 == per_epoch or state.step == total
-        if look_now or (config.eval_every and state.step % config.eval_every == 0):
+        progress.step(record, lr, batch.tokens)
+        extra = {"lr": lr, "ms": ms, "tokens": batch.tokens}
+        log(run, {"method": name, "step": state.step, **record, **extra})
+        end_of_epoch = index + 1 == per_epoch or state.step == total
+        if end_of_epoch or (config.eval_every and state.step % config.eval_every == 0):
             accuracy = evaluate(student, run.dev, run.device)["accuracy"]
             progress.close()
             print(f"{name}: step {state.step}, English dev {accuracy:.2f} %", flush=True)
@@ -267,9 +278,6 @@ def train(
         if state.step % config.save_every == 0 or state.step == total:
             state.seconds = time.monotonic() - begun
             state.save(run.state_file, student, optimizers)
-    student.load_state_dict(state.best_tensors)
-    print(f"{name}: keeps step {state.best_step}, English dev {state.best_accuracy:.2f} %")
-    return state.seconds
 
 
 class State:
@@ -285,6 +293,9 @@ class State:
         self.best_tensors = {k: t.detach().to("cpu", copy=True) for k, t in tensors.items()}
 
     def save(self, path: str, student: Model, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Raises FloatingPointError, and keeps the earlier file, if the last update broke the weights."""
+        if not all(t.isfinite().all() for t in student.state_dict().values()):
+            raise FloatingPointError("a weight")
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         payload = {
             "format": STATE_FORMAT,
@@ -330,13 +341,9 @@ def trim_log(path: str, name: str, step: int) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def not_finite(name: str, what: str, step: int, lr: float, state_file: str) -> str:
-    kept = (
-        f"the state of an earlier step is kept in {state_file}"
-        if os.path.exists(state_file)
-        else ""
-    )
-    return (
-        f"{name}: {what} is not a finite number at step {step + 1} (learning rate {lr:.1e}); "
-        f"try a lower --lr or --student-lr" + (f"; {kept}" if kept else "")
-    )
+def not_finite(state: State, what: str, state_file: str) -> str:
+    text = f"{state.name}: {what} is not a finite number after {state.step} steps; "
+    text += "try a lower --lr or --student-lr"
+    if os.path.exists(state_file):
+        text += f"; the last good state is kept in {state_file}"
+    return text

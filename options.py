@@ -203,8 +203,8 @@ def check(config: TrainConfig) -> None:
         "weight_decay": (0, 1e3),
         "temperature": (1e-3, 1e3),
         "clip": (1e-9, 1e9),
-        "lr": (0, 1e3),
-        "student_lr": (0, 1e3),
+        "lr": (0, 1e38),
+        "student_lr": (0, 1e38),
         "seed": (0, 2**31),
     }
     at_least_one = "max_train max_eval layers hidden heads epochs student_epochs steps batch_size"

@@ -31,7 +31,9 @@ def run(folder, capsys, name="tiny", out="w.pt"):
 def refused(folder, capsys, message, **kwargs):
     status, output, out = run(folder, capsys, **kwargs)
     assert status == 2 and not out.exists()
-    assert message in output.err and output.err.count("\n") == 1 and output.err.startswith("error: ")
+    assert (
+        message in output.err and output.err.count("\n") == 1 and output.err.startswith("error: ")
+    )
     assert [f for f in os.listdir(folder.parent) if f.endswith(".part")] == []
 
 
@@ -129,7 +131,9 @@ def test_config_is_checked(folder, capsys):
 
 
 def test_preset_names_are_reserved_for_their_shape(folder, capsys):
-    refused(folder, capsys, "config.json has vocab_size = 442, xlmr-base has 250002", name="xlmr-base")
+    refused(
+        folder, capsys, "config.json has vocab_size = 442, xlmr-base has 250002", name="xlmr-base"
+    )
 
 
 def test_tokenizer_must_fit(folder, capsys):

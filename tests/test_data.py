@@ -90,7 +90,9 @@ def test_not_utf8(folder):
 def test_only_newlines_end_lines(folder):
     line = 'en\tneutral\tone\u2028still one "quote\x85\tb\t1'
     rewrite(folder, "dev", set_line(2, line))
-    assert 'one\u2028still one "quote\x85' in [e.text_a for e in load("xnli", "dev", "en", str(folder))]
+    assert 'one\u2028still one "quote\x85' in [
+        e.text_a for e in load("xnli", "dev", "en", str(folder))
+    ]
 
 
 def make_dataset(lengths):
@@ -159,7 +161,9 @@ def test_cache_notices_changed_data_and_settings(folder, tokenizer):
     assert encode(length=9).lengths.max() == 9 < long.lengths.max()
     assert len(encode(limit=2)) == 2
     read_xnli.cache_clear()
-    rewrite(folder, "dev", lambda lines: lines.insert(1, "de\tneutral\tnoch ein Satz\tund einer\t1"))
+    rewrite(
+        folder, "dev", lambda lines: lines.insert(1, "de\tneutral\tnoch ein Satz\tund einer\t1")
+    )
     assert len(encode()) == len(long) + 1
 
 

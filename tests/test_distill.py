@@ -71,7 +71,9 @@ def test_value_does_not_depend_on_batch_size():
 
     def twice(output):
         logits, taps = output
-        return torch.cat([logits] * 2), {k: [torch.cat([t] * 2) for t in v] for k, v in taps.items()}
+        return torch.cat([logits] * 2), {
+            k: [torch.cat([t] * 2) for t in v] for k, v in taps.items()
+        }
 
     once = terms(student, teacher, mask)
     both = terms(twice(student), twice(teacher), torch.cat([mask, mask]))

@@ -117,9 +117,7 @@ def damaged(payload):
     }
 
 
-KINDS = (
-    "short type scale shape missing stranger quant config tokenizer".split() + ["extra key"]
-)
+KINDS = "short type scale shape missing stranger quant config tokenizer".split() + ["extra key"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

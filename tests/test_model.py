@@ -121,7 +121,9 @@ def test_checkpoint_round_trip(tiny_config, tmp_path):
     save_atomically(checkpoint_payload(model, b"abc"), path)
     again = load_checkpoint(path)
     assert again.config == tiny_config and not again.training
-    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+    for (name, a), (_, b) in zip(
+        model.state_dict().items(), again.state_dict().items(), strict=True
+    ):
         assert torch.equal(a, b), name
     assert os.listdir(tmp_path) == ["m.pt"]
 
@@ -147,8 +149,14 @@ def broken_checkpoints(config):
         "extra": (change(tensors={**tensors, "spare": torch.zeros(1)}), "unexpected tensor spare"),
         "shape": (change(tensors={**tensors, first: torch.zeros(3, 3)}), "has shape (3, 3)"),
         "dtype": (change(tensors={**tensors, first: tensors[first].half()}), "torch.float16"),
-        "config": (change(config={**good["config"], "num_layers": 10**9}), "num_layers is 1000000000"),
-        "text in config": (change(config={**good["config"], "hidden_size": "x"}), "hidden_size is 'x'"),
+        "config": (
+            change(config={**good["config"], "num_layers": 10**9}),
+            "num_layers is 1000000000",
+        ),
+        "text in config": (
+            change(config={**good["config"], "hidden_size": "x"}),
+            "hidden_size is 'x'",
+        ),
         "unknown field": (change(config={**good["config"], "spare": 1}), "model config is damaged"),
         "no tensors": (change(tensors=None), "holds no tensors"),
     }

@@ -255,7 +255,9 @@ def test_prepare_reports_what_it_did(tiny_config):
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_prepared_model_equals_explicit_arithmetic(bits, per_channel, device, tiny_config):
     """The whole prepared model against the float32 model whose weights and inputs were quantized from outside."""
-    config = QuantConfig(weight_bits=bits, act_bits=bits, per_channel=per_channel, per_token=per_channel)
+    config = QuantConfig(
+        weight_bits=bits, act_bits=bits, per_channel=per_channel, per_token=per_channel
+    )
     original, model, _ = prepared(config, tiny_config)
     original, model = original.to(device), model.to(device)
 
@@ -333,7 +335,9 @@ def test_every_parameter_learns(tiny_config):
         if name.endswith("key.bias"):  # adds a constant to each row of scores: softmax cancels it
             continue
         grad = parameter.grad
-        assert grad is not None and (grad.coalesce().values() if grad.is_sparse else grad).any(), name
+        assert grad is not None and (grad.coalesce().values() if grad.is_sparse else grad).any(), (
+            name
+        )
 
 
 def test_static_ranges(tiny_config):

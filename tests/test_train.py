@@ -1,0 +1,463 @@
+"""train.py: the whole ladder from the command line, resuming, and every refused input in one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, SAMPLE, TOKENIZER
+
+import convert
+import loop
+import train
+from int8 import load_student
+from model import build_model, checkpoint_payload, load_checkpoint, read_checkpoint
+from options import build_parser, parse_args
+
+SCRATCH = f"--model scratch --layers 1 --hidden 32 --heads 2 --tokenizer {TOKENIZER}".split()
+SMALL = [
+    *SCRATCH,
+    "--data-dir",
+    SAMPLE,
+    "--max-length",
+    "32",
+    "--languages",
+    "de",
+    "zh",
+    "--device",
+    "cpu",
+]
+
+
+def run(tmp_path, *options, out="run"):
+    """train.main in this process, with a small model on the sample, in tmp_path/out."""
+    return train.main([*SMALL, "--epochs", "1", "--out", str(tmp_path / out), *options])
+
+
+def results(tmp_path, out="run"):
+    with open(tmp_path / out / "results.json", encoding="utf-8") as file:
+        return json.load(file)
+
+
+# ---------------------------------------------------------------------------------------- the ladder
+def test_ladder_from_the_command_line(tmp_path):
+    """A subprocess, as a user would: every row, all 15 languages, every file."""
+    command = [
+        sys.executable,
+        os.path.join(ROOT, "train.py"),
+        "--task",
+        "xnli",
+        "--bits",
+        "8",
+        *SCRATCH,
+    ]
+    command += [
+        "--data-dir",
+        SAMPLE,
+        "--epochs",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+    ]
+    command += ["--methods", "fp32", "ptq", "ptq-static", "qat", "sdq"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=170)
+    assert done.returncode == 0, done.stderr
+    found = results(tmp_path)
+    assert list(found["methods"]) == ["fp32", "ptq", "ptq-static", "qat", "sdq"]
+    for name, row in found["methods"].items():
+        assert len(row["languages"]) == 15
+        for language in row["languages"].values():
+            assert language["total"] == 3
+            assert language["accuracy"] == pytest.approx(100 * language["correct"] / 3)
+        others = [v["accuracy"] for k, v in row["languages"].items() if k != "en"]
+        assert row["english"] == row["languages"]["en"]["accuracy"]
+        assert row["zero_shot_mean"] == pytest.approx(sum(others) / 14)
+        assert (row["train_seconds"] > 0) == (name in ("fp32", "qat", "sdq"))
+    assert set(os.listdir(tmp_path / "run")) == {
+        "config.json", "log.jsonl", "results.json", "report.md", "student.pt",
+    }  # fmt: skip
+    (teacher,) = os.listdir(tmp_path / "teachers")
+    assert found["methods"]["fp32"]["size_bytes"] == os.path.getsize(
+        tmp_path / "teachers" / teacher
+    )
+    assert found["methods"]["sdq"]["size_bytes"] == os.path.getsize(tmp_path / "run" / "student.pt")
+    assert "| sdq " in done.stdout and "ETA" in done.stdout
+    with open(tmp_path / "run" / "log.jsonl") as file:
+        records = [json.loads(line) for line in file]
+    steps = [r for r in records if r["method"] == "sdq" and "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 13))
+    for record in steps:
+        assert record["loss"] == pytest.approx(
+            record["ce"] + record["logits"] + record["context"], rel=1e-4
+        )
+
+
+def test_it_learns(tmp_path):
+    """The sample's negation is easy to see: the teacher must find it, the student must keep it."""
+    common = ["--epochs", "12", "--lr", "3e-3", "--methods", "fp32", "sdq"]
+    assert run(tmp_path, *common) == 0
+    with open(tmp_path / "run" / "log.jsonl") as file:
+        records = [json.loads(line) for line in file]
+    losses = [r["loss"] for r in records if r["method"] == "fp32" and "loss" in r]
+    assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
+    student = [r["ce"] for r in records if r["method"] == "sdq" and "loss" in r]
+    assert sum(student[-6:]) <= 1.2 * sum(losses[-6:])
+
+
+def test_teacher_is_reused_and_students_reproduce(tmp_path, capsys):
+    assert run(tmp_path, out="a") == 0
+    first = capsys.readouterr().out
+    assert "fp32: step" in first
+    assert run(tmp_path, out="b") == 0
+    second = capsys.readouterr().out
+    assert "fp32: step" not in second and "teacher from" in second
+    a, b = results(tmp_path, "a"), results(tmp_path, "b")
+    for name in a["methods"]:
+        assert a["methods"][name]["languages"] == b["methods"][name]["languages"]
+    students = [read_checkpoint(str(tmp_path / x / "student.pt"), "sdq-student-1") for x in "ab"]
+    for name, entry in students[0]["packed"].items():
+        assert torch.equal(entry["codes"], students[1]["packed"][name]["codes"]), name
+
+
+def test_teacher_depends_on_what_made_it(tmp_path):
+    for i, options in enumerate(([], ["--lr", "1e-3"], ["--seed", "1"], ["--bits", "4"])):
+        assert run(tmp_path, "--methods", "fp32", "ptq", "--steps", "2", *options, out=f"r{i}") == 0
+    assert len(os.listdir(tmp_path / "teachers")) == 3  # --bits changes no teacher
+
+
+def test_student_from_pretrained_and_ablations(tmp_path, capsys):
+    """From a converted checkpoint, with the flags of the ablations: each must run and each must matter."""
+    folder = tmp_path / "hf"
+    shutil.copytree(os.path.join(GOLDEN, "st"), folder)
+    shutil.copy(TOKENIZER, folder)
+    weights = str(tmp_path / "tiny.pt")
+    assert convert.main(["tiny", "--from", str(folder), "--out", weights]) == 0
+    base = ["--model", weights, "--data-dir", SAMPLE, "--max-length", "32", "--languages", "de"]
+    base += ["--steps", "3", "--device", "cpu", "--methods", "sdq", "--max-train", "60"]
+    arms = {
+        "base": [],
+        "pretrained": ["--student-init", "pretrained"],
+        "bits": ["--bits", "4"],
+        "act": ["--act-bits", "4"],
+        "tensor": ["--per-tensor"],
+        "mse": ["--bits", "3", "--weight-range", "mse"],
+        "static": ["--act-range", "static", "--observer", "mse"],
+        "noise": ["--noise", "1"],
+        "block": ["--noise-block", "8"],
+        "logits": ["--distill", "logits"],
+        "output": ["--distill", "output+hidden"],
+        "tau": ["--temperature", "4"],
+        "beta": ["--beta", "1"],
+        "dropout": ["--student-dropout", "0.2"],
+    }
+    codes = {}
+    for name, options in arms.items():
+        out = str(tmp_path / "out" / name)
+        assert train.main([*base, *options, "--out", out]) == 0, capsys.readouterr().err
+        with open(os.path.join(out, "log.jsonl")) as file:
+            records = [json.loads(line) for line in file]
+        codes[name] = [r["loss"] for r in records if r["method"] == "sdq" and "loss" in r]
+        assert len(codes[name]) == 3
+        load_student(os.path.join(out, "student.pt"))
+    assert len({tuple(losses) for losses in codes.values()}) == len(arms)
+    assert len(os.listdir(tmp_path / "out" / "teachers")) == 1
+
+
+# ---------------------------------------------------------------------------------------- stopping
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["fp32", "sdq"])
+def test_resume_is_bit_exact(method, tmp_path, monkeypatch, capsys):
+    options = [
+        "--save-every",
+        "2",
+        "--eval-every",
+        "3",
+        "--dropout",
+        "0.1",
+        "--student-dropout",
+        "0.1",
+    ]
+    options += ["--epochs", "2", "--methods", "fp32", "qat", "sdq"]
+    assert run(tmp_path, *options, out="whole/run") == 0
+    real = loop.train_step
+    count = 0
+
+    def killed(student, teacher, batch, optimizers, config, parts):
+        nonlocal count
+        count += (method == "sdq") == bool(parts)  # the fp32 training comes before all others
+        if count > 7:
+            raise Killed
+        return real(student, teacher, batch, optimizers, config, parts)
+
+    monkeypatch.setattr(loop, "train_step", killed)
+    with pytest.raises(Killed):
+        run(tmp_path, *options, out="cut/run")
+    assert os.path.exists(tmp_path / "cut" / "run" / "state.pt")
+    monkeypatch.setattr(loop, "train_step", real)
+    assert run(tmp_path, *options, "--resume", out="cut/run") == 0
+    assert f"{method}: goes on after step 6" in capsys.readouterr().out
+    whole, cut = results(tmp_path, "whole/run"), results(tmp_path, "cut/run")
+    for name in whole["methods"]:
+        assert whole["methods"][name]["languages"] == cut["methods"][name]["languages"]
+    logs = []
+    for name in ("whole", "cut"):
+        with open(tmp_path / name / "run" / "log.jsonl") as file:
+            records = [json.loads(line) for line in file]
+        logs.append([{k: v for k, v in r.items() if k != "ms"} for r in records])
+    assert logs[0] == logs[1]
+    a, b = (
+        read_checkpoint(str(tmp_path / x / "run" / "student.pt"), "sdq-student-1")
+        for x in ("whole", "cut")
+    )
+    for name, entry in a["packed"].items():
+        assert torch.equal(entry["codes"], b["packed"][name]["codes"])
+        assert torch.equal(entry["scale"], b["packed"][name]["scale"])
+
+
+def test_resume_refuses_other_options(tmp_path, capsys):
+    assert run(tmp_path, "--steps", "2", "--methods", "fp32") == 0
+    assert run(tmp_path, "--steps", "3", "--methods", "fp32", "--resume") == 2
+    assert "was run with --steps 2" in capsys.readouterr().err
+    assert run(tmp_path, "--resume", out="never") == 2
+    assert "no run to resume" in capsys.readouterr().err
+    assert run(tmp_path, "--steps", "2", "--methods", "fp32", "--resume") == 0  # nothing left to do
+
+
+def test_nan_stops_with_the_last_state_kept(tmp_path, capsys, monkeypatch):
+    real = loop.train_step
+
+    def breaks(student, *rest):
+        breaks.step += 1
+        if breaks.step == 5:
+            with torch.no_grad():
+                student.head.dense.weight[0] = float("inf")
+        return real(student, *rest)
+
+    breaks.step = 0
+    monkeypatch.setattr(loop, "train_step", breaks)
+    assert run(tmp_path, "--save-every", "2") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "loss is not a finite number after 4 steps" in error
+    assert "lower --lr" in error and "is kept in" in error
+    state = read_checkpoint(str(tmp_path / "run" / "state.pt"), "sdq-state-1")
+    assert state["state"]["step"] == 4
+    assert all(t.isfinite().all() for t in state["tensors"].values())
+    assert not os.path.exists(tmp_path / "run" / "results.json")
+
+
+def test_state_with_nan_is_not_saved_over_a_good_one(tmp_path, capsys):
+    """A rate this high breaks the weights in one update, after a loss that was still finite."""
+    options = ["--warmup", "0", "--clip", "1e9", "--weight-decay", "0", "--save-every", "1"]
+    assert run(tmp_path, *options, "--lr", "1e38") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "is not a finite number after" in error
+    assert not os.path.exists(tmp_path / "run" / "state.pt")
+
+
+def test_step_refuses_nan_before_it_updates(tiny_config):
+    from data.batches import Batch
+
+    model = build_model(tiny_config)
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    optimizers = loop.make_optimizers(model, 0.01)
+    with torch.no_grad():
+        model.head.out_proj.bias[0] = float("nan")
+    batch = Batch(torch.tensor([[0, 5, 2]]), None, torch.tensor([1]), 3)
+    with pytest.raises(FloatingPointError, match="loss"):
+        loop.train_step(model, None, batch, optimizers, parse_args(SCRATCH)[0])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) or name == "head.out_proj.bias"
+
+
+# ---------------------------------------------------------------------------------------- optimization
+def test_clip_gradients_counts_sparse_ones():
+    table = torch.nn.Embedding(10, 4, sparse=True)
+    linear = torch.nn.Linear(4, 2)
+    model = torch.nn.ModuleList([table, linear])
+
+    def loss():
+        return 50 * linear(table(torch.tensor([1, 1, 3]))).square().sum()
+
+    loss().backward()
+    dense = [p.grad.to_dense() if p.grad.is_sparse else p.grad.clone() for p in model.parameters()]
+    expected = torch.cat([g.flatten() for g in dense]).norm()
+    norm = loop.clip_gradients(model, 0.5)
+    torch.testing.assert_close(norm, expected)
+    after = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in model.parameters()]
+    for a, b in zip(after, dense, strict=True):
+        torch.testing.assert_close(a, b * 0.5 / expected)
+
+
+def test_learning_rate():
+    rates = [loop.learning_rate(step, 100, 1.0, 0.1) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and max(rates) == 1.0
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False)) and 0 < rates[99] < 0.02
+    assert loop.learning_rate(0, 1, 1.0, 0.0) == 1.0
+
+
+# ---------------------------------------------------------------------------------------- refusals
+def answer(capsys, *command):
+    """(status, the error line) of train.main; argparse exits by itself."""
+    try:
+        status = train.main(list(command))
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("error: "), captured.err
+    return status, captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--task xnil", "unknown task 'xnil'; known: xnli"),
+        ("--frobnicate 3", "unrecognized arguments"),
+        ("--bits x", "invalid int value"),
+        ("--bits 1", "--bits 1: choose from 2 to 8, or 32"),
+        ("--bits 9", "--bits 9"),
+        ("--bits 16", "--bits 16"),
+        ("--act-bits 1", "--act-bits 1"),
+        ("--act-bits 31", "--act-bits 31"),
+        ("--bits 32 --act-bits 32", "use --methods fp32"),
+        ("--noise 1.5", "--noise 1.5: choose a value from 0 to 1"),
+        ("--noise nan", "--noise nan"),
+        ("--epochs 0", "--epochs 0"),
+        ("--temperature 0", "--temperature 0"),
+        ("--max-length 3", "--max-length 3"),
+        ("--seed -1", "--seed -1"),
+        ("--methods fp32 magic", "'magic' is unknown"),
+        ("--methods ptq ptq", "named twice"),
+        ("--distill none", "use --methods fp32 ptq qat"),
+        ("--alpha 0 --beta 0", "makes sdq the same as qat"),
+        ("--distill logit", "'logit' is unknown"),
+        ("--act-range static --methods ptq-static", "drop ptq-static"),
+        ("--act-bits 32 --methods ptq-static", "static ranges need quantized activations"),
+        ("--act-range fixed", "--act-range 'fixed': choose from dynamic, static"),
+        ("--weight-range best", "--weight-range 'best'"),
+        ("--observer best", "--observer 'best'"),
+        ("--eval-split train", "--eval-split 'train': choose from test, dev"),
+        ("--device tpu", "--device 'tpu'"),
+        ("--languages xx", "'xx': xnli has ar bg de"),
+        ("--languages en,", "--languages ''"),
+        ("--layers 3", "--layers shapes a new model: it needs --model scratch"),
+        ("--tokenizer x.model", "--tokenizer shapes a new model"),
+        ("--model scratch", "--model scratch needs --tokenizer"),
+        (f"--model scratch --tokenizer {TOKENIZER} --student-init pretrained", "use teacher"),
+        (f"--model scratch --tokenizer {TOKENIZER} --hidden 30 --heads 4", "not divisible"),
+        ("--model scratch --tokenizer nowhere.model", "no tokenizer at nowhere.model"),
+        ("--model gpt", "no model 'gpt'"),
+        ("--model nowhere/x.pt", "no model 'nowhere/x.pt'"),
+        ("--model xlmr-large", "python convert.py xlmr-large"),
+    ],
+)
+def test_refused_options(options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WEIGHTS_DIR", str(tmp_path / "weights"))
+    status, error = answer(capsys, *options.split(), "--out", str(tmp_path / "run"))
+    assert status == 2 and message in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda(capsys, tmp_path):
+    assert "no CUDA device" in answer(capsys, *SMALL, "--device", "cuda", "--out", str(tmp_path))[1]
+
+
+def test_missing_default_weights(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WEIGHTS_DIR", str(tmp_path))
+    _, error = answer(capsys, "--out", str(tmp_path / "run"))
+    assert "python convert.py xlmr-base" in error and "--model scratch" in error
+
+
+def test_missing_data(capsys, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(SAMPLE, folder)
+    options = [*SCRATCH, "--data-dir", str(folder), "--out", str(tmp_path / "run")]
+    (folder / "XNLI-1.0" / "xnli.test.tsv").unlink()
+    _, error = answer(capsys, *options)
+    assert "no XNLI-1.0/xnli.test.tsv" in error and "--eval-split dev" in error
+    assert "python data/fetch.py xnli" in error
+    assert train.main([*options, "--eval-split", "dev", "--steps", "1", "--methods", "fp32"]) == 0
+    capsys.readouterr()
+    (folder / "XNLI-1.0" / "xnli.dev.tsv").unlink()
+    assert "python data/fetch.py xnli" in answer(capsys, *options, "--eval-split", "dev")[1]
+
+
+def test_language_without_rows(capsys, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(SAMPLE, folder)
+    path = folder / "XNLI-1.0" / "xnli.test.tsv"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(x for x in lines if not x.startswith("sw\t")), encoding="utf-8")
+    options = [*SCRATCH, "--data-dir", str(folder), "--out", str(tmp_path / "run")]
+    assert "no test row in language 'sw'" in answer(capsys, *options)[1]
+
+
+def test_longer_than_the_positions(capsys, tmp_path, tiny_config):
+    with open(TOKENIZER, "rb") as file:
+        torch.save(checkpoint_payload(build_model(tiny_config), file.read()), tmp_path / "m.pt")
+    options = [
+        "--model",
+        str(tmp_path / "m.pt"),
+        "--data-dir",
+        SAMPLE,
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    _, error = answer(capsys, *options, "--max-length", "65")
+    assert "has 64 positions; use 64 or less" in error
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", "code"])
+def test_bad_checkpoints(content, capsys, tmp_path, monkeypatch):
+    path = tmp_path / "m.pt"
+    if content == "code":
+
+        class Evil:
+            def __reduce__(self):
+                return (os.mkdir, (str(tmp_path / "evil"),))
+
+        torch.save(Evil(), path)
+    else:
+        path.write_bytes(content)
+    options = ["--model", str(path), "--data-dir", SAMPLE, "--out", str(tmp_path / "run")]
+    assert answer(capsys, *options)[0] == 2
+    assert not os.path.exists(tmp_path / "evil")
+
+
+def test_damaged_teacher_is_named(capsys, tmp_path):
+    assert run(tmp_path, "--steps", "1", "--methods", "fp32") == 0
+    (name,) = os.listdir(tmp_path / "teachers")
+    (tmp_path / "teachers" / name).write_bytes(b"damaged")
+    capsys.readouterr()
+    assert run(tmp_path, "--steps", "1", "--methods", "fp32") == 2
+    assert name in capsys.readouterr().err
+
+
+def test_unwritable_out(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    _, error = answer(capsys, *SMALL, "--out", str(tmp_path / "file" / "run"))
+    assert "cannot write to --out" in error
+
+
+def test_every_option_has_help_and_a_default():
+    text = build_parser().format_help()
+    from dataclasses import fields
+
+    from options import TrainConfig
+
+    for field in fields(TrainConfig):
+        assert "--" + field.name.replace("_", "-") in text
+        assert field.metadata["text"]
+
+
+def test_loaded_teacher_is_a_plain_checkpoint(tmp_path):
+    assert run(tmp_path, "--steps", "1", "--methods", "fp32") == 0
+    (name,) = os.listdir(tmp_path / "teachers")
+    assert load_checkpoint(str(tmp_path / "teachers" / name)).config.num_labels == 3
