@@ -1,10 +1,12 @@
-"""Where the time goes, measured fairly: variants interleaved in one process, medians with their spread.
+"""Where the time goes, measured fairly: variants interleaved in one process, medians with their
+spread.
 
-    python bench.py train                         # a training step: FP32, QAT, SDQ on XLM-R base's shape
+    python bench.py train               # a training step: FP32, QAT, SDQ on XLM-R base's shape
     python bench.py train --layers 4 --hidden 384 --vocab 8000
 
-A shared machine drifts by tens of percent within minutes, so one variant after the other would compare two moments,
-not two programs. Here every round runs each variant once, and a ratio is the median of the rounds' own ratios.
+A shared machine drifts by tens of percent within minutes, so one variant after the other would
+compare two moments, not two programs. Here every round runs each variant once, and a ratio is the
+median of the rounds' own ratios.
 """
 
 import argparse
@@ -58,7 +60,9 @@ def summarize(times: dict[str, list[float]], baseline: str) -> dict[str, dict]:
 
 
 def bench_train(args: argparse.Namespace) -> dict:
-    """One optimizer step on the same batches: FP32, QAT (noise), SDQ (noise, logits and context distilled)."""
+    """One optimizer step on the same batches: FP32, QAT (noise), SDQ (noise, logits and context
+    distilled).
+    """
     device = choose_device(TrainConfig(device=args.device, threads=args.threads))
     try:
         base = ModelConfig(

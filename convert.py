@@ -1,22 +1,23 @@
-"""Published checkpoints -> weights/NAME.pt, one file with config, float32 tensors and the tokenizer.
+"""Published checkpoints -> weights/NAME.pt, one file with config, float32 tensors and the
+tokenizer.
 
     python convert.py xlmr-base                   # download, verify, convert (1.1 GB)
     python convert.py infoxlm-base
     python convert.py xlmr-base --from DIR        # a Hugging Face folder you already have
     python convert.py my-model --from DIR         # any other size: its config.json gives the shape
 
-DIR holds config.json, sentencepiece.bpe.model, and model.safetensors or pytorch_model.bin. The key table below is
-the whole conversion: every tensor of the source is either mapped or named as skipped, and one that is missing, extra
-or of the wrong shape is an error that names it. Half-precision tensors (InfoXLM's file mixes fp16 and fp32) are cast.
+DIR holds config.json, sentencepiece.bpe.model, and model.safetensors or pytorch_model.bin. The key
+table below is the whole conversion: every tensor of the source is either mapped or named as
+skipped, and one that is missing, extra or of the wrong shape is an error that names it.
+Half-precision tensors (InfoXLM's file mixes fp16 and fp32) are cast.
 
-Nothing in a source file is executed: safetensors is parsed here (it is a JSON header and raw numbers), .bin files are
-read with weights_only=True.
+Nothing in a source file is executed: safetensors is parsed here (it is a JSON header and raw
+numbers), .bin files are read with weights_only=True.
 """
 
 import argparse
 import json
 import os
-import pickle
 import re
 import sys
 from dataclasses import replace
@@ -33,13 +34,14 @@ from model import (
     ModelConfig,
     check_tensors,
     checkpoint_payload,
+    load_untrusted,
     save_atomically,
 )
 
 WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 TOKENIZER_FILE = "sentencepiece.bpe.model"
 
-# ---------------------------------------------------------------------------------------- the key table
+# ---------------------------------------------------------------------------------------- the key t
 # Hugging Face name -> name here. {i} is the layer. Both .weight and .bias follow the module's name.
 EMBEDDINGS = {
     "embeddings.word_embeddings.weight": "encoder.embeddings.word.weight",
@@ -97,7 +99,7 @@ def key_table(config: ModelConfig) -> dict[str, str]:
     return table | HEAD_TABLES[config.head]
 
 
-# ---------------------------------------------------------------------------------------- reading files
+# ---------------------------------------------------------------------------------------- reading f
 SAFETENSORS_TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -112,9 +114,11 @@ MAX_HEADER = 100 << 20  # bytes; the format's own limit
 
 
 def read_safetensors(path: str) -> dict[str, Tensor]:
-    """Parse a .safetensors file: 8 bytes little-endian header length, a JSON header, then the raw tensors.
+    """Parse a .safetensors file: 8 bytes little-endian header length, a JSON header, then the raw
+    tensors.
 
-    The tensors are views of the file, mapped into memory. Every offset and shape is checked before use.
+    The tensors are views of the file, mapped into memory. Every offset and shape is checked before
+    use.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -158,23 +162,7 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
 
 def read_bin(path: str) -> dict[str, Tensor]:
     """A pytorch_model.bin, without running any code in it."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds pickled code and was not loaded: use model.safetensors instead"
-        ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        IndexError,
-    ):
-        raise UserError(f"{path} is damaged or not a PyTorch file: fetch it again") from None
+    tensors = load_untrusted(path, "use model.safetensors, or fetch it again")
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{path} is not a dictionary of tensors")
     return tensors
@@ -202,7 +190,7 @@ def read_folder(folder: str) -> tuple[dict[str, Tensor], dict | None, bytes]:
     return read(found[0]), settings, tokenizer.bytes
 
 
-# ---------------------------------------------------------------------------------------- conversion
+# ---------------------------------------------------------------------------------------- conversio
 def config_from_json(settings: dict) -> ModelConfig:
     """Hugging Face's config.json -> ModelConfig, refusing what this encoder does not compute."""
     expected = {
@@ -243,7 +231,8 @@ def config_from_json(settings: dict) -> ModelConfig:
 def convert(name: str, tensors: dict[str, Tensor], settings: dict | None, tokenizer: bytes) -> dict:
     """Source tensors -> the payload of weights/NAME.pt (see model.checkpoint_payload).
 
-    Raises UserError naming the first tensor that is missing, extra, of the wrong shape or not a float.
+    Raises UserError naming the first tensor that is missing, extra, of the wrong shape or not a
+    float.
     """
     preset = PRESETS.get(name)
     if settings is not None:
@@ -286,7 +275,8 @@ def convert(name: str, tensors: dict[str, Tensor], settings: dict | None, tokeni
             "lm_head.decoder.weight differs from the word embeddings: untied models are not supported"
         )
 
-    # Copies, because torch.save writes the whole storage behind a view: here, the whole source file.
+    # Copies, because torch.save writes the whole storage behind a view: here, the whole source
+    # file.
     ours = {
         target: tensors[source].to(torch.float32, copy=True) for source, target in table.items()
     }

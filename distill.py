@@ -1,22 +1,25 @@
 """What the student learns from its teacher: one pure function per loss.
 
-Self-distillation (arXiv 2307.05972): the teacher is the student's own float32 fine-tuned self, so they have the same
-layers and heads, and quantization error can be measured where it arises. It accumulates through the layers and is
-largest at the output of self-attention. SDQ therefore adds to the task's cross-entropy
+Self-distillation (arXiv 2307.05972): the teacher is the student's own float32 fine-tuned self, so
+they have the same layers and heads, and quantization error can be measured where it arises. It
+accumulates through the layers and is largest at the output of self-attention. SDQ therefore adds to
+the task's cross-entropy
 
     L = CE(y_s, y) + alpha * tau^2 * KL(p_t || p_s) + beta * 1/(L H) sum_l sum_h MSE(A_lh^s, A_lh^t)
 
-    p_t, p_s   softmax of the teacher's and the student's logits at temperature tau (Hinton et al. 2015)
+    p_t, p_s   softmax of teacher's and student's logits at temperature tau (Hinton et al. 2015)
     A_lh       softmax(Q K^T / sqrt(D)) V of layer l and head h: the tap "context" of model.py
 
-Every loss is a mean over the real (unpadded) elements, so its value depends neither on the batch size nor on how much
-padding a batch happens to have, and alpha and beta mean the same for every batch. Gradients flow to the student only.
+Every loss is a mean over the real (unpadded) elements, so its value depends neither on the batch
+size nor on how much padding a batch happens to have, and alpha and beta mean the same for every
+batch. Gradients flow to the student only.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
 
-# --distill names what is distilled, joined by "+": "logits+context" is SDQ. Each name but "logits" is a tap.
+# --distill names what is distilled, joined by "+": "logits+context" is SDQ. Each name but "logits"
+# is a tap.
 PARTS = ("logits", "context", "output", "hidden")
 
 
@@ -44,11 +47,12 @@ def parse_distill(text: str) -> tuple[str, ...]:
 def logits_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """tau^2 * KL(teacher || student) of the softened predictions, mean over the batch.
 
-    student, teacher: logits (B, number of labels).  The factor tau^2 undoes the 1/tau^2 that softening puts on the
-    gradient, so that alpha needs no retuning when tau changes (Hinton et al. 2015, sec. 2).
+    student, teacher: logits (B, number of labels).  The factor tau^2 undoes the 1/tau^2 that
+    softening puts on the gradient, so that alpha needs no retuning when tau changes (Hinton et al.
+    2015, sec. 2).
     """
-    log_student = F.log_softmax(student / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.detach() / temperature, dim=-1)
+    log_student = F.log_softmax(student.float() / temperature, dim=-1)
+    log_teacher = F.log_softmax(teacher.detach().float() / temperature, dim=-1)
     # batchmean divides by B; PyTorch's "mean" would also divide by the number of labels
     divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
     return temperature**2 * divergence
@@ -57,13 +61,16 @@ def logits_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def masked_mse(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """Mean squared error over real tokens.
 
-    student, teacher: (B, T, C), or (B, H, T, D) per head.  mask: (B, T) bool, True for real tokens; None if all are.
-    For the per-head form this is the mean over heads of each head's MSE: 1/H sum_h MSE(A_h^s, A_h^t).
+    student, teacher: (B, T, C), or (B, H, T, D) per head.  mask: (B, T) bool, True for real tokens;
+    None if all are. For the per-head form this is the mean over heads of each head's MSE: 1/H sum_h
+    MSE(A_h^s, A_h^t).
     """
+    # float32, since at 8 bits the two differ in digits that bf16 does not have
+    student, teacher = student.float(), teacher.detach().float()
     if mask is None:
-        return F.mse_loss(student, teacher.detach())
+        return F.mse_loss(student, teacher)
     weight = mask if student.dim() == 3 else mask[:, None, :]  # (B, T) or (B, 1, T)
-    per_token = (student - teacher.detach()).square().mean(dim=-1)  # (B, T) or (B, H, T)
+    per_token = (student - teacher).square().mean(dim=-1)  # (B, T) or (B, H, T)
     # where, not a product: padded positions may hold anything, and 0 * inf is NaN
     total = per_token.where(weight, 0.0).sum()
     heads = 1 if student.dim() == 3 else student.shape[1]
@@ -71,7 +78,9 @@ def masked_mse(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def tap_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor | None) -> Tensor:
-    """masked_mse averaged over the layers of one tap: the attention term of SDQ for the tap "context"."""
+    """masked_mse averaged over the layers of one tap: the attention term of SDQ for the tap
+    "context".
+    """
     layers = [masked_mse(s, t, mask) for s, t in zip(student, teacher, strict=True)]
     return sum(layers) / len(layers)
 
@@ -85,7 +94,8 @@ def distillation_loss(
     beta: float,
     temperature: float,
 ) -> dict[str, Tensor]:
-    """The weighted distillation terms, by name; their sum and the task's cross-entropy make the whole loss.
+    """The weighted distillation terms, by name; their sum and the task's cross-entropy make the
+    whole loss.
 
     student, teacher: (logits, taps) as the model returns them, with every tap of `parts` captured.
     """

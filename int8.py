@@ -1,12 +1,13 @@
 """What a quantized student looks like on disk: integers, packed, with their scales.
 
-Fake quantization trains in float32; a checkpoint of it would be full-size. Here each quantized weight is stored as
-its integers, b bits each, plus one float32 scale a row:
+Fake quantization trains in float32; a checkpoint of it would be full-size. Here each quantized
+weight is stored as its integers, b bits each, plus one float32 scale a row:
 
-    8 bits   one byte a weight            4 bits   two weights a byte          2 bits   four weights a byte
+    8 bits  one byte a weight       4 bits  two weights a byte       2 bits  four weights a byte
 
-(3, 5, 6 and 7 bits are packed just as densely.) What is not quantized stays float32. Reading it back gives weights
-(q - 0) * scale, the very floats that the student computed with: the same logits, bit for bit.
+(3, 5, 6 and 7 bits are packed just as densely.) What is not quantized stays float32. Reading it
+back gives weights (q - 0) * scale, the very floats that the student computed with: the same logits,
+bit for bit.
 
     student, tokenizer = load_student("out/NAME/student.pt")
     logits, _ = student(ids, mask)
@@ -29,7 +30,8 @@ CHUNK = 1 << 22  # weights handled at a time: XLM-R's embedding table alone has 
 
 # ---------------------------------------------------------------------------------------- packing
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Integers of a symmetric grid -> bytes, `bits` bits each, the first one in the lowest bits (uint8, flat).
+    """Integers of a symmetric grid -> bytes, `bits` bits each, the first one in the lowest bits
+    (uint8, flat).
 
     >>> pack(torch.tensor([-1, 0, 1, 1]), bits=2)      # +1: 0, 1, 2, 2 = 0b10_10_01_00
     tensor([164], dtype=torch.uint8)
@@ -123,7 +125,8 @@ def bytes_on_disk(payload: dict) -> int:
 def load_student(path: str) -> tuple[Model, Tokenizer]:
     """A packed student, ready to predict on CPU, and its tokenizer.
 
-    Weights come back as the floats the student computed with; activations are quantized as in training.
+    Weights come back as the floats the student computed with; activations are quantized as in
+    training.
     Raises UserError for a missing, truncated, tampered or foreign file; nothing in it is executed.
     """
     payload = read_checkpoint(path, STUDENT_FORMAT)
@@ -148,7 +151,9 @@ def load_student(path: str) -> tuple[Model, Tokenizer]:
 
 
 def unpack_weight(path: str, name: str, entry: dict, shape: torch.Size | None, bits: int) -> Tensor:
-    """One packed weight -> float32 (rows, N), after checking its parts against the shape the model wants."""
+    """One packed weight -> float32 (rows, N), after checking its parts against the shape the model
+    wants.
+    """
     if not isinstance(entry, dict) or set(entry) != {"codes", "shape", "scale"} or shape is None:
         raise UserError(f"{path}: packed tensor {name} is damaged or has no place in the model")
     codes, scale = entry["codes"], entry["scale"]

@@ -1,7 +1,8 @@
 """One training: the step, the loop around it, and how it goes on after being stopped.
 
-The step is the whole of SDQ's optimization: student forward, cross-entropy, teacher forward, distillation terms,
-backward, clipping, update. The same loop trains the float32 teacher (no quantizers, no teacher) and every student.
+The step is the whole of SDQ's optimization: student forward, cross-entropy, teacher forward,
+distillation terms, backward, clipping, update. The same loop trains the float32 teacher (no
+quantizers, no teacher) and every student.
 """
 
 import copy
@@ -27,12 +28,14 @@ STATE_FORMAT = "sdq-state-1"
 EVAL_TOKENS = 4096  # tokens of an evaluation batch, padding included
 
 
-# ---------------------------------------------------------------------------------------- optimization
+# ---------------------------------------------------------------------------------------- optimizat
 def make_optimizers(model: nn.Module, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """AdamW for everything but the word embeddings, whose gradient is sparse: those go to SparseAdam.
+    """AdamW for everything but the word embeddings, whose gradient is sparse: those go to
+    SparseAdam.
 
-    SparseAdam updates the rows of the batch alone, which is 30 times faster on XLM-R's table than stepping
-    through 250,002 rows. NOTE: so a row's moments decay only when its word occurs, and embeddings have no decay.
+    SparseAdam updates the rows of the batch alone, which is 30 times faster on XLM-R's table than
+    stepping through 250,002 rows. NOTE: so a row's moments decay only when its word occurs, and
+    embeddings have no decay.
     """
     matrices, vectors, tables = [], [], []
     sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
@@ -88,8 +91,8 @@ def train_step(
     Raises FloatingPointError, before anything is updated, if one of them is not a finite number.
     """
     taps = tuple(part for part in parts if part != "logits")
-    # bf16 halves the time of a matrix product on a GPU. NOTE: it also rounds the quantized values (8 bits of
-    # mantissa); evaluation is always in float32.
+    # bf16 halves the time of a matrix product on a GPU. NOTE: it also rounds the quantized values
+    # (8 bits of mantissa); evaluation is always in float32.
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=batch.ids.is_cuda):
         outputs = student(batch.ids, batch.mask, taps)
         terms = {"ce": F.cross_entropy(outputs[0].float(), batch.labels)}
@@ -134,7 +137,7 @@ def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
     return {"accuracy": 100 * right / total, "correct": right, "total": total}
 
 
-# ---------------------------------------------------------------------------------------- a training
+# ---------------------------------------------------------------------------------------- a trainin
 @dataclass
 class Run:
     """What all trainings of one run share."""
@@ -159,7 +162,7 @@ class Run:
 
 
 class Progress:
-    """One line that keeps itself up to date on a terminal, and a line every ten seconds in a log."""
+    """One line that keeps itself up to date on a terminal; in a log, a line every ten seconds."""
 
     def __init__(self, name: str, total: int, done: int = 0):
         self.name, self.total, self.done = name, total, done
@@ -212,7 +215,8 @@ def train(
     peak_lr: float,
     resume: bool,
 ) -> float:
-    """Train in place, leave the weights of the best look at English dev, return the seconds it took.
+    """Train in place, leave the weights of the best look at English dev, return the seconds it
+    took.
 
     Raises UserError when the loss or a weight is no longer a finite number.
     """
@@ -281,7 +285,9 @@ def run_steps(
 
 
 class State:
-    """Where a training stands: enough to go on bit for bit. Batches follow from seed and step alone."""
+    """Where a training stands: enough to go on bit for bit. Batches follow from seed and step
+    alone.
+    """
 
     def __init__(self, name: str):
         self.name, self.step, self.seconds = name, 0, 0.0
@@ -293,7 +299,9 @@ class State:
         self.best_tensors = {k: t.detach().to("cpu", copy=True) for k, t in tensors.items()}
 
     def save(self, path: str, student: Model, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Raises FloatingPointError, and keeps the earlier file, if the last update broke the weights."""
+        """Raises FloatingPointError, and keeps the earlier file, if the last update broke the
+        weights.
+        """
         if not all(t.isfinite().all() for t in student.state_dict().values()):
             raise FloatingPointError("a weight")
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
@@ -332,7 +340,9 @@ def log(run: Run, record: dict) -> None:
 
 
 def trim_log(path: str, name: str, step: int) -> None:
-    """Forget what was logged after the state that a resumed training starts from: it will be logged again."""
+    """Forget what was logged after the state that a resumed training starts from: it will be logged
+    again.
+    """
     if not os.path.exists(path):
         return
     with open(path, encoding="utf-8") as file:

@@ -2,19 +2,20 @@
 
 An encoder turns T token ids into T vectors of size C. Each of its L layers does two things:
 
-    attention   every token looks at every other:  softmax(Q K^T / sqrt(D)) V, in H heads of size D = C / H
+    attention   every token looks at every other: softmax(Q K^T / sqrt(D)) V, in H heads of size D
     ffn         every token is transformed alone:  C -> F -> C with a GELU in the middle
 
-and after each of the two the result is added to the input and normalized ("post-LN": x = norm(x + f(x)),
-as in BERT and RoBERTa). A small head on top turns the vectors into logits.
+and after each of the two the result is added to the input and normalized ("post-LN": x = norm(x +
+f(x)), as in BERT and RoBERTa). A small head on top turns the vectors into logits.
 
 Letters used for shapes in every file of this repository:
 
-    B batch    T tokens    C hidden size    H heads    D head size    F ffn size    L layers    V vocabulary
+    B batch   T tokens   C hidden size   H heads   D = C / H head size   F ffn size   L layers
+    V vocabulary
 
 Distillation compares the insides of two such models, so `forward` hands out *taps* on request:
 
-    logits, taps = model(ids, mask, capture=("context",))     # taps["context"]: L tensors (B, H, T, D)
+    logits, taps = model(ids, mask, capture=("context",))    # taps["context"]: L x (B, H, T, D)
 
     score    (B, H, T, T)  Q K^T / sqrt(D), before softmax; -inf where the key is padding
     map      (B, H, T, T)  softmax of the scores: the attention probabilities
@@ -22,11 +23,12 @@ Distillation compares the insides of two such models, so `forward` hands out *ta
     output   (B, T, C)     context after the output projection, before residual and norm
     hidden   (B, T, C)     the embeddings and every layer's result: L + 1 tensors
 
-Nothing is kept that was not asked for, and PyTorch's fused attention runs unless "score" or "map" is wanted.
+Nothing is kept that was not asked for, and PyTorch's fused attention runs unless "score" or "map"
+is wanted.
 
-Simplified against the original: no dropout on the attention probabilities (it would rule out the fused kernel on
-CPU), positions count from the left (padding stands on the right only), no decoder and no cache.
-Sources: Conneau et al. 2020 (XLM-R), Liu et al. 2019 (RoBERTa), Vaswani et al. 2017.
+Simplified against the original: no dropout on the attention probabilities (it would rule out the
+fused kernel on CPU), positions count from the left (padding stands on the right only), no decoder
+and no cache. Sources: Conneau et al. 2020 (XLM-R), Liu et al. 2019 (RoBERTa), Vaswani et al. 2017.
 """
 
 import math
@@ -44,10 +46,12 @@ TAPS = ("score", "map", "context", "output", "hidden")
 CHECKPOINT_FORMAT = "sdq-checkpoint-1"
 
 
-# ----------------------------------------------------------------------------------------------- configuration
+# ----------------------------------------------------------------------------------------------- co
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of an encoder. The defaults are XLM-R base; BERT would be position_offset=0, type_vocab_size=2."""
+    """The shape of an encoder. The defaults are XLM-R base; BERT would be position_offset=0,
+    type_vocab_size=2.
+    """
 
     vocab_size: int = 250002
     hidden_size: int = 768
@@ -55,9 +59,8 @@ class ModelConfig:
     num_heads: int = 12
     ffn_size: int = 3072
     max_tokens: int = 512  # longest sequence, <s> and </s> included
-    position_offset: int = (
-        2  # RoBERTa counts positions from pad_id + 1; the table has that many unused rows on top
-    )
+    # RoBERTa counts positions from pad_id + 1: the table has that many rows above the first used one.
+    position_offset: int = 2
     type_vocab_size: int = 1  # XLM-R has one token type, whose vector is added to every token
     pad_id: int = 1
     norm_eps: float = 1e-5
@@ -66,7 +69,8 @@ class ModelConfig:
     num_labels: int = 0  # of the sequence and token heads
 
     def __post_init__(self):
-        # Checkpoints come from strangers: every number is checked before anything is allocated from it.
+        # Checkpoints come from strangers: every number is checked before anything is allocated from
+        # it.
         bounds = dict(
             vocab_size=10**7,
             hidden_size=2**14,
@@ -118,7 +122,7 @@ PRESETS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------- encoder
+# ----------------------------------------------------------------------------------------------- en
 class Embeddings(nn.Module):
     """Token + position + type vectors, normalized: (B, T) ids -> (B, T, C)."""
 
@@ -145,9 +149,10 @@ class Embeddings(nn.Module):
 class WordEmbedding(nn.Embedding):
     """nn.Embedding whose gradient names only the rows that the batch used.
 
-    XLM-R's table has 250,002 rows and a batch uses a few hundred of them. A dense gradient would write, clip and
-    step through 192 million numbers to change 0.2 % of them, so the rows are gathered once (each id once, however
-    often it occurs) and the gradient is a sparse tensor of those rows.
+    XLM-R's table has 250,002 rows and a batch uses a few hundred of them. A dense gradient would
+    write, clip and step through 192 million numbers to change 0.2 % of them, so the rows are
+    gathered once (each id once, however often it occurs) and the gradient is a sparse tensor of
+    those rows.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, sparse: bool):
@@ -175,7 +180,8 @@ class Attention(nn.Module):
         self.output = nn.Linear(size, size)
         self.norm = nn.LayerNorm(size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        # Query, key and value read the same tensor, so quant.prepare puts one activation quantizer here for all three.
+        # Query, key and value read the same tensor, so quant.prepare puts one activation quantizer
+        # here for all three.
         self.input_quantizer = nn.Identity()
 
     def forward(self, x: Tensor, key_mask: Tensor | None, taps: dict[str, list[Tensor]]) -> Tensor:
@@ -253,9 +259,11 @@ def keep(taps: dict[str, list[Tensor]], name: str, value: Tensor) -> None:
         taps[name].append(value)
 
 
-# ----------------------------------------------------------------------------------------------- heads
+# ----------------------------------------------------------------------------------------------- he
 class SequenceHead(nn.Module):
-    """One label a text, read off the first token <s>: dense -> tanh -> out_proj, (B, T, C) -> (B, num_labels)."""
+    """One label a text, read off the first token <s>: dense -> tanh -> out_proj, (B, T, C) -> (B,
+    num_labels).
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -281,7 +289,9 @@ class TokenHead(nn.Module):
 
 
 class MLMHead(nn.Module):
-    """Which token stood here? (B, T, C) -> (B, T, V), the word embeddings being the output matrix ("tied")."""
+    """Which token stood here? (B, T, C) -> (B, T, V), the word embeddings being the output matrix
+    ("tied").
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -322,10 +332,11 @@ class Model(nn.Module):
         capture: tuple[str, ...] = (),
         types: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """ids: (B, T) token ids, padded on the right.  mask: (B, T) bool, True for real tokens; None if all are.
+        """ids: (B, T) token ids, padded on the right.  mask: (B, T) bool, True for real tokens;
+        None if all are.
 
-        capture: names out of TAPS.  Returns (logits, taps), taps[name] being one tensor per layer (see the top).
-        Values of taps at padded positions mean nothing: losses must mask them.
+        capture: names out of TAPS.  Returns (logits, taps), taps[name] being one tensor per layer
+        (see the top). Values of taps at padded positions mean nothing: losses must mask them.
         """
         unknown = set(capture) - set(TAPS)
         if unknown:
@@ -339,7 +350,7 @@ class Model(nn.Module):
         return self.head(hidden, self.encoder.embeddings.word.weight), taps
 
 
-# ----------------------------------------------------------------------------------------------- making models
+# ----------------------------------------------------------------------------------------------- ma
 def init_weights(model: nn.Module, pad_id: int) -> None:
     """BERT's initialisation: normal with std 0.02, biases 0, norms 1; the padding vector is 0."""
     for module in model.modules():
@@ -388,9 +399,11 @@ def set_dropout(model: nn.Module, p: float) -> None:
             module.p = p
 
 
-# ----------------------------------------------------------------------------------------------- checkpoints
+# ----------------------------------------------------------------------------------------------- ch
 def save_atomically(payload: dict, path: str) -> int:
-    """torch.save into a temporary neighbour, then rename: a reader never sees half a file. Returns the bytes."""
+    """torch.save into a temporary neighbour, then rename: a reader never sees half a file. Returns
+    the bytes.
+    """
     path = os.fspath(path)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{os.getpid()}.part"
@@ -406,7 +419,9 @@ def save_atomically(payload: dict, path: str) -> int:
 
 
 def checkpoint_payload(model: Model, tokenizer: bytes, **notes: str) -> dict:
-    """What a float32 checkpoint holds: plain numbers, strings and tensors only, so that weights_only can read it."""
+    """What a float32 checkpoint holds: plain numbers, strings and tensors only, so that
+    weights_only can read it.
+    """
     return {
         "format": CHECKPOINT_FORMAT,
         "config": asdict(model.config),
@@ -416,34 +431,26 @@ def checkpoint_payload(model: Model, tokenizer: bytes, **notes: str) -> dict:
     }
 
 
+def load_untrusted(path: str, advice: str, mmap: bool = False) -> object:
+    """torch.load that runs no code of the file. Raises UserError with the advice if there is any, or damage."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError:
+        what = "holds pickled code or is no PyTorch file, and was not loaded"
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError):
+        what = "is damaged or no PyTorch file"
+    raise UserError(f"{path} {what}: {advice}")
+
+
 def read_checkpoint(path: str, expected_format: str = CHECKPOINT_FORMAT) -> dict:
-    """The raw dictionary of a checkpoint, tensors mapped from disk. Never executes anything in the file.
+    """The raw dictionary of a checkpoint, tensors mapped from disk. Never executes anything in the
+    file.
 
     Raises UserError for a missing, truncated, foreign or code-carrying file.
     """
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}: make one with 'python convert.py xlmr-base'")
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds pickled code or is not a checkpoint, and was not loaded: "
-            f"make one with 'python convert.py NAME --from DIR'"
-        ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        IndexError,
-    ):
-        raise UserError(
-            f"{path} is damaged or not a PyTorch checkpoint: "
-            f"make one with 'python convert.py NAME --from DIR'"
-        ) from None
+    payload = load_untrusted(path, "make one with 'python convert.py NAME --from DIR'", mmap=True)
     if not isinstance(payload, dict) or payload.get("format") != expected_format:
         raise UserError(
             f"{path} is not a checkpoint of this project ({expected_format}): "
@@ -464,7 +471,9 @@ def config_of(payload: dict, path: str) -> ModelConfig:
 
 
 def load_checkpoint(path: str) -> Model:
-    """The model that convert.py wrote, on CPU, in float32, in eval mode; every tensor accounted for."""
+    """The model that convert.py wrote, on CPU, in float32, in eval mode; every tensor accounted
+    for.
+    """
     payload = read_checkpoint(path)
     config = config_of(payload, path)
     tensors = payload.get("tensors")
@@ -481,7 +490,7 @@ def load_checkpoint(path: str) -> Model:
 
 
 def check_tensors(path: str, shapes: dict[str, torch.Size], tensors: dict) -> None:
-    """Refuse, by name, the first tensor that is missing, extra, of the wrong shape or not float32."""
+    """Refuse, by name, the first tensor that is missing, extra, misshapen or not float32."""
     for name, shape in shapes.items():
         tensor = tensors.get(name)
         if not isinstance(tensor, Tensor):

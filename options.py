@@ -1,7 +1,8 @@
 """The command line of train.py: one line per option, and every check that needs no data.
 
-TrainConfig is what config.json and each checkpoint record. A flag is its field's name with dashes; its default, its
-help text and its group stand beside it. One flag per ablation, and "off" is the baseline: --bits 32, --distill none.
+TrainConfig is what config.json and each checkpoint record. A flag is its field's name with dashes;
+its default, its help text and its group stand beside it. One flag per ablation, and "off" is the
+baseline: --bits 32, --distill none.
 """
 
 import argparse
@@ -169,7 +170,9 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, bool]:
 
 
 def check(config: TrainConfig) -> None:
-    """Refuse what can't be run, before any data is loaded. Raises UserError: one line, with what to type instead."""
+    """Refuse what can't be run, before any data is loaded. Raises UserError: one line, with what to
+    type instead.
+    """
     task = find_task(config.task)
     for language in config.languages:
         if language not in task.languages:

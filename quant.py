@@ -1,25 +1,30 @@
-"""Quantization from the ground up: round numbers to a small integer grid, and train through the rounding.
+"""Quantization from the ground up: round numbers to a small integer grid, and train through the
+rounding.
 
-The grid. b bits give 2^b integers. A real number x is stored as an integer q with a scale s and a zero point z:
+The grid. b bits give 2^b integers. A real number x is stored as an integer q with a scale s and a
+zero point z:
 
     q = clamp(round(x / s) + z, quant_min, quant_max)            quantize
     x ~ (q - z) * s                                              dequantize
 
-*Symmetric* grids have z = 0 (weights, which lie around 0: one multiplication less in the integer model).
-*Affine* grids spend their integers on [min, max] wherever that lies (activations: a GELU output is never below -0.17).
-One scale may serve a whole tensor, each output channel of a weight, or each token of an activation: finer is more
-exact and costs a vector of scales. 2 bits, symmetric, is the ternary grid {-1, 0, 1}.
+*Symmetric* grids have z = 0 (weights, which lie around 0: one multiplication less in the integer
+model). *Affine* grids spend their integers on [min, max] wherever that lies (activations: a GELU
+output is never below -0.17). One scale may serve a whole tensor, each output channel of a weight,
+or each token of an activation: finer is more exact and costs a vector of scales. 2 bits, symmetric,
+is the ternary grid {-1, 0, 1}.
 
-Training. round() has derivative 0 almost everywhere, so nothing would learn. The straight-through estimator (Bengio
-et al. 2013) pretends that rounding is the identity, except where x was clipped: there, moving x changes nothing.
-The result, `fake_quantize`, is a float tensor that lies on the grid: what the integer model will compute, but
-differentiable. *Quantization noise* (Fan et al. 2020, arXiv 2004.07320) quantizes only a random fraction p of the
-weights at each step; the others pass exactly and get an exact gradient. p = 1 is ordinary quantization-aware
-training; in evaluation everything is quantized.
+Training. round() has derivative 0 almost everywhere, so nothing would learn. The straight-through
+estimator (Bengio et al. 2013) pretends that rounding is the identity, except where x was clipped:
+there, moving x changes nothing. The result, `fake_quantize`, is a float tensor that lies on the
+grid: what the integer model will compute, but differentiable. *Quantization noise* (Fan et al.
+2020, arXiv 2004.07320) quantizes only a random fraction p of the weights at each step; the others
+pass exactly and get an exact gradient. p = 1 is ordinary quantization-aware training; in evaluation
+everything is quantized.
 
-A model. `prepare(model, QuantConfig())` replaces the encoder's Linear layers by QuantLinear and gives the word
-embeddings a row quantizer. Embedding rows are quantized after they are gathered: with one scale a row the numbers are
-the same as for the whole table, and XLM-R's table is 250,002 rows of which a batch uses a few hundred.
+A model. `prepare(model, QuantConfig())` replaces the encoder's Linear layers by QuantLinear and
+gives the word embeddings a row quantizer. Embedding rows are quantized after they are gathered:
+with one scale a row the numbers are the same as for the whole table, and XLM-R's table is 250,002
+rows of which a batch uses a few hundred.
 
 In float32: biases, norms, position and type embeddings, the head (together 0.4 % of XLM-R base).
 
@@ -62,8 +67,9 @@ def choose_qparams(
 ) -> tuple[Tensor, Tensor]:
     """The scale (> 0) and zero point that cover [x_min, x_max] (Jacob et al. 2018, eq. 1-3).
 
-    x_min, x_max: float32, any one shape.  Returns two float32 tensors of that shape; the zero point is a whole
-    number. The range is first widened to hold 0, because padding, ReLU and dropout make exact zeros.
+    x_min, x_max: float32, any one shape.  Returns two float32 tensors of that shape; the zero point
+    is a whole number. The range is first widened to hold 0, because padding, ReLU and dropout make
+    exact zeros.
     """
     x_min, x_max = x_min.clamp(max=0.0), x_max.clamp(min=0.0)
     if symmetric:
@@ -77,7 +83,9 @@ def choose_qparams(
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
 ) -> Tensor:
-    """Real numbers -> integers (int32), rounding halves to even. scale, zero_point: broadcastable to x."""
+    """Real numbers -> integers (int32), rounding halves to even. scale, zero_point: broadcastable
+    to x.
+    """
     return torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max).to(torch.int32)
 
 
@@ -87,12 +95,15 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """See fake_quantize. A Function, not `x + (q - x).detach()`: that sum is not exactly q in floating point."""
+    """See fake_quantize. A Function, not `x + (q - x).detach()`: that sum is not exactly q in
+    floating point.
+    """
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, clips, where):
-        # quantize and dequantize in place. Four passes over x with the range as plain numbers are twice as fast on
-        # CPU as two with clamp(x / s, quant_min - z, quant_max - z), whose bounds would be tensors.
+        # quantize and dequantize in place. Four passes over x with the range as plain numbers are
+        # twice as fast on CPU as two with clamp(x / s, quant_min - z, quant_max - z), whose bounds
+        # would be tensors.
         codes = torch.div(x, scale).round_().add_(zero_point)
         if clips:
             inside = (codes >= quant_min) & (codes <= quant_max)
@@ -123,13 +134,14 @@ def fake_quantize(
 ) -> Tensor:
     """Round x to the integer grid and back: what an integer model would see, but differentiable.
 
-    x: any shape, float32.  scale (> 0), zero_point: broadcastable to x, as choose_qparams returns them.
-    Forward is dequantize(quantize(x)) bit for bit.  Backward is the straight-through estimator: the gradient passes
-    unchanged where x fell inside [quant_min, quant_max] and is zero where it was clipped (Jacob et al. 2018, sec. 3).
+    x: any shape, float32.  scale (> 0), zero_point: broadcastable to x, as choose_qparams returns
+    them. Forward is dequantize(quantize(x)) bit for bit.  Backward is the straight-through
+    estimator: the gradient passes unchanged where x fell inside [quant_min, quant_max] and is zero
+    where it was clipped (Jacob et al. 2018, sec. 3).
 
-    clips=False says that the range was taken from x itself, so that nothing can be clipped: the same numbers,
-    without the cost of remembering where.
-    where: bool, of x's shape. Only these elements are quantized, the others pass exactly (quantization noise).
+    clips=False says that the range was taken from x itself, so that nothing can be clipped: the
+    same numbers, without the cost of remembering where. where: bool, of x's shape. Only these
+    elements are quantized, the others pass exactly (quantization noise).
     """
     return _StraightThrough.apply(x, scale, zero_point, quant_min, quant_max, clips, where)
 
@@ -146,10 +158,12 @@ def min_max(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def best_clip(x: Tensor, quant_min: int, quant_max: int, symmetric: bool, per_row: bool) -> Tensor:
-    """By how much to shrink the min-max range of x so that the squared error of quantization is least.
+    """By how much to shrink the min-max range of x so that the squared error of quantization is
+    least.
 
-    Clipping a few outliers buys finer steps for all the rest; the fewer bits, the more it pays. Searched over
-    0.10, 0.12 .. 1.00. Returns factors of the shape of x's ranges: a scalar, or (..., 1).
+    Clipping a few outliers buys finer steps for all the rest; the fewer bits, the more it pays.
+    Searched over 0.10, 0.12 .. 1.00. Returns factors of the shape of x's ranges: a scalar, or (...,
+    1).
 
     >>> best_clip(torch.tensor([[0.1, -0.1, 0.1, -0.1, 0.12]]), -1, 1, True, per_row=True)
     tensor([[0.8600]])
@@ -184,7 +198,9 @@ class MinMax:
 
 
 class MovingAverage(MinMax):
-    """Observer: an exponential average of each batch's extremes, so that one odd batch counts little."""
+    """Observer: an exponential average of each batch's extremes, so that one odd batch counts
+    little.
+    """
 
     momentum = 0.1
 
@@ -222,8 +238,9 @@ OBSERVERS = {"minmax": MinMax, "moving-average": MovingAverage, "mse": MSESearch
 def random_mask(shape: torch.Size, p: float, device: torch.device) -> Tensor:
     """A bool tensor, each element True with probability p (to the nearest 1/65536).
 
-    Compares 16 random bits with a threshold. Each 64-bit draw serves four elements, which makes this 2-3 times
-    faster on CPU than torch.rand and 8 times faster than bernoulli_: noise is drawn for every weight at every step.
+    Compares 16 random bits with a threshold. Each 64-bit draw serves four elements, which makes
+    this 2-3 times faster on CPU than torch.rand and 8 times faster than bernoulli_: noise is drawn
+    for every weight at every step.
     """
     count = shape.numel()
     words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
@@ -232,7 +249,9 @@ def random_mask(shape: torch.Size, p: float, device: torch.device) -> Tensor:
 
 
 def noise_mask(weight: Tensor, p: float, block: int) -> Tensor:
-    """Which elements of a weight (..., N) to quantize at this step: a fraction p, drawn in runs of `block`."""
+    """Which elements of a weight (..., N) to quantize at this step: a fraction p, drawn in runs of
+    `block`.
+    """
     if block == 1:
         return random_mask(weight.shape, p, weight.device)
     *rows, size = weight.shape
@@ -241,7 +260,7 @@ def noise_mask(weight: Tensor, p: float, block: int) -> Tensor:
     return drawn.repeat_interleave(block, dim=-1)[..., :size]
 
 
-# ---------------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------------------------- configura
 @dataclass(frozen=True)
 class QuantConfig:
     """What to quantize and how. 32 bits means "left alone"."""
@@ -390,11 +409,13 @@ class PrepareReport:
 
 @torch.no_grad()
 def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
-    """Make a float32 model fake-quantized, in place, and report what was replaced and what was left.
+    """Make a float32 model fake-quantized, in place, and report what was replaced and what was
+    left.
 
-    Every nn.Linear outside config.keep becomes a QuantLinear that shares its weight and bias. A module that has an
-    attribute `input_quantizer` feeds one tensor to several Linears (query, key, value): that tensor is quantized
-    once, there. A module that has a `row_quantizer` is a table of embeddings.
+    Every nn.Linear outside config.keep becomes a QuantLinear that shares its weight and bias. A
+    module that has an attribute `input_quantizer` feeds one tensor to several Linears (query, key,
+    value): that tensor is quantized once, there. A module that has a `row_quantizer` is a table of
+    embeddings.
 
     Raises UserError if the model was prepared before.
     """
@@ -435,7 +456,8 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
                 if config.weight_bits != 32:
                     replaced[full + ".weight"] = child.weight.numel()
             elif hasattr(child, "row_quantizer"):
-                # One clip factor for the table, from some of its rows: the rows of a batch are not known here.
+                # One clip factor for the table, from some of its rows: the rows of a batch are not
+                # known here.
                 rows = child.weight[:: max(1, len(child.weight) // 4096)]
                 child.row_quantizer = new_weight(child.weight, True, rows, False)
                 if config.weight_bits != 32:
@@ -455,8 +477,8 @@ def calibrate(
 ) -> None:
     """Fix the ranges of all static activation quantizers from a few batches (ids, mask).
 
-    While observing, weights are quantized and activations are not. Padded positions would be observed too: give
-    batches of equal length.
+    While observing, weights are quantized and activations are not. Padded positions would be
+    observed too: give batches of equal length.
     """
     quantizers = [m for m in model.modules() if isinstance(m, ActQuantizer) and m.static]
     for quantizer in quantizers:

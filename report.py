@@ -1,7 +1,7 @@
 """Numbers -> results.json and the table at the end of a run.
 
-results.json holds, for every method and language, the counts behind each accuracy, so that means over seeds and
-paired differences can be worked out from the files alone.
+results.json holds, for every method and language, the counts behind each accuracy, so that means
+over seeds and paired differences can be worked out from the files alone.
 """
 
 import json
@@ -32,7 +32,8 @@ def summarize(languages: dict[str, dict], train_language: str) -> dict:
 
 
 def recovered(methods: dict[str, dict], name: str) -> float | None:
-    """How much of what PTQ lost on the zero-shot mean a method won back, in %: (method - PTQ) / (FP32 - PTQ).
+    """How much of what PTQ lost on the zero-shot mean a method won back, in %: (method - PTQ) /
+    (FP32 - PTQ).
 
     None where it means nothing: PTQ lost less than one point, or a row is missing.
     """

@@ -3,16 +3,18 @@
     python train.py --task xnli --bits 8
 
     fp32        the teacher: a pretrained encoder fine-tuned on English
-    ptq         its weights and activations quantized, no training (activation ranges found at run time)
+    ptq         its weights and activations quantized, no training (ranges found at run time)
     ptq-static  the same with activation ranges fixed from calibration batches
     qat         trained on through the quantizers, with quantization noise and the task's loss alone
-    sdq         qat, and distilled from the teacher: logits and every self-attention output (arXiv 2307.05972)
+    sdq         qat, distilled from the teacher: logits and every self-attention output
 
-Training sees English only; every language is tested (zero-shot transfer). The best epoch is chosen on English dev.
+Training sees English only; every language is tested (zero-shot transfer). The best epoch is chosen
+on English dev.
 
-A run writes to --out: config.json, log.jsonl (one line a step), results.json, report.md and student.pt (packed
-integers, of the last row). The teacher is kept beside the run in teachers/ and used again by every run that would
-train the same one. A run that was stopped goes on with --resume as if nothing had happened.
+A run writes to --out: config.json, log.jsonl (one line a step), results.json, report.md and
+student.pt (packed integers, of the last row). The teacher is kept beside the run in teachers/ and
+used again by every run that would train the same one. A run that was stopped goes on with --resume
+as if nothing had happened.
 """
 
 import copy
@@ -113,7 +115,9 @@ class Source:
             )
 
     def build(self) -> Model:
-        """A model to fine-tune: the encoder of the source under a fresh head. The same for the same seed."""
+        """A model to fine-tune: the encoder of the source under a fresh head. The same for the same
+        seed.
+        """
         torch.manual_seed(self.config.seed)
         if self.path is None:
             return build_model(self.model_config)
@@ -135,7 +139,7 @@ def quant_config(config: TrainConfig, method: str) -> QuantConfig:
     )
 
 
-# ---------------------------------------------------------------------------------------- the ladder
+# ---------------------------------------------------------------------------------------- the ladde
 TEACHER_OPTIONS = (  # all that the teacher's weights depend on, besides model and data
     "task max_train max_eval max_length epochs steps batch_size lr warmup weight_decay clip dropout "
     "seed eval_every"
@@ -155,7 +159,9 @@ def teacher_path(run: Run, source: Source) -> str:
 
 
 def get_teacher(run: Run, source: Source, resume: bool) -> tuple[Model, int, float]:
-    """The float32 teacher, trained or taken from an earlier run: (model, bytes on disk, seconds of training)."""
+    """The float32 teacher, trained or taken from an earlier run: (model, bytes on disk, seconds of
+    training).
+    """
     path = teacher_path(run, source)
     if not os.path.exists(path):
         model = source.build()
@@ -174,7 +180,9 @@ def get_teacher(run: Run, source: Source, resume: bool) -> tuple[Model, int, flo
 
 
 def make_student(run: Run, source: Source, teacher: Model, method: str) -> Model:
-    """A prepared model: a copy of the teacher, or fresh from the source, fake-quantized and calibrated."""
+    """A prepared model: a copy of the teacher, or fresh from the source, fake-quantized and
+    calibrated.
+    """
     if method in TRAINED and run.config.student_init == "pretrained":
         student = source.build().to(run.device)
     else:
@@ -287,7 +295,7 @@ def load_data(
     return train_set, dev, tests
 
 
-# ---------------------------------------------------------------------------------------- the run's folder
+# ---------------------------------------------------------------------------------------- the run's
 def prepare_folder(out: str, config: TrainConfig, resume: bool) -> None:
     """Make sure that results can be written before anything is computed."""
     path = os.path.join(out, "config.json")

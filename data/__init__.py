@@ -1,4 +1,6 @@
-"""Everything about text: tasks, tokenizers, downloads. UserError lives here because every file imports downwards to it."""
+"""Everything about text: tasks, tokenizers, downloads. UserError lives here because every file
+imports downwards to it.
+"""
 
 
 class UserError(Exception):

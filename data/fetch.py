@@ -1,10 +1,11 @@
 """Download, verify, unpack: nothing reaches its final name before its size and SHA-256 are right.
 
-    python data/fetch.py xnli                     # XNLI dev, test and the English training set -> data/raw
+    python data/fetch.py xnli           # XNLI dev, test and English training set -> data/raw
 
-A download goes to NAME.part and is renamed when it is complete and correct. A cut connection leaves the .part file,
-and the next call continues it (HTTP Range); a wrong hash deletes it. Of an archive only the files named below are
-unpacked, each to a temporary name first, and an archive with a member that points outside its folder is refused whole.
+A download goes to NAME.part and is renamed when it is complete and correct. A cut connection leaves
+the .part file, and the next call continues it (HTTP Range); a wrong hash deletes it. Of an archive
+only the files named below are unpacked, each to a temporary name first, and an archive with a
+member that points outside its folder is refused whole.
 
 The values pinned here were published by several independent projects for the same addresses.
 """
@@ -35,7 +36,9 @@ TIMEOUT = 30  # seconds without a byte
 
 @dataclass(frozen=True)
 class Remote:
-    """A file on the web: where, how many bytes (None: not published), which SHA-256, which members to unpack."""
+    """A file on the web: where, how many bytes (None: not published), which SHA-256, which members
+    to unpack.
+    """
 
     url: str
     size: int | None
@@ -89,9 +92,10 @@ MODELS = {
 DATASETS = {"xnli": XNLI}
 
 
-# ---------------------------------------------------------------------------------------- downloading
+# ---------------------------------------------------------------------------------------- downloadi
 def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0) -> str:
-    """Bring one file into `folder` and return its path. A file already there with the right hash is kept.
+    """Bring one file into `folder` and return its path. A file already there with the right hash is
+    kept.
 
     Raises UserError in one line for a refused, cut, truncated or wrong download.
     """
@@ -135,7 +139,9 @@ def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0) ->
 
 
 def receive(remote: Remote, part: str) -> bool:
-    """Append what is missing of one file to `part`. True when it is complete, False when the connection was cut."""
+    """Append what is missing of one file to `part`. True when it is complete, False when the
+    connection was cut.
+    """
     have = os.path.getsize(part) if os.path.exists(part) else 0
     if remote.size is not None and have >= remote.size:
         return True  # complete (or too long, which the hash will tell)
@@ -201,7 +207,9 @@ def sha256_of(path: str) -> str:
 
 
 class Progress:
-    """One line on the terminal: how much, how fast, how long still. Silent unless it lasts over a second."""
+    """One line on the terminal: how much, how fast, how long still. Silent unless it lasts over a
+    second.
+    """
 
     def __init__(self, name: str, start: int, total: int | None):
         self.name, self.start, self.total = name, start, total

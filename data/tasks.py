@@ -5,8 +5,9 @@
 
 The protocol is zero-shot transfer: train on English, choose on English dev, test on every language.
 
-Files are tab-separated with one header line. Quotes are ordinary characters (no CSV quoting), lines end with
-"\\n" alone: some texts hold other characters that Python's splitlines() would take for a line end.
+Files are tab-separated with one header line. Quotes are ordinary characters (no CSV quoting), lines
+end with "\\n" alone: some texts hold other characters that Python's splitlines() would take for a
+line end.
 """
 
 import os
@@ -42,7 +43,8 @@ class Task:
 def load(task: str, split: str, language: str, folder: str) -> list[Example]:
     """The examples of one split ("train", "dev", "test") in one language.
 
-    Raises UserError for an unknown task, a language the task or the file doesn't have, a missing file, a bad row.
+    Raises UserError for an unknown task, a language the task or the file doesn't have, a missing
+    file, a bad row.
     """
     row = find_task(task)
     if language not in row.languages:
@@ -90,7 +92,9 @@ XNLI_FETCH = "python data/fetch.py xnli"
 
 @lru_cache(maxsize=4)
 def read_xnli(folder: str, split: str) -> dict[str, list[Example]]:
-    """XNLI as published. Dev and test hold 15 languages in one file, the training file is English (MultiNLI)."""
+    """XNLI as published. Dev and test hold 15 languages in one file, the training file is English
+    (MultiNLI).
+    """
     path = os.path.join(folder, *XNLI_FILES[split].split("/"))
     if split == "train":
         columns = ("premise", "hypo", "label")  # the third label is spelled "contradictory" here
@@ -115,7 +119,9 @@ def read_xnli(folder: str, split: str) -> dict[str, list[Example]]:
 
 
 def read_tsv(path: str, columns: tuple[str, ...], fetch: str):
-    """Yield (line number, the wanted columns) of a tab-separated file whose first line names the columns."""
+    """Yield (line number, the wanted columns) of a tab-separated file whose first line names the
+    columns.
+    """
     if not os.path.isfile(path):
         raise UserError(
             f"no file {path}: fetch it with '{fetch}', or name its folder with --data-dir"

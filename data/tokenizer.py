@@ -1,10 +1,10 @@
 """Text -> ids, the XLM-R way: a SentencePiece unigram model with its ids moved by one.
 
-SentencePiece numbers its pieces <unk> 0, <s> 1, </s> 2, then the vocabulary from 3. XLM-R was trained with fairseq,
-whose dictionary begins <s> 0, <pad> 1, </s> 2, <unk> 3. So every piece moves up by one, <unk> becomes 3, and <mask>
-comes last:
+SentencePiece numbers its pieces <unk> 0, <s> 1, </s> 2, then the vocabulary from 3. XLM-R was
+trained with fairseq, whose dictionary begins <s> 0, <pad> 1, </s> 2, <unk> 3. So every piece moves
+up by one, <unk> becomes 3, and <mask> comes last:
 
-    id = 3 if spm_id == 0 else spm_id + 1          <mask> = number of pieces + 1          V = number of pieces + 2
+    id = 3 if spm_id == 0 else spm_id + 1      <mask> = pieces + 1      V = pieces + 2
 
     one text     <s> a </s>
     two texts    <s> a </s></s> b </s>             (no token types: the doubled </s> is the border)
@@ -75,7 +75,8 @@ class Tokenizer:
     ) -> list[np.ndarray]:
         """Many texts, or pairs, at once. Returns one int32 array each (not padded).
 
-        A pair too long loses tokens from its longer text first ("longest first"), as in Hugging Face tokenizers.
+        A pair too long loses tokens from its longer text first ("longest first"), as in Hugging
+        Face tokenizers.
         """
         room_for = 2 if b is None else 4  # special tokens
         if max_length is not None and max_length < room_for:
@@ -109,7 +110,8 @@ class Tokenizer:
 
 
 def longest_first(left: int, right: int, room: int) -> tuple[int, int]:
-    """How many tokens of two texts to keep so that at most `room` remain: tokens fall from the longer one.
+    """How many tokens of two texts to keep so that at most `room` remain: tokens fall from the
+    longer one.
 
     >>> longest_first(10, 3, 8), longest_first(10, 9, 8), longest_first(5, 5, 7)
     ((5, 3), (4, 4), (3, 4))

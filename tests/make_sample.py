@@ -1,11 +1,14 @@
-"""Writes tests/sample: a few self-written sentences in XNLI's file layout, and a small SentencePiece model.
+"""Writes tests/sample: a few self-written sentences in XNLI's file layout, and a small
+SentencePiece model.
 
     python tests/make_sample.py
 
-It is there so that the tests and the README's first command run offline, through the same reader as the real data.
-It is far too small to learn a language from, and no figure in the README comes from it.
+It is there so that the tests and the README's first command run offline, through the same reader as
+the real data. It is far too small to learn a language from, and no figure in the README comes from
+it.
 
-SENTENCES: language -> two scenes, each a premise and its entailed, neutral and contradicting hypothesis.
+SENTENCES: language -> two scenes, each a premise and its entailed, neutral and contradicting
+hypothesis.
 """
 
 import itertools

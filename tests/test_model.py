@@ -64,7 +64,9 @@ def test_equals_hugging_face(name, explicit, device, expected, converted):
 
 
 def test_mixed_precision_source_really_differs(expected):
-    """The golden test of the .bin would prove nothing if its fp16 layers gave the fp32 model's numbers."""
+    """The golden test of the .bin would prove nothing if its fp16 layers gave the fp32 model's
+    numbers.
+    """
     assert (expected["st_hidden"] - expected["bin_hidden"]).abs().max() > 1e-4
 
 

@@ -1,4 +1,6 @@
-"""data/tokenizer.py against Hugging Face's ids (tests/golden/tokens.json) and against SentencePiece itself."""
+"""data/tokenizer.py against Hugging Face's ids (tests/golden/tokens.json) and against SentencePiece
+itself.
+"""
 
 import json
 import os
@@ -51,8 +53,8 @@ def test_batch_is_the_single_ones(tokenizer):
 @pytest.mark.parametrize("left", range(0, 12))
 @pytest.mark.parametrize("right", range(0, 12))
 def test_longest_first_by_brute_force(left, right):
-    """One token at a time off the longer text; on a tie the reference keeps the odd token in the second text,
-    unless the first was the longer one."""
+    """One token at a time off the longer text; on a tie the reference keeps the odd token in the
+    second text, unless the first was the longer one."""
     for room in range(0, 24):
         a, b = longest_first(left, right, room)
         assert a + b == min(left + right, room) and a <= left and b <= right

@@ -42,7 +42,7 @@ def results(tmp_path, out="run"):
         return json.load(file)
 
 
-# ---------------------------------------------------------------------------------------- the ladder
+# ---------------------------------------------------------------------------------------- the ladde
 def test_ladder_from_the_command_line(tmp_path):
     """A subprocess, as a user would: every row, all 15 languages, every file."""
     command = [
@@ -131,7 +131,9 @@ def test_teacher_depends_on_what_made_it(tmp_path):
 
 
 def test_student_from_pretrained_and_ablations(tmp_path, capsys):
-    """From a converted checkpoint, with the flags of the ablations: each must run and each must matter."""
+    """From a converted checkpoint, with the flags of the ablations: each must run and each must
+    matter.
+    """
     folder = tmp_path / "hf"
     shutil.copytree(os.path.join(GOLDEN, "st"), folder)
     shutil.copy(TOKENIZER, folder)
@@ -277,7 +279,7 @@ def test_step_refuses_nan_before_it_updates(tiny_config):
         assert torch.equal(tensor, before[name]) or name == "head.out_proj.bias"
 
 
-# ---------------------------------------------------------------------------------------- optimization
+# ---------------------------------------------------------------------------------------- optimizat
 def test_clip_gradients_counts_sparse_ones():
     table = torch.nn.Embedding(10, 4, sparse=True)
     linear = torch.nn.Linear(4, 2)
