@@ -1,5 +1,4 @@
-"""Quantization from the ground up: round numbers to a small integer grid, and train through the
-rounding.
+"""Quantization from the ground up: round to a small integer grid, and train through the rounding.
 
 The grid. b bits give 2^b integers. A real number x is stored as an integer q with a scale s and a
 zero point z:
@@ -45,7 +44,7 @@ from data import UserError
 SMALLEST_SCALE = 1e-12  # an all-zero tensor has the range [0, 0]; its scale must still divide
 
 
-# ---------------------------------------------------------------------------------------- the grid
+# ----------------------------------------------------------------------------------------- the grid
 def quant_range(bits: int, symmetric: bool) -> tuple[int, int]:
     """The integers of a grid: (quant_min, quant_max).
 
@@ -83,9 +82,7 @@ def choose_qparams(
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
 ) -> Tensor:
-    """Real numbers -> integers (int32), rounding halves to even. scale, zero_point: broadcastable
-    to x.
-    """
+    """Real numbers -> integers (int32), halves to even. scale, zero_point: broadcastable to x."""
     return torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max).to(torch.int32)
 
 
@@ -95,9 +92,7 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """See fake_quantize. A Function, not `x + (q - x).detach()`: that sum is not exactly q in
-    floating point.
-    """
+    """See fake_quantize. A Function, since the sum in `x + (q - x).detach()` is not exactly q."""
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, clips, where):
@@ -109,9 +104,8 @@ class _StraightThrough(torch.autograd.Function):
             inside = (codes >= quant_min) & (codes <= quant_max)
             ctx.save_for_backward(inside if where is None else inside.logical_or_(~where))
         result = codes.clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
-        if (
-            where is not None
-        ):  # lerp with weights 0 and 1 picks one of its ends exactly, faster than torch.where
+        if where is not None:
+            # lerp with a weight of 0 or 1 is exactly one of its ends, and faster than torch.where
             result.lerp_(x, (~where).to(x.dtype))
         return result
 
@@ -140,30 +134,28 @@ def fake_quantize(
     where it was clipped (Jacob et al. 2018, sec. 3).
 
     clips=False says that the range was taken from x itself, so that nothing can be clipped: the
-    same numbers, without the cost of remembering where. where: bool, of x's shape. Only these
-    elements are quantized, the others pass exactly (quantization noise).
+    same numbers, without the cost of remembering where.
+    where: bool, of x's shape. Only these elements are quantized, the others pass exactly
+    (quantization noise).
     """
     return _StraightThrough.apply(x, scale, zero_point, quant_min, quant_max, clips, where)
 
 
-# ---------------------------------------------------------------------------------------- ranges
+# ------------------------------------------------------------------------------------------- ranges
 def min_max(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
     """The range of x: two scalars, or per row of the last dimension (..., 1)."""
-    if (
-        per_row
-    ):  # amin and amax are vectorized on CPU, aminmax along a dimension is not: 13 times faster
+    if per_row:
+        # amin and amax are vectorized on CPU, aminmax along a dimension is not: 13 times faster
         return x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
     return torch.aminmax(x)
 
 
 @torch.no_grad()
 def best_clip(x: Tensor, quant_min: int, quant_max: int, symmetric: bool, per_row: bool) -> Tensor:
-    """By how much to shrink the min-max range of x so that the squared error of quantization is
-    least.
+    """By how much to shrink the min-max range of x for the least squared quantization error.
 
     Clipping a few outliers buys finer steps for all the rest; the fewer bits, the more it pays.
-    Searched over 0.10, 0.12 .. 1.00. Returns factors of the shape of x's ranges: a scalar, or (...,
-    1).
+    Searched over 0.10, 0.12 .. 1.00. Returns factors: a scalar, or (..., 1) per row.
 
     >>> best_clip(torch.tensor([[0.1, -0.1, 0.1, -0.1, 0.12]]), -1, 1, True, per_row=True)
     tensor([[0.8600]])
@@ -198,9 +190,7 @@ class MinMax:
 
 
 class MovingAverage(MinMax):
-    """Observer: an exponential average of each batch's extremes, so that one odd batch counts
-    little.
-    """
+    """Observer: an exponential average of each batch's extremes: one odd batch counts little."""
 
     momentum = 0.1
 
@@ -211,7 +201,7 @@ class MovingAverage(MinMax):
 
 
 class MSESearch(MinMax):
-    """Observer: the range with the least squared quantization error on a sample of the values seen."""
+    """Observer: the range with the least squared error on a sample of the values seen."""
 
     sample_size = 8192  # values of each batch
 
@@ -234,7 +224,7 @@ class MSESearch(MinMax):
 OBSERVERS = {"minmax": MinMax, "moving-average": MovingAverage, "mse": MSESearch}
 
 
-# ---------------------------------------------------------------------------------------- noise
+# -------------------------------------------------------------------------------------------- noise
 def random_mask(shape: torch.Size, p: float, device: torch.device) -> Tensor:
     """A bool tensor, each element True with probability p (to the nearest 1/65536).
 
@@ -249,9 +239,7 @@ def random_mask(shape: torch.Size, p: float, device: torch.device) -> Tensor:
 
 
 def noise_mask(weight: Tensor, p: float, block: int) -> Tensor:
-    """Which elements of a weight (..., N) to quantize at this step: a fraction p, drawn in runs of
-    `block`.
-    """
+    """Which elements of a weight (..., N) to quantize now: a fraction p, drawn in runs."""
     if block == 1:
         return random_mask(weight.shape, p, weight.device)
     *rows, size = weight.shape
@@ -260,17 +248,15 @@ def noise_mask(weight: Tensor, p: float, block: int) -> Tensor:
     return drawn.repeat_interleave(block, dim=-1)[..., :size]
 
 
-# ---------------------------------------------------------------------------------------- configura
+# ------------------------------------------------------------------------------------ configuration
 @dataclass(frozen=True)
 class QuantConfig:
     """What to quantize and how. 32 bits means "left alone"."""
 
     weight_bits: int = 8  # Linear weights and word embeddings
     act_bits: int = 8  # the input of every quantized Linear
-    per_channel: bool = (
-        True  # weights: one scale an output channel (embeddings always have one a row)
-    )
-    per_token: bool = True  # activations, dynamic: one scale a token; else one for the batch
+    per_channel: bool = True  # weights: a scale an output channel (embeddings always: one a row)
+    per_token: bool = True  # dynamic activations: a scale a token; else one for the batch
     weight_range: str = "minmax"  # or "mse": shrink the range once, when the model is prepared
     act_range: str = "dynamic"  # or "static": ranges fixed by calibrate()
     observer: str = "minmax"  # static ranges: minmax, moving-average, mse
@@ -299,7 +285,7 @@ class QuantConfig:
                 )
 
 
-# ---------------------------------------------------------------------------------------- modules
+# ------------------------------------------------------------------------------------------ modules
 class WeightQuantizer(nn.Module):
     """Fake-quantizes a weight (rows, N) on a symmetric grid, with noise in training.
 
@@ -390,7 +376,7 @@ class QuantLinear(nn.Linear):
         return F.linear(self.act_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
-# ---------------------------------------------------------------------------------------- a model
+# ------------------------------------------------------------------------------------------ a model
 @dataclass
 class PrepareReport:
     """What prepare did: names with their number of weights."""

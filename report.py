@@ -1,4 +1,6 @@
-"""Numbers -> results.json and the table at the end of a run.
+"""Numbers -> results.json, the table at the end of a run, and the table over seeds.
+
+    python report.py out/*/results.json           # mean +- standard deviation, a row per width and method
 
 results.json holds, for every method and language, the counts behind each accuracy, so that means
 over seeds and paired differences can be worked out from the files alone.
@@ -7,6 +9,9 @@ over seeds and paired differences can be worked out from the files alone.
 import json
 import os
 import statistics
+import sys
+
+from data import UserError
 
 
 def write_text(path: str, text: str) -> None:
@@ -31,16 +36,22 @@ def summarize(languages: dict[str, dict], train_language: str) -> dict:
     }
 
 
+def score(row: dict) -> float:
+    """What methods are compared by: the zero-shot mean, or English where nothing else was tested."""
+    return row["english"] if row["zero_shot_mean"] is None else row["zero_shot_mean"]
+
+
 def recovered(methods: dict[str, dict], name: str) -> float | None:
-    """How much of what PTQ lost on the zero-shot mean a method won back, in %: (method - PTQ) /
-    (FP32 - PTQ).
+    """How much of what PTQ lost a method won back, in %: (method - PTQ) / (FP32 - PTQ).
 
     None where it means nothing: PTQ lost less than one point, or a row is missing.
     """
-    values = [methods.get(row, {}).get("zero_shot_mean") for row in ("fp32", "ptq", name)]
-    if None in values or values[0] - values[1] < 1.0 or name in ("fp32", "ptq"):
+    if name in ("fp32", "ptq") or not {"fp32", "ptq"} <= set(methods):
         return None
-    return 100 * (values[2] - values[1]) / (values[0] - values[1])
+    full, lost = score(methods["fp32"]), score(methods["ptq"])
+    if full - lost < 1.0:
+        return None
+    return 100 * (score(methods[name]) - lost) / (full - lost)
 
 
 def table(results: dict) -> str:
@@ -69,19 +80,21 @@ def table(results: dict) -> str:
         ]
         cells += [f"{row['languages'][x]['accuracy']:.1f}" for x in languages if x != "en"]
         lines.append(cells)
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    return markdown_table(header, lines)
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Aligned columns, the first to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def join(cells: list[str]) -> str:
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "| " + " | ".join([first, *rest]) + " |"
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        padded[0] = cells[0].ljust(widths[0])
+        return "| " + " | ".join(padded) + " |"
 
-    rule = (
-        "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
-    )
-    return "\n".join([join(header), rule, *map(join, lines)])
+    rules = ["-" * (width + 1) + ":" for width in widths]
+    rules[0] = "-" * (widths[0] + 2)
+    return "\n".join([join(header), "|" + "|".join(rules) + "|", *map(join, rows)])
 
 
 def markdown(results: dict) -> str:
@@ -99,3 +112,86 @@ def markdown(results: dict) -> str:
         "Accuracy: the fake-quantized model, which computes on the same integer grid."
     )
     return table(results) + "\n\n" + "\n".join(notes) + "\n"
+
+
+# ---------------------------------------------------------------------------------------- over seed
+MAY_DIFFER = ("seed", "bits", "act_bits", "out", "methods", "threads", "save_every")
+
+
+def read_results(paths: list[str]) -> list[dict]:
+    """The given results.json files, all of the same experiment but for width and seed."""
+    runs = []
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as file:
+                runs.append(json.load(file))
+            settings = {k: v for k, v in runs[-1]["config"].items() if k not in MAY_DIFFER}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path} is not a results.json of train.py") from None
+        first = {k: v for k, v in runs[0]["config"].items() if k not in MAY_DIFFER}
+        differs = [k for k in first if settings.get(k) != first[k]]
+        if differs:
+            flag = "--" + differs[0].replace("_", "-")
+            raise UserError(f"{path} and {paths[0]} differ in {flag}: put them in separate tables")
+    return runs
+
+
+def over_seeds(runs: list[dict]) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """(width, method) -> the values of each figure over the seeds. A width is "W8A8", say; fp32 has
+    none.
+    """
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    teachers = set()
+    for run in sorted(
+        runs, key=lambda r: (-r["config"]["bits"], -r["config"]["act_bits"], r["config"]["seed"])
+    ):
+        config = run["config"]
+        for name, row in run["methods"].items():
+            if name == "fp32":  # the same teacher in every width: count it once
+                if config["seed"] in teachers:
+                    continue
+                teachers.add(config["seed"])
+            width = "" if name == "fp32" else f"W{config['bits']}A{config['act_bits']}"
+            values = {"en": row["english"], "zero-shot": row["zero_shot_mean"]}
+            values["recovered"] = recovered(run["methods"], name)
+            values["MB"] = row["size_bytes"] / 1e6
+            entry = found.setdefault((width, name), {key: [] for key in values})
+            for key, value in values.items():
+                if value is not None:
+                    entry[key].append(value)
+    return found
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean +- sample standard deviation; no deviation for a single value."""
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def seeds_table(runs: list[dict]) -> str:
+    rows = []
+    for (width, name), values in over_seeds(runs).items():
+        cells = [f"{name} {width}".strip(), str(len(values["en"])), spread(values["en"])]
+        cells += [spread(values["zero-shot"]), spread(values["recovered"], 0)]
+        rows.append([*cells, f"{statistics.fmean(values['MB']):.1f}"])
+    return markdown_table(["", "seeds", "en", "zero-shot", "recovered %", "MB"], rows)
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(
+            "usage: python report.py RESULTS.json [RESULTS.json ...]\n\nOne table over the seeds and widths of several runs."
+        )
+        return 0 if argv else 2
+    try:
+        print(seeds_table(read_results(argv)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -55,7 +55,7 @@ from report import markdown, summarize, table, write_json, write_text
 WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 
 
-# ---------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 def find_model(config: TrainConfig) -> str:
     """The checkpoint that --model means. Raises UserError saying how to get one."""
     name = config.model or "xlmr-base"
@@ -115,9 +115,7 @@ class Source:
             )
 
     def build(self) -> Model:
-        """A model to fine-tune: the encoder of the source under a fresh head. The same for the same
-        seed.
-        """
+        """A model to fine-tune: the source's encoder under a fresh head. One seed, one model."""
         torch.manual_seed(self.config.seed)
         if self.path is None:
             return build_model(self.model_config)
@@ -139,7 +137,7 @@ def quant_config(config: TrainConfig, method: str) -> QuantConfig:
     )
 
 
-# ---------------------------------------------------------------------------------------- the ladde
+# --------------------------------------------------------------------------------------- the ladder
 TEACHER_OPTIONS = (  # all that the teacher's weights depend on, besides model and data
     "task max_train max_eval max_length epochs steps batch_size lr warmup weight_decay clip dropout "
     "seed eval_every"
@@ -159,9 +157,7 @@ def teacher_path(run: Run, source: Source) -> str:
 
 
 def get_teacher(run: Run, source: Source, resume: bool) -> tuple[Model, int, float]:
-    """The float32 teacher, trained or taken from an earlier run: (model, bytes on disk, seconds of
-    training).
-    """
+    """The float32 teacher, trained now or before: (model, bytes on disk, seconds of training)."""
     path = teacher_path(run, source)
     if not os.path.exists(path):
         model = source.build()
@@ -180,9 +176,7 @@ def get_teacher(run: Run, source: Source, resume: bool) -> tuple[Model, int, flo
 
 
 def make_student(run: Run, source: Source, teacher: Model, method: str) -> Model:
-    """A prepared model: a copy of the teacher, or fresh from the source, fake-quantized and
-    calibrated.
-    """
+    """The teacher's copy (or a fresh one from the source), fake-quantized and calibrated."""
     if method in TRAINED and run.config.student_init == "pretrained":
         student = source.build().to(run.device)
     else:
@@ -236,12 +230,15 @@ def run_ladder(config: TrainConfig, resume: bool) -> None:
     begun = time.monotonic()
     out = config.out or default_out(config)
     device = choose_device(config)
-    prepare_folder(out, config, resume)
+    check_folder(out)
     source = Source(config)
-    pretrained = source.path is not None
-    config = replace(config, lr=config.lr or (2e-5 if pretrained else 5e-4))
+    config = replace(config, lr=config.lr or (5e-4 if source.path is None else 2e-5))
+    if resume:
+        check_resume(out, config)
     print(f"model {source.name}, {hardware(device)}, {torch.get_num_threads()} threads, out {out}")
     train_set, dev, tests = load_data(config, source.tokenizer)
+    if not resume:
+        start_folder(out, config)
     run = Run(config, out, device, train_set, dev)
     results = load_results(run, source, list(tests), resume)
     teacher, teacher_bytes, teacher_seconds = get_teacher(run, source, resume)
@@ -261,9 +258,8 @@ def run_ladder(config: TrainConfig, resume: bool) -> None:
         if method in TRAINED:
             remove(run.state_file)
     write_text(os.path.join(out, "report.md"), markdown(results))
-    print(
-        f"\n{table(results)}\n\n{out}/results.json, report.md; {clock(time.monotonic() - begun)} in all"
-    )
+    print(f"\n{table(results)}\n\nwrote {out}/results.json and report.md")
+    print(f"{clock(time.monotonic() - begun)} in all")
 
 
 def load_data(
@@ -295,31 +291,37 @@ def load_data(
     return train_set, dev, tests
 
 
-# ---------------------------------------------------------------------------------------- the run's
-def prepare_folder(out: str, config: TrainConfig, resume: bool) -> None:
-    """Make sure that results can be written before anything is computed."""
-    path = os.path.join(out, "config.json")
-    settings = json.loads(json.dumps(asdict(config)))
-    if resume:
-        try:
-            with open(path, encoding="utf-8") as file:
-                before = json.load(file)
-        except (OSError, ValueError):
-            raise UserError(f"no run to resume in {out}: leave out --resume") from None
-        differs = [k for k in settings if before.get(k, settings) != settings[k] and k != "out"]
-        if differs:
-            name = differs[0].replace("_", "-")
-            raise UserError(
-                f"{out} was run with --{name} {before.get(differs[0])}: resume with the same options"
-            )
-        return
+# --------------------------------------------------------------------------------- the run's folder
+def check_folder(out: str) -> None:
+    """Refuse a folder that can't be written, before anything is computed or touched."""
+    there = os.path.abspath(out)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to --out {out}: {there} is not a writable folder")
+
+
+def check_resume(out: str, config: TrainConfig) -> None:
+    """Refuse to go on with a run that had other options."""
     try:
-        os.makedirs(out, exist_ok=True)
-        write_json(path, settings)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
+        with open(os.path.join(out, "config.json"), encoding="utf-8") as file:
+            before = json.load(file)
+    except (OSError, ValueError):
+        raise UserError(f"no run to resume in {out}: leave out --resume") from None
+    for name, value in json.loads(json.dumps(asdict(config))).items():
+        if name != "out" and before.get(name) != value:
+            raise UserError(
+                f"{out} was run with --{name.replace('_', '-')} {before.get(name)}, "
+                f"not {value}: resume with the same options"
+            )
+
+
+def start_folder(out: str, config: TrainConfig) -> None:
+    """An empty folder of this run: what an earlier run of the same name left is removed."""
+    os.makedirs(out, exist_ok=True)
     for name in ("log.jsonl", "results.json", "report.md", "state.pt", "student.pt"):
-        remove(os.path.join(out, name))  # of an earlier run
+        remove(os.path.join(out, name))
+    write_json(os.path.join(out, "config.json"), asdict(config))
 
 
 def load_results(run: Run, source: Source, languages: list[str], resume: bool) -> dict:
@@ -379,6 +381,9 @@ def main(argv: list[str] | None = None) -> int:
         print(
             "error: out of GPU memory: use a smaller --batch-size or --max-length", file=sys.stderr
         )
+        return 2
+    except OSError as error:  # a full disk, a folder that went away
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted: the same command with --resume goes on", file=sys.stderr)

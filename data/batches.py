@@ -2,8 +2,8 @@
 
 A Dataset holds all token ids of a split in one flat array, as a compressed sparse matrix would. A
 batch is cut out of it by one index computation, and padded to its own longest row. Rows of similar
-length go into one batch: on real XNLI text this leaves about 3 % padding where batches in file
-order have 45 %.
+length go into one batch: on XNLI's English training text this leaves 2.5 % padding, where batches
+in file order have 53 %.
 
 Encodings are cached under .cache/; the key holds task, split, language, length, tokenizer and the
 data file's state.
@@ -61,7 +61,7 @@ class Batch:
         return Batch(self.ids.to(device), mask, self.labels.to(device), self.tokens)
 
 
-# ---------------------------------------------------------------------------------------- encoding
+# ----------------------------------------------------------------------------------------- encoding
 def encode_split(
     task: str,
     split: str,
@@ -134,7 +134,7 @@ def write_cache(path: str | None, dataset: Dataset) -> None:
             os.unlink(temporary)
 
 
-# ---------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 def collate(dataset: Dataset, rows: np.ndarray) -> Batch:
     """Cut the given rows out of the flat array and pad them to the longest of them."""
     lengths = dataset.lengths[rows]

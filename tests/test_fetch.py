@@ -192,7 +192,7 @@ def test_unwritable_folder(server, tmp_path):
         get(remote(server, "good/f.bin"), tmp_path / "file" / "below")
 
 
-# ---------------------------------------------------------------------------------------- archives
+# ----------------------------------------------------------------------------------------- archives
 def archive(tmp_path, members):
     path = tmp_path / "a.zip"
     path.write_bytes(zipped(members))

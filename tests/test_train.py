@@ -42,7 +42,7 @@ def results(tmp_path, out="run"):
         return json.load(file)
 
 
-# ---------------------------------------------------------------------------------------- the ladde
+# --------------------------------------------------------------------------------------- the ladder
 def test_ladder_from_the_command_line(tmp_path):
     """A subprocess, as a user would: every row, all 15 languages, every file."""
     command = [
@@ -170,7 +170,7 @@ def test_student_from_pretrained_and_ablations(tmp_path, capsys):
     assert len(os.listdir(tmp_path / "out" / "teachers")) == 1
 
 
-# ---------------------------------------------------------------------------------------- stopping
+# ----------------------------------------------------------------------------------------- stopping
 class Killed(Exception):
     pass
 
@@ -227,7 +227,7 @@ def test_resume_is_bit_exact(method, tmp_path, monkeypatch, capsys):
 def test_resume_refuses_other_options(tmp_path, capsys):
     assert run(tmp_path, "--steps", "2", "--methods", "fp32") == 0
     assert run(tmp_path, "--steps", "3", "--methods", "fp32", "--resume") == 2
-    assert "was run with --steps 2" in capsys.readouterr().err
+    assert "was run with --steps 2, not 3" in capsys.readouterr().err
     assert run(tmp_path, "--resume", out="never") == 2
     assert "no run to resume" in capsys.readouterr().err
     assert run(tmp_path, "--steps", "2", "--methods", "fp32", "--resume") == 0  # nothing left to do
@@ -279,7 +279,7 @@ def test_step_refuses_nan_before_it_updates(tiny_config):
         assert torch.equal(tensor, before[name]) or name == "head.out_proj.bias"
 
 
-# ---------------------------------------------------------------------------------------- optimizat
+# ------------------------------------------------------------------------------------- optimization
 def test_clip_gradients_counts_sparse_ones():
     table = torch.nn.Embedding(10, 4, sparse=True)
     linear = torch.nn.Linear(4, 2)
@@ -305,7 +305,7 @@ def test_learning_rate():
     assert loop.learning_rate(0, 1, 1.0, 0.0) == 1.0
 
 
-# ---------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 def answer(capsys, *command):
     """(status, the error line) of train.main; argparse exits by itself."""
     try:
@@ -446,6 +446,17 @@ def test_unwritable_out(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     _, error = answer(capsys, *SMALL, "--out", str(tmp_path / "file" / "run"))
     assert "cannot write to --out" in error
+
+
+def test_a_mistake_touches_no_earlier_run(capsys, tmp_path):
+    assert run(tmp_path, "--steps", "1", "--methods", "fp32", "ptq") == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    assert run(tmp_path, "--data-dir", "nowhere") == 2
+    assert run(tmp_path, "--model", "nowhere.pt") == 2
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    assert run(tmp_path, "--data-dir", "nowhere", out="new") == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_every_option_has_help_and_a_default():

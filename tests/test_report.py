@@ -1,0 +1,84 @@
+"""report.py: the arithmetic of the tables."""
+
+import json
+
+import pytest
+
+import report
+
+
+def row(english, others, size=1e6):
+    languages = {"en": {"accuracy": english}}
+    languages |= {name: {"accuracy": value} for name, value in others.items()}
+    return {**report.summarize(languages, "en"), "size_bytes": size, "train_seconds": 1.0}
+
+
+def run(seed=0, bits=2, **rows):
+    config = {"task": "xnli", "seed": seed, "bits": bits, "act_bits": 8, "lr": 1e-3}
+    return {"config": config, "methods": rows, "languages": ["en", "de", "sw"]}
+
+
+def test_zero_shot_mean_leaves_english_out():
+    assert row(90.0, {"de": 80.0, "sw": 70.0})["zero_shot_mean"] == 75.0
+    assert row(90.0, {})["zero_shot_mean"] is None
+
+
+def test_recovered():
+    rows = {
+        "fp32": row(90, {"de": 80.0}),
+        "ptq": row(60, {"de": 40.0}),
+        "sdq": row(80, {"de": 70.0}),
+    }
+    assert report.recovered(rows, "sdq") == pytest.approx(75.0)
+    assert report.recovered(rows, "ptq") is None and report.recovered(rows, "fp32") is None
+    rows["ptq"] = row(90, {"de": 79.5})  # nothing worth recovering
+    assert report.recovered(rows, "sdq") is None
+    english = {"fp32": row(90, {}), "ptq": row(60, {}), "qat": row(75, {})}
+    assert report.recovered(english, "qat") == pytest.approx(50.0)
+
+
+def test_table_has_every_row_and_language():
+    rows = {"fp32": row(90, {"de": 80.0, "sw": 70.0}), "ptq": row(60, {"de": 40.0, "sw": 30.0})}
+    lines = report.table(run(**rows)).split("\n")
+    assert len(lines) == 4 and len({len(line) for line in lines}) == 1
+    assert [cell.strip() for cell in lines[3].split("|")][1:6] == [
+        "ptq",
+        "60.00",
+        "35.00",
+        "-",
+        "1.0",
+    ]
+
+
+def test_over_seeds(tmp_path, capsys):
+    paths = []
+    for bits in (8, 2):
+        for seed, plus in ((0, 0.0), (1, 2.0)):
+            rows = {
+                "fp32": row(90 + plus, {"de": 80.0}),
+                "ptq": row(50 + bits + plus, {"de": 40.0}),
+            }
+            path = tmp_path / f"{bits}-{seed}.json"
+            path.write_text(json.dumps(run(seed, bits, **rows)))
+            paths.append(str(path))
+    assert report.main(paths) == 0
+    lines = [[c.strip() for c in x.split("|")[1:-1]] for x in capsys.readouterr().out.splitlines()]
+    assert lines[2][:4] == ["fp32", "2", "91.00 ± 1.41", "80.00 ± 0.00"]  # not counted twice
+    assert lines[3][:3] == ["ptq W8A8", "2", "59.00 ± 1.41"]
+    assert lines[4][:3] == ["ptq W2A8", "2", "53.00 ± 1.41"]
+
+
+def test_unlike_runs_are_not_mixed(tmp_path, capsys):
+    paths = []
+    for i, lr in enumerate((1e-3, 1e-4)):
+        value = run(fp32=row(90, {}))
+        value["config"]["lr"] = lr
+        paths.append(str(tmp_path / f"{i}.json"))
+        with open(paths[-1], "w") as file:
+            json.dump(value, file)
+    assert report.main(paths) == 2
+    assert "differ in --lr" in capsys.readouterr().err
+    (tmp_path / "bad.json").write_text("[]")
+    assert report.main([str(tmp_path / "bad.json")]) == 2
+    assert "is not a results.json" in capsys.readouterr().err
+    assert report.main([]) == 2 and report.main(["--help"]) == 0
