@@ -109,7 +109,8 @@ def markdown(results: dict) -> str:
         notes.append("English dev also chose the epoch: these figures flatter every trained row.")
     notes.append(
         "MB: the checkpoint on disk; quantized rows hold packed integers and scales. "
-        "Accuracy: the fake-quantized model, which computes on the same integer grid."
+        "Accuracy: the fake-quantized model, which computes on the same integer grid. "
+        "train s: wall time, looks at English dev and saved states included."
     )
     return table(results) + "\n\n" + "\n".join(notes) + "\n"
 

@@ -110,7 +110,7 @@ def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0) ->
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    part = path + ".part"
+    part, cause = path + ".part", "the server hung up"
     for attempt in range(tries):
         try:
             if receive(remote, part):
@@ -126,7 +126,7 @@ def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0) ->
     else:
         have = os.path.getsize(part) if os.path.exists(part) else 0
         raise UserError(
-            f"{remote.url}: the connection was cut at {have:,} bytes, {tries} times; run this again to continue"
+            f"{remote.url}: cut at {have:,} bytes, {tries} times ({cause}); run this again to continue"
         )
     found = sha256_of(part)
     if found != remote.sha256:

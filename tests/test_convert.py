@@ -97,6 +97,13 @@ def test_skipped_tensors_are_skipped(folder, capsys):
     assert run(folder, capsys)[0] == 0
 
 
+def test_files_of_old_pytorch_versions(folder, capsys):
+    path = folder / "pytorch_model.bin"
+    state = torch.load(path, weights_only=True)
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    assert run(folder, capsys)[0] == 0
+
+
 def test_untied_output_matrix_is_refused(folder, capsys):
     change(folder, **{"lm_head.decoder.weight": torch.zeros(442, 32)})
     refused(folder, capsys, "untied")
