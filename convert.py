@@ -41,7 +41,7 @@ from model import (
 WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 TOKENIZER_FILE = "sentencepiece.bpe.model"
 
-# ---------------------------------------------------------------------------------------- the key t
+# ---------------------------------------------------------------------------------- the key table
 # Hugging Face name -> name here. {i} is the layer. Both .weight and .bias follow the module's name.
 EMBEDDINGS = {
     "embeddings.word_embeddings.weight": "encoder.embeddings.word.weight",
@@ -99,7 +99,7 @@ def key_table(config: ModelConfig) -> dict[str, str]:
     return table | HEAD_TABLES[config.head]
 
 
-# ---------------------------------------------------------------------------------------- reading f
+# ---------------------------------------------------------------------------------- reading files
 SAFETENSORS_TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -190,7 +190,7 @@ def read_folder(folder: str) -> tuple[dict[str, Tensor], dict | None, bytes]:
     return read(found[0]), settings, tokenizer.bytes
 
 
-# ---------------------------------------------------------------------------------------- conversio
+# ------------------------------------------------------------------------------------- conversion
 def config_from_json(settings: dict) -> ModelConfig:
     """Hugging Face's config.json -> ModelConfig, refusing what this encoder does not compute."""
     expected = {

@@ -28,7 +28,7 @@ STUDENT_FORMAT = "sdq-student-1"
 CHUNK = 1 << 22  # weights handled at a time: XLM-R's embedding table alone has 192 million
 
 
-# ------------------------------------------------------------------------------------------ packing
+# ---------------------------------------------------------------------------------------- packing
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Integers of a symmetric grid -> bytes, `bits` bits each, the first one in the lowest bits
     (uint8, flat).
@@ -56,7 +56,7 @@ def packed_bytes(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
-# ----------------------------------------------------------------------------------------- students
+# --------------------------------------------------------------------------------------- students
 def quantized_weights(student: Model) -> dict[str, WeightQuantizer]:
     """Name of each quantized weight -> the quantizer it goes through."""
     found = {}

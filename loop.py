@@ -28,7 +28,7 @@ STATE_FORMAT = "sdq-state-1"
 EVAL_TOKENS = {"cpu": 4096, "cuda": 65536}  # tokens of an evaluation batch, padding included
 
 
-# ------------------------------------------------------------------------------------- optimization
+# ----------------------------------------------------------------------------------- optimization
 def make_optimizers(model: nn.Module, weight_decay: float) -> list[torch.optim.Optimizer]:
     """AdamW for all but the word embeddings, whose gradient is sparse: those go to SparseAdam.
 
@@ -134,7 +134,7 @@ def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
     return {"accuracy": 100 * right / total, "correct": right, "total": total}
 
 
-# ---------------------------------------------------------------------------------------- a trainin
+# ------------------------------------------------------------------------------------- a training
 @dataclass
 class Run:
     """What all trainings of one run share."""

@@ -46,12 +46,10 @@ TAPS = ("score", "map", "context", "output", "hidden")
 CHECKPOINT_FORMAT = "sdq-checkpoint-1"
 
 
-# ----------------------------------------------------------------------------------------------- co
+# ---------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of an encoder. The defaults are XLM-R base; BERT would be position_offset=0,
-    type_vocab_size=2.
-    """
+    """The shape of an encoder: XLM-R base. BERT would be position_offset=0, type_vocab_size=2."""
 
     vocab_size: int = 250002
     hidden_size: int = 768
@@ -59,7 +57,7 @@ class ModelConfig:
     num_heads: int = 12
     ffn_size: int = 3072
     max_tokens: int = 512  # longest sequence, <s> and </s> included
-    # RoBERTa counts positions from pad_id + 1: the table has that many rows above the first used one.
+    # RoBERTa counts positions from pad_id + 1: so many rows of the table are never used.
     position_offset: int = 2
     type_vocab_size: int = 1  # XLM-R has one token type, whose vector is added to every token
     pad_id: int = 1
@@ -69,41 +67,26 @@ class ModelConfig:
     num_labels: int = 0  # of the sequence and token heads
 
     def __post_init__(self):
-        # Checkpoints come from strangers: every number is checked before anything is allocated from
-        # it.
-        bounds = dict(
-            vocab_size=10**7,
-            hidden_size=2**14,
-            num_layers=200,
-            num_heads=2**10,
-            ffn_size=2**17,
-            max_tokens=2**17,
-            type_vocab_size=16,
-        )
-        for name, most in bounds.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        # Checkpoints come from strangers: each number is checked before anything is built from it.
+        for name, (least, most) in LIMITS.items():
+            value, whole = getattr(self, name), not isinstance(most, float)
+            kinds = int if whole else (int, float)
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, kinds)
+                or not least <= value <= most
+            ):
+                what = "whole number" if whole else "number"
                 raise UserError(
-                    f"model config: {name} is {value!r}; expected a whole number from 1 to {most}"
-                )
-        for name, most in dict(
-            position_offset=16, pad_id=self.vocab_size - 1, num_labels=10**5
-        ).items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
-                raise UserError(
-                    f"model config: {name} is {value!r}; expected a whole number from 0 to {most}"
-                )
-        for name, most in dict(norm_eps=0.1, dropout=0.99).items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value <= most:
-                raise UserError(
-                    f"model config: {name} is {value!r}; expected a number from 0 to {most}"
+                    f"model config: {name} is {value!r}; want a {what}, {least} to {most}"
                 )
         if self.hidden_size % self.num_heads:
             raise UserError(
-                f"model config: hidden size {self.hidden_size} is not divisible by {self.num_heads} heads"
+                f"model config: hidden size {self.hidden_size} is not divisible by "
+                f"{self.num_heads} heads"
             )
+        if self.pad_id >= self.vocab_size:
+            raise UserError(f"model config: pad_id {self.pad_id} is outside the vocabulary")
         if self.head not in ("mlm", "sequence", "token", "none"):
             raise UserError(
                 f"model config: unknown head {self.head!r}; known: mlm, sequence, token, none"
@@ -112,6 +95,20 @@ class ModelConfig:
             raise UserError(f"model config: a {self.head} head needs num_labels >= 1")
 
 
+LIMITS = {
+    "vocab_size": (1, 10**7),
+    "hidden_size": (1, 2**14),
+    "num_layers": (1, 200),
+    "num_heads": (1, 2**10),
+    "ffn_size": (1, 2**17),
+    "max_tokens": (1, 2**17),
+    "type_vocab_size": (1, 16),
+    "position_offset": (0, 16),
+    "pad_id": (0, 10**7),
+    "num_labels": (0, 10**5),
+    "norm_eps": (0.0, 0.1),
+    "dropout": (0.0, 0.99),
+}
 PRESETS = {
     "mini": ModelConfig(
         vocab_size=8000, hidden_size=256, num_layers=4, num_heads=4, ffn_size=1024, max_tokens=128
@@ -122,7 +119,7 @@ PRESETS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------- en
+# ---------------------------------------------------------------------------------------- encoder
 class Embeddings(nn.Module):
     """Token + position + type vectors, normalized: (B, T) ids -> (B, T, C)."""
 
@@ -259,10 +256,11 @@ def keep(taps: dict[str, list[Tensor]], name: str, value: Tensor) -> None:
         taps[name].append(value)
 
 
-# ----------------------------------------------------------------------------------------------- he
+# ------------------------------------------------------------------------------------------ heads
 class SequenceHead(nn.Module):
-    """One label a text, read off the first token <s>: dense -> tanh -> out_proj, (B, T, C) -> (B,
-    num_labels).
+    """One label a text, read off the first token <s>: (B, T, C) -> (B, num_labels).
+
+    dense -> tanh -> out_proj; BERT calls the first half its pooler.
     """
 
     def __init__(self, config: ModelConfig):
@@ -350,7 +348,7 @@ class Model(nn.Module):
         return self.head(hidden, self.encoder.embeddings.word.weight), taps
 
 
-# ----------------------------------------------------------------------------------------------- ma
+# ---------------------------------------------------------------------------------- making models
 def init_weights(model: nn.Module, pad_id: int) -> None:
     """BERT's initialisation: normal with std 0.02, biases 0, norms 1; the padding vector is 0."""
     for module in model.modules():
@@ -399,7 +397,7 @@ def set_dropout(model: nn.Module, p: float) -> None:
             module.p = p
 
 
-# ----------------------------------------------------------------------------------------------- ch
+# ------------------------------------------------------------------------------------ checkpoints
 def save_atomically(payload: dict, path: str) -> int:
     """torch.save into a temporary neighbour, then rename: a reader never sees half a file. Returns
     the bytes.

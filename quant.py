@@ -44,7 +44,7 @@ from data import UserError
 SMALLEST_SCALE = 1e-12  # an all-zero tensor has the range [0, 0]; its scale must still divide
 
 
-# ----------------------------------------------------------------------------------------- the grid
+# --------------------------------------------------------------------------------------- the grid
 def quant_range(bits: int, symmetric: bool) -> tuple[int, int]:
     """The integers of a grid: (quant_min, quant_max).
 
@@ -141,7 +141,7 @@ def fake_quantize(
     return _StraightThrough.apply(x, scale, zero_point, quant_min, quant_max, clips, where)
 
 
-# ------------------------------------------------------------------------------------------- ranges
+# ----------------------------------------------------------------------------------------- ranges
 def min_max(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
     """The range of x: two scalars, or per row of the last dimension (..., 1)."""
     if per_row:
@@ -224,7 +224,7 @@ class MSESearch(MinMax):
 OBSERVERS = {"minmax": MinMax, "moving-average": MovingAverage, "mse": MSESearch}
 
 
-# -------------------------------------------------------------------------------------------- noise
+# ------------------------------------------------------------------------------------------ noise
 def random_mask(shape: torch.Size, p: float, device: torch.device) -> Tensor:
     """A bool tensor, each element True with probability p (to the nearest 1/65536).
 
@@ -248,7 +248,7 @@ def noise_mask(weight: Tensor, p: float, block: int) -> Tensor:
     return drawn.repeat_interleave(block, dim=-1)[..., :size]
 
 
-# ------------------------------------------------------------------------------------ configuration
+# ---------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class QuantConfig:
     """What to quantize and how. 32 bits means "left alone"."""
@@ -285,7 +285,7 @@ class QuantConfig:
                 )
 
 
-# ------------------------------------------------------------------------------------------ modules
+# ---------------------------------------------------------------------------------------- modules
 class WeightQuantizer(nn.Module):
     """Fake-quantizes a weight (rows, N) on a symmetric grid, with noise in training.
 
@@ -376,7 +376,7 @@ class QuantLinear(nn.Linear):
         return F.linear(self.act_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
-# ------------------------------------------------------------------------------------------ a model
+# ---------------------------------------------------------------------------------------- a model
 @dataclass
 class PrepareReport:
     """What prepare did: names with their number of weights."""

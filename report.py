@@ -115,7 +115,7 @@ def markdown(results: dict) -> str:
     return table(results) + "\n\n" + "\n".join(notes) + "\n"
 
 
-# ---------------------------------------------------------------------------------------- over seed
+# ------------------------------------------------------------------------------------- over seeds
 MAY_DIFFER = ("seed", "bits", "act_bits", "out", "methods", "threads", "save_every")
 
 

@@ -55,7 +55,7 @@ from report import markdown, summarize, table, write_json, write_text
 WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 
 
-# ------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------- models
 def find_model(config: TrainConfig) -> str:
     """The checkpoint that --model means. Raises UserError saying how to get one."""
     name = config.model or "xlmr-base"
@@ -137,7 +137,7 @@ def quant_config(config: TrainConfig, method: str) -> QuantConfig:
     )
 
 
-# --------------------------------------------------------------------------------------- the ladder
+# ------------------------------------------------------------------------------------- the ladder
 TEACHER_OPTIONS = (  # all that the teacher's weights depend on, besides model and data
     "task max_train max_eval max_length epochs steps batch_size lr warmup weight_decay clip dropout "
     "seed eval_every"
@@ -291,7 +291,7 @@ def load_data(
     return train_set, dev, tests
 
 
-# --------------------------------------------------------------------------------- the run's folder
+# ------------------------------------------------------------------------------- the run's folder
 def check_folder(out: str) -> None:
     """Refuse a folder that can't be written, before anything is computed or touched."""
     there = os.path.abspath(out)

@@ -61,7 +61,7 @@ class Batch:
         return Batch(self.ids.to(device), mask, self.labels.to(device), self.tokens)
 
 
-# ----------------------------------------------------------------------------------------- encoding
+# --------------------------------------------------------------------------------------- encoding
 def encode_split(
     task: str,
     split: str,
@@ -134,7 +134,7 @@ def write_cache(path: str | None, dataset: Dataset) -> None:
             os.unlink(temporary)
 
 
-# ------------------------------------------------------------------------------------------ batches
+# ---------------------------------------------------------------------------------------- batches
 def collate(dataset: Dataset, rows: np.ndarray) -> Batch:
     """Cut the given rows out of the flat array and pad them to the longest of them."""
     lengths = dataset.lengths[rows]

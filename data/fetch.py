@@ -92,7 +92,7 @@ MODELS = {
 DATASETS = {"xnli": XNLI}
 
 
-# ---------------------------------------------------------------------------------------- downloadi
+# ------------------------------------------------------------------------------------ downloading
 def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0) -> str:
     """Bring one file into `folder` and return its path. A file already there with the right hash is
     kept.
@@ -233,7 +233,7 @@ class Progress:
             print(file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------- unpacking
+# -------------------------------------------------------------------------------------- unpacking
 def unpack(archive: str, members: tuple[str, ...], folder: str) -> list[str]:
     """Unpack the named members of a zip file under `folder`. All of them, or none.
 

@@ -63,7 +63,7 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-# --------------------------------------------------------------------------------------------- XNLI
+# ------------------------------------------------------------------------------------------- XNLI
 NLI_LABELS = ("entailment", "neutral", "contradiction")
 XNLI_LANGUAGES = (
     "ar",

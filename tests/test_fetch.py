@@ -120,7 +120,9 @@ def test_cut_connection_is_resumed(server, tmp_path, size):
 
 def test_connection_cut_too_often_keeps_only_the_part(server, tmp_path):
     Handler.cuts = 3
-    with pytest.raises(UserError, match="cut at 900,000 bytes, 3 times .*; run this again") as error:
+    with pytest.raises(
+        UserError, match="cut at 900,000 bytes, 3 times .*; run this again"
+    ) as error:
         get(remote(server, "cut/f.bin"), tmp_path)
     assert one_line(error) and os.listdir(tmp_path) == ["f.bin.part"]
     Handler.cuts = 0
@@ -192,7 +194,7 @@ def test_unwritable_folder(server, tmp_path):
         get(remote(server, "good/f.bin"), tmp_path / "file" / "below")
 
 
-# ----------------------------------------------------------------------------------------- archives
+# --------------------------------------------------------------------------------------- archives
 def archive(tmp_path, members):
     path = tmp_path / "a.zip"
     path.write_bytes(zipped(members))
@@ -250,7 +252,7 @@ def test_archive_that_unpacks_to_too_much(tmp_path, monkeypatch):
         unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"))
 
 
-# ---------------------------------------------------------------------------------------- the comma
+# ------------------------------------------------------------------------------------ the command
 def test_command(server, tmp_path, capsys, monkeypatch):
     digest = hashlib.sha256(ZIP).hexdigest()
     file = Remote(f"{server}/zip/XNLI-1.0.zip", len(ZIP), digest, ("XNLI-1.0/xnli.dev.tsv",))

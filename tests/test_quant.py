@@ -45,7 +45,7 @@ def same_bits(a, b):
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-# ----------------------------------------------------------------------------------------- the grid
+# --------------------------------------------------------------------------------------- the grid
 def test_ranges():
     for bits in BITS:
         low, high = quant_range(bits, True)
@@ -126,7 +126,7 @@ def test_zero_is_exact():
         assert fake_quantize(torch.zeros(1), scale, zero, 0, 255).item() == 0.0
 
 
-# ---------------------------------------------------------------------------------------- gradients
+# -------------------------------------------------------------------------------------- gradients
 def test_gradient_passes_inside_and_stops_outside():
     x = torch.tensor([-9.0, -2.1, 0.26, 1.5, 1.74, 1.8, 9.0], requires_grad=True)
     out = fake_quantize(x, torch.tensor(0.5), torch.tensor(0.0), -4, 3)
@@ -183,7 +183,7 @@ def test_noise_in_blocks():
     assert abs(mask.float().mean() - 0.3) < 0.06
 
 
-# ------------------------------------------------------------------------------------------- ranges
+# ----------------------------------------------------------------------------------------- ranges
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("per_row", [False, True])
@@ -229,7 +229,7 @@ def test_mse_observer_clips_outliers():
     assert observer.range(0, 3, False)[1] < 8
 
 
-# ------------------------------------------------------------------------------------------ a model
+# ---------------------------------------------------------------------------------------- a model
 def prepared(config, tiny_config, head="sequence"):
     model = build_model(tiny_config).eval()
     original = copy.deepcopy(model)

@@ -42,7 +42,7 @@ def results(tmp_path, out="run"):
         return json.load(file)
 
 
-# --------------------------------------------------------------------------------------- the ladder
+# ------------------------------------------------------------------------------------- the ladder
 def test_ladder_from_the_command_line(tmp_path):
     """A subprocess, as a user would: every row, all 15 languages, every file."""
     command = [
@@ -170,7 +170,7 @@ def test_student_from_pretrained_and_ablations(tmp_path, capsys):
     assert len(os.listdir(tmp_path / "out" / "teachers")) == 1
 
 
-# ----------------------------------------------------------------------------------------- stopping
+# --------------------------------------------------------------------------------------- stopping
 class Killed(Exception):
     pass
 
@@ -279,7 +279,7 @@ def test_step_refuses_nan_before_it_updates(tiny_config):
         assert torch.equal(tensor, before[name]) or name == "head.out_proj.bias"
 
 
-# ------------------------------------------------------------------------------------- optimization
+# ----------------------------------------------------------------------------------- optimization
 def test_clip_gradients_counts_sparse_ones():
     table = torch.nn.Embedding(10, 4, sparse=True)
     linear = torch.nn.Linear(4, 2)
@@ -305,7 +305,7 @@ def test_learning_rate():
     assert loop.learning_rate(0, 1, 1.0, 0.0) == 1.0
 
 
-# ----------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------- refusals
 def answer(capsys, *command):
     """(status, the error line) of train.main; argparse exits by itself."""
     try:
