@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from data import UserError
+from data import UserError, exit_status
 from data.batches import Batch
 from loop import make_optimizers, train_step
 from model import PRESETS, ModelConfig, build_model, set_dropout
@@ -178,29 +178,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run(args: argparse.Namespace) -> None:
+    for name in ("layers", "hidden", "vocab", "batch_size", "tokens", "rounds"):
+        if getattr(args, name) < (8 if name == "vocab" else 1):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {getattr(args, name)}: choose a larger number")
+    if not 0 <= args.noise <= 1:
+        raise UserError(f"--noise {args.noise}: choose a fraction from 0 to 1")
+    result = bench_train(args)
+    print_rows(result)
+    if args.json:
+        try:
+            write_json(args.json, result)
+        except OSError as error:
+            raise UserError(f"cannot write --json {args.json}: {error.strerror}") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        for name in ("layers", "hidden", "vocab", "batch_size", "tokens", "rounds"):
-            if getattr(args, name) < (8 if name == "vocab" else 1):
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(args, name)}: choose a larger number"
-                )
-        if not 0 <= args.noise <= 1:
-            raise UserError(f"--noise {args.noise}: choose a fraction from 0 to 1")
-        result = bench_train(args)
-        print_rows(result)
-        if args.json:
-            try:
-                write_json(args.json, result)
-            except OSError as error:
-                raise UserError(f"cannot write --json {args.json}: {error.strerror}") from None
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from data import UserError
+from data import UserError, exit_status
 from data.fetch import MODELS, fetch_model
 from data.tokenizer import Tokenizer
 from model import (
@@ -318,15 +318,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", metavar="FILE", help="default: weights/NAME.pt")
     args = parser.parse_args(argv)
-    try:
-        run(args.name, args.folder, args.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to continue", file=sys.stderr)
-        return 130
-    return 0
+    again = "; run the same command again to continue"
+    return exit_status(lambda: run(args.name, args.folder, args.out), again)
 
 
 def run(name: str, folder: str | None, out: str | None) -> None:

@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 
-from data import UserError
+from data import UserError, exit_status
 from report import over_seeds, read_results
 
 COLORS = {
@@ -105,39 +105,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def draw(files: list[str], out: str) -> None:
+    first = read_json(files[0])
+    runs = [] if "benchmark" in first else read_results(files)
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")  # no window
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4 if runs else 2.6), layout="constrained")
+    if not runs:
+        draw_steps(axes, first)
+    elif len(runs) == 1:
+        draw_languages(axes, runs[0])
+    else:
+        draw_bits(axes, runs)
+    if runs:
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    try:
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write --out {out}: {error}") from None
+    print(f"wrote {out}")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        benchmark = read_json(args.files[0]).get("benchmark")
-        runs = [] if benchmark else read_results(args.files)
-        try:
-            import matplotlib
-        except ImportError:
-            raise UserError("figures need matplotlib: pip install matplotlib") from None
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(8, 2.6 if benchmark else 4), layout="constrained")
-        if benchmark:
-            draw_steps(axes, read_json(args.files[0]))
-        elif len(runs) == 1:
-            draw_languages(axes, runs[0])
-        else:
-            draw_bits(axes, runs)
-        if not benchmark:
-            axes.grid(axis="y", alpha=0.3)
-            axes.legend(frameon=False)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        try:
-            figure.savefig(args.out, dpi=150)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot write --out {args.out}: {error}") from None
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.out}")
-    return 0
+    return exit_status(lambda: draw(args.files, args.out))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ results.json holds, for every method and language, the counts behind each accura
 over seeds and paired differences can be worked out from the files alone.
 """
 
+import argparse
 import json
 import os
 import statistics
 import sys
 
-from data import UserError
+from data import UserError, exit_status
 
 
 def write_text(path: str, text: str) -> None:
@@ -180,19 +181,14 @@ def seeds_table(runs: list[dict]) -> str:
     return markdown_table(["", "seeds", "en", "zero-shot", "recovered %", "MB"], rows)
 
 
-def main(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(
-            "usage: python report.py RESULTS.json [RESULTS.json ...]\n\nOne table over the seeds and widths of several runs."
-        )
-        return 0 if argv else 2
-    try:
-        print(seeds_table(read_results(argv)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="One table over the seeds and widths of several runs."
+    )
+    parser.add_argument("files", nargs="+", metavar="RESULTS.json")
+    args = parser.parse_args(argv)
+    return exit_status(lambda: print(seeds_table(read_results(args.files))))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -28,7 +28,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from data import UserError
+from data import UserError, exit_status
 from data.batches import Dataset, encode_split, unpadded_batches
 from data.tasks import find_task
 from data.tokenizer import Tokenizer
@@ -371,24 +371,16 @@ def hardware(device: torch.device) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
+    def job() -> None:
         config, resume = parse_args(argv)
-        run_ladder(config, resume)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print(
-            "error: out of GPU memory: use a smaller --batch-size or --max-length", file=sys.stderr
-        )
-        return 2
-    except OSError as error:  # a full disk, a folder that went away
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command with --resume goes on", file=sys.stderr)
-        return 130
-    return 0
+        try:
+            run_ladder(config, resume)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "out of GPU memory: use a smaller --batch-size or --max-length"
+            ) from None
+
+    return exit_status(job, ": the same command with --resume goes on")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,29 @@
-"""Everything about text: tasks, tokenizers, downloads. UserError lives here because every file
-imports downwards to it.
+"""Everything about text: tasks, tokenizers, downloads.
+
+What every program shares stands here too, because every file imports downwards to it: how a user's
+mistake is told.
 """
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line that says what is wrong and what to type instead.
+    """A mistake the user can mend: one line that says what is wrong and what to type instead."""
 
-    main() of each program prints it without a traceback and exits with status 2.
+
+def exit_status(job: Callable[[], None], after_interrupt: str = "") -> int:
+    """Run a program: 0, or one line on stderr and 2 for a mistake, 130 for Ctrl-C. No traceback for
+    either.
     """
+    try:
+        job()
+        return 0
+    except UserError as error:
+        message, status = f"error: {error}", 2
+    except OSError as error:  # a full disk, a folder that went away
+        message, status = f"error: {error}", 2
+    except KeyboardInterrupt:
+        message, status = f"\ninterrupted{after_interrupt}", 130
+    print(message, file=sys.stderr)
+    return status

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from data import UserError
+from data import UserError, exit_status
 
 RAW_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "raw")
 CHUNK = 1 << 20
@@ -309,15 +309,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("dataset", choices=sorted(DATASETS))
     parser.add_argument("--data-dir", default=RAW_DIR, help="where to put it (default: data/raw)")
     args = parser.parse_args(argv)
-    try:
-        fetch_dataset(args.dataset, args.data_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to continue", file=sys.stderr)
-        return 130
-    return 0
+    again = "; run the same command again to continue"
+    return exit_status(lambda: fetch_dataset(args.dataset, args.data_dir), again)
 
 
 if __name__ == "__main__":

@@ -81,4 +81,3 @@ def test_unlike_runs_are_not_mixed(tmp_path, capsys):
     (tmp_path / "bad.json").write_text("[]")
     assert report.main([str(tmp_path / "bad.json")]) == 2
     assert "is not a results.json" in capsys.readouterr().err
-    assert report.main([]) == 2 and report.main(["--help"]) == 0
