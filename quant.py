@@ -151,23 +151,32 @@ def min_max(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def best_clip(x: Tensor, quant_min: int, quant_max: int, symmetric: bool, per_row: bool) -> Tensor:
+def best_clip(
+    x: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    per_row: bool,
+    one_factor: bool = False,
+) -> Tensor:
     """By how much to shrink the min-max range of x for the least squared quantization error.
 
     Clipping a few outliers buys finer steps for all the rest; the fewer bits, the more it pays.
-    Searched over 0.10, 0.12 .. 1.00. Returns factors: a scalar, or (..., 1) per row.
+    Searched over 0.10, 0.12 .. 1.00. Returns factors: (..., 1) per row; a scalar where the range is
+    one, and where one_factor asks for a common one to all rows' ranges.
 
     >>> best_clip(torch.tensor([[0.1, -0.1, 0.1, -0.1, 0.12]]), -1, 1, True, per_row=True)
     tensor([[0.8600]])
     """
     low, high = min_max(x, per_row)
-    best_error = torch.full_like(low, float("inf"))
-    best = torch.ones_like(low)
+    each = per_row and not one_factor
+    best_error = torch.full_like(low if each else x.new_empty(()), float("inf"))
+    best = torch.ones_like(best_error)
     for percent in range(100, 9, -2):
         clip = percent / 100
         scale, zero_point = choose_qparams(low * clip, high * clip, quant_min, quant_max, symmetric)
         error = (fake_quantize(x, scale, zero_point, quant_min, quant_max) - x).square()
-        error = error.sum(dim=-1, keepdim=True) if per_row else error.sum()
+        error = error.sum(dim=-1, keepdim=True) if each else error.sum()
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = torch.where(better, clip, best)
@@ -300,8 +309,9 @@ class WeightQuantizer(nn.Module):
         self.clips = False
         self.register_buffer("clip", torch.ones(()))
 
-    def search_clip(self, weight: Tensor, per_row: bool) -> None:
-        self.clip = best_clip(weight.detach(), self.quant_min, self.quant_max, True, per_row)
+    def search_clip(self, weight: Tensor, one_factor: bool = False) -> None:
+        grid = (self.quant_min, self.quant_max, True)
+        self.clip = best_clip(weight.detach(), *grid, self.per_row, one_factor)
         self.clips = True
 
     @torch.no_grad()
@@ -345,6 +355,7 @@ class ActQuantizer(nn.Module):
             self.register_buffer("zero_point", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.float()  # under autocast it may come in bf16, too coarse for 256 steps
         if self.observer is not None:
             self.observer.observe(x.detach())
             return x
@@ -417,12 +428,15 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
         act_quantizers += 1
         return ActQuantizer(config)
 
-    def new_weight(weight: Tensor, per_row: bool, sample: Tensor, clip_per_row: bool) -> nn.Module:
+    def new_weight(weight: Tensor, is_table: bool) -> nn.Module:
         if config.weight_bits == 32:
             return nn.Identity()
-        quantizer = WeightQuantizer(config, per_row)
-        if config.weight_range == "mse":
-            quantizer.search_clip(sample, clip_per_row)
+        quantizer = WeightQuantizer(config, per_row=is_table or config.per_channel)
+        if config.weight_range == "mse" and is_table:
+            # One factor for all rows, found on some: which rows a batch brings is not known here.
+            quantizer.search_clip(weight[:: max(1, len(weight) // 4096)], one_factor=True)
+        elif config.weight_range == "mse":
+            quantizer.search_clip(weight)
         return quantizer.to(weight.device)
 
     def visit(module: nn.Module, prefix: str) -> None:
@@ -436,16 +450,12 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
             if isinstance(child, nn.Linear):
                 reads_shared = shared and name in ("query", "key", "value")
                 act = nn.Identity() if reads_shared else new_act().to(child.weight.device)
-                per_row = config.per_channel
-                weight = new_weight(child.weight, per_row, child.weight, per_row)
+                weight = new_weight(child.weight, is_table=False)
                 setattr(module, name, QuantLinear(child, act, weight))
                 if config.weight_bits != 32:
                     replaced[full + ".weight"] = child.weight.numel()
             elif hasattr(child, "row_quantizer"):
-                # One clip factor for the table, from some of its rows: the rows of a batch are not
-                # known here.
-                rows = child.weight[:: max(1, len(child.weight) // 4096)]
-                child.row_quantizer = new_weight(child.weight, True, rows, False)
+                child.row_quantizer = new_weight(child.weight, is_table=True)
                 if config.weight_bits != 32:
                     replaced[full + ".weight"] = child.weight.numel()
             else:

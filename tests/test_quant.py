@@ -205,6 +205,22 @@ def test_best_clip_by_brute_force(bits, symmetric, per_row):
         assert (error(clip) < 0.9 * error(torch.tensor(1.0))).all()
 
 
+def test_one_clip_factor_for_all_rows(tiny_config):
+    """The table's factor shrinks every row's own range; it is the best common one."""
+    _, model, _ = prepared(QuantConfig(weight_bits=3, weight_range="mse"), tiny_config)
+    words = model.encoder.embeddings.word
+    quantizer, weight = words.row_quantizer, words.weight.detach()
+    assert quantizer.clip.dim() == 0 and quantizer.clip < 1
+    low, high = min_max(weight, True)
+
+    def error(factor):
+        scale, zero = choose_qparams(low * factor, high * factor, -3, 3, True)
+        return float((fake_quantize(weight, scale, zero, -3, 3) - weight).square().sum())
+
+    errors = {percent: error(percent / 100) for percent in range(10, 101, 2)}
+    assert error(quantizer.clip) == pytest.approx(min(errors.values()))
+
+
 def test_observers():
     batches = [torch.tensor([-1.0, 2.0]), torch.tensor([-3.0, 1.0]), torch.tensor([0.0, 5.0])]
     seen, average, search = MinMax(), MovingAverage(), MSESearch()
@@ -374,7 +390,7 @@ def test_clipped_weights_beat_min_max_at_2_bits():
     for kind in ("minmax", "mse"):
         quantizer = WeightQuantizer(QuantConfig(weight_bits=2, weight_range=kind), True)
         if kind == "mse":
-            quantizer.search_clip(linear.weight, True)
+            quantizer.search_clip(linear.weight)
         with torch.no_grad():
             errors[kind] = float((quantizer(linear.weight) - linear.weight).square().mean())
     assert errors["mse"] < 0.5 * errors["minmax"]
