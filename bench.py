@@ -183,6 +183,8 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) < (8 if name == "vocab" else 1):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {getattr(args, name)}: choose a larger number")
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads {args.threads}: choose 1 or more")
     if not 0 <= args.noise <= 1:
         raise UserError(f"--noise {args.noise}: choose a fraction from 0 to 1")
     result = bench_train(args)

@@ -133,7 +133,7 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
                 begin, end = entry["data_offsets"]
                 dtype = SAFETENSORS_TYPES[entry["dtype"]]
                 entries.append((name, dtype, tuple(entry["shape"]), begin, end))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 f"{path} is damaged: its header is not that of a safetensors file"
             ) from None
@@ -275,15 +275,13 @@ def convert(name: str, tensors: dict[str, Tensor], settings: dict | None, tokeni
             "lm_head.decoder.weight differs from the word embeddings: untied models are not supported"
         )
 
-    # Copies, because torch.save writes the whole storage behind a view: here, the whole source
-    # file.
-    ours = {
-        target: tensors[source].to(torch.float32, copy=True) for source, target in table.items()
-    }
+    ours = {target: tensors[source] for source, target in table.items()}
     with torch.device("meta"):
         model = Model(config)
     expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    check_tensors("the source", expected, ours)
+    check_tensors("the source", expected, ours, dtype=None)
+    # Copies, because torch.save writes the whole storage behind a view: here, the whole source file.
+    ours = {key: tensor.to(torch.float32, copy=True) for key, tensor in ours.items()}
     vocabulary = Tokenizer(tokenizer, TOKENIZER_FILE).vocab_size
     if vocabulary != config.vocab_size:
         raise UserError(f"{TOKENIZER_FILE} has {vocabulary:,} ids, the model {config.vocab_size:,}")
@@ -343,9 +341,8 @@ def run(name: str, folder: str | None, out: str | None) -> None:
     print(
         f"wrote {out}: {payload['config']['head']} head, {count:,} parameters, {size / 1e6:,.1f} MB"
     )
-    print(
-        f"next: python train.py --task xnli --bits 8 --model {out if name not in PRESETS else name}"
-    )
+    standard = os.path.abspath(out) == os.path.join(WEIGHTS_DIR, name + ".pt")
+    print(f"next: python train.py --task xnli --bits 8 --model {name if standard else out}")
 
 
 if __name__ == "__main__":

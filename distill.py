@@ -70,9 +70,10 @@ def masked_mse(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return F.mse_loss(student, teacher)
     weight = mask if student.dim() == 3 else mask[:, None, :]  # (B, T) or (B, 1, T)
-    per_token = (student - teacher).square().mean(dim=-1)  # (B, T) or (B, H, T)
-    # where, not a product: padded positions may hold anything, and 0 * inf is NaN
-    total = per_token.where(weight, 0.0).sum()
+    # Filled, not multiplied, and before squaring: padded positions may hold anything, and 0 * inf
+    # is NaN, in the backward pass too.
+    difference = (student - teacher).masked_fill(~weight[..., None], 0.0)
+    total = difference.square().mean(dim=-1).sum()
     heads = 1 if student.dim() == 3 else student.shape[1]
     return total / (mask.sum() * heads)
 

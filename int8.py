@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data import UserError
 from data.tokenizer import Tokenizer
-from model import Model, check_tensors, config_of, read_checkpoint
+from model import Model, check_tensors, config_of, holds_its_numbers, read_checkpoint
 from quant import QuantConfig, WeightQuantizer, dequantize, prepare, quant_range, quantize
 
 STUDENT_FORMAT = "sdq-student-1"
@@ -134,9 +134,9 @@ def load_student(path: str) -> tuple[Model, Tokenizer]:
         config = config_of(payload, path)
         quant = QuantConfig(**{**payload["quant"], "keep": tuple(payload["quant"]["keep"])})
         tensors, packed = dict(payload["tensors"]), dict(payload["packed"])
-        tokenizer = Tokenizer(payload["tokenizer"].numpy().tobytes(), path)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{path}: the student checkpoint is damaged") from None
+    tokenizer = Tokenizer.from_payload(payload, path, config.vocab_size)
     with torch.device("meta"):
         student = Model(config)
     # The weights arrive on the grid already, so only the activation quantizers are put in.
@@ -162,6 +162,7 @@ def unpack_weight(path: str, name: str, entry: dict, shape: torch.Size | None, b
         and isinstance(codes, Tensor)
         and codes.dtype == torch.uint8
         and codes.shape == (packed_bytes(shape.numel(), bits),)
+        and holds_its_numbers(codes)
         and isinstance(scale, Tensor)
         and scale.dtype == torch.float32
         and scale.shape in ((), (shape[0], 1))

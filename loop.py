@@ -25,7 +25,7 @@ from options import TrainConfig
 from report import write_text
 
 STATE_FORMAT = "sdq-state-1"
-EVAL_TOKENS = {"cpu": 4096, "cuda": 65536}  # tokens of an evaluation batch, padding included
+EVAL_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens of an evaluation batch, padding included
 
 
 # ----------------------------------------------------------------------------------- optimization
@@ -220,9 +220,10 @@ def train(
     state = State(name)
     if resume and state.load(run.state_file, student, optimizers):
         print(f"{name}: goes on after step {state.step}")
-        trim_log(run.log_file, name, state.step)
     else:
         torch.manual_seed(run.config.seed)
+    if resume:
+        trim_log(run.log_file, name, state.step)
     try:
         run_steps(run, state, student, teacher, parts, optimizers, epochs, peak_lr)
     except FloatingPointError as error:
@@ -267,15 +268,16 @@ def run_steps(
         progress.step(record, lr, batch.tokens)
         extra = {"lr": lr, "ms": ms, "tokens": batch.tokens}
         log(run, {"method": name, "step": state.step, **record, **extra})
-        end_of_epoch = index + 1 == per_epoch or state.step == total
-        if end_of_epoch or (config.eval_every and state.step % config.eval_every == 0):
+        look = index + 1 == per_epoch or state.step == total
+        look = look or bool(config.eval_every and state.step % config.eval_every == 0)
+        if look:
             accuracy = evaluate(student, run.dev, run.device)["accuracy"]
             progress.close()
             print(f"{name}: step {state.step}, English dev {accuracy:.2f} %", flush=True)
             log(run, {"method": name, "step": state.step, "dev_accuracy": accuracy})
             if accuracy > state.best_accuracy:
                 state.keep_best(student, accuracy)
-        if state.step % config.save_every == 0 or state.step == total:
+        if look or state.step % config.save_every == 0:
             state.seconds = time.monotonic() - begun
             state.save(run.state_file, student, optimizers)
 
@@ -330,20 +332,24 @@ def log(run: Run, record: dict) -> None:
 
 
 def trim_log(path: str, name: str, step: int) -> None:
-    """Forget what was logged after the state that a resumed training starts from: it will be logged
-    again.
-    """
+    """Forget what was logged after the state that a resumed training starts from: it comes again."""
     if not os.path.exists(path):
         return
+    kept = []
     with open(path, encoding="utf-8") as file:
-        records = [json.loads(line) for line in file if line.endswith("\n")]
-    kept = [r for r in records if r["method"] != name or r["step"] <= step]
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:  # the last line of a run that was killed while writing it
+                continue
+            if record["method"] != name or record["step"] <= step:
+                kept.append(json.dumps(record) + "\n")
+    write_text(path, "".join(kept))
 
 
 def not_finite(state: State, what: str, state_file: str) -> str:
     text = f"{state.name}: {what} is not a finite number after {state.step} steps; "
     text += "try a lower --lr or --student-lr"
     if os.path.exists(state_file):
-        text += f"; the last good state is kept in {state_file}"
+        text += f"; the last good state is kept in {state_file}, and --resume goes on from it"
     return text

@@ -487,8 +487,13 @@ def load_checkpoint(path: str) -> Model:
     return model.eval()
 
 
-def check_tensors(path: str, shapes: dict[str, torch.Size], tensors: dict) -> None:
-    """Refuse, by name, the first tensor that is missing, extra, misshapen or not float32."""
+def check_tensors(
+    path: str,
+    shapes: dict[str, torch.Size],
+    tensors: dict,
+    dtype: torch.dtype | None = torch.float32,
+) -> None:
+    """Refuse, by name, the first tensor that is missing, extra, misshapen or of another type."""
     for name, shape in shapes.items():
         tensor = tensors.get(name)
         if not isinstance(tensor, Tensor):
@@ -497,11 +502,18 @@ def check_tensors(path: str, shapes: dict[str, torch.Size], tensors: dict) -> No
             raise UserError(
                 f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
             )
-        if tensor.dtype != torch.float32:
-            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected torch.float32")
+        if dtype is not None and tensor.dtype != dtype:
+            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected {dtype}")
+        if not holds_its_numbers(tensor):
+            raise UserError(f"{path}: tensor {name} claims more numbers than the file holds")
     extra = sorted(map(str, set(tensors) - set(shapes)))
     if extra:
-        raise UserError(
-            f"{path}: unexpected tensor {extra[0]}"
-            + (f" and {len(extra) - 1} more" if extra[1:] else "")
-        )
+        more = f" and {len(extra) - 1} more" if extra[1:] else ""
+        raise UserError(f"{path}: unexpected tensor {extra[0]}{more}")
+
+
+def holds_its_numbers(tensor: Tensor) -> bool:
+    """False for a tensor that repeats a few stored numbers (stride 0): a small file could ask for
+    any amount of memory with it.
+    """
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()

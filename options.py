@@ -6,6 +6,7 @@ baseline: --bits 32, --distill none.
 """
 
 import argparse
+import hashlib
 import os
 import sys
 from dataclasses import dataclass, field, fields
@@ -101,7 +102,9 @@ class TrainConfig:
     seed: int = option(0, RUN, "of weights, batches, dropout and noise")
     device: str = option("auto", RUN, "auto, cpu, cuda")
     threads: int | None = option(None, RUN, "CPU threads; all cores")
-    out: str | None = option(None, RUN, "folder of this run; out/TASK-wBaA-sSEED", "DIR")
+    out: str | None = option(
+        None, RUN, "folder of this run; out/TASK-wBaA-sSEED, and a hash of other options", "DIR"
+    )
     eval_every: int | None = option(None, RUN, "steps between looks at English dev; an epoch")
     save_every: int = option(500, RUN, "steps between states to resume from")
 
@@ -206,8 +209,8 @@ def check(config: TrainConfig) -> None:
         "weight_decay": (0, 1e3),
         "temperature": (1e-3, 1e3),
         "clip": (1e-9, 1e9),
-        "lr": (0, 1e38),
-        "student_lr": (0, 1e38),
+        "lr": (1e-12, 1e38),
+        "student_lr": (1e-12, 1e38),
         "seed": (0, 2**31),
     }
     at_least_one = "max_train max_eval layers hidden heads epochs student_epochs steps batch_size"
@@ -238,8 +241,12 @@ def check_methods(config: TrainConfig) -> None:
         raise UserError(f"--distill: {error}") from None
     if "sdq" in config.methods and not parts:
         raise UserError("--distill none makes sdq the same as qat: use --methods fp32 ptq qat")
-    if "sdq" in config.methods and config.alpha == config.beta == 0:
-        raise UserError("--alpha 0 --beta 0 makes sdq the same as qat: use --methods fp32 ptq qat")
+    weights = [config.alpha if part == "logits" else config.beta for part in parts]
+    if "sdq" in config.methods and not any(weights):
+        raise UserError(
+            f"--distill {config.distill} with --alpha {config.alpha:g} --beta {config.beta:g} makes "
+            "sdq the same as qat: use --methods fp32 ptq qat"
+        )
     static = config.act_range == "static"
     if static and "ptq-static" in config.methods:
         raise UserError("--act-range static makes ptq static: drop ptq-static from --methods")
@@ -265,5 +272,18 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+NOT_THE_RESULT = ("device", "threads", "out", "save_every")  # options that don't name a run
+
+
 def default_out(config: TrainConfig) -> str:
-    return os.path.join("out", f"{config.task}-w{config.bits}a{config.act_bits}-s{config.seed}")
+    """out/xnli-w8a8-s0; with any other option changed, a short hash of those: one folder a setting."""
+    name = f"{config.task}-w{config.bits}a{config.act_bits}-s{config.seed}"
+    named = ("task", "bits", "act_bits", "seed", *NOT_THE_RESULT)
+    changed = [
+        (spec.name, getattr(config, spec.name))
+        for spec in fields(config)
+        if spec.name not in named and getattr(config, spec.name) != spec.default
+    ]
+    if changed:
+        name += "-" + hashlib.sha256(repr(changed).encode()).hexdigest()[:6]
+    return os.path.join("out", name)

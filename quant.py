@@ -276,7 +276,7 @@ class QuantConfig:
     def __post_init__(self):
         for name in ("weight_bits", "act_bits"):
             bits = getattr(self, name)
-            if bits != 32 and not 2 <= bits <= 8:
+            if not isinstance(bits, int) or (bits != 32 and not 2 <= bits <= 8):
                 raise UserError(f"{name} is {bits}: choose from 2 to 8, or 32 to leave them alone")
         if not 0.0 <= self.noise <= 1.0:
             raise UserError(f"noise is {self.noise}: choose a fraction from 0 to 1")
@@ -398,9 +398,15 @@ class PrepareReport:
 
     def __str__(self) -> str:
         done, left = sum(self.replaced.values()), sum(self.kept.values())
+        kinds: dict[str, int] = {}
+        for name, count in self.kept.items():
+            known = ("head", "position", "token_type", "norm", "bias")
+            kind = next((word for word in known if word in name), name)
+            kinds[kind] = kinds.get(kind, 0) + count
         return (
-            f"{len(self.replaced)} tensors quantized ({done:,} weights, {100 * done / (done + left):.2f} %), "
-            f"{self.act_quantizers} activation quantizers, {left:,} weights left in float32"
+            f"{len(self.replaced)} weight tensors quantized ({done:,} numbers, "
+            f"{100 * done / (done + left):.2f} %), {self.act_quantizers} activation quantizers; "
+            "float32: " + ", ".join(f"{kind} {count:,}" for kind, count in kinds.items())
         )
 
 

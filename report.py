@@ -7,6 +7,7 @@ over seeds and paired differences can be worked out from the files alone.
 """
 
 import argparse
+import glob
 import json
 import os
 import statistics
@@ -120,21 +121,34 @@ def markdown(results: dict) -> str:
 MAY_DIFFER = ("seed", "bits", "act_bits", "out", "methods", "threads", "save_every")
 
 
-def read_results(paths: list[str]) -> list[dict]:
-    """The given results.json files, all of the same experiment but for width and seed."""
-    runs = []
+def read_results(patterns: list[str]) -> list[dict]:
+    """The given results.json files, all of the same experiment but for width and seed.
+
+    Wildcards are expanded here, because not every shell does.
+    """
+    paths = [path for pattern in patterns for path in (sorted(glob.glob(pattern)) or [pattern])]
+    runs, seen = [], {}
     for path in paths:
         try:
             with open(path, encoding="utf-8") as file:
-                runs.append(json.load(file))
-            settings = {k: v for k, v in runs[-1]["config"].items() if k not in MAY_DIFFER}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                run = json.load(file)
+            key = tuple(run["config"][name] for name in ("seed", "bits", "act_bits"))
+            settings = {k: v for k, v in run["config"].items() if k not in MAY_DIFFER}
+            for row in run["methods"].values():
+                row["english"], row["zero_shot_mean"], row["size_bytes"]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{path} is not a results.json of train.py") from None
-        first = {k: v for k, v in runs[0]["config"].items() if k not in MAY_DIFFER}
+        first = {k: v for k, v in (runs or [run])[0]["config"].items() if k not in MAY_DIFFER}
         differs = [k for k in first if settings.get(k) != first[k]]
         if differs:
             flag = "--" + differs[0].replace("_", "-")
             raise UserError(f"{path} and {paths[0]} differ in {flag}: put them in separate tables")
+        if key in seen:
+            raise UserError(
+                f"{path} and {seen[key]} have the same seed and width: give one of them"
+            )
+        seen[key] = path
+        runs.append(run)
     return runs
 
 

@@ -30,6 +30,7 @@ import torch
 
 from data import UserError, exit_status
 from data.batches import Dataset, encode_split, unpadded_batches
+from data.fetch import MODELS
 from data.tasks import find_task
 from data.tokenizer import Tokenizer
 from distill import parse_distill
@@ -48,7 +49,7 @@ from model import (
     set_dropout,
     with_head,
 )
-from options import TRAINED, TrainConfig, default_out, parse_args
+from options import NOT_THE_RESULT, TRAINED, TrainConfig, default_out, parse_args
 from quant import QuantConfig, calibrate, prepare
 from report import markdown, summarize, table, write_json, write_text
 
@@ -75,7 +76,8 @@ def find_model(config: TrainConfig) -> str:
         raise UserError(
             f"no model {name!r}: give a .pt file of convert.py, 'scratch', or one of: {known}"
         )
-    raise UserError(f"no weights for {name} yet: make them with 'python convert.py {name}'")
+    how = name if name in MODELS else f"{name} --from DIR"
+    raise UserError(f"no weights for {name} yet: make them with 'python convert.py {how}'")
 
 
 class Source:
@@ -104,7 +106,8 @@ class Source:
         else:
             payload = read_checkpoint(self.path)
             self.model_config = config_of(payload, self.path)
-            self.tokenizer = Tokenizer(payload["tokenizer"].numpy().tobytes(), self.path)
+            vocab_size = self.model_config.vocab_size
+            self.tokenizer = Tokenizer.from_payload(payload, self.path, vocab_size)
             self.name = os.path.splitext(os.path.basename(self.path))[0]
             stat = os.stat(self.path)
             self.identity = [os.path.abspath(self.path), stat.st_size, stat.st_mtime_ns]
@@ -144,22 +147,28 @@ TEACHER_OPTIONS = (  # all that the teacher's weights depend on, besides model a
 ).split()
 
 
+def teachers_folder(out: str) -> str:
+    return os.path.join(os.path.dirname(os.path.abspath(out)), "teachers")
+
+
 def teacher_path(run: Run, source: Source) -> str:
     key = [getattr(run.config, name) for name in TEACHER_OPTIONS] + source.identity
     for dataset in (run.train, run.dev):
-        key += [
-            hashlib.sha256(part.tobytes()).hexdigest() for part in (dataset.ids, dataset.labels)
-        ]
+        for part in (dataset.ids, dataset.starts, dataset.labels):
+            key.append(hashlib.sha256(part.tobytes()).hexdigest())
     key.append(run.device.type)  # bf16 on CUDA
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-    name = f"{run.config.task}-{source.name}-{digest}.pt"
-    return os.path.join(os.path.dirname(os.path.abspath(run.out)), "teachers", name)
+    return os.path.join(teachers_folder(run.out), f"{run.config.task}-{source.name}-{digest}.pt")
 
 
 def get_teacher(run: Run, source: Source, resume: bool) -> tuple[Model, int, float]:
     """The float32 teacher, trained now or before: (model, bytes on disk, seconds of training)."""
     path = teacher_path(run, source)
     if not os.path.exists(path):
+        if resume and os.path.exists(run.results_file):
+            raise UserError(
+                f"this run's teacher, {path}, is gone (or --lr changed): start with another --out"
+            )
         model = source.build()
         set_dropout(model, run.config.dropout)
         model.to(run.device)
@@ -169,9 +178,9 @@ def get_teacher(run: Run, source: Source, resume: bool) -> tuple[Model, int, flo
         remove(run.state_file)
         del model, payload
     else:
-        print(f"fp32: teacher from {os.path.relpath(path)}")
-    seconds = float(read_checkpoint(path)["notes"]["seconds"])
+        print(f"fp32: teacher from {path}")
     teacher = load_checkpoint(path).to(run.device).requires_grad_(False)
+    seconds = float(read_checkpoint(path)["notes"]["seconds"])
     return teacher, os.path.getsize(path), seconds
 
 
@@ -204,7 +213,7 @@ def run_method(
     if method in TRAINED:
         parts = parse_distill(config.distill) if method == "sdq" else ()
         epochs = config.student_epochs or config.epochs
-        lr = config.student_lr or config.lr
+        lr = config.lr if config.student_lr is None else config.student_lr
         seconds = train(run, method, student, teacher, parts, epochs, lr, resume)
     notes = dict(task=config.task, method=method, labels=" ".join(find_task(config.task).labels))
     settings = quant_config(config, method)
@@ -231,15 +240,15 @@ def run_ladder(config: TrainConfig, resume: bool) -> None:
     out = config.out or default_out(config)
     device = choose_device(config)
     check_folder(out)
+    check_folder(teachers_folder(out))
     source = Source(config)
-    config = replace(config, lr=config.lr or (5e-4 if source.path is None else 2e-5))
-    if resume:
-        check_resume(out, config)
+    if config.lr is None:
+        config = replace(config, lr=5e-4 if source.path is None else 2e-5)
+    check_run(out, config, resume)
     print(f"model {source.name}, {hardware(device)}, {torch.get_num_threads()} threads, out {out}")
     train_set, dev, tests = load_data(config, source.tokenizer)
-    if not resume:
-        start_folder(out, config)
     run = Run(config, out, device, train_set, dev)
+    start_folder(run, resume)
     results = load_results(run, source, list(tests), resume)
     teacher, teacher_bytes, teacher_seconds = get_teacher(run, source, resume)
     quantized = [method for method in config.methods if method != "fp32"]
@@ -292,44 +301,53 @@ def load_data(
 
 
 # ------------------------------------------------------------------------------- the run's folder
-def check_folder(out: str) -> None:
+def check_folder(folder: str) -> None:
     """Refuse a folder that can't be written, before anything is computed or touched."""
-    there = os.path.abspath(out)
-    while not os.path.exists(there):
+    there = os.path.abspath(folder)
+    while not os.path.exists(there) and os.path.dirname(there) != there:
         there = os.path.dirname(there)
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to --out {out}: {there} is not a writable folder")
+        raise UserError(f"cannot write to {folder}: choose another --out")
 
 
-def check_resume(out: str, config: TrainConfig) -> None:
-    """Refuse to go on with a run that had other options."""
+def check_run(out: str, config: TrainConfig, resume: bool) -> None:
+    """Refuse to mix runs: to resume one with other options, or to write over another or a stopped one."""
+    settings = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
     try:
         with open(os.path.join(out, "config.json"), encoding="utf-8") as file:
             before = json.load(file)
-    except (OSError, ValueError):
-        raise UserError(f"no run to resume in {out}: leave out --resume") from None
-    for name, value in json.loads(json.dumps(asdict(config))).items():
-        if name != "out" and before.get(name) != value:
-            raise UserError(
-                f"{out} was run with --{name.replace('_', '-')} {before.get(name)}, "
-                f"not {value}: resume with the same options"
-            )
+    except FileNotFoundError:
+        if resume:
+            raise UserError(f"no run to resume in {out}: leave out --resume") from None
+        return
+    except ValueError:
+        before = None
+    if not isinstance(before, dict) or "task" not in before:
+        raise UserError(f"{out}/config.json is not of a run of train.py: choose another --out")
+    may_differ = {*NOT_THE_RESULT, "lr", "student_lr"} if resume else set(NOT_THE_RESULT)
+    differs = [k for k in settings if before.get(k) != settings[k] and k not in may_differ]
+    if differs:
+        name, was = differs[0].replace("_", "-"), before.get(differs[0])
+        advice = "resume with the same options" if resume else "choose another --out, or delete it"
+        raise UserError(
+            f"{out} holds a run with --{name} {was}, not {settings[differs[0]]}: {advice}"
+        )
+    if not resume and os.path.exists(os.path.join(out, "state.pt")):
+        raise UserError(f"{out} holds a stopped run: go on with --resume, or delete it")
 
 
-def start_folder(out: str, config: TrainConfig) -> None:
-    """An empty folder of this run: what an earlier run of the same name left is removed."""
-    os.makedirs(out, exist_ok=True)
-    for name in ("log.jsonl", "results.json", "report.md", "state.pt", "student.pt"):
-        remove(os.path.join(out, name))
-    write_json(os.path.join(out, "config.json"), asdict(config))
+def start_folder(run: Run, resume: bool) -> None:
+    """Write config.json; a run that starts afresh removes what the same run left before."""
+    os.makedirs(run.out, exist_ok=True)
+    if not resume:
+        for name in ("log.jsonl", "results.json", "report.md", "student.pt"):
+            remove(os.path.join(run.out, name))
+    write_json(os.path.join(run.out, "config.json"), asdict(run.config))
 
 
 def load_results(run: Run, source: Source, languages: list[str], resume: bool) -> dict:
     """A fresh results.json, or when resuming the one with the rows that are done."""
-    if resume and os.path.exists(run.results_file):
-        with open(run.results_file, encoding="utf-8") as file:
-            return json.load(file)
-    return {
+    results = {
         "config": asdict(run.config),
         "model": source.name,
         "languages": languages,
@@ -341,6 +359,10 @@ def load_results(run: Run, source: Source, languages: list[str], resume: bool) -
         },
         "methods": {},
     }
+    if resume and os.path.exists(run.results_file):
+        with open(run.results_file, encoding="utf-8") as file:
+            results["methods"] = json.load(file)["methods"]
+    return results
 
 
 def remove(path: str) -> None:
@@ -375,10 +397,10 @@ def main(argv: list[str] | None = None) -> int:
         config, resume = parse_args(argv)
         try:
             run_ladder(config, resume)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                "out of GPU memory: use a smaller --batch-size or --max-length"
-            ) from None
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's has no type
+            if "out of memory" in str(error) or "allocate memory" in str(error):
+                raise UserError("out of memory: use a smaller --batch-size, --max-length") from None
+            raise
 
     return exit_status(job, ": the same command with --resume goes on")
 

@@ -21,6 +21,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
@@ -264,7 +265,7 @@ def unpack(archive: str, members: tuple[str, ...], folder: str) -> list[str]:
                 for target in written:
                     os.unlink(target + ".part")
                 raise
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(
             f"{name} is not a sound zip file ({error}): delete it and fetch it again"
         ) from None

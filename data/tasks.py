@@ -112,8 +112,6 @@ def read_xnli(folder: str, split: str) -> dict[str, list[Example]]:
             )
         if language not in XNLI_LANGUAGES:
             raise UserError(f"{path}, line {number}: unknown language {language!r}")
-        if not premise.strip() or not hypothesis.strip():
-            raise UserError(f"{path}, line {number}: empty premise or hypothesis")
         found.setdefault(language, []).append(Example(premise, hypothesis, label_ids[label]))
     return found
 

@@ -66,6 +66,20 @@ class Tokenizer:
         with open(path, "rb") as file:
             return cls(file.read(), path)
 
+    @classmethod
+    def from_payload(cls, payload: dict, path: str, vocab_size: int) -> "Tokenizer":
+        """The tokenizer inside a checkpoint's dictionary, which must fit the model's vocabulary."""
+        stored = payload.get("tokenizer")
+        try:
+            tokenizer = cls(stored.numpy().tobytes(), path)
+        except (AttributeError, TypeError):
+            raise UserError(f"{path} holds no tokenizer: convert it again") from None
+        if tokenizer.vocab_size != vocab_size:
+            raise UserError(
+                f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its model {vocab_size:,}"
+            )
+        return tokenizer
+
     def encode(self, a: str, b: str | None = None, max_length: int | None = None) -> list[int]:
         """One text or a pair -> ids with <s> and </s>, cut to max_length if given."""
         return self.encode_batch([a], None if b is None else [b], max_length)[0].tolist()

@@ -41,6 +41,8 @@ def test_train_benchmark(tmp_path, capsys):
         ("--rounds 0", "--rounds 0"),
         ("--hidden 100 --layers 0", "--layers 0"),
         ("--noise 2", "--noise 2"),
+        ("--threads -1", "--threads -1"),
+        ("--threads 0", "--threads 0"),
         ("--hidden 131", "not divisible"),
     ],
 )

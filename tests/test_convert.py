@@ -104,6 +104,17 @@ def test_files_of_old_pytorch_versions(folder, capsys):
     assert run(folder, capsys)[0] == 0
 
 
+def test_tensor_that_repeats_one_number(folder, capsys):
+    key = "roberta.encoder.layer.1.attention.self.key.weight"
+    change(folder, **{key: torch.zeros(1).expand(32, 32)})
+    refused(folder, capsys, "claims more numbers than the file holds")
+
+
+def test_next_command_names_the_file_that_was_written(folder, capsys):
+    _, output, out = run(folder, capsys)
+    assert output.out.rstrip().endswith(f"--model {out}")
+
+
 def test_untied_output_matrix_is_refused(folder, capsys):
     change(folder, **{"lm_head.decoder.weight": torch.zeros(442, 32)})
     refused(folder, capsys, "untied")

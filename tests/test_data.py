@@ -54,7 +54,6 @@ def set_line(number, text):
         ("en\tentailment\tonly three", "line 3: 3 columns, the header has 5"),
         ("en\tmaybe\ta\tb\t1", "line 3: unknown label 'maybe'"),
         ("xx\tneutral\ta\tb\t1", "line 3: unknown language 'xx'"),
-        ("en\tneutral\t \tb\t1", "line 3: empty premise or hypothesis"),
         ("en\tneutral\ta\tb\t1\tmore", "line 3: 6 columns"),
     ],
 )
@@ -78,6 +77,12 @@ def test_missing_columns_files_and_languages(folder):
         load("xnli", "train", "en", str(folder / "nowhere"))
     with pytest.raises(UserError, match="unknown task 'xnil'; known: xnli"):
         load("xnil", "train", "en", str(folder))
+
+
+def test_an_empty_text_is_a_text(folder):
+    """A published file with a blank cell must stay usable."""
+    rewrite(folder, "dev", set_line(3, "en\tneutral\t\tb\t1"))
+    assert "" in [e.text_a for e in load("xnli", "dev", "en", str(folder))]
 
 
 def test_not_utf8(folder):

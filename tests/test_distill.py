@@ -99,6 +99,16 @@ def test_value_does_not_depend_on_padding(garbage):
     assert after == pytest.approx(before, rel=1e-5)
 
 
+@pytest.mark.parametrize("garbage", [float("inf"), float("nan")])
+def test_gradient_does_not_see_padding(garbage):
+    mask = torch.tensor([[True, True, False]])
+    student = torch.randn(1, 2, 3, 4)
+    student[:, :, 2] = garbage
+    student.requires_grad_()
+    masked_mse(student, torch.randn(1, 2, 3, 4), mask).backward()
+    assert student.grad[:, :, :2].isfinite().all() and (student.grad[:, :, 2] == 0).all()
+
+
 def test_no_mask_means_all_real():
     (student, mask), (teacher, _) = outputs(2, 5, [5, 5], 1), outputs(2, 5, [5, 5], 2)
     assert terms(student, teacher, None) == pytest.approx(terms(student, teacher, mask), rel=1e-6)

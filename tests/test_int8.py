@@ -105,6 +105,14 @@ def damaged(payload):
         "type": (packed(codes=entry["codes"].float()), "does not have the shape"),
         "scale": (packed(scale=torch.ones(3)), "does not have the shape"),
         "shape": (packed(shape=[1, 2]), "does not have the shape"),
+        "repeated": (
+            packed(codes=torch.zeros(1, dtype=torch.uint8).expand(len(entry["codes"]))),
+            "does not have the shape",
+        ),
+        "float bits": (
+            {**payload, "quant": {**payload["quant"], "weight_bits": 8.0}},
+            "weight_bits is 8.0",
+        ),
         "extra key": (packed(spare=1), "damaged or has no place"),
         "missing": ({**payload, "packed": without}, "is missing"),
         "stranger": (
@@ -117,7 +125,11 @@ def damaged(payload):
     }
 
 
-KINDS = "short type scale shape missing stranger quant config tokenizer".split() + ["extra key"]
+KINDS = "short type scale shape missing stranger quant config tokenizer".split() + [
+    "extra key",
+    "repeated",
+    "float bits",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -160,6 +160,10 @@ def broken_checkpoints(config):
             "hidden_size is 'x'",
         ),
         "unknown field": (change(config={**good["config"], "spare": 1}), "model config is damaged"),
+        "repeated number": (
+            change(tensors={**tensors, first: torch.zeros(1).expand(tensors[first].shape)}),
+            "claims more numbers than the file holds",
+        ),
         "no tensors": (change(tensors=None), "holds no tensors"),
     }
 

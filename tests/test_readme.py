@@ -75,6 +75,10 @@ def test_every_command_is_understood(command, monkeypatch):
         assert program == "report.py" and arguments
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"@\w+@|TODO|TBD", README)
+
+
 def test_every_flag_that_is_named_exists():
     from options import build_parser
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import plot
 import report
 
 
@@ -68,6 +69,13 @@ def test_over_seeds(tmp_path, capsys):
     assert lines[4][:3] == ["ptq W2A8", "2", "53.00 ± 1.41"]
 
 
+def test_the_same_run_counts_once(tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps(run(fp32=row(90, {}))))
+    assert report.main([str(tmp_path / "*.json")]) == 2  # and wildcards work
+    assert "have the same seed and width" in capsys.readouterr().err
+
+
 def test_unlike_runs_are_not_mixed(tmp_path, capsys):
     paths = []
     for i, lr in enumerate((1e-3, 1e-4)):
@@ -78,6 +86,25 @@ def test_unlike_runs_are_not_mixed(tmp_path, capsys):
             json.dump(value, file)
     assert report.main(paths) == 2
     assert "differ in --lr" in capsys.readouterr().err
-    (tmp_path / "bad.json").write_text("[]")
-    assert report.main([str(tmp_path / "bad.json")]) == 2
-    assert "is not a results.json" in capsys.readouterr().err
+    for text in ("[]", "{", '{"config": {"seed": 0}}', '{"config": {}, "methods": {}}'):
+        (tmp_path / "bad.json").write_text(text)
+        assert report.main([str(tmp_path / "bad.json")]) == 2
+        assert "is not a results.json" in capsys.readouterr().err
+
+
+def test_figures(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for seed, bits in ((0, 8), (1, 8), (0, 2)):
+        rows = {"ptq": row(50 + bits, {"de": 40.0}), "sdq": row(60, {"de": 50.0})}
+        if bits == 8:
+            rows["fp32"] = row(90, {"de": 80.0})
+        value = {**run(seed, bits, **rows), "model": "m", "languages": ["en", "de"]}
+        value["config"]["eval_split"] = "test"
+        (tmp_path / f"{bits}-{seed}.json").write_text(json.dumps(value))
+    for name, files in (("bits", "*.json"), ("no-fp32", "2-0.json"), ("one", "8-0.json")):
+        out = tmp_path / f"{name}.png"
+        assert plot.main([str(tmp_path / files), "--out", str(out)]) == 0
+        assert out.stat().st_size > 5000
+    assert plot.main([str(tmp_path / "8-0.json"), "--out", str(tmp_path / "x.nonsense")]) == 2
+    assert plot.main([str(tmp_path / "none.json"), "--out", str(tmp_path / "x.png")]) == 2
+    assert capsys.readouterr().err.count("error: ") == 2

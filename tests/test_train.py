@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import loop
 import train
 from int8 import load_student
 from model import build_model, checkpoint_payload, load_checkpoint, read_checkpoint
-from options import build_parser, parse_args
+from options import build_parser, default_out, parse_args
 
 SCRATCH = f"--model scratch --layers 1 --hidden 32 --heads 2 --tokenizer {TOKENIZER}".split()
 SMALL = [
@@ -224,10 +225,82 @@ def test_resume_is_bit_exact(method, tmp_path, monkeypatch, capsys):
         assert torch.equal(entry["scale"], b["packed"][name]["scale"])
 
 
+def test_resume_before_the_first_state(tmp_path, monkeypatch):
+    """Killed before any state was saved: it starts again, and the log holds each step once."""
+    options = ["--methods", "fp32", "--save-every", "100"]
+    assert run(tmp_path, *options, out="whole/run") == 0
+    real = loop.train_step
+
+    def killed(*args):
+        killed.count += 1
+        if killed.count > 3:
+            raise Killed
+        return real(*args)
+
+    killed.count = 0
+    monkeypatch.setattr(loop, "train_step", killed)
+    with pytest.raises(Killed):
+        run(tmp_path, *options, out="cut/run")
+    monkeypatch.setattr(loop, "train_step", real)
+    with open(tmp_path / "cut" / "run" / "log.jsonl", "a") as file:
+        file.write('{"method": "fp32", "st')  # killed in the middle of a line
+    assert run(tmp_path, *options, "--resume", out="cut/run") == 0
+    logs = []
+    for name in ("whole", "cut"):
+        with open(tmp_path / name / "run" / "log.jsonl") as file:
+            logs.append([{**json.loads(line), "ms": 0} for line in file])
+    assert logs[0] == logs[1]
+
+
+def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
+    assert run(tmp_path, "--methods", "fp32") == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    assert run(tmp_path, "--methods", "fp32", "--max-train", "90") == 2
+    assert "holds a run with --max-train None, not 90: choose another" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    assert run(tmp_path, "--methods", "fp32") == 0  # the very same again
+    (tmp_path / "run" / "state.pt").write_bytes(b"")
+    assert run(tmp_path, "--methods", "fp32") == 2
+    assert "holds a stopped run: go on with --resume" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"hidden_size": 768}')
+    assert run(tmp_path, out="other") == 2
+    assert "is not of a run of train.py" in capsys.readouterr().err
+
+
+def test_default_folders_tell_settings_apart():
+    folders = {
+        options: default_out(parse_args([*SCRATCH, *options.split()])[0])
+        for options in ("", "--bits 4", "--distill logits", "--noise 1", "--lr 1e-3")
+    }
+    assert len(set(folders.values())) == 5
+    same = [default_out(parse_args([*SCRATCH, *o.split()])[0]) for o in ("", "--threads 1")]
+    assert same[0] == same[1]
+    plain = default_out(parse_args(["--task", "xnli", "--bits", "8"])[0])
+    assert plain == os.path.join("out", "xnli-w8a8-s0")
+
+
+def test_missing_teacher_on_resume(tmp_path, capsys):
+    assert run(tmp_path, "--methods", "fp32", "ptq") == 0
+    shutil.rmtree(tmp_path / "teachers")
+    capsys.readouterr()
+    assert run(tmp_path, "--methods", "fp32", "ptq", "--resume") == 2
+    assert "is gone" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the GPU path is not run")
+def test_ladder_on_cuda(tmp_path):
+    options = ["--device", "cuda", "--methods", "fp32", "ptq", "ptq-static", "qat", "sdq"]
+    assert run(tmp_path, *options, "--save-every", "2") == 0
+    student, _ = load_student(str(tmp_path / "run" / "student.pt"))
+    assert all(p.isfinite().all() for p in student.parameters())
+
+
 def test_resume_refuses_other_options(tmp_path, capsys):
     assert run(tmp_path, "--steps", "2", "--methods", "fp32") == 0
     assert run(tmp_path, "--steps", "3", "--methods", "fp32", "--resume") == 2
-    assert "was run with --steps 2, not 3" in capsys.readouterr().err
+    assert "holds a run with --steps 2, not 3: resume with the same" in capsys.readouterr().err
     assert run(tmp_path, "--resume", out="never") == 2
     assert "no run to resume" in capsys.readouterr().err
     assert run(tmp_path, "--steps", "2", "--methods", "fp32", "--resume") == 0  # nothing left to do
@@ -253,6 +326,10 @@ def test_nan_stops_with_the_last_state_kept(tmp_path, capsys, monkeypatch):
     assert state["state"]["step"] == 4
     assert all(t.isfinite().all() for t in state["tensors"].values())
     assert not os.path.exists(tmp_path / "run" / "results.json")
+    monkeypatch.setattr(loop, "train_step", real)  # the advice works: go on with a lower rate
+    assert run(tmp_path, "--save-every", "2", "--lr", "1e-5", "--resume") == 0
+    assert "goes on after step 4" in capsys.readouterr().out
+    assert results(tmp_path)["config"]["lr"] == 1e-5
 
 
 def test_state_with_nan_is_not_saved_over_a_good_one(tmp_path, capsys):
@@ -333,6 +410,10 @@ def answer(capsys, *command):
         ("--noise nan", "--noise nan"),
         ("--epochs 0", "--epochs 0"),
         ("--temperature 0", "--temperature 0"),
+        ("--lr 0", "--lr 0"),
+        ("--student-lr 0", "--student-lr 0"),
+        ("--distill logits --alpha 0", "makes sdq the same as qat"),
+        ("--distill context --beta 0", "makes sdq the same as qat"),
         ("--max-length 3", "--max-length 3"),
         ("--seed -1", "--seed -1"),
         ("--methods fp32 magic", "'magic' is unknown"),
@@ -357,7 +438,8 @@ def answer(capsys, *command):
         ("--model scratch --tokenizer nowhere.model", "no tokenizer at nowhere.model"),
         ("--model gpt", "no model 'gpt'"),
         ("--model nowhere/x.pt", "no model 'nowhere/x.pt'"),
-        ("--model xlmr-large", "python convert.py xlmr-large"),
+        ("--model xlmr-large", "python convert.py xlmr-large --from DIR"),
+        ("--model xlmr-base", "python convert.py xlmr-base'"),
     ],
 )
 def test_refused_options(options, message, capsys, tmp_path, monkeypatch):
@@ -388,6 +470,7 @@ def test_missing_data(capsys, tmp_path):
     assert train.main([*options, "--eval-split", "dev", "--steps", "1", "--methods", "fp32"]) == 0
     capsys.readouterr()
     (folder / "XNLI-1.0" / "xnli.dev.tsv").unlink()
+    options[-1] = str(tmp_path / "other")
     assert "python data/fetch.py xnli" in answer(capsys, *options, "--eval-split", "dev")[1]
 
 
@@ -414,6 +497,24 @@ def test_longer_than_the_positions(capsys, tmp_path, tiny_config):
     ]
     _, error = answer(capsys, *options, "--max-length", "65")
     assert "has 64 positions; use 64 or less" in error
+
+
+@pytest.mark.parametrize("tokenizer", [None, torch.zeros(9, dtype=torch.uint8), "text", "other"])
+def test_checkpoint_without_a_fitting_tokenizer(tokenizer, capsys, tmp_path, tiny_config):
+    with open(TOKENIZER, "rb") as file:
+        payload = checkpoint_payload(build_model(tiny_config), file.read())
+    if isinstance(tokenizer, str) and tokenizer == "other":
+        small = replace(tiny_config, vocab_size=400)
+        payload = {
+            **checkpoint_payload(build_model(small), b"x"),
+            "tokenizer": payload["tokenizer"],
+        }
+    else:
+        payload["tokenizer"] = tokenizer
+    torch.save(payload, tmp_path / "m.pt")
+    options = ["--model", str(tmp_path / "m.pt"), "--data-dir", SAMPLE, "--max-length", "32"]
+    _, error = answer(capsys, *options, "--out", str(tmp_path / "run"))
+    assert "tokenizer" in error or "SentencePiece" in error
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", "code"])
@@ -445,7 +546,10 @@ def test_damaged_teacher_is_named(capsys, tmp_path):
 def test_unwritable_out(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     _, error = answer(capsys, *SMALL, "--out", str(tmp_path / "file" / "run"))
-    assert "cannot write to --out" in error
+    assert "cannot write to" in error and "choose another --out" in error
+    (tmp_path / "teachers").write_text("")
+    _, error = answer(capsys, *SMALL, "--out", str(tmp_path / "run"))
+    assert "teachers: choose another --out" in error and not (tmp_path / "run").exists()
 
 
 def test_a_mistake_touches_no_earlier_run(capsys, tmp_path):
