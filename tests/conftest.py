@@ -12,6 +12,10 @@ GOLDEN = os.path.join(ROOT, "tests", "golden")
 TOKENIZER = os.path.join(SAMPLE, "sentencepiece.bpe.model")
 sys.path.insert(0, ROOT)
 
+# Tensors of tests are tiny: more threads would only wait for each other, worst on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start
+torch.set_num_threads(1)
+
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
