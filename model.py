@@ -136,9 +136,7 @@ class Embeddings(nn.Module):
     def forward(self, ids: Tensor, types: Tensor | None = None) -> Tensor:
         num_tokens = ids.shape[1]
         first = self.position_offset
-        position = self.position.weight[
-            first : first + num_tokens
-        ]  # (T, C), the same for every row of the batch
+        position = self.position.weight[first : first + num_tokens]  # (T, C), for every row
         kind = self.token_type.weight[0] if types is None else self.token_type(types)
         return self.dropout(self.norm(self.word(ids) + position + kind))
 
