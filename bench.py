@@ -21,7 +21,7 @@ from data import UserError, exit_status
 from data.batches import Batch
 from loop import make_optimizers, train_step
 from model import PRESETS, ModelConfig, build_model, set_dropout
-from options import OneLineParser, TrainConfig
+from options import OneLineParser, TrainConfig, flag
 from quant import QuantConfig, prepare
 from report import write_json
 from train import choose_device, hardware
@@ -181,8 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     for name in ("layers", "hidden", "vocab", "batch_size", "tokens", "rounds"):
         if getattr(args, name) < (8 if name == "vocab" else 1):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {getattr(args, name)}: choose a larger number")
+            raise UserError(f"{flag(name)} {getattr(args, name)}: choose a larger number")
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads {args.threads}: choose 1 or more")
     if not 0 <= args.noise <= 1:

@@ -134,10 +134,9 @@ def build_parser() -> argparse.ArgumentParser:
         title, text = spec.metadata["group"], spec.metadata["text"]
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
         groups[title] = group
-        flag = "--" + spec.name.replace("_", "-")
         kind = str(spec.type)
         if "bool" in kind:
-            group.add_argument(flag, action="store_true", help=text)
+            group.add_argument(flag(spec.name), action="store_true", help=text)
             continue
         if spec.default in (None, ()):  # the text itself ends with the default, behind a semicolon
             text, _, shown = text.rpartition("; ")
@@ -153,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
             kwargs["nargs"] = "+"
         else:
             kwargs["type"] = int if "int" in kind else float if "float" in kind else str
-        group.add_argument(flag, **kwargs)
+        group.add_argument(flag(spec.name), **kwargs)
     return parser
 
 

@@ -49,7 +49,7 @@ from model import (
     set_dropout,
     with_head,
 )
-from options import NOT_THE_RESULT, TRAINED, TrainConfig, default_out, parse_args
+from options import NOT_THE_RESULT, TRAINED, TrainConfig, default_out, flag, parse_args
 from quant import QuantConfig, calibrate, prepare
 from report import markdown, summarize, table, write_json, write_text
 
@@ -327,10 +327,10 @@ def check_run(out: str, config: TrainConfig, resume: bool) -> None:
     may_differ = {*NOT_THE_RESULT, "lr", "student_lr"} if resume else set(NOT_THE_RESULT)
     differs = [k for k in settings if before.get(k) != settings[k] and k not in may_differ]
     if differs:
-        name, was = differs[0].replace("_", "-"), before.get(differs[0])
+        name = differs[0]
         advice = "resume with the same options" if resume else "choose another --out, or delete it"
         raise UserError(
-            f"{out} holds a run with --{name} {was}, not {settings[differs[0]]}: {advice}"
+            f"{out} holds a run with {flag(name)} {before.get(name)}, not {settings[name]}: {advice}"
         )
     if not resume and os.path.exists(os.path.join(out, "state.pt")):
         raise UserError(f"{out} holds a stopped run: go on with --resume, or delete it")
