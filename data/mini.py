@@ -6,8 +6,8 @@ Why: the full XNLI needs a large model, its licence and hours. Here is the same 
 comparing two sentences, in a controlled form: every label follows from a rule, every sentence
 exists in all 15 languages, and how hard it is stands in one table (LEVELS).
 
-A Meaning says who does what, with how many, of what colour, where, when and what next. realize()
-puts it into a language with that language's word order, so every row exists in 15 languages:
+A Meaning says who does what, with how many, of what colour, where and when. realize() puts it
+into a language with that language's word order, so every row exists in 15 languages:
 
     Meaning("teacher", "buy", "apple", number=5, place="garden")
     en  The teacher will buy 5 apples in the garden.
@@ -22,7 +22,8 @@ events, and a label compares the events that the two sentences allow. To the pre
     neutral        The teacher will buy 5 red apples.                something more said
     contradiction  The teacher will buy 5 apples at the school.      something else said
 
-Negation turns this round: "will not buy fruits" entails "will not buy apples".
+Negation turns this round: "will not buy apples at the school" is entailed, "will not buy fruits"
+contradicts.
 
 No word gives a label away, because each slot (colour, place, ...) of the hypothesis, and of the
 premise, is filled by the same distribution whatever the label. If it was drawn first for one slot,
@@ -34,6 +35,7 @@ sentences compare. tests/test_mini.py measures it.
 """
 
 import argparse
+import hashlib
 import os
 import random
 import sys
@@ -56,9 +58,10 @@ from data.mini_lexicon import (
 )
 
 LANGUAGES = tuple(sorted(TABLE_LANGUAGES))
+TRAIN_FILE = ("XNLI-MT-1.0", "multinli", "multinli.train.en.tsv")
 LABELS = ("entailment", "neutral", "contradiction")
 NUMBERS = (5, 6, 7, 8, 9, 10)
-SLOTS = ("agent", "action", "object", "number", "colour", "place", "time", "next")
+SLOTS = ("agent", "action", "object", "number", "colour", "place", "time")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,6 @@ class Meaning:
     colour: str | None = None
     place: str | None = None
     time: str | None = None
-    next: str | None = None  # "and then sing"; never in a negated sentence, where it is ambiguous
     negated: bool = False
     fronted: str | None = None
 
@@ -131,7 +133,6 @@ EXACT = {  # slot -> its most exact values
     "colour": names("colour"),
     "place": names("place"),
     "time": names("time"),
-    "next": names("next"),
 }
 SYNONYM = {LEXICON[name].parent: name for name in names("same")}  # "buy" -> "purchase"
 
@@ -165,7 +166,6 @@ def realize(meaning: Meaning, language: str) -> str:
         "OBJECT": object_phrase(meaning, language),
         "PLACE": phrase("place"),
         "TIME": phrase("time"),
-        "NEXT": phrase("next"),
         "WILL": WILL[language][meaning.negated] if language in WILL else "",
         "NOT": "nicht" if meaning.negated else "",  # only the German template has a place for it
     }
@@ -173,7 +173,6 @@ def realize(meaning: Meaning, language: str) -> str:
     parts["SECOND"] = parts["AGENT"] if front else ""
     if language == "zh":
         parts["FRONT"] += "，" if front else ""
-        parts["NEXT"] = "，" + parts["NEXT"] if parts["NEXT"] else ""
     text = join([parts[name] for name in SENTENCE[language].split()], language)
     if language == "tr" and text[0] == "i":
         text = "İ" + text[1:]  # the capital of i has a dot in Turkish
@@ -230,46 +229,33 @@ def partitive(noun: str, negated: bool) -> str:
 # -------------------------------------------------------------------------------------------- pairs
 # Per slot how much is said: level 0 nothing (agent: "someone", object: "things"), 1 a class
 # ("fruits", "outdoors", "in winter"), 2 an exact value. Shares of the levels, the same for every
-# label. A premise says more than a hypothesis on the whole, a negated premise less: that is how
-# entailments look, and so all pairs look like that.
+# label. A premise says more than a hypothesis on the whole: that is how entailments look, and so
+# all pairs look like that. Larger shares of level 2 make longer sentences and a harder task.
 LEVELS = {
+    "premise": {
+        "agent": (0.2, 0, 0.8), "action": (0, 0, 1), "object": (0.05, 0.2, 0.75),
+        "number": (0.5, 0, 0.5), "colour": (0.5, 0, 0.5), "place": (0.45, 0.1, 0.45),
+        "time": (0.45, 0.1, 0.45),
+    },
     "hypothesis": {
         "agent": (0.3, 0, 0.7), "action": (0, 0, 1), "object": (0.15, 0.35, 0.5),
-        "number": (0.55, 0, 0.45), "colour": (0.55, 0, 0.45), "place": (0.5, 0.2, 0.3),
-        "time": (0.5, 0.2, 0.3), "next": (0.55, 0, 0.45),
-    },
-    "premise": {
-        "agent": (0.15, 0, 0.85), "action": (0, 0, 1), "object": (0.05, 0.2, 0.75),
-        "number": (0.35, 0, 0.65), "colour": (0.35, 0, 0.65), "place": (0.3, 0.2, 0.5),
-        "time": (0.3, 0.2, 0.5), "next": (0.35, 0, 0.65),
-    },
-    "negated premise": {
-        "agent": (0, 0, 1), "action": (0, 0, 1), "object": (0.3, 0.4, 0.3),
-        "number": (0.75, 0, 0.25), "colour": (0.75, 0, 0.25), "place": (0.7, 0.15, 0.15),
-        "time": (0.7, 0.15, 0.15), "next": (1, 0, 0),
+        "number": (0.7, 0, 0.3), "colour": (0.7, 0, 0.3), "place": (0.6, 0.15, 0.25),
+        "time": (0.6, 0.15, 0.25),
     },
 }  # fmt: skip
 
-# How to build a label: (premise negated, hypothesis negated, how the two compare, weight).
-#   within  the sentence with less said allows all that the other one allows
+# How to build a label: (hypothesis negated, how the two compare, weight).
+#   within  the hypothesis says no more than the premise
 #   clash   in one slot the two say different things
-#   detail  in one slot the sentence that should say less says more
-# Each label has 2 of 16 premises and 6 of 16 hypotheses negated.
+#   detail  in one slot the hypothesis says more
+# Each label has 2 of 16 hypotheses negated; premises never are.
 CELLS = {
-    "entailment": (
-        (False, False, "within", 10), (False, True, "clash", 4), (True, True, "within", 2),
-    ),
-    "contradiction": (
-        (False, False, "clash", 8), (False, True, "within", 6), (True, False, "within", 2),
-    ),
-    "neutral": (
-        (False, False, "detail", 9), (False, True, "detail", 5),
-        (True, False, "detail or clash", 1), (True, True, "detail or clash", 1),
-    ),
-}  # fmt: skip
+    "entailment": ((False, "within", 14), (True, "clash", 2)),
+    "contradiction": ((False, "clash", 14), (True, "within", 2)),
+    "neutral": ((False, "detail", 14), (True, "detail", 2)),
+}
 
-# (level here, level there, share) in the slot that makes the label. For "detail" the first is the
-# sentence that says too little.
+# (level of the premise, level of the hypothesis, share) in the slot that makes the label.
 TWO = ((0, 2, 1.0),)
 DETAIL = {"object": ((0, 1, 0.05), (0, 2, 0.15), (1, 2, 0.8))}
 DETAIL |= dict.fromkeys(("place", "time"), ((0, 1, 0.3), (0, 2, 0.4), (1, 2, 0.3)))
@@ -281,23 +267,21 @@ def make_pair(rng: random.Random, label: str) -> tuple[Meaning, Meaning]:
     """(premise, hypothesis) with that label. Their sentences differ in every language."""
     cells = CELLS[label]
     while True:
-        cell = rng.choices(cells, weights=[cell[3] for cell in cells])[0]
-        premise, hypothesis = build(rng, *cell[:3])
+        cell = rng.choices(cells, weights=[cell[2] for cell in cells])[0]
+        premise, hypothesis = build(rng, *cell[:2])
         if premise != hypothesis:
             return premise, hypothesis
 
 
-def build(rng: random.Random, premise_negated: bool, hypothesis_negated: bool, how: str):
+def build(rng: random.Random, negated: bool, how: str) -> tuple[Meaning, Meaning]:
     """(premise, hypothesis) for one line of CELLS."""
-    if how == "detail or clash":
-        how = rng.choice(("detail", "clash"))
-    slots = target_slots(how, premise_negated, hypothesis_negated)
+    slots = target_slots(how, negated)
     target = rng.choice(slots) if slots else None
-    premise: dict = {"negated": premise_negated}
-    hypothesis: dict = {"negated": hypothesis_negated}
+    premise: dict = {}
+    hypothesis: dict = {"negated": negated}
     for slot in SLOTS:
-        shares = slot_shares(slot, premise_negated, hypothesis_negated)
-        joint = target_levels(slot, how, premise_negated)
+        shares = slot_shares(slot, negated)
+        joint = target_levels(slot, how)
         if slot == target:
             levels = rng.choices(joint, weights=[row[2] for row in joint])[0][:2]
         else:
@@ -317,38 +301,30 @@ def build(rng: random.Random, premise_negated: bool, hypothesis_negated: bool, h
     return reword(rng, premise), reword(rng, hypothesis)
 
 
-def target_slots(how: str, premise_negated: bool, hypothesis_negated: bool) -> tuple[str, ...]:
+def target_slots(how: str, negated: bool) -> tuple[str, ...]:
     """The slots that may make the label.
 
-    "someone" and "and then" keep out of negated sentences ("someone will not" isn't "no one will").
+    "someone" keeps out of negated sentences ("someone will not" isn't "no one will").
     """
-    negated = premise_negated or hypothesis_negated
     if how == "within":
         return ()
     if how == "clash":
-        return tuple(slot for slot in SLOTS if not (negated and slot == "next"))
-    if negated:
-        return ("object", "number", "colour", "place", "time")
-    return tuple(slot for slot in SLOTS if slot != "action")
+        return SLOTS
+    return tuple(slot for slot in SLOTS if slot != "action" and not (negated and slot == "agent"))
 
 
-def slot_shares(slot: str, premise_negated: bool, hypothesis_negated: bool):
+def slot_shares(slot: str, negated: bool):
     """(shares of the premise's levels, shares of the hypothesis's levels)."""
-    if slot == "agent" and (premise_negated or hypothesis_negated):
+    if slot == "agent" and negated:
         return (0, 0, 1), (0, 0, 1)
-    premise = LEVELS["negated premise" if premise_negated else "premise"][slot]
-    hypothesis = LEVELS["hypothesis"][slot]
-    if slot == "next" and hypothesis_negated:
-        hypothesis = (1, 0, 0)
-    return premise, hypothesis
+    return LEVELS["premise"][slot], LEVELS["hypothesis"][slot]
 
 
-def target_levels(slot: str, how: str, premise_negated: bool):
+def target_levels(slot: str, how: str):
     """[(level of the premise, level of the hypothesis, share)] in the slot that makes the label."""
     if how == "clash":
         return CLASH.get(slot, ((2, 2, 1.0),))
-    joint = DETAIL.get(slot, TWO)
-    return [(more, less, share) for less, more, share in joint] if premise_negated else joint
+    return DETAIL.get(slot, TWO)
 
 
 def rest(shares, target, part: float):
@@ -411,13 +387,35 @@ def reword(rng: random.Random, slots: dict) -> Meaning:
 
 
 def random_meaning(rng: random.Random) -> Meaning:
-    """One sentence as the premises are; one of eight is negated."""
+    """One sentence as the premises are, but one of eight is negated."""
     negated = rng.random() < 1 / 8
     slots: dict = {"negated": negated}
     for slot in SLOTS:
-        shares, _ = slot_shares(slot, negated, False)
+        shares, _ = slot_shares(slot, negated)
         slots[slot] = at_level(slot, rng.choice(EXACT[slot]), quantile(shares, rng.random()))
     return reword(rng, slots)
+
+
+def near_miss(rng: random.Random, meaning: Meaning) -> Meaning:
+    """The same sentence with one slot said otherwise, dropped, made wider or filled; or negated."""
+    slots = [slot for slot in SLOTS if slot != "action"] * 2 + ["action"]
+    slots += [] if meaning.agent == "someone" else ["negated"]
+    slot = rng.choice(slots)
+    value = getattr(meaning, slot)
+    if slot == "negated":
+        new = not value
+    elif slot == "action":
+        verb = LEXICON[content(meaning).action]
+        new = verb.parent
+    elif value in EXACT[slot] and rng.random() < 0.5 and not meaning.negated:
+        levels = (0, 1) if slot in CLASH else (0,)
+        new = at_level(slot, value, rng.choice(levels))
+    else:
+        new = rng.choice([other for other in EXACT[slot] if other != value])
+    changed = replace(meaning, **{slot: new})
+    if changed.fronted and getattr(changed, changed.fronted) is None:
+        changed = replace(changed, fronted=None)
+    return changed
 
 
 def parallel_sentences(rng: random.Random, count: int) -> list[Meaning]:
@@ -468,8 +466,22 @@ def generate(folder: str, seed: int = 0, train: int = 15000, per_language: int =
     for premise, hypothesis, label in make_split(random.Random(f"{seed} train"), train, taken):
         spelled = "contradictory" if label == "contradiction" else label  # as XNLI's file has it
         lines.append(f"{realize(premise, 'en')}\t{realize(hypothesis, 'en')}\t{spelled}")
-    path = os.path.join(folder, "XNLI-MT-1.0", "multinli", "multinli.train.en.tsv")
-    write_lines(path, lines)
+    write_lines(os.path.join(folder, *TRAIN_FILE), lines)
+
+
+def cached(parent: str) -> str:
+    """The folder of the set that mini is shown on, under `parent`: generated if this code and this
+    lexicon haven't generated it before.
+    """
+    here, digest = os.path.dirname(os.path.abspath(__file__)), hashlib.sha256()
+    for name in ("mini.py", "mini_lexicon.py"):
+        with open(os.path.join(here, name), "rb") as file:
+            digest.update(file.read())
+    folder = os.path.join(parent, f"mini-xnli-{digest.hexdigest()[:12]}")
+    if not os.path.exists(os.path.join(folder, *TRAIN_FILE)):  # the last of the three
+        print("generating mini-XNLI, a few seconds")
+        generate(folder)
+    return folder
 
 
 def write_lines(path: str, lines: list[str]) -> None:

@@ -10,8 +10,8 @@ have no wider word than their class.
 
 The sentences are chosen so that a word needs one form, or two. They stand in the future tense, which
 agrees neither with the object nor, where all persons are masculine, with the person. Objects are
-always plural (Turkish: the bare singular) and in the case of the object; places, times and "and
-then ..." are whole phrases. Numbers run from 5 to 10 because Russian counts 2 to 4 and Arabic 11 and
+always plural (Turkish: the bare singular) and in the case of the object; places and times are whole
+phrases. Numbers run from 5 to 10 because Russian counts 2 to 4 and Arabic 11 and
 up with another form. A second form follows a slash:
 
     objects  es fr el hi ur   "f": the noun is feminine (else masculine; el: neuter)
@@ -33,14 +33,14 @@ TABLE_LANGUAGES = (
 # Word order. FRONT is the fronted place or time, empty if there is none. V is the verb with its
 # future and negation, but German and Chinese put these elsewhere (WILL, NOT). FIRST is what comes
 # first, FRONT or else the person, and SECOND the person if he isn't first.
-SUBJECT_FIRST = "FRONT AGENT V OBJECT PLACE TIME NEXT"
-VERB_LAST = "FRONT AGENT TIME PLACE OBJECT V NEXT"
+SUBJECT_FIRST = "FRONT AGENT V OBJECT PLACE TIME"
+VERB_LAST = "FRONT AGENT TIME PLACE OBJECT V"
 SENTENCE = dict.fromkeys(
     ("en", "es", "fr", "ru", "bg", "el", "sw", "vi", "th", "ar"), SUBJECT_FIRST
 )
 SENTENCE |= dict.fromkeys(("tr", "hi", "ur"), VERB_LAST)
-SENTENCE["de"] = "FIRST WILL SECOND NOT TIME PLACE OBJECT V NEXT"  # the verb comes second, always
-SENTENCE["zh"] = "FRONT AGENT TIME WILL PLACE V OBJECT NEXT"
+SENTENCE["de"] = "FIRST WILL SECOND NOT TIME PLACE OBJECT V"  # the verb comes second, always
+SENTENCE["zh"] = "FRONT AGENT TIME WILL PLACE V OBJECT"
 VERB = {  # (positive, negated); {v}: the verb, {w}: its second form
     "en": ("will {v}", "will not {v}"),
     "es": ("{v}", "no {v}"),
@@ -181,13 +181,4 @@ class  autumn    - : in autumn ; im Herbst ; en otoño ; en automne ; осень
 time   september autumn : in September ; im September ; en septiembre ; en septembre ; в сентябре ; през септември ; τον Σεπτέμβριο ; eylül ayında ; mwezi wa Septemba ; vào tháng chín ; 九月 ; ในเดือนกันยายน ; सितंबर में ; في سبتمبر ; ستمبر میں
 time   october   autumn : in October ; im Oktober ; en octubre ; en octobre ; в октябре ; през октомври ; τον Οκτώβριο ; ekim ayında ; mwezi wa Oktoba ; vào tháng mười ; 十月 ; ในเดือนตุลาคม ; अक्टूबर में ; في أكتوبر ; اکتوبر میں
 time   november  autumn : in November ; im November ; en noviembre ; en novembre ; в ноябре ; през ноември ; τον Νοέμβριο ; kasım ayında ; mwezi wa Novemba ; vào tháng mười một ; 十一月 ; ในเดือนพฤศจิกายน ; नवंबर में ; في نوفمبر ; نومبر میں
-
-next   sing      - : and then sing ; und dann singen ; y luego cantará ; puis chantera ; и потом споёт ; и после ще пее ; και μετά θα τραγουδήσει ; ve sonra şarkı söyleyecek ; kisha ataimba ; rồi sẽ hát ; 然后唱歌 ; แล้วจะร้องเพลง ; और फिर गाएगा ; ثم سيغني ; اور پھر گائے گا
-next   dance     - : and then dance ; und dann tanzen ; y luego bailará ; puis dansera ; и потом станцует ; и после ще танцува ; και μετά θα χορέψει ; ve sonra dans edecek ; kisha atacheza ; rồi sẽ nhảy múa ; 然后跳舞 ; แล้วจะเต้นรำ ; और फिर नाचेगा ; ثم سيرقص ; اور پھر ناچے گا
-next   sleep     - : and then sleep ; und dann schlafen ; y luego dormirá ; puis dormira ; и потом поспит ; и после ще спи ; και μετά θα κοιμηθεί ; ve sonra uyuyacak ; kisha atalala ; rồi sẽ ngủ ; 然后睡觉 ; แล้วจะนอนหลับ ; और फिर सोएगा ; ثم سينام ; اور پھر سوئے گا
-next   swim      - : and then swim ; und dann schwimmen ; y luego nadará ; puis nagera ; и потом поплавает ; и после ще плува ; και μετά θα κολυμπήσει ; ve sonra yüzecek ; kisha ataogelea ; rồi sẽ bơi ; 然后游泳 ; แล้วจะว่ายน้ำ ; और फिर तैरेगा ; ثم سيسبح ; اور پھر تیرے گا
-next   eat       - : and then eat ; und dann essen ; y luego comerá ; puis mangera ; и потом поест ; и после ще яде ; και μετά θα φάει ; ve sonra yemek yiyecek ; kisha atakula ; rồi sẽ ăn ; 然后吃饭 ; แล้วจะกินข้าว ; और फिर खाएगा ; ثم سيأكل ; اور پھر کھائے گا
-next   read      - : and then read ; und dann lesen ; y luego leerá ; puis lira ; и потом почитает ; и после ще чете ; και μετά θα διαβάσει ; ve sonra kitap okuyacak ; kisha atasoma ; rồi sẽ đọc sách ; 然后看书 ; แล้วจะอ่านหนังสือ ; और फिर पढ़ेगा ; ثم سيقرأ ; اور پھر پڑھے گا
-next   work      - : and then work ; und dann arbeiten ; y luego trabajará ; puis travaillera ; и потом поработает ; и после ще работи ; και μετά θα δουλέψει ; ve sonra çalışacak ; kisha atafanya kazi ; rồi sẽ làm việc ; 然后工作 ; แล้วจะทำงาน ; और फिर काम करेगा ; ثم سيعمل ; اور پھر کام کرے گا
-next   laugh     - : and then laugh ; und dann lachen ; y luego reirá ; puis rira ; и потом посмеётся ; и после ще се смее ; και μετά θα γελάσει ; ve sonra gülecek ; kisha atacheka ; rồi sẽ cười ; 然后大笑 ; แล้วจะหัวเราะ ; और फिर हँसेगा ; ثم سيضحك ; اور پھر ہنسے گا
 """
