@@ -279,7 +279,7 @@ def convert(name: str, tensors: dict[str, Tensor], settings: dict | None, tokeni
     with torch.device("meta"):
         model = Model(config)
     expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    check_tensors("the source", expected, ours, dtype=None)
+    check_tensors("the source", expected, ours, dtypes=())
     # Copies, because torch.save writes the whole storage behind a view: here, the whole source file.
     ours = {key: tensor.to(torch.float32, copy=True) for key, tensor in ours.items()}
     vocabulary = Tokenizer(tokenizer, TOKENIZER_FILE).vocab_size

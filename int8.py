@@ -1,28 +1,65 @@
-"""What a quantized student looks like on disk: integers, packed, with their scales.
+"""What is deployed: the student in integers, on disk and in memory.
 
-Fake quantization trains in float32; a checkpoint of it would be full-size. Here each quantized
-weight is stored as its integers, b bits each, plus one float32 scale a row:
+On disk. Fake quantization trains in float32; a checkpoint of it would be full-size. In student.pt
+each quantized weight is its integers, b bits each, plus one float32 scale a row:
 
     8 bits  one byte a weight       4 bits  two weights a byte       2 bits  four weights a byte
 
-(3, 5, 6 and 7 bits are packed just as densely.) What is not quantized stays float32. Reading it
-back gives weights (q - 0) * scale, the very floats that the student computed with: the same logits,
-bit for bit.
+(3, 5, 6 and 7 bits are packed just as densely.) What is not quantized stays float32.
 
-    student, tokenizer = load_student("out/NAME/student.pt")
-    logits, _ = student(ids, mask)
+In memory. An activation is x = s_x (q_x - z_x), q_x in 0..255, a weight is w = s_w q_w. So a Linear
+layer is a product of small integers, summed in 32 bits, and two corrections afterwards:
+
+    y = s_x s_w (sum_k q_x q_w  -  z_x sum_k q_w) + b            s_x, z_x: of each token, or of all
+
+Weights of fewer than 8 bits are unpacked to 8 and multiplied the same way. Query, key and value are
+one product, for they read one activation. Word embeddings are looked up in int8. Norms, softmax,
+GELU and the head stay float32. With static ranges the whole feed-forward step stays in 8 bits: the
+kernel applies GELU to its 32-bit sums and hands 8-bit integers to the next one.
+
+Saturation, or why a grid is a contract. CPUs with AVX2 or AVX-512 but without VNNI multiply 8 bits
+with the instruction vpmaddubsw, which adds *two* products in 16 bits and clips the sum to 32,767.
+Full-range operands give 255 * 127 * 2 = 64,770: silently wrong, by half. With weights in -64..64
+the sum is at most 32,640 and every CPU is right. So QuantConfig.grid is part of training and of the
+checkpoint: "portable" weights are what they will be multiplied as, everywhere. A "full" student
+(-127..127) is exact on VNNI and CUDA; where a CPU would clip, choose_kernel notices, by trying, and
+multiplies its integers in float32: right, at float32 speed.
+
+    model, tokenizer = load_integer("out/NAME/student.pt")       # or load_student: fake-quantized
+    logits, _ = model(ids, mask)
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from data import UserError
 from data.tokenizer import Tokenizer
-from model import Model, check_tensors, config_of, holds_its_numbers, read_checkpoint
-from quant import QuantConfig, WeightQuantizer, dequantize, prepare, quant_range, quantize
+from model import (
+    Attention,
+    FeedForward,
+    Model,
+    ModelConfig,
+    check_tensors,
+    config_of,
+    holds_its_numbers,
+    read_checkpoint,
+)
+from quant import (
+    ActQuantizer,
+    QuantConfig,
+    WeightQuantizer,
+    dequantize,
+    prepare,
+    quant_range,
+    quantize,
+)
 
 STUDENT_FORMAT = "sdq-student-1"
 CHUNK = 1 << 22  # weights handled at a time: XLM-R's embedding table alone has 192 million
@@ -68,33 +105,57 @@ def quantized_weights(student: Model) -> dict[str, WeightQuantizer]:
     return found
 
 
+class Weight(NamedTuple):
+    """A quantized matrix: codes int8 (rows, N) and its scale, float32 (rows, 1) or ()."""
+
+    codes: Tensor
+    scale: Tensor
+
+
 @torch.no_grad()
-def student_payload(student: Model, config: QuantConfig, tokenizer: bytes, **notes: str) -> dict:
-    """What student.pt holds: packed integers and scales, and float32 for the rest."""
-    tensors = {
-        k: t.detach().cpu()
-        for k, t in student.state_dict().items()
-        if not k.endswith("_quantizer.clip")
-    }
-    packed = {}
+def weight_codes(student: Model) -> dict[str, Weight]:
+    """The integers of every quantized weight of a fake-quantized student, on CPU."""
+    found, parameters = {}, dict(student.named_parameters())
     for name, quantizer in quantized_weights(student).items():
-        weight = tensors.pop(name)
-        scale, zero_point = (t.cpu() for t in quantizer.qparams(weight.to(quantizer.clip.device)))
-        rows = max(8, CHUNK // weight.shape[1] // 8 * 8)  # a multiple of 8 rows fills whole bytes
-        pieces = []
+        weight = parameters[name].detach()
+        scale, zero_point = quantizer.qparams(weight)
+        codes = torch.empty(weight.shape, dtype=torch.int8)
+        rows = max(1, CHUNK // weight.shape[1])
         for start in range(0, len(weight), rows):
             part = slice(start, start + rows)
             of_rows = (scale[part], zero_point[part]) if scale.dim() else (scale, zero_point)
-            codes = quantize(weight[part], *of_rows, quantizer.quant_min, quantizer.quant_max)
-            pieces.append(pack(codes, quantizer.bits))
-        packed[name] = {"codes": torch.cat(pieces), "shape": list(weight.shape), "scale": scale}
+            codes[part] = quantize(weight[part], *of_rows, quantizer.quant_min, quantizer.quant_max)
+        found[name] = Weight(codes, scale.cpu())
+    return found
+
+
+def float_tensors(student: Model) -> dict[str, Tensor]:
+    """What of a student is not quantized, on CPU."""
+    left_out = quantized_weights(student)
+    return {
+        name: tensor.detach().cpu()
+        for name, tensor in student.state_dict().items()
+        if name not in left_out and not name.endswith("_quantizer.clip")
+    }
+
+
+def student_payload(student: Model, config: QuantConfig, tokenizer: bytes, **notes: str) -> dict:
+    """What student.pt holds: packed integers and scales, and float32 for the rest."""
+    packed = {
+        name: {
+            "codes": pack(weight.codes, config.weight_bits),
+            "shape": list(weight.codes.shape),
+            "scale": weight.scale,
+        }
+        for name, weight in weight_codes(student).items()
+    }
     settings = asdict(config)
     settings["keep"] = list(config.keep)
     return {
         "format": STUDENT_FORMAT,
         "config": asdict(student.config),
         "quant": settings,
-        "tensors": tensors,
+        "tensors": float_tensors(student),
         "packed": packed,
         "tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8),
         "notes": notes,
@@ -122,59 +183,361 @@ def bytes_on_disk(payload: dict) -> int:
     return counter.size
 
 
-def load_student(path: str) -> tuple[Model, Tokenizer]:
-    """A packed student, ready to predict on CPU, and its tokenizer.
+class Student(NamedTuple):
+    """What a student.pt says, checked."""
 
-    Weights come back as the floats the student computed with; activations are quantized as in
-    training.
-    Raises UserError for a missing, truncated, tampered or foreign file; nothing in it is executed.
-    """
+    config: ModelConfig
+    quant: QuantConfig
+    tokenizer: Tokenizer
+    weights: dict[str, Weight]
+    tensors: dict[str, Tensor]
+    notes: dict[str, str]
+
+
+def read_student(path: str) -> Student:
+    """Raises UserError for a missing, truncated, tampered or foreign file; nothing in it is run."""
     payload = read_checkpoint(path, STUDENT_FORMAT)
     try:
         config = config_of(payload, path)
         quant = QuantConfig(**{**payload["quant"], "keep": tuple(payload["quant"]["keep"])})
         tensors, packed = dict(payload["tensors"]), dict(payload["packed"])
+        notes = {str(name): str(text) for name, text in payload["notes"].items()}
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{path}: the student checkpoint is damaged") from None
     tokenizer = Tokenizer.from_payload(payload, path, config.vocab_size)
     with torch.device("meta"):
-        student = Model(config)
-    # The weights arrive on the grid already, so only the activation quantizers are put in.
-    prepare(student, replace(quant, weight_bits=32))
-    expected = {name: tensor.shape for name, tensor in student.state_dict().items()}
+        empty = Model(config)
+    prepare(empty, quant)
+    wanted = quantized_weights(empty)
+    shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
+    weights = {}
     for name, entry in packed.items():
-        tensors[name] = unpack_weight(path, name, entry, expected.get(name), quant.weight_bits)
-    check_tensors(path, expected, tensors)
-    student.to_empty(device="cpu")
-    student.load_state_dict(tensors, strict=True)
-    return student.eval(), tokenizer
+        if name not in wanted:
+            raise UserError(f"{path}: packed tensor {name} has no place in the model")
+        quantizer = wanted[name]
+        weights[name] = unpack_weight(path, name, entry, shapes[name], quantizer)
+    expected = {
+        name: shape
+        for name, shape in shapes.items()
+        if name not in wanted and not name.endswith("_quantizer.clip")
+    }
+    missing = sorted(set(wanted) - set(weights))
+    if missing:
+        raise UserError(f"{path}: packed tensor {missing[0]} is missing")
+    check_tensors(path, expected, tensors, (torch.float32,))
+    return Student(config, quant, tokenizer, weights, tensors, notes)
 
 
-def unpack_weight(path: str, name: str, entry: dict, shape: torch.Size | None, bits: int) -> Tensor:
-    """One packed weight -> float32 (rows, N), after checking its parts against the shape the model
-    wants.
-    """
-    if not isinstance(entry, dict) or set(entry) != {"codes", "shape", "scale"} or shape is None:
-        raise UserError(f"{path}: packed tensor {name} is damaged or has no place in the model")
-    codes, scale = entry["codes"], entry["scale"]
+def unpack_weight(
+    path: str, name: str, entry: dict, shape: torch.Size, quantizer: WeightQuantizer
+) -> Weight:
+    """One packed weight -> its integers, after checking its parts against what the model wants."""
+    if not isinstance(entry, dict) or set(entry) != {"codes", "shape", "scale"}:
+        raise UserError(f"{path}: packed tensor {name} is damaged")
+    packed, scale, bits = entry["codes"], entry["scale"], quantizer.bits
     sound = (
         list(shape) == entry["shape"]
-        and isinstance(codes, Tensor)
-        and codes.dtype == torch.uint8
-        and codes.shape == (packed_bytes(shape.numel(), bits),)
-        and holds_its_numbers(codes)
+        and isinstance(packed, Tensor)
+        and packed.dtype == torch.uint8
+        and packed.shape == (packed_bytes(shape.numel(), bits),)
+        and holds_its_numbers(packed)
         and isinstance(scale, Tensor)
         and scale.dtype == torch.float32
-        and scale.shape in ((), (shape[0], 1))
+        and scale.shape == ((shape[0], 1) if quantizer.per_row else ())
     )
     if not sound:
         raise UserError(
             f"{path}: packed tensor {name} does not have the shape {tuple(shape)} at {bits} bits"
         )
-    weight = torch.empty(shape)
-    flat, step = weight.view(-1), CHUNK // 8 * 8  # a multiple of 8 codes fills whole bytes
+    codes = torch.empty(shape, dtype=torch.int8)
+    flat, step = codes.view(-1), CHUNK // 8 * 8  # a multiple of 8 codes fills whole bytes
     for start in range(0, flat.numel(), step):
         count = min(step, flat.numel() - start)
-        piece = codes[start * bits // 8 : start * bits // 8 + packed_bytes(count, bits)]
+        piece = packed[start * bits // 8 : start * bits // 8 + packed_bytes(count, bits)]
         flat[start : start + count] = unpack(piece, bits, count)
-    return dequantize(weight, scale, torch.zeros(()))
+    if len(codes) and (codes.min() < quantizer.quant_min or codes.max() > quantizer.quant_max):
+        raise UserError(f"{path}: packed tensor {name} leaves the grid that the file names")
+    return Weight(codes, scale)
+
+
+def load_student(path: str) -> tuple[Model, Tokenizer]:
+    """A packed student as it was trained, fake-quantized, on CPU, and its tokenizer."""
+    read = read_student(path)
+    with torch.device("meta"):
+        student = Model(read.config)
+    # The weights arrive on the grid already, so only the activation quantizers are put in.
+    prepare(student, replace(read.quant, weight_bits=32))
+    student.to_empty(device="cpu")
+    weights = {
+        name: dequantize(codes, scale, torch.zeros(()))
+        for name, (codes, scale) in read.weights.items()
+    }
+    student.load_state_dict({**read.tensors, **weights}, strict=True)
+    return student.eval(), read.tokenizer
+
+
+def load_integer(path: str, device: str = "cpu", kernel: str = "auto") -> tuple[Model, Tokenizer]:
+    """A packed student as an integer model, and its tokenizer."""
+    read = read_student(path)
+    model = integer_model(read.config, read.quant, read.weights, read.tensors, device, kernel)
+    return model, read.tokenizer
+
+
+# ---------------------------------------------------------------------------------- integer model
+class Codes(NamedTuple):
+    """A quantized activation x = scale * (values - zero_point); values: uint8 (..., K)."""
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+def activation_codes(quantizer: ActQuantizer, x: Tensor) -> Codes:
+    """The integers that the student's quantizer rounds x to."""
+    scale, zero_point = quantizer.qparams(x)
+    # In place as far as it goes: quantize() would make five tensors, and memory is what this costs.
+    values = torch.mul(x, scale.reciprocal()).round_().add_(zero_point)
+    values = values.clamp_(quantizer.quant_min, quantizer.quant_max).to(torch.uint8)
+    return Codes(values, scale, zero_point)
+
+
+# A kernel packs an int8 matrix (N, K) once, and multiplies uint8 activations (M, K) by it many
+# times: sums(q_x) = scale * sum_k (q_x - offset) q_w, float32 (M, N). One line of arithmetic on top
+# of it makes a Linear layer. `fused` kernels can do more in one call: see OneDNNKernel.
+class FloatKernel:
+    """The integers multiplied in float32, or in float64, where every sum is exact: the reference.
+
+    float32 sums are exact below 2^24 and rounded in the seventh digit above, as everywhere else in
+    the model.
+    """
+
+    offset, fused = 0, False
+
+    def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32):
+        self.weight, self.scale = weight.to(dtype), scale
+
+    def sums(self, values: Tensor) -> Tensor:
+        return F.linear(values.to(self.weight.dtype), self.weight).float() * self.scale
+
+
+class ReferenceKernel(FloatKernel):
+    def __init__(self, weight: Tensor, scale: Tensor):
+        super().__init__(weight, scale, torch.float64)
+
+
+class OneDNNKernel:
+    """oneDNN's u8 x s8 product on CPU. It packs plain int8 tensors and warns of nothing, but it is
+    an operator that PyTorch made for its own compiler: choose_kernel tries it before it is used.
+    """
+
+    offset, fused = 0, True
+
+    def __init__(self, weight: Tensor, scale: Tensor):
+        self.weight, self.scale = torch.ops.onednn.qlinear_prepack(weight, None), scale
+        self.zero_points = torch.zeros(len(weight), dtype=torch.int32)
+
+    def sums(self, values: Tensor) -> Tensor:
+        return self.call(values, 1.0, 0, None, None, "none")
+
+    def call(self, values, x_scale, x_zero_point, bias, out: tuple[float, int] | None, post: str):
+        """One call for the whole layer. out: (scale, zero point) of 8-bit results, None: float32."""
+        scale, zero_point = out or (1.0, 0)
+        return torch.ops.onednn.qlinear_pointwise(
+            values, x_scale, x_zero_point, self.weight, self.scale, self.zero_points, bias,
+            scale, zero_point, torch.uint8 if out else torch.float32, post, [], "none",
+        )  # fmt: skip
+
+
+class CudaKernel:
+    """cuBLAS's s8 x s8 product, torch._int_mm: activations are shifted by 128 to be signed.
+
+    It wants M > 16 and K, N in multiples of 8: smaller ones are padded with zeros.
+    """
+
+    offset, fused = 128, False
+
+    def __init__(self, weight: Tensor, scale: Tensor):
+        (N, K), self.scale = weight.shape, scale
+        self.N, self.more_k = N, -K % 8
+        self.weight = F.pad(weight, (0, self.more_k, 0, -N % 8)).contiguous()
+
+    def sums(self, values: Tensor) -> Tensor:
+        M = len(values)
+        signed = values.bitwise_xor(128).view(torch.int8)  # q - 128, in one pass
+        more_rows = max(0, 17 - M)
+        if more_rows or self.more_k:
+            signed = F.pad(signed, (0, self.more_k, 0, more_rows))
+        return torch._int_mm(signed, self.weight.t())[:M, : self.N] * self.scale
+
+
+KERNELS: dict[str, Callable] = {
+    "reference": ReferenceKernel,
+    "float": FloatKernel,
+    "onednn": OneDNNKernel,
+    "cuda": CudaKernel,
+}
+
+
+@cache
+def is_exact(kernel: str, largest: int) -> bool:
+    """Whether a CPU kernel gets the largest products of a grid right: tried, not looked up."""
+    weight = torch.full((32, 256), largest, dtype=torch.int8)
+    weight[1::2] = -largest
+    values = torch.full((17, 256), 255, dtype=torch.uint8)
+    try:
+        found = KERNELS[kernel](weight, torch.ones(32)).sums(values)
+    except (RuntimeError, AttributeError):  # not built for this machine
+        return False
+    return torch.equal(found, ReferenceKernel(weight, torch.ones(32)).sums(values))
+
+
+def choose_kernel(device: str, largest: int) -> str:
+    """The fastest kernel that is right for weights up to `largest`."""
+    if torch.device(device).type == "cuda":
+        return "cuda"
+    return "onednn" if is_exact("onednn", largest) else "float"
+
+
+class IntLinear(nn.Module):
+    """y = s_x s_w (sum q_x q_w - z_x sum q_w) + b, for x float32 or Codes (..., K) -> (..., N)."""
+
+    def __init__(self, weight: Weight, bias: Tensor, act: ActQuantizer, kernel: str, device: str):
+        super().__init__()
+        codes, N = weight.codes.to(device), len(weight.codes)
+        scale = weight.scale.to(device).reshape(-1).expand(N).contiguous()
+        self.act_quantizer, self.kernel = act, KERNELS[kernel](codes, scale)
+        self.register_buffer("bias", bias.to(device))
+        self.register_buffer("column", scale * codes.sum(dim=1, dtype=torch.int32))  # s_w sum q_w
+        # Static ranges are constants: as Python numbers they need not be read back at every call.
+        self.fixed = (float(act.scale), int(act.zero_point)) if act.static else None
+
+    def codes(self, x: Tensor | Codes) -> Codes:
+        return x if isinstance(x, Codes) else activation_codes(self.act_quantizer, x)
+
+    def forward(self, x: Tensor | Codes) -> Tensor:
+        x = self.codes(x)
+        values = x.values.flatten(0, -2)  # (M, K)
+        if self.kernel.fused and self.fixed:
+            y = self.kernel.call(values, *self.fixed, self.bias, None, "none")
+        else:
+            y = self.kernel.sums(values)
+            shift = (x.zero_point - self.kernel.offset).expand(*x.values.shape[:-1], 1)
+            scale = x.scale.expand(*x.values.shape[:-1], 1)
+            y = y.addcmul_(shift.reshape(-1, 1), self.column, value=-1)
+            y = torch.addcmul(self.bias, y, scale.reshape(-1, 1))
+        return y.view(*x.values.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        return f"kernel={type(self.kernel).__name__}"
+
+
+class IntEmbedding(nn.Module):
+    """Rows of an int8 table, as float32: (B, T) -> (B, T, C)."""
+
+    def __init__(self, weight: Weight):
+        super().__init__()
+        self.register_buffer("weight", weight.codes)
+        self.register_buffer("scale", weight.scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight).float() * F.embedding(ids, self.scale)
+
+
+class IntAttention(Attention):
+    """Attention whose query, key and value come from one product."""
+
+    def __init__(self, attention: Attention, qkv: IntLinear):
+        nn.Module.__init__(self)
+        self.num_heads, self.qkv, self.output = attention.num_heads, qkv, attention.output
+        self.norm, self.dropout = attention.norm, attention.dropout
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.qkv(x).chunk(3, dim=-1)
+
+
+class IntFeedForward(FeedForward):
+    """Feed-forward whose inner activation never leaves 8 bits, where ranges and kernel allow it."""
+
+    def __init__(self, ffn: FeedForward):
+        nn.Module.__init__(self)
+        self.up, self.down, self.norm, self.dropout = ffn.up, ffn.down, ffn.norm, ffn.dropout
+
+    def expand(self, x: Tensor) -> Tensor | Codes:
+        up, down = self.up, self.down
+        if not (up.kernel.fused and up.fixed and down.act_quantizer.quant_max == 255):
+            return super().expand(x)
+        values = up.codes(x).values
+        inner = up.kernel.call(values.flatten(0, -2), *up.fixed, up.bias, down.fixed, "gelu")
+        act = down.act_quantizer
+        return Codes(inner.view(*values.shape[:-1], -1), act.scale, act.zero_point)
+
+
+@torch.no_grad()
+def convert(
+    student: Model, config: QuantConfig, device: str | torch.device = "cpu", kernel: str = "auto"
+) -> Model:
+    """A fake-quantized student -> the integer model that gives the same logits."""
+    tensors = float_tensors(student)
+    return integer_model(student.config, config, weight_codes(student), tensors, device, kernel)
+
+
+@torch.no_grad()
+def integer_model(
+    config: ModelConfig,
+    quant: QuantConfig,
+    weights: dict[str, Weight],
+    tensors: dict[str, Tensor],
+    device: str | torch.device = "cpu",
+    kernel: str = "auto",
+) -> Model:
+    """weights: every quantized one, tensors: all others.  kernel: a name of KERNELS, or "auto".
+
+    Raises UserError if there is nothing to multiply in integers.
+    """
+    if quant.weight_bits == 32 or quant.act_bits == 32:
+        raise UserError(
+            "integers need quantized weights and activations: --bits and --act-bits 2 to 8"
+        )
+    with torch.device("meta"):
+        model = Model(config)
+        prepare(model, replace(quant, weight_bits=32))
+    matrices = [w.codes for name, w in weights.items() if "word" not in name]
+    largest = max(int(codes.abs().max()) for codes in matrices)
+    kernel = choose_kernel(device, largest) if kernel == "auto" else kernel
+
+    def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+        owner = module._buffers if name in module._buffers else module._parameters
+        owner[name] = (
+            tensor.to(device)
+            if owner is module._buffers
+            else nn.Parameter(tensor.to(device), False)
+        )
+
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        put(model.get_submodule(path), leaf, tensor)
+
+    def linear(*names: str) -> IntLinear:
+        """One IntLinear of one QuantLinear, or of several that read the same activation."""
+        parts = [weights[name + ".weight"] for name in names]
+        rows = [len(part.codes) for part in parts]
+        scales = [part.scale.reshape(-1).expand(n) for part, n in zip(parts, rows, strict=True)]
+        whole = Weight(torch.cat([part.codes for part in parts]), torch.cat(scales))
+        bias = torch.cat([tensors[name + ".bias"] for name in names])
+        module = model.get_submodule(names[0])
+        act = module.act_quantizer
+        if not isinstance(act, ActQuantizer):  # query, key and value: their attention has it
+            act = model.get_submodule(names[0].rpartition(".")[0]).input_quantizer
+        return IntLinear(whole, bias, act, kernel, device)
+
+    model.encoder.embeddings.word = IntEmbedding(weights["encoder.embeddings.word.weight"]).to(
+        device
+    )
+    for i, layer in enumerate(model.encoder.layers):
+        at = f"encoder.layers.{i}."
+        qkv = linear(*(f"{at}attention.{name}" for name in ("query", "key", "value")))
+        layer.attention.output = linear(f"{at}attention.output")
+        layer.attention = IntAttention(layer.attention, qkv)
+        layer.ffn.up, layer.ffn.down = linear(f"{at}ffn.up"), linear(f"{at}ffn.down")
+        layer.ffn = IntFeedForward(layer.ffn)
+    return model.eval()

@@ -17,6 +17,9 @@ Distillation compares the insides of two such models, so `forward` hands out *ta
 
     logits, taps = model(ids, mask, capture=("context",))    # taps["context"]: L x (B, H, T, D)
 
+    query    (B, H, T, D)  Q, K and V of each head: where analyze.py measures errors
+    key      (B, H, T, D)
+    value    (B, H, T, D)
     score    (B, H, T, T)  Q K^T / sqrt(D), before softmax; -inf where the key is padding
     map      (B, H, T, T)  softmax of the scores: the attention probabilities
     context  (B, H, T, D)  map @ V, one per head: what SDQ distils (arXiv 2307.05972)
@@ -42,7 +45,7 @@ from torch import Tensor, nn
 
 from data import UserError
 
-TAPS = ("score", "map", "context", "output", "hidden")
+TAPS = ("query", "key", "value", "score", "map", "context", "output", "hidden")
 CHECKPOINT_FORMAT = "sdq-checkpoint-1"
 
 
@@ -111,7 +114,7 @@ LIMITS = {
 }
 PRESETS = {
     "mini": ModelConfig(
-        vocab_size=8000, hidden_size=256, num_layers=4, num_heads=4, ffn_size=1024, max_tokens=128
+        vocab_size=5002, hidden_size=128, num_layers=4, num_heads=4, ffn_size=512, max_tokens=128
     ),
     "xlmr-base": ModelConfig(),
     "xlmr-large": ModelConfig(hidden_size=1024, num_layers=24, num_heads=16, ffn_size=4096),
@@ -182,10 +185,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, key_mask: Tensor | None, taps: dict[str, list[Tensor]]) -> Tensor:
         B, T, C = x.shape
         H, D = self.num_heads, C // self.num_heads
-        inputs = self.input_quantizer(x)
-        q = self.query(inputs).view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
-        k = self.key(inputs).view(B, T, H, D).transpose(1, 2)
-        v = self.value(inputs).view(B, T, H, D).transpose(1, 2)
+        # (B, H, T, D) each
+        q, k, v = (t.view(B, T, H, D).transpose(1, 2) for t in self.project(x))
+        keep(taps, "query", q)
+        keep(taps, "key", k)
+        keep(taps, "value", v)
         if "score" in taps or "map" in taps:
             score = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T)
             if key_mask is not None:
@@ -201,6 +205,11 @@ class Attention(nn.Module):
         keep(taps, "output", output)
         return self.norm(x + self.dropout(output))
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of every token, (B, T, C) each."""
+        inputs = self.input_quantizer(x)
+        return self.query(inputs), self.key(inputs), self.value(inputs)
+
 
 class FeedForward(nn.Module):
     """C -> F -> GELU -> C for every token alone, with residual and norm: (B, T, C) -> (B, T, C)."""
@@ -213,10 +222,12 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.gelu(
-            self.up(x)
-        )  # the exact, erf form, as published; the tanh form differs by up to 5e-4
-        return self.norm(x + self.dropout(self.down(inner)))
+        return self.norm(x + self.dropout(self.down(self.expand(x))))
+
+    def expand(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, F)."""
+        # The exact, erf form, as published; the tanh form differs by up to 5e-4.
+        return F.gelu(self.up(x))
 
 
 class Layer(nn.Module):
@@ -467,8 +478,8 @@ def config_of(payload: dict, path: str) -> ModelConfig:
 
 
 def load_checkpoint(path: str) -> Model:
-    """The model that convert.py wrote, on CPU, in float32, in eval mode; every tensor accounted
-    for.
+    """The model that convert.py wrote, on CPU, in eval mode; every tensor accounted for. It is
+    float32, also where the file holds float16.
     """
     payload = read_checkpoint(path)
     config = config_of(payload, path)
@@ -489,7 +500,7 @@ def check_tensors(
     path: str,
     shapes: dict[str, torch.Size],
     tensors: dict,
-    dtype: torch.dtype | None = torch.float32,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16),
 ) -> None:
     """Refuse, by name, the first tensor that is missing, extra, misshapen or of another type."""
     for name, shape in shapes.items():
@@ -500,8 +511,9 @@ def check_tensors(
             raise UserError(
                 f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
             )
-        if dtype is not None and tensor.dtype != dtype:
-            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected {dtype}")
+        if dtypes and tensor.dtype not in dtypes:
+            known = " or ".join(map(str, dtypes))
+            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected {known}")
         if not holds_its_numbers(tensor):
             raise UserError(f"{path}: tensor {name} claims more numbers than the file holds")
     extra = sorted(map(str, set(tensors) - set(shapes)))

@@ -41,6 +41,9 @@ from torch import Tensor, nn
 
 from data import UserError
 
+# CPUs without VNNI instructions add two products of 8 bits in 16 bits and clip the sum: 255 * 127 * 2
+# is too much, 255 * 64 * 2 is not. int8.py tells the story. Fewer than 8 bits never get there.
+PORTABLE = 64
 SMALLEST_SCALE = 1e-12  # an all-zero tensor has the range [0, 0]; its scale must still divide
 
 
@@ -82,8 +85,13 @@ def choose_qparams(
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
 ) -> Tensor:
-    """Real numbers -> integers (int32), halves to even. scale, zero_point: broadcastable to x."""
-    return torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max).to(torch.int32)
+    """Real numbers -> integers (int32), halves to even. scale, zero_point: broadcastable to x.
+
+    Multiplied by 1 / scale, as the kernels of PyTorch do, which rounds otherwise than a division
+    once in a great while.
+    """
+    codes = torch.round(x * scale.reciprocal()) + zero_point
+    return torch.clamp(codes, quant_min, quant_max).to(torch.int32)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -99,7 +107,7 @@ class _StraightThrough(torch.autograd.Function):
         # quantize and dequantize in place. Four passes over x with the range as plain numbers are
         # twice as fast on CPU as two with clamp(x / s, quant_min - z, quant_max - z), whose bounds
         # would be tensors.
-        codes = torch.div(x, scale).round_().add_(zero_point)
+        codes = torch.mul(x, scale.reciprocal()).round_().add_(zero_point)
         if clips:
             inside = (codes >= quant_min) & (codes <= quant_max)
             ctx.save_for_backward(inside if where is None else inside.logical_or_(~where))
@@ -266,6 +274,7 @@ class QuantConfig:
     act_bits: int = 8  # the input of every quantized Linear
     per_channel: bool = True  # weights: a scale an output channel (embeddings always: one a row)
     per_token: bool = True  # dynamic activations: a scale a token; else one for the batch
+    grid: str = "portable"  # 8-bit Linear weights in -64..64, see PORTABLE; or "full": -127..127
     weight_range: str = "minmax"  # or "mse": shrink the range once, when the model is prepared
     act_range: str = "dynamic"  # or "static": ranges fixed by calibrate()
     observer: str = "minmax"  # static ranges: minmax, moving-average, mse
@@ -283,6 +292,7 @@ class QuantConfig:
         if self.noise_block < 1:
             raise UserError(f"noise block is {self.noise_block}: choose 1 or more")
         choices = {
+            "grid": ("portable", "full"),
             "weight_range": ("minmax", "mse"),
             "act_range": ("dynamic", "static"),
             "observer": tuple(OBSERVERS),
@@ -298,14 +308,18 @@ class QuantConfig:
 class WeightQuantizer(nn.Module):
     """Fake-quantizes a weight (rows, N) on a symmetric grid, with noise in training.
 
+    multiplied: a matrix, which integer kernels multiply by activations; a table is only looked up.
     clip: factors on the min-max range, 1 unless the range was searched; (rows, 1) or a scalar.
     """
 
-    def __init__(self, config: QuantConfig, per_row: bool):
+    def __init__(self, config: QuantConfig, per_row: bool, multiplied: bool):
         super().__init__()
         self.bits, self.per_row = config.weight_bits, per_row
         self.noise, self.noise_block = config.noise, config.noise_block
         self.quant_min, self.quant_max = quant_range(self.bits, symmetric=True)
+        if multiplied and config.grid == "portable" and config.act_bits == 8:
+            self.quant_min = max(self.quant_min, -PORTABLE)
+            self.quant_max = min(self.quant_max, PORTABLE)
         self.clips = False
         self.register_buffer("clip", torch.ones(()))
 
@@ -359,15 +373,18 @@ class ActQuantizer(nn.Module):
         if self.observer is not None:
             self.observer.observe(x.detach())
             return x
-        if self.static:
-            scale, zero_point = self.scale, self.zero_point
-        else:
-            with torch.no_grad():
-                low, high = min_max(x, self.per_token)
-                scale, zero_point = choose_qparams(low, high, self.quant_min, self.quant_max, False)
+        scale, zero_point = self.qparams(x)
         return fake_quantize(
             x, scale, zero_point, self.quant_min, self.quant_max, clips=self.static
         )
+
+    @torch.no_grad()
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for x: scalars, or (..., 1) with one a token."""
+        if self.static:
+            return self.scale, self.zero_point
+        low, high = min_max(x, self.per_token)
+        return choose_qparams(low, high, self.quant_min, self.quant_max, symmetric=False)
 
     def extra_repr(self) -> str:
         kind = "static" if self.static else "per token" if self.per_token else "per tensor"
@@ -437,7 +454,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
     def new_weight(weight: Tensor, is_table: bool) -> nn.Module:
         if config.weight_bits == 32:
             return nn.Identity()
-        quantizer = WeightQuantizer(config, per_row=is_table or config.per_channel)
+        quantizer = WeightQuantizer(config, is_table or config.per_channel, not is_table)
         if config.weight_range == "mse" and is_table:
             # One factor for all rows, found on some: which rows a batch brings is not known here.
             quantizer.search_clip(weight[:: max(1, len(weight) // 4096)], one_factor=True)

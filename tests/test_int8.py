@@ -5,7 +5,19 @@ import torch
 from conftest import TOKENIZER, random_ids
 
 from data import UserError
-from int8 import bytes_on_disk, load_student, pack, student_payload, unpack
+from int8 import (
+    KERNELS,
+    FloatKernel,
+    bytes_on_disk,
+    choose_kernel,
+    convert,
+    is_exact,
+    load_integer,
+    load_student,
+    pack,
+    student_payload,
+    unpack,
+)
 from model import build_model, save_atomically
 from quant import QuantConfig, calibrate, prepare, quant_range
 
@@ -113,7 +125,8 @@ def damaged(payload):
             {**payload, "quant": {**payload["quant"], "weight_bits": 8.0}},
             "weight_bits is 8.0",
         ),
-        "extra key": (packed(spare=1), "damaged or has no place"),
+        "extra key": (packed(spare=1), "is damaged"),
+        "grid": (packed(codes=torch.full_like(entry["codes"], 127 + 100)), "leaves the grid"),
         "missing": ({**payload, "packed": without}, "is missing"),
         "stranger": (
             {**payload, "packed": {**payload["packed"], "x.weight": entry}},
@@ -127,6 +140,7 @@ def damaged(payload):
 
 KINDS = "short type scale shape missing stranger quant config tokenizer".split() + [
     "extra key",
+    "grid",
     "repeated",
     "float bits",
 ]
@@ -141,3 +155,124 @@ def test_tampered_students_are_refused(kind, tiny_config, tokenizer_bytes, tmp_p
     with pytest.raises(UserError) as error:
         load_student(path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------- integer model
+# "cuda" is an int8 product that CPUs have too, though slowly: what surrounds it is tested here.
+KERNEL_NAMES = list(KERNELS)
+
+
+def integers(shape, largest):
+    return torch.randint(-largest, largest + 1, shape, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("kernel", KERNEL_NAMES)
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 8), (5, 30, 7), (17, 64, 33), (40, 768, 96), (3, 3072, 24)]
+)
+def test_sums_against_int64(kernel, shape):
+    M, K, N = shape
+    values = torch.randint(0, 256, (M, K), dtype=torch.uint8)
+    weight, scale = integers((N, K), 64), torch.rand(N) + 0.5
+    found = KERNELS[kernel](weight, scale)
+    sums = found.sums(values)
+    expected = (values.long() - found.offset) @ weight.long().t()
+    torch.testing.assert_close(sums.double(), expected * scale.double(), rtol=1e-6, atol=1e-3)
+    assert sums.dtype == torch.float32 and sums.shape == (M, N)
+
+
+@pytest.mark.parametrize("kernel", KERNEL_NAMES)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_extremes_of_the_portable_grid(kernel, sign):
+    """The largest sums that it can make, where kernels without VNNI would clip if they could."""
+    values = torch.full((20, 768), 255, dtype=torch.uint8)
+    weight = torch.full((16, 768), sign * 64, dtype=torch.int8)
+    found = KERNELS[kernel](weight, torch.ones(16))
+    expected = (255 - found.offset) * 64 * 768 * sign
+    assert (found.sums(values) == expected).all()
+
+
+def test_kernels_that_clip_are_never_chosen():
+    assert is_exact("reference", 127) and is_exact("float", 127)
+    for largest in (64, 127):
+        chosen = choose_kernel("cpu", largest)
+        assert is_exact(chosen, largest)
+        weight, values = torch.full((8, 512), largest), torch.full((4, 512), 255, dtype=torch.uint8)
+        sums = KERNELS[chosen](weight.to(torch.int8), torch.ones(8)).sums(values)
+        assert (sums == 255 * largest * 512).all()
+
+
+class Clipping(FloatKernel):
+    """What a CPU without VNNI does: pairs of products are added in 16 bits."""
+
+    def sums(self, values):
+        products = (values.float()[:, None] * self.weight).unflatten(-1, (-1, 2)).sum(-1)
+        return products.clamp(-32768, 32767).sum(-1) * self.scale
+
+
+def test_a_clipping_kernel_is_found_out(monkeypatch):
+    monkeypatch.setitem(KERNELS, "clipping", Clipping)
+    assert is_exact("clipping", 64) and not is_exact("clipping", 127)
+
+
+CONFIGS = [
+    {},
+    {"grid": "full"},
+    {"weight_bits": 4},
+    {"weight_bits": 2, "weight_range": "mse"},
+    {"act_bits": 6},
+    {"per_channel": False, "per_token": False},
+    {"act_range": "static"},
+    {"act_range": "static", "act_bits": 5, "observer": "mse"},
+]
+
+
+@pytest.mark.parametrize("kernel", ["auto", *KERNEL_NAMES])
+@pytest.mark.parametrize("values", CONFIGS, ids=str)
+def test_integer_logits_are_the_students(kernel, values, tiny_config, tokenizer_bytes, tmp_path):
+    if kernel == "onednn" and values.get("grid") == "full" and not is_exact("onednn", 127):
+        pytest.skip("this CPU clips full-range products: choose_kernel takes another kernel")
+    model, config = student(tiny_config, **values)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # as far from the random start as trained weights are
+    ids, mask = random_ids([9, 5, 1], tiny_config.vocab_size)
+    expected, _ = model(ids, mask)
+    path = str(tmp_path / "student.pt")
+    save_atomically(student_payload(model, config, tokenizer_bytes), path)
+    for found in (convert(model, config, kernel=kernel), load_integer(path, kernel=kernel)[0]):
+        logits, taps = found(ids, mask, ("context", "hidden"))
+        assert (logits - expected).abs().max() <= 1e-3 * expected.std()
+        assert len(taps["context"]) == tiny_config.num_layers
+        one, _ = found(ids[:1, :1])  # a single token
+        torch.testing.assert_close(one, model(ids[:1, :1])[0], atol=1e-4, rtol=1e-3)
+
+
+def test_integer_model_holds_integers(tiny_config):
+    model, config = student(tiny_config)
+    found = convert(model, config, kernel="reference")
+    table = found.encoder.embeddings.word.weight
+    assert table.dtype == torch.int8 and table.shape == (tiny_config.vocab_size, 32)
+    layer = found.encoder.layers[0]
+    assert layer.attention.qkv.kernel.weight.shape == (96, 32)  # one product for three
+    kept = sum(p.numel() for p in found.parameters())
+    floats = model.head, model.encoder.embeddings.position, model.encoder.embeddings.token_type
+    norms = 2 * 32 * (1 + 2 * tiny_config.num_layers)
+    assert kept == sum(p.numel() for m in floats for p in m.parameters()) + norms
+
+
+@pytest.mark.parametrize("values", [{"weight_bits": 32}, {"act_bits": 32}])
+def test_nothing_to_multiply(values, tiny_config):
+    model, config = student(tiny_config, **values)
+    with pytest.raises(UserError, match="quantized weights and activations"):
+        convert(model, config)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: kernels ran on CPU only")
+@pytest.mark.parametrize("values", CONFIGS, ids=str)
+def test_integer_logits_on_cuda(values, tiny_config):
+    model, config = student(tiny_config, **values)
+    ids, mask = random_ids([9, 5, 1], tiny_config.vocab_size)
+    expected, _ = model(ids, mask)
+    logits, _ = convert(model, config, device="cuda")(ids.cuda(), mask.cuda())
+    assert (logits.cpu() - expected).abs().max() <= 1e-3 * expected.std()

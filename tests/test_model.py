@@ -150,7 +150,7 @@ def broken_checkpoints(config):
         "missing": (change(tensors={k: t for k, t in tensors.items() if k != first}), "is missing"),
         "extra": (change(tensors={**tensors, "spare": torch.zeros(1)}), "unexpected tensor spare"),
         "shape": (change(tensors={**tensors, first: torch.zeros(3, 3)}), "has shape (3, 3)"),
-        "dtype": (change(tensors={**tensors, first: tensors[first].half()}), "torch.float16"),
+        "dtype": (change(tensors={**tensors, first: tensors[first].bfloat16()}), "torch.bfloat16"),
         "config": (
             change(config={**good["config"], "num_layers": 10**9}),
             "num_layers is 1000000000",

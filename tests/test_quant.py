@@ -388,7 +388,7 @@ def test_clipped_weights_beat_min_max_at_2_bits():
     nn.init.normal_(linear.weight)
     errors = {}
     for kind in ("minmax", "mse"):
-        quantizer = WeightQuantizer(QuantConfig(weight_bits=2, weight_range=kind), True)
+        quantizer = WeightQuantizer(QuantConfig(weight_bits=2, weight_range=kind), True, True)
         if kind == "mse":
             quantizer.search_clip(linear.weight)
         with torch.no_grad():
