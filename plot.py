@@ -3,6 +3,7 @@ does.
 
     python plot.py out/*/results.json --out accuracy.png     # accuracy against bits, mean and spread over seeds
     python plot.py out/NAME/results.json --out languages.png # one run: every language
+    python plot.py out/NAME/results.json --errors --out errors.png    # train.py --analyze: error by layer
     python plot.py train.json --out steps.png                # bench.py train --json train.json
 """
 
@@ -66,6 +67,31 @@ def draw_languages(axes, run: dict) -> None:
     )
 
 
+def error_places(run: dict) -> list[str]:
+    """query, key, value, ...: where train.py --analyze measured errors."""
+    for row in run["methods"].values():
+        if "errors" in row:
+            return list(row["errors"]["local"])
+    raise UserError("no errors in this file: run train.py with --analyze")
+
+
+def draw_errors(axes, run: dict) -> None:
+    """train.py --analyze: relative error by layer, a panel a place, a line a method."""
+    for panel, place in zip(axes, error_places(run), strict=True):
+        for name, row in run["methods"].items():
+            for kind, style in (("accumulated", "-"), ("local", ":")) if "errors" in row else ():
+                values = [100 * layer["relative"] for layer in row["errors"][kind][place]]
+                label = f"{name}, {kind}" if panel is axes[0] else None
+                steps = range(1, len(values) + 1)
+                panel.plot(steps, values, style, color=COLORS[name], marker=".", label=label)
+        panel.set(title=place, xlabel="layer", xticks=list(steps))
+    config = run["config"]
+    axes[0].set_ylabel("relative error, %")
+    axes[0].figure.suptitle(
+        f"{run['model']}, W{config['bits']}A{config['act_bits']}, against its float32 self"
+    )
+
+
 def draw_steps(axes, result: dict) -> None:
     """bench.py train: the time of a step, its quartiles, and the ratio to float32."""
     for i, (name, row) in enumerate(result["rows"].items()):
@@ -102,11 +128,14 @@ def read_benchmark(path: str) -> dict | None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Figures from results.json and bench.py's JSON.")
     parser.add_argument("files", nargs="+", metavar="JSON")
+    parser.add_argument(
+        "--errors", action="store_true", help="error by layer, of train.py --analyze"
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="a .png or .svg file")
     return parser
 
 
-def draw(files: list[str], out: str) -> None:
+def draw(files: list[str], out: str, errors: bool) -> None:
     benchmark = read_benchmark(files[0])
     runs = [] if benchmark else read_results(files)
     try:
@@ -116,18 +145,25 @@ def draw(files: list[str], out: str) -> None:
     matplotlib.use("Agg")  # no window
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4 if runs else 2.6), layout="constrained")
-    if not runs:
+    if errors and len(runs) != 1:
+        raise UserError("--errors draws one results.json of train.py --analyze")
+    panels = len(error_places(runs[0])) if errors else 1
+    size = (2.4 * panels, 3.2) if errors else (8, 4 if runs else 2.6)
+    figure, axes = pyplot.subplots(1, panels, figsize=size, sharey=True, layout="constrained")
+    if errors:
+        draw_errors(axes, runs[0])
+        figure.legend(frameon=False, loc="outside lower center", ncols=6)
+    elif not runs:
         draw_steps(axes, benchmark)
     elif len(runs) == 1:
         draw_languages(axes, runs[0])
     else:
         draw_bits(axes, runs)
-    if runs:
+    if runs and not errors:
         axes.grid(axis="y", alpha=0.3)
         axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    for panel in figure.axes:
+        panel.spines[["top", "right"]].set_visible(False)
     try:
         figure.savefig(out, dpi=150)
     except (OSError, ValueError) as error:
@@ -137,7 +173,7 @@ def draw(files: list[str], out: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    return exit_status(lambda: draw(args.files, args.out))
+    return exit_status(lambda: draw(args.files, args.out, args.errors))
 
 
 if __name__ == "__main__":
