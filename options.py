@@ -9,10 +9,9 @@ import argparse
 import hashlib
 import os
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from data import UserError
-from data.fetch import RAW_DIR
 from data.tasks import TASKS, find_task
 from distill import PARTS, parse_distill
 from quant import OBSERVERS
@@ -30,6 +29,33 @@ TASK, MODEL, QUANT, DISTILL, OPTIM, RUN = (
 )
 
 
+# What is used where an option isn't given: it depends on what is fine-tuned.
+RECIPES = {
+    "mini": {"epochs": 2, "student_epochs": 1, "lr": 3e-4, "student_lr": 3e-5, "dropout": 0.0},
+    "scratch": {"epochs": 3, "lr": 5e-4, "dropout": 0.1},
+    "others": {"epochs": 3, "lr": 2e-5, "dropout": 0.1},
+}
+# With few bits a weight must go far to reach the next step of its grid. Chosen on English dev, seed 0,
+# the same for QAT and SDQ.
+MINI_STUDENT_LR = {2: 1e-3, 3: 3e-4, 4: 1e-4}
+
+
+def by_model(name: str) -> str:
+    """The default of an option in words: "5e-4 for mini, 2e-5 for others"."""
+    values = {model: recipe[name] for model, recipe in RECIPES.items() if name in recipe}
+    return ", ".join(f"{value:g} for {model}" for model, value in values.items())
+
+
+def fill_in(config: "TrainConfig", default_model: str) -> "TrainConfig":
+    """The options of a run, with nothing left open that its result depends on."""
+    config = replace(config, model=config.model or default_model)
+    recipe = RECIPES.get(config.model, RECIPES["others"])
+    if config.model == "mini" and config.bits in MINI_STUDENT_LR:
+        recipe = {**recipe, "student_lr": MINI_STUDENT_LR[config.bits]}
+    missing = {name: value for name, value in recipe.items() if getattr(config, name) is None}
+    return replace(config, **missing)
+
+
 def option(default, group: str, text: str, metavar: str | None = None):
     return field(default=default, metadata={"group": group, "text": text, "metavar": metavar})
 
@@ -39,7 +65,9 @@ class TrainConfig:
     """Every option of a run."""
 
     task: str = option("xnli", TASK, f"one of: {' '.join(TASKS)}")
-    data_dir: str = option(RAW_DIR, TASK, "folder of the task's official files", "DIR")
+    data_dir: str | None = option(
+        None, TASK, "folder of the task's official files; data/raw, but mini brings its own", "DIR"
+    )
     languages: tuple[str, ...] = option((), TASK, "languages to test besides English; all")
     eval_split: str = option("test", TASK, "report on test, or on dev (which also chose the epoch)")
     max_train: int | None = option(None, TASK, "so many training examples, drawn at random; all")
@@ -49,7 +77,11 @@ class TrainConfig:
     max_length: int = option(128, TASK, "longest sequence in tokens; longer texts are cut")
 
     model: str | None = option(
-        None, MODEL, "NAME (weights/NAME.pt), a path, or scratch: random weights; xlmr-base", "M"
+        None,
+        MODEL,
+        "NAME (weights/NAME.pt), a path, mini (built in), or scratch: random weights; "
+        "xlmr-base if it was converted, else mini",
+        "M",
     )
     layers: int | None = option(None, MODEL, "with --model scratch: number of layers; 4")
     hidden: int | None = option(None, MODEL, "with --model scratch: hidden size; 256")
@@ -65,6 +97,9 @@ class TrainConfig:
     act_bits: int = option(8, QUANT, "of activations: 2 to 8; 32 leaves them alone")
     per_tensor: bool = option(
         False, QUANT, "one scale a weight matrix and activation, not one a channel and token"
+    )
+    grid: str = option(
+        "portable", QUANT, "8-bit weights in -64..64, exact on every CPU, or full: -127..127"
     )
     weight_range: str = option("minmax", QUANT, "minmax, or mse: clip outliers where it pays")
     act_range: str = option("dynamic", QUANT, "dynamic, or static: calibrated before training")
@@ -83,22 +118,32 @@ class TrainConfig:
     temperature: float = option(1.0, DISTILL, "softens the logits of teacher and student")
     student_init: str = option("teacher", DISTILL, "qat and sdq start from: teacher, pretrained")
 
-    epochs: int = option(3, OPTIM, "passes over the training set")
-    student_epochs: int | None = option(None, OPTIM, "the same for qat and sdq; as --epochs")
+    epochs: int | None = option(None, OPTIM, f"passes over the training set; {by_model('epochs')}")
+    student_epochs: int | None = option(
+        None, OPTIM, f"the same for qat and sdq; as --epochs, {by_model('student_epochs')}"
+    )
     steps: int | None = option(None, OPTIM, "stop every training after so many steps")
     batch_size: int = option(32, OPTIM, "examples a step")
-    lr: float | None = option(
-        None, OPTIM, "peak learning rate; 2e-5 for pretrained weights, 5e-4 for random ones"
+    lr: float | None = option(None, OPTIM, f"peak learning rate; {by_model('lr')}")
+    student_lr: float | None = option(
+        None,
+        OPTIM,
+        f"the same for qat and sdq; as --lr, {by_model('student_lr')} (more below 5 bits)",
     )
-    student_lr: float | None = option(None, OPTIM, "the same for qat and sdq; as --lr")
     warmup: float = option(0.1, OPTIM, "fraction of the steps in which the rate rises")
     weight_decay: float = option(0.01, OPTIM, "of AdamW, on matrices only")
     clip: float = option(1.0, OPTIM, "largest gradient norm")
-    dropout: float = option(0.1, OPTIM, "while the teacher trains")
+    dropout: float | None = option(None, OPTIM, f"while the teacher trains; {by_model('dropout')}")
     student_dropout: float = option(
         0.0, OPTIM, "while qat and sdq train; it also disturbs what is distilled"
     )
 
+    eval: str | None = option(
+        None, RUN, "train nothing: test this student.pt as an integer model", "FILE"
+    )
+    analyze: bool = option(
+        False, RUN, "also measure each row's error in every layer (on English dev)"
+    )
     seed: int = option(0, RUN, "of weights, batches, dropout and noise")
     device: str = option("auto", RUN, "auto, cpu, cuda")
     threads: int | None = option(None, RUN, "CPU threads; all cores")
@@ -124,6 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Self-Distilled Quantization, end to end: teacher, PTQ, QAT, SDQ, one report.",
         epilog="examples:\n"
         "  python train.py --task xnli --bits 8\n"
+        "  python train.py --task xnli --eval out/xnli-mini-w8a8-s0/student.pt\n"
         "  python train.py --task xnli --bits 4 --distill logits            # one ablation\n"
         "  python train.py --task xnli --languages en de sw --max-train 20000\n"
         "  python train.py --task xnli --model scratch --layers 2 --hidden 128 --tokenizer FILE.model",
@@ -143,7 +189,6 @@ def build_parser() -> argparse.ArgumentParser:
             text, shown = (text, shown) if text else (shown, None)
         else:
             shown = " ".join(spec.default) if isinstance(spec.default, tuple) else spec.default
-            shown = "data/raw" if spec.default == RAW_DIR else shown
         if shown is not None:
             text += f" (default: {shown})"
         kwargs = dict(default=spec.default, help=text.replace("%", "%%"))
@@ -187,6 +232,7 @@ def check(config: TrainConfig) -> None:
             raise UserError(f"{flag(name)} {value}: choose from 2 to 8, or 32 for no quantization")
     choices = {
         "eval_split": ("test", "dev"),
+        "grid": ("portable", "full"),
         "weight_range": ("minmax", "mse"),
         "act_range": ("dynamic", "static"),
         "observer": tuple(OBSERVERS),
@@ -271,17 +317,29 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-NOT_THE_RESULT = ("device", "threads", "out", "save_every")  # options that don't name a run
+NOT_THE_RESULT = (
+    "device",
+    "threads",
+    "out",
+    "save_every",
+    "analyze",
+    "eval",
+)  # options that don't name a run
 
 
 def default_out(config: TrainConfig) -> str:
-    """out/xnli-w8a8-s0; with any other option changed, a short hash of those: one folder a setting."""
-    name = f"{config.task}-w{config.bits}a{config.act_bits}-s{config.seed}"
-    named = ("task", "bits", "act_bits", "seed", *NOT_THE_RESULT)
+    """out/xnli-mini-w8a8-s0; with any other option changed, a short hash of those: one folder a
+    setting. config: as fill_in leaves it.
+    """
+    model = os.path.splitext(os.path.basename(config.model))[0]
+    name = f"{config.task}-{model}-w{config.bits}a{config.act_bits}-s{config.seed}"
+    named = ["task", "bits", "act_bits", "seed", *NOT_THE_RESULT]
+    named += ["model"] if config.model == model else []  # a path says more than its last part
+    usual = fill_in(TrainConfig(bits=config.bits), config.model)
     changed = [
         (spec.name, getattr(config, spec.name))
         for spec in fields(config)
-        if spec.name not in named and getattr(config, spec.name) != spec.default
+        if spec.name not in named and getattr(config, spec.name) != getattr(usual, spec.name)
     ]
     if changed:
         name += "-" + hashlib.sha256(repr(changed).encode()).hexdigest()[:6]

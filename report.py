@@ -1,6 +1,7 @@
 """Numbers -> results.json, the table at the end of a run, and the table over seeds.
 
-    python report.py out/*/results.json           # mean +- standard deviation, a row per width and method
+    python report.py out/*/results.json               # mean +- standard deviation, a row per width and method
+    python report.py --languages out/*/results.json   # the mean of each language
 
 results.json holds, for every method and language, the counts behind each accuracy, so that means
 over seeds and paired differences can be worked out from the files alone.
@@ -64,6 +65,7 @@ def table(results: dict) -> str:
         "en",
         "zero-shot",
         "recovered",
+        "student",
         "MB",
         "train s",
         *[x for x in languages if x != "en"],
@@ -77,12 +79,19 @@ def table(results: dict) -> str:
             f"{row['english']:.2f}",
             "-" if mean is None else f"{mean:.2f}",
             "-" if won is None else f"{won:.0f} %",
+            pair(row["student"]) if "student" in row else "-",
             f"{row['size_bytes'] / 1e6:.1f}",
             f"{row['train_seconds']:.0f}",
         ]
         cells += [f"{row['languages'][x]['accuracy']:.1f}" for x in languages if x != "en"]
         lines.append(cells)
     return markdown_table(header, lines)
+
+
+def pair(row: dict) -> str:
+    """English / zero-shot mean."""
+    mean = row["zero_shot_mean"]
+    return f"{row['english']:.2f}" + ("" if mean is None else f" / {mean:.2f}")
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -111,18 +120,19 @@ def markdown(results: dict) -> str:
         notes.append("English dev also chose the epoch: these figures flatter every trained row.")
     notes.append(
         "MB: the checkpoint on disk; quantized rows hold packed integers and scales. "
-        "Accuracy: the fake-quantized model, which computes on the same integer grid. "
+        "Accuracy: the integer model; student: the fake-quantized one it was made of, en / zero-shot. "
         "train s: wall time, looks at English dev and saved states included."
     )
     return table(results) + "\n\n" + "\n".join(notes) + "\n"
 
 
 # ------------------------------------------------------------------------------------- over seeds
-MAY_DIFFER = ("seed", "bits", "act_bits", "out", "methods", "threads", "save_every")
+MAY_DIFFER = "seed bits act_bits out methods threads save_every analyze".split()
 
 
 def read_results(patterns: list[str]) -> list[dict]:
-    """The given results.json files, all of the same experiment but for width and seed.
+    """The given results.json files, all of the same experiment but for width and seed. A width has
+    its own --student-lr, as options.MINI_STUDENT_LR says.
 
     Wildcards are expanded here, because not every shell does.
     """
@@ -135,10 +145,12 @@ def read_results(patterns: list[str]) -> list[dict]:
             key = tuple(run["config"][name] for name in ("seed", "bits", "act_bits"))
             settings = {k: v for k, v in run["config"].items() if k not in MAY_DIFFER}
             for row in run["methods"].values():
-                row["english"], row["zero_shot_mean"], row["size_bytes"]
+                row["english"], row["zero_shot_mean"], row["size_bytes"], row["languages"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{path} is not a results.json of train.py") from None
+        same_width = [r for r in runs if r["config"]["bits"] == run["config"]["bits"]]
         first = {k: v for k, v in (runs or [run])[0]["config"].items() if k not in MAY_DIFFER}
+        first["student_lr"] = (same_width or [run])[0]["config"].get("student_lr")
         differs = [k for k in first if settings.get(k) != first[k]]
         if differs:
             flag = "--" + differs[0].replace("_", "-")
@@ -171,6 +183,7 @@ def over_seeds(runs: list[dict]) -> dict[tuple[str, str], dict[str, list[float]]
             values = {"en": row["english"], "zero-shot": row["zero_shot_mean"]}
             values["recovered"] = recovered(run["methods"], name)
             values["MB"] = row["size_bytes"] / 1e6
+            values |= {language: x["accuracy"] for language, x in row["languages"].items()}
             entry = found.setdefault((width, name), {key: [] for key in values})
             for key, value in values.items():
                 if value is not None:
@@ -195,13 +208,25 @@ def seeds_table(runs: list[dict]) -> str:
     return markdown_table(["", "seeds", "en", "zero-shot", "recovered %", "MB"], rows)
 
 
+def languages_table(runs: list[dict]) -> str:
+    """The mean over seeds of every language."""
+    languages = runs[0]["languages"]
+    rows = []
+    for (width, name), values in over_seeds(runs).items():
+        means = [f"{statistics.fmean(values[language]):.1f}" for language in languages]
+        rows.append([f"{name} {width}".strip(), *means])
+    return markdown_table(["", *languages], rows)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="One table over the seeds and widths of several runs."
     )
     parser.add_argument("files", nargs="+", metavar="RESULTS.json")
+    parser.add_argument("--languages", action="store_true", help="a column a language instead")
     args = parser.parse_args(argv)
-    return exit_status(lambda: print(seeds_table(read_results(args.files))))
+    show = languages_table if args.languages else seeds_table
+    return exit_status(lambda: print(show(read_results(args.files))))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@
     qat         trained on through the quantizers, with quantization noise and the task's loss alone
     sdq         qat, distilled from the teacher: logits and every self-attention output
 
+Students train fake-quantized, in float32 on the integer grid. What is reported is the integer model
+made of them (int8.py), with the fake-quantized one beside it.
+
 Training sees English only; every language is tested (zero-shot transfer). The best epoch is chosen
 on English dev.
 
@@ -28,14 +31,22 @@ from dataclasses import asdict, replace
 
 import torch
 
-from data import UserError, exit_status
-from data.batches import Dataset, encode_split, unpadded_batches
-from data.fetch import MODELS
+from analyze import errors_table, layer_errors
+from data import UserError, batches, exit_status, mini
+from data.batches import Dataset, encode_split, evaluation_batches, unpadded_batches
+from data.fetch import MODELS, RAW_DIR
 from data.tasks import find_task
 from data.tokenizer import Tokenizer
 from distill import parse_distill
-from int8 import bytes_on_disk, student_payload
-from loop import Run, clock, evaluate, print_live, train
+from int8 import (
+    bytes_on_disk,
+    convert,
+    integer_model,
+    load_student,
+    read_student,
+    student_payload,
+)
+from loop import EVAL_TOKENS, Run, clock, evaluate, print_live, train
 from model import (
     PRESETS,
     Model,
@@ -49,28 +60,50 @@ from model import (
     set_dropout,
     with_head,
 )
-from options import NOT_THE_RESULT, TRAINED, TrainConfig, default_out, flag, parse_args
+from options import (
+    NOT_THE_RESULT,
+    TRAINED,
+    TrainConfig,
+    default_out,
+    fill_in,
+    flag,
+    parse_args,
+)
 from quant import QuantConfig, calibrate, prepare
 from report import markdown, summarize, table, write_json, write_text
 
-WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
+ROOT = os.path.dirname(os.path.abspath(__file__))
+WEIGHTS_DIR = os.path.join(ROOT, "weights")
+MINI = os.path.join(ROOT, "data", "mini", "mini.pt")  # made by data/pretrain_mini.py
 
 
 # ----------------------------------------------------------------------------------------- models
-def find_model(config: TrainConfig) -> str:
+def default_model() -> str:
+    """XLM-R base if it was converted, else the built-in miniature."""
+    there = os.path.isfile(os.path.join(WEIGHTS_DIR, "xlmr-base.pt"))
+    return "xlmr-base" if there else "mini"
+
+
+def introduce(model: str) -> str:
+    """The first line of a run: which model this is, and how to get the other."""
+    if model == "mini":
+        return (
+            "model mini: built in, for made-up text in 15 languages. For the real one: "
+            "python convert.py xlmr-base, then python data/fetch.py xnli"
+        )
+    return f"model {model}. The built-in miniature, which needs no download: --model mini"
+
+
+def find_model(name: str) -> str:
     """The checkpoint that --model means. Raises UserError saying how to get one."""
-    name = config.model or "xlmr-base"
+    if name == "mini":
+        return MINI
     if name.endswith(".pt") or os.sep in name or "/" in name:
         path = name
     else:
         path = os.path.join(WEIGHTS_DIR, name + ".pt")
     if os.path.isfile(path):
         return path
-    if config.model is None:
-        raise UserError(
-            "weights/xlmr-base.pt is not there yet: make it with 'python convert.py xlmr-base' (1.1 GB), "
-            "or train from random weights with --model scratch --tokenizer FILE"
-        )
     if path == name or name not in PRESETS:
         known = " ".join(PRESETS)
         raise UserError(
@@ -86,7 +119,7 @@ class Source:
     def __init__(self, config: TrainConfig):
         self.config, task = config, find_task(config.task)
         self.head, self.num_labels = task.head, len(task.labels)
-        self.path = None if config.model == "scratch" else find_model(config)
+        self.path = None if config.model == "scratch" else find_model(config.model)
         if self.path is None:
             self.tokenizer = Tokenizer.from_file(config.tokenizer)
             hidden = config.hidden or 256
@@ -132,6 +165,7 @@ def quant_config(config: TrainConfig, method: str) -> QuantConfig:
         act_bits=config.act_bits,
         per_channel=not config.per_tensor,
         per_token=not config.per_tensor,
+        grid=config.grid,
         weight_range=config.weight_range,
         act_range="static" if static else "dynamic",
         observer=config.observer,
@@ -196,9 +230,9 @@ def make_student(run: Run, source: Source, teacher: Model, method: str) -> Model
     summary = prepare(student, settings)
     if settings.act_range == "static":
         torch.manual_seed(run.config.seed)  # the mse observer draws samples
-        batches = unpadded_batches(run.train, run.config.calibration, 32, run.config.seed)
-        batches = [batch.to(run.device) for batch in batches]
-        calibrate(student, ((batch.ids, batch.mask) for batch in batches), settings.observer)
+        rows = unpadded_batches(run.train, run.config.calibration, 32, run.config.seed)
+        rows = [batch.to(run.device) for batch in rows]
+        calibrate(student, ((batch.ids, batch.mask) for batch in rows), settings.observer)
     print(f"{method}: {summary}")
     return student
 
@@ -215,7 +249,8 @@ def run_method(
         epochs = config.student_epochs or config.epochs
         lr = config.lr if config.student_lr is None else config.student_lr
         seconds = train(run, method, student, teacher, parts, epochs, lr, resume)
-    notes = dict(task=config.task, method=method, labels=" ".join(find_task(config.task).labels))
+    labels = " ".join(find_task(config.task).labels)
+    notes = dict(task=config.task, model=source.name, method=method, labels=labels)
     settings = quant_config(config, method)
     payload = student_payload(student, settings, source.tokenizer.bytes, **notes)
     if save:
@@ -223,30 +258,70 @@ def run_method(
     return student, bytes_on_disk(payload), seconds
 
 
-def evaluate_languages(run: Run, method: str, model: Model, tests: dict[str, Dataset]) -> dict:
+def test_row(run: Run, method: str, model: Model, tests: dict[str, Dataset]) -> dict:
+    """The figures of one row: the integer model's where there is one, the student's beside them."""
+    config = run.config
+    found = evaluate_languages(config, method, model, tests, run.device)
+    if method == "fp32" or 32 in (config.bits, config.act_bits):
+        return found
+    integer = convert(model, quant_config(config, method), run.device)
+    deployed = evaluate_languages(config, f"{method} in int8", integer, tests, run.device)
+    return {**deployed, "student": found}
+
+
+def evaluate_languages(
+    config: TrainConfig, name: str, model: Model, tests: dict[str, Dataset], device: torch.device
+) -> dict:
     live, found = sys.stdout.isatty(), {}
     for i, (language, dataset) in enumerate(tests.items()):
-        found[language] = evaluate(model, dataset, run.device)
-        line = f"{method}: {run.config.eval_split} {i + 1}/{len(tests)} {language}"
+        found[language] = evaluate(model, dataset, device)
+        line = f"{name}: {config.eval_split} {i + 1}/{len(tests)} {language}"
         if live or i + 1 == len(tests):
             print_live(f"{line} {found[language]['accuracy']:.2f} %", live)
     if live:
         print()
-    return summarize(found, find_task(run.config.task).train_language)
+    return summarize(found, find_task(config.task).train_language)
+
+
+def evaluate_file(config: TrainConfig) -> None:
+    """--eval: a packed student, loaded as an integer model and tested."""
+    begun = time.monotonic()
+    device = choose_device(config)
+    read = read_student(config.eval)
+    task = find_task(config.task)
+    if read.config.head != task.head or read.config.num_labels != len(task.labels):
+        raise UserError(f"{config.eval} was not trained for {config.task}: name its --task")
+    quant = read.quant
+    if 32 in (quant.weight_bits, quant.act_bits):
+        model, kind = load_student(config.eval)[0].to(device), "fake-quantized"
+    else:
+        model = integer_model(*read[:2], read.weights, read.tensors, device)
+        kind = f"integers, {type(model.encoder.layers[0].ffn.up.kernel).__name__}"
+    config = replace(config, model=read.notes.get("model"))
+    tests = load_tests(config, read.tokenizer)
+    found = evaluate_languages(config, "student", model, tests, device)
+    row = {**found, "size_bytes": os.path.getsize(config.eval), "train_seconds": 0}
+    name = f"{read.notes.get('method')} W{quant.weight_bits}A{quant.act_bits}"
+    print(f"\n{table({'methods': {name: row}, 'languages': list(tests)})}\n")
+    print(f"{kind}, {hardware(device)}, {torch.get_num_threads()} threads; ", end="")
+    print(f"{clock(time.monotonic() - begun)} in all")
 
 
 def run_ladder(config: TrainConfig, resume: bool) -> None:
     begun = time.monotonic()
+    config = fill_in(config, default_model())
+    print(introduce(config.model))
     out = config.out or default_out(config)
     device = choose_device(config)
     check_folder(out)
     check_folder(teachers_folder(out))
     source = Source(config)
-    if config.lr is None:
-        config = replace(config, lr=5e-4 if source.path is None else 2e-5)
     check_run(out, config, resume)
-    print(f"model {source.name}, {hardware(device)}, {torch.get_num_threads()} threads, out {out}")
-    train_set, dev, tests = load_data(config, source.tokenizer)
+    print(f"{hardware(device)}, {torch.get_num_threads()} threads, out {out}")
+    tests = load_tests(config, source.tokenizer)
+    train_set, dev = load_training(config, source.tokenizer)
+    rows = sum(map(len, tests.values()))
+    print(f"{len(train_set):,} training examples, {rows:,} test examples in {len(tests)} languages")
     run = Run(config, out, device, train_set, dev)
     start_folder(run, resume)
     results = load_results(run, source, list(tests), resume)
@@ -261,43 +336,58 @@ def run_ladder(config: TrainConfig, resume: bool) -> None:
             save = method == quantized[-1]
             model, size, seconds = run_method(run, source, teacher, method, save, resume)
         row = {"size_bytes": size, "train_seconds": seconds}
-        row |= evaluate_languages(run, method, model, tests)
+        row |= test_row(run, method, model, tests)
+        if config.analyze and method != "fp32":
+            batches_of_dev = evaluation_batches(run.dev, EVAL_TOKENS[device.type])
+            moved = (batch.to(device) for batch in batches_of_dev)
+            row["errors"] = layer_errors(teacher, model, moved)
         results["methods"][method] = row
         write_json(run.results_file, results)
         if method in TRAINED:
             remove(run.state_file)
     write_text(os.path.join(out, "report.md"), markdown(results))
+    if any("errors" in row for row in results["methods"].values()):
+        print(f"\n{errors_table(results['methods'])}")
     print(f"\n{table(results)}\n\nwrote {out}/results.json and report.md")
     print(f"{clock(time.monotonic() - begun)} in all")
 
 
-def load_data(
-    config: TrainConfig, tokenizer: Tokenizer
-) -> tuple[Dataset, Dataset, dict[str, Dataset]]:
-    """Encoded English train and dev, and the test set of each language asked for."""
-    task, folder = find_task(config.task), config.data_dir
-    english = task.train_language
-    wanted = [
-        x for x in task.languages if not config.languages or x in (english, *config.languages)
-    ]
+def data_folder(config: TrainConfig) -> str:
+    """Where the task's files are; made now for mini, whose vocabulary is that of mini-XNLI."""
+    if config.data_dir or config.model != "mini" or config.task != "xnli":
+        return config.data_dir or RAW_DIR
+    return mini.cached(batches.CACHE_DIR)
 
-    def encoded(split: str, language: str, limit: int | None) -> Dataset:
-        return encode_split(
-            config.task, split, language, folder, tokenizer, config.max_length, limit
-        )
 
+def load_tests(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Dataset]:
+    """The encoded test set of each language asked for."""
+    task, folder = find_task(config.task), data_folder(config)
     if not os.path.exists(os.path.join(folder, *task.files[config.eval_split].split("/"))):
         hint = "" if config.eval_split == "dev" else ", or report on dev with --eval-split dev"
         raise UserError(
             f"no {task.files[config.eval_split]} in {folder}: fetch it with '{task.fetch}', "
             f"name its folder with --data-dir{hint}"
         )
-    train_set = encoded("train", english, config.max_train)
-    dev = encoded("dev", english, config.max_eval)
-    tests = {x: encoded(config.eval_split, x, config.max_eval) for x in wanted}
-    rows = sum(map(len, tests.values()))
-    print(f"{len(train_set):,} training examples, {rows:,} test examples in {len(tests)} languages")
-    return train_set, dev, tests
+    chosen = config.languages and (task.train_language, *config.languages)
+    return {
+        language: encode(config, tokenizer, config.eval_split, language, config.max_eval)
+        for language in task.languages
+        if not chosen or language in chosen
+    }
+
+
+def load_training(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Dataset]:
+    """Encoded English train and dev."""
+    english = find_task(config.task).train_language
+    train_set = encode(config, tokenizer, "train", english, config.max_train)
+    return train_set, encode(config, tokenizer, "dev", english, config.max_eval)
+
+
+def encode(
+    config: TrainConfig, tokenizer: Tokenizer, split: str, language: str, limit: int | None
+) -> Dataset:
+    folder = data_folder(config)
+    return encode_split(config.task, split, language, folder, tokenizer, config.max_length, limit)
 
 
 # ------------------------------------------------------------------------------- the run's folder
@@ -396,7 +486,10 @@ def main(argv: list[str] | None = None) -> int:
     def job() -> None:
         config, resume = parse_args(argv)
         try:
-            run_ladder(config, resume)
+            if config.eval:
+                evaluate_file(config)
+            else:
+                run_ladder(config, resume)
         except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's has no type
             if "out of memory" in str(error) or "allocate memory" in str(error):
                 raise UserError("out of memory: use a smaller --batch-size, --max-length") from None

@@ -16,7 +16,7 @@ import loop
 import train
 from int8 import load_student
 from model import build_model, checkpoint_payload, load_checkpoint, read_checkpoint
-from options import build_parser, default_out, parse_args
+from options import RECIPES, build_parser, default_out, fill_in, parse_args
 
 SCRATCH = f"--model scratch --layers 1 --hidden 32 --heads 2 --tokenizer {TOKENIZER}".split()
 SMALL = [
@@ -270,15 +270,18 @@ def test_a_folder_holds_one_run(tmp_path, capsys, monkeypatch):
 
 
 def test_default_folders_tell_settings_apart():
-    folders = {
-        options: default_out(parse_args([*SCRATCH, *options.split()])[0])
-        for options in ("", "--bits 4", "--distill logits", "--noise 1", "--lr 1e-3")
-    }
-    assert len(set(folders.values())) == 5
-    same = [default_out(parse_args([*SCRATCH, *o.split()])[0]) for o in ("", "--threads 1")]
-    assert same[0] == same[1]
-    plain = default_out(parse_args(["--task", "xnli", "--bits", "8"])[0])
-    assert plain == os.path.join("out", "xnli-w8a8-s0")
+    def folder(*options):
+        return default_out(fill_in(parse_args(options)[0], "mini"))
+
+    arms = ("", "--bits 4", "--distill logits", "--noise 1", "--lr 1e-3")
+    assert len({folder(*SCRATCH, *options.split()) for options in arms}) == 5
+    assert folder(*SCRATCH) == folder(*SCRATCH, "--threads", "1")
+    plain = folder("--task", "xnli", "--bits", "8")
+    assert plain == os.path.join("out", "xnli-mini-w8a8-s0")
+    assert folder("--model", "mini", "--epochs", str(RECIPES["mini"]["epochs"])) == plain
+    assert folder("--model", "xlmr-base") == os.path.join("out", "xnli-xlmr-base-w8a8-s0")
+    paths = [folder("--model", name) for name in ("a/mine.pt", "b/mine.pt")]
+    assert paths[0] != paths[1] and all("xnli-mine-w8a8-s0-" in path for path in paths)
 
 
 def test_missing_teacher_on_resume(tmp_path, capsys):
@@ -453,10 +456,78 @@ def test_no_cuda(capsys, tmp_path):
     assert "no CUDA device" in answer(capsys, *SMALL, "--device", "cuda", "--out", str(tmp_path))[1]
 
 
-def test_missing_default_weights(capsys, tmp_path, monkeypatch):
+def test_default_model_is_what_is_there(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "WEIGHTS_DIR", str(tmp_path))
-    _, error = answer(capsys, "--out", str(tmp_path / "run"))
-    assert "python convert.py xlmr-base" in error and "--model scratch" in error
+    small = "--max-train 30 --max-eval 6 --steps 1 --languages de --device cpu --out".split()
+    assert train.main([*small, str(tmp_path / "run")]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("model mini: built in") and "convert.py xlmr-base" in output
+    assert results(tmp_path)["model"] == "mini"
+    (tmp_path / "xlmr-base.pt").write_bytes(b"")  # as if converted: it is taken, and found damaged
+    assert train.main([*small, str(tmp_path / "other")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("model xlmr-base.") and "--model mini" in captured.out
+    assert "xlmr-base.pt is damaged" in captured.err or "xlmr-base.pt holds" in captured.err
+
+
+def test_mini_reads_real_data_when_it_is_named(tmp_path, capsys):
+    options = "--model mini --steps 1 --languages de --methods fp32 --device cpu".split()
+    assert train.main([*options, "--data-dir", SAMPLE, "--out", str(tmp_path / "run")]) == 0
+    assert results(tmp_path)["methods"]["fp32"]["languages"]["de"]["total"] == 3
+    assert "generating" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bits", ["8", "32"])
+def test_eval_tests_a_packed_student(bits, tmp_path, capsys):
+    """The same figures as in the report of the run that made it."""
+    assert run(tmp_path, "--bits", bits, "--methods", "fp32", "sdq") == 0
+    capsys.readouterr()
+    packed = str(tmp_path / "run" / "student.pt")
+    options = ["--eval", packed, "--data-dir", SAMPLE, "--languages", "de", "--device", "cpu"]
+    assert train.main([*options, "--max-length", "32"]) == 0
+    row = results(tmp_path)["methods"]["sdq"]
+    assert ("student" in row) == (bits == "8")  # 32: nothing to multiply in integers
+    output = capsys.readouterr().out
+    accuracies = [row["languages"][x]["accuracy"] for x in ("en", "de")]
+    cells = [cell.strip() for cell in output.splitlines()[-3].split("|")]
+    assert cells[1] == f"sdq W{bits}A8" and cells[2] == f"{accuracies[0]:.2f}"
+    assert cells[-2] == f"{accuracies[1]:.1f}"
+    assert ("integers" in output) == (bits == "8")
+
+
+def test_eval_refuses_other_files(tmp_path, capsys):
+    assert run(tmp_path, "--steps", "1", "--methods", "fp32") == 0
+    (teacher,) = (tmp_path / "teachers").iterdir()
+    capsys.readouterr()
+    _, error = answer(capsys, "--eval", str(tmp_path / "nowhere.pt"))
+    assert "no checkpoint at" in error
+    _, error = answer(capsys, "--eval", str(teacher))
+    assert "is not a checkpoint of this project (sdq-student-1)" in error
+
+
+def test_report_is_of_the_integer_model(tmp_path, monkeypatch):
+    """A model that answers at random in integers must show in the row, not in the student's part."""
+
+    def broken(student, config, device):
+        model = convert_students(student, config, device)
+        model.head.out_proj.bias.data += torch.tensor([1e3, 0.0, 0.0])
+        return model
+
+    convert_students = train.convert
+    monkeypatch.setattr(train, "convert", broken)
+    assert run(tmp_path, "--methods", "fp32", "ptq", "--epochs", "3") == 0
+    found = results(tmp_path)["methods"]
+    assert found["ptq"]["languages"]["en"]["correct"] == 1  # a third of three
+    assert found["ptq"]["student"]["languages"] == found["fp32"]["languages"]
+
+
+def test_analyze_adds_errors_of_each_layer(tmp_path, capsys):
+    assert run(tmp_path, "--analyze", "--steps", "1", "--bits", "2") == 0
+    assert "error of context" in capsys.readouterr().out
+    found = results(tmp_path)["methods"]
+    assert "errors" not in found["fp32"]
+    for name in ("ptq", "qat", "sdq"):
+        assert found[name]["errors"]["local"]["query"][0]["relative"] > 0
 
 
 def test_missing_data(capsys, tmp_path):
