@@ -47,12 +47,12 @@ def score(row: dict) -> float:
 def recovered(methods: dict[str, dict], name: str) -> float | None:
     """How much of what PTQ lost a method won back, in %: (method - PTQ) / (FP32 - PTQ).
 
-    None where it means nothing: PTQ lost less than one point, or a row is missing.
+    None where it means nothing: PTQ lost less than two points, or a row is missing.
     """
     if name in ("fp32", "ptq") or not {"fp32", "ptq"} <= set(methods):
         return None
     full, lost = score(methods["fp32"]), score(methods["ptq"])
-    if full - lost < 1.0:
+    if full - lost < 2.0:
         return None
     return 100 * (score(methods[name]) - lost) / (full - lost)
 
