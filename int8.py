@@ -207,7 +207,7 @@ def read_student(path: str) -> Student:
     tokenizer = Tokenizer.from_payload(payload, path, config.vocab_size)
     with torch.device("meta"):
         empty = Model(config)
-    prepare(empty, quant)
+    prepare(empty, replace(quant, weight_range="minmax"))  # there are no weights to search
     wanted = quantized_weights(empty)
     shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
     weights = {}

@@ -339,7 +339,8 @@ def default_out(config: TrainConfig) -> str:
     changed = [
         (spec.name, getattr(config, spec.name))
         for spec in fields(config)
-        if spec.name not in named and getattr(config, spec.name) != getattr(usual, spec.name)
+        if spec.name not in named
+        and (spec.name == "model" or getattr(config, spec.name) != getattr(usual, spec.name))
     ]
     if changed:
         name += "-" + hashlib.sha256(repr(changed).encode()).hexdigest()[:6]

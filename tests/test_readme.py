@@ -88,7 +88,13 @@ def test_every_flag_that_is_named_exists():
     from options import build_parser
 
     help_text = build_parser().format_help() + bench.build_parser().format_help()
-    known = set(re.findall(r"--[a-z-]+", help_text)) | {"--from", "--out", "--resume", "--json"}
+    known = set(re.findall(r"--[a-z-]+", help_text)) | {
+        "--from",
+        "--out",
+        "--resume",
+        "--json",
+        "--errors",
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
