@@ -2,7 +2,7 @@
 spread.
 
     python bench.py matmul              # one Linear layer of XLM-R base's shapes, in every arithmetic
-    python bench.py model               # the whole model: latency, memory, file size
+    python bench.py model               # the whole model: latency and file size
     python bench.py train               # a training step: FP32, QAT, SDQ on XLM-R base's shape
     python bench.py train --layers 4 --hidden 384 --vocab 8000
 
@@ -189,7 +189,7 @@ def layer_functions(M: int, K: int, N: int, device: torch.device) -> dict[str, C
 
 # ------------------------------------------------------------------------------------------ model
 def bench_model(args: argparse.Namespace) -> dict:
-    """The whole model on random ids: time of a batch, memory and bytes on disk of every form."""
+    """The whole model on random ids: time of a batch and bytes on disk of every form."""
     device = choose_device(TrainConfig(device=args.device, threads=args.threads))
     config = model_shape(args)
     forms, sizes = model_forms(config, device)
@@ -353,7 +353,7 @@ def spread(row: dict) -> str:
 
 BENCHMARKS = {  # name -> (function, its table, help)
     "matmul": (bench_matmul, matmul_table, "one Linear layer in fp32, bf16, int8"),
-    "model": (bench_model, model_table, "latency, memory and file size of the whole model"),
+    "model": (bench_model, model_table, "latency and file size of the whole model"),
     "train": (bench_train, train_table, "a step of FP32, QAT and SDQ training"),
 }
 
