@@ -263,6 +263,11 @@ def unpack_weight(
 def load_student(path: str) -> tuple[Model, Tokenizer]:
     """A packed student as it was trained, fake-quantized, on CPU, and its tokenizer."""
     read = read_student(path)
+    return float_model(read), read.tokenizer
+
+
+def float_model(read: Student) -> Model:
+    """The fake-quantized model of what a student.pt says."""
     with torch.device("meta"):
         student = Model(read.config)
     # The weights arrive on the grid already, so only the activation quantizers are put in.
@@ -273,7 +278,7 @@ def load_student(path: str) -> tuple[Model, Tokenizer]:
         for name, (codes, scale) in read.weights.items()
     }
     student.load_state_dict({**read.tensors, **weights}, strict=True)
-    return student.eval(), read.tokenizer
+    return student.eval()
 
 
 def load_integer(path: str, device: str = "cpu", kernel: str = "auto") -> tuple[Model, Tokenizer]:
@@ -505,17 +510,9 @@ def integer_model(
     largest = max(int(codes.abs().max()) for codes in matrices)
     kernel = choose_kernel(device, largest) if kernel == "auto" else kernel
 
-    def put(module: nn.Module, name: str, tensor: Tensor) -> None:
-        owner = module._buffers if name in module._buffers else module._parameters
-        owner[name] = (
-            tensor.to(device)
-            if owner is module._buffers
-            else nn.Parameter(tensor.to(device), False)
-        )
-
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        put(model.get_submodule(path), leaf, tensor)
+    # Not strict: what is missing are the quantized weights, whose modules are replaced below.
+    there = {name: tensor.to(device) for name, tensor in tensors.items()}
+    model.load_state_dict(there, strict=False, assign=True)
 
     def linear(*names: str) -> IntLinear:
         """One IntLinear of one QuantLinear, or of several that read the same activation."""
@@ -540,4 +537,4 @@ def integer_model(
         layer.attention = IntAttention(layer.attention, qkv)
         layer.ffn.up, layer.ffn.down = linear(f"{at}ffn.up"), linear(f"{at}ffn.down")
         layer.ffn = IntFeedForward(layer.ffn)
-    return model.eval()
+    return model.requires_grad_(False).eval()

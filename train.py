@@ -41,8 +41,8 @@ from distill import parse_distill
 from int8 import (
     bytes_on_disk,
     convert,
+    float_model,
     integer_model,
-    load_student,
     read_student,
     student_payload,
 )
@@ -293,12 +293,12 @@ def evaluate_file(config: TrainConfig) -> None:
         raise UserError(f"{config.eval} was not trained for {config.task}: name its --task")
     quant = read.quant
     if 32 in (quant.weight_bits, quant.act_bits):
-        model, kind = load_student(config.eval)[0].to(device), "fake-quantized"
+        model, kind = float_model(read).to(device), "fake-quantized"
     else:
-        model = integer_model(*read[:2], read.weights, read.tensors, device)
+        model = integer_model(read.config, read.quant, read.weights, read.tensors, device)
         kind = f"integers, {type(model.encoder.layers[0].ffn.up.kernel).__name__}"
     config = replace(config, model=read.notes.get("model"))
-    tests = load_tests(config, read.tokenizer)
+    tests = load_tests(config, data_folder(config), read.tokenizer)
     found = evaluate_languages(config, "student", model, tests, device)
     row = {**found, "size_bytes": os.path.getsize(config.eval), "train_seconds": 0}
     name = f"{read.notes.get('method')} W{quant.weight_bits}A{quant.act_bits}"
@@ -318,8 +318,9 @@ def run_ladder(config: TrainConfig, resume: bool) -> None:
     source = Source(config)
     check_run(out, config, resume)
     print(f"{hardware(device)}, {torch.get_num_threads()} threads, out {out}")
-    tests = load_tests(config, source.tokenizer)
-    train_set, dev = load_training(config, source.tokenizer)
+    folder = data_folder(config)
+    tests = load_tests(config, folder, source.tokenizer)
+    train_set, dev = load_training(config, folder, source.tokenizer)
     rows = sum(map(len, tests.values()))
     print(f"{len(train_set):,} training examples, {rows:,} test examples in {len(tests)} languages")
     run = Run(config, out, device, train_set, dev)
@@ -359,9 +360,9 @@ def data_folder(config: TrainConfig) -> str:
     return mini.cached(batches.CACHE_DIR)
 
 
-def load_tests(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Dataset]:
+def load_tests(config: TrainConfig, folder: str, tokenizer: Tokenizer) -> dict[str, Dataset]:
     """The encoded test set of each language asked for."""
-    task, folder = find_task(config.task), data_folder(config)
+    task = find_task(config.task)
     if not os.path.exists(os.path.join(folder, *task.files[config.eval_split].split("/"))):
         hint = "" if config.eval_split == "dev" else ", or report on dev with --eval-split dev"
         raise UserError(
@@ -370,23 +371,29 @@ def load_tests(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Dataset]:
         )
     chosen = config.languages and (task.train_language, *config.languages)
     return {
-        language: encode(config, tokenizer, config.eval_split, language, config.max_eval)
+        language: encode(config, folder, tokenizer, config.eval_split, language, config.max_eval)
         for language in task.languages
         if not chosen or language in chosen
     }
 
 
-def load_training(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Dataset]:
+def load_training(
+    config: TrainConfig, folder: str, tokenizer: Tokenizer
+) -> tuple[Dataset, Dataset]:
     """Encoded English train and dev."""
     english = find_task(config.task).train_language
-    train_set = encode(config, tokenizer, "train", english, config.max_train)
-    return train_set, encode(config, tokenizer, "dev", english, config.max_eval)
+    train_set = encode(config, folder, tokenizer, "train", english, config.max_train)
+    return train_set, encode(config, folder, tokenizer, "dev", english, config.max_eval)
 
 
 def encode(
-    config: TrainConfig, tokenizer: Tokenizer, split: str, language: str, limit: int | None
+    config: TrainConfig,
+    folder: str,
+    tokenizer: Tokenizer,
+    split: str,
+    language: str,
+    limit: int | None,
 ) -> Dataset:
-    folder = data_folder(config)
     return encode_split(config.task, split, language, folder, tokenizer, config.max_length, limit)
 
 

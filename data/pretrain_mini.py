@@ -161,7 +161,6 @@ class Batches:
         ids = np.where(mask, EOS, PAD)
         ids[:, 0] = BOS
         changed = np.where(mask, 0, -1)
-        real = np.zeros_like(mask)
         masked_side = self.rng.integers(len(parts), size=(len(a), 1))
         hidden = np.zeros_like(mask)
         share = MLM_MASKED if b is None else TLM_MASKED
@@ -176,7 +175,6 @@ class Batches:
             )
             changed = np.where(odd & missed[:, None], 1, changed)
             hidden |= inside & drawn & (masked_side == side)
-            real |= inside
         changed[:, 0] = missed
         targets = np.where(hidden, ids, -1)
         ids = np.where(hidden, self.mask_id, ids)
