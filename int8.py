@@ -8,9 +8,11 @@ each quantized weight is its integers, b bits each, plus one float32 scale a row
 (3, 5, 6 and 7 bits are packed just as densely.) What is not quantized stays float32.
 
 In memory. An activation is x = s_x (q_x - z_x), q_x in 0..255, a weight is w = s_w q_w. So a Linear
-layer is a product of small integers, summed in 32 bits, and two corrections afterwards:
+layer is a product of small integers, summed in 32 bits, and a correction afterwards, quant.rescale:
 
     y = s_x s_w (sum_k q_x q_w  -  z_x sum_k q_w) + b            s_x, z_x: of each token, or of all
+
+The student does the same in evaluation, so on CPU both give the same bits, whatever the kernel.
 
 Weights of fewer than 8 bits are unpacked to 8 and multiplied the same way. Query, key and value are
 one product, for they read one activation. Word embeddings are looked up in int8. Norms, softmax,
@@ -53,12 +55,14 @@ from model import (
 )
 from quant import (
     ActQuantizer,
+    Codes,
     QuantConfig,
     WeightQuantizer,
     dequantize,
     prepare,
     quant_range,
     quantize,
+    rescale,
 )
 
 STUDENT_FORMAT = "sdq-student-1"
@@ -270,14 +274,19 @@ def float_model(read: Student) -> Model:
     """The fake-quantized model of what a student.pt says."""
     with torch.device("meta"):
         student = Model(read.config)
-    # The weights arrive on the grid already, so only the activation quantizers are put in.
-    prepare(student, replace(read.quant, weight_bits=32))
+        prepare(student, replace(read.quant, weight_range="minmax"))  # no weights to search
     student.to_empty(device="cpu")
-    weights = {
-        name: dequantize(codes, scale, torch.zeros(()))
-        for name, (codes, scale) in read.weights.items()
-    }
-    student.load_state_dict({**read.tensors, **weights}, strict=True)
+    tensors = dict(read.tensors)
+    for name, quantizer in quantized_weights(student).items():
+        codes, scale = read.weights[name]
+        tensors[name] = dequantize(codes, scale, torch.zeros(()))
+        module = student.get_submodule(name.removesuffix(".weight"))
+        if hasattr(module, "row_quantizer"):
+            module.row_quantizer = nn.Identity()  # its rows are on their grid and only looked up
+        else:
+            quantizer.fixed_scale = scale
+    # Not strict: read_student has checked the names, all but the quantizers' clip, which is not used.
+    student.load_state_dict(tensors, strict=False)
     return student.eval()
 
 
@@ -289,26 +298,25 @@ def load_integer(path: str, device: str = "cpu", kernel: str = "auto") -> tuple[
 
 
 # ---------------------------------------------------------------------------------- integer model
-class Codes(NamedTuple):
-    """A quantized activation x = scale * (values - zero_point); values: uint8 (..., K)."""
-
-    values: Tensor
-    scale: Tensor
-    zero_point: Tensor
+ONES = 2.0**23  # a float32 from here to 2^24 is a whole number, whose low bits are its last bits
 
 
 def activation_codes(quantizer: ActQuantizer, x: Tensor) -> Codes:
-    """The integers that the student's quantizer rounds x to."""
+    """The integers that the student's quantizer rounds x to, in one byte each (uint8).
+
+    quantize() and .to(torch.uint8), but the time here is that of reading and writing memory: in place,
+    and where the range is x's own only the upper end can be missed, by a tie. The conversion takes
+    the low byte of q + 2^23, three times as fast as .to(torch.uint8) on CPU.
+    """
     scale, zero_point = quantizer.qparams(x)
-    # In place as far as it goes: quantize() would make five tensors, and memory is what this costs.
-    values = torch.mul(x, scale.reciprocal()).round_().add_(zero_point)
-    values = values.clamp_(quantizer.quant_min, quantizer.quant_max).to(torch.uint8)
-    return Codes(values, scale, zero_point)
+    q = torch.mul(x, scale.reciprocal()).add_(zero_point).round_()
+    q.clamp_(quantizer.quant_min if quantizer.static else None, quantizer.quant_max)
+    return Codes(q.add_(ONES).view(torch.uint8)[..., ::4].contiguous(), scale, zero_point)
 
 
 # A kernel packs an int8 matrix (N, K) once, and multiplies uint8 activations (M, K) by it many
-# times: sums(q_x) = scale * sum_k (q_x - offset) q_w, float32 (M, N). One line of arithmetic on top
-# of it makes a Linear layer. `fused` kernels can do more in one call: see OneDNNKernel.
+# times: sums(q_x) = sum_k (q_x - offset) q_w, float32 (M, N). A `fused` kernel can do a whole layer
+# in one call where the activation's range is fixed: see OneDNNKernel.
 class FloatKernel:
     """The integers multiplied in float32, or in float64, where every sum is exact: the reference.
 
@@ -318,16 +326,16 @@ class FloatKernel:
 
     offset, fused = 0, False
 
-    def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32):
-        self.weight, self.scale = weight.to(dtype), scale
+    def __init__(self, weight: Tensor, dtype: torch.dtype = torch.float32):
+        self.weight = weight.to(dtype)
 
     def sums(self, values: Tensor) -> Tensor:
-        return F.linear(values.to(self.weight.dtype), self.weight).float() * self.scale
+        return F.linear(values.to(self.weight.dtype), self.weight).float()
 
 
 class ReferenceKernel(FloatKernel):
-    def __init__(self, weight: Tensor, scale: Tensor):
-        super().__init__(weight, scale, torch.float64)
+    def __init__(self, weight: Tensor):
+        super().__init__(weight, torch.float64)
 
 
 class OneDNNKernel:
@@ -337,19 +345,32 @@ class OneDNNKernel:
 
     offset, fused = 0, True
 
-    def __init__(self, weight: Tensor, scale: Tensor):
-        self.weight, self.scale = torch.ops.onednn.qlinear_prepack(weight, None), scale
+    def __init__(self, weight: Tensor):
+        self.weight = torch.ops.onednn.qlinear_prepack(weight, None)
+        self.ones = torch.ones(len(weight))
         self.zero_points = torch.zeros(len(weight), dtype=torch.int32)
 
     def sums(self, values: Tensor) -> Tensor:
-        return self.call(values, 1.0, 0, None, None, "none")
+        return self.layer(values, 0, self.ones, None)
 
-    def call(self, values, x_scale, x_zero_point, bias, out: tuple[float, int] | None, post: str):
-        """One call for the whole layer. out: (scale, zero point) of 8-bit results, None: float32."""
-        scale, zero_point = out or (1.0, 0)
+    def layer(
+        self,
+        values: Tensor,
+        zero_point: int,
+        scale: Tensor,
+        bias: Tensor | None,
+        post: str = "none",
+        out: tuple[float, int] | None = None,
+    ) -> Tensor:
+        """post(scale * sum_k (q_x - zero_point) q_w + bias) in one call.
+
+        scale: s_x s_w (N). oneDNN would multiply by s_x itself, but in an order that depends on the
+        CPU.  post: "none" or "gelu".  out: scale and zero point of results in uint8, else float32.
+        """
+        out_scale, out_zero_point = out or (1.0, 0)
         return torch.ops.onednn.qlinear_pointwise(
-            values, x_scale, x_zero_point, self.weight, self.scale, self.zero_points, bias,
-            scale, zero_point, torch.uint8 if out else torch.float32, post, [], "none",
+            values, 1.0, zero_point, self.weight, scale, self.zero_points, bias,
+            out_scale, out_zero_point, torch.uint8 if out else torch.float32, post, [], "none",
         )  # fmt: skip
 
 
@@ -361,10 +382,10 @@ class CudaKernel:
 
     offset, fused = 128, False
 
-    def __init__(self, weight: Tensor, scale: Tensor):
-        (N, K), self.scale = weight.shape, scale
-        self.N, self.more_k = N, -K % 8
-        self.weight = F.pad(weight, (0, self.more_k, 0, -N % 8)).contiguous()
+    def __init__(self, weight: Tensor):
+        (self.N, K) = weight.shape
+        self.more_k = -K % 8
+        self.weight = F.pad(weight, (0, self.more_k, 0, -self.N % 8)).contiguous()
 
     def sums(self, values: Tensor) -> Tensor:
         M = len(values)
@@ -372,7 +393,7 @@ class CudaKernel:
         more_rows = max(0, 17 - M)
         if more_rows or self.more_k:
             signed = F.pad(signed, (0, self.more_k, 0, more_rows))
-        return torch._int_mm(signed, self.weight.t())[:M, : self.N] * self.scale
+        return torch._int_mm(signed, self.weight.t())[:M, : self.N].float()
 
 
 KERNELS: dict[str, Callable] = {
@@ -390,10 +411,10 @@ def is_exact(kernel: str, largest: int) -> bool:
     weight[1::2] = -largest
     values = torch.full((17, 256), 255, dtype=torch.uint8)
     try:
-        found = KERNELS[kernel](weight, torch.ones(32)).sums(values)
+        found = KERNELS[kernel](weight).sums(values)
     except (RuntimeError, AttributeError):  # not built for this machine
         return False
-    return torch.equal(found, ReferenceKernel(weight, torch.ones(32)).sums(values))
+    return torch.equal(found, ReferenceKernel(weight).sums(values))
 
 
 def choose_kernel(device: str, largest: int) -> str:
@@ -404,33 +425,34 @@ def choose_kernel(device: str, largest: int) -> str:
 
 
 class IntLinear(nn.Module):
-    """y = s_x s_w (sum q_x q_w - z_x sum q_w) + b, for x float32 or Codes (..., K) -> (..., N)."""
+    """A Linear layer in integers, for x float32 or Codes: (..., K) -> (..., N)."""
 
     def __init__(self, weight: Weight, bias: Tensor, act: ActQuantizer, kernel: str, device: str):
         super().__init__()
         codes, N = weight.codes.to(device), len(weight.codes)
-        scale = weight.scale.to(device).reshape(-1).expand(N).contiguous()
-        self.act_quantizer, self.kernel = act, KERNELS[kernel](codes, scale)
+        self.act_quantizer, self.kernel = act, KERNELS[kernel](codes)
         self.register_buffer("bias", bias.to(device))
-        self.register_buffer("column", scale * codes.sum(dim=1, dtype=torch.int32))  # s_w sum q_w
-        # Static ranges are constants: as Python numbers they need not be read back at every call.
-        self.fixed = (float(act.scale), int(act.zero_point)) if act.static else None
+        self.register_buffer("column", codes.sum(dim=1, dtype=torch.float32))
+        self.register_buffer("scale", weight.scale.to(device).flatten().expand(N).contiguous())
+        self.fixed = None
+        if act.static:  # constants: as Python numbers they need not be read back at every call
+            self.fixed = (float(act.scale), int(act.zero_point))
+            self.register_buffer("both_scales", act.scale.to(device) * self.scale)
 
     def codes(self, x: Tensor | Codes) -> Codes:
         return x if isinstance(x, Codes) else activation_codes(self.act_quantizer, x)
 
     def forward(self, x: Tensor | Codes) -> Tensor:
         x = self.codes(x)
-        values = x.values.flatten(0, -2)  # (M, K)
+        *shape, K = x.values.shape
+        values = x.values.view(-1, K)
         if self.kernel.fused and self.fixed:
-            y = self.kernel.call(values, *self.fixed, self.bias, None, "none")
-        else:
-            y = self.kernel.sums(values)
-            shift = (x.zero_point - self.kernel.offset).expand(*x.values.shape[:-1], 1)
-            scale = x.scale.expand(*x.values.shape[:-1], 1)
-            y = y.addcmul_(shift.reshape(-1, 1), self.column, value=-1)
-            y = torch.addcmul(self.bias, y, scale.reshape(-1, 1))
-        return y.view(*x.values.shape[:-1], -1)
+            y = self.kernel.layer(values, self.fixed[1], self.both_scales, self.bias)
+            return y.view(*shape, -1)
+        sums = self.kernel.sums(values).view(*shape, -1)
+        offset = self.kernel.offset
+        shifted = x._replace(zero_point=x.zero_point - offset) if offset else x
+        return rescale(sums, self.column, shifted, self.scale, self.bias)
 
     def extra_repr(self) -> str:
         return f"kernel={type(self.kernel).__name__}"
@@ -472,7 +494,9 @@ class IntFeedForward(FeedForward):
         if not (up.kernel.fused and up.fixed and down.act_quantizer.quant_max == 255):
             return super().expand(x)
         values = up.codes(x).values
-        inner = up.kernel.call(values.flatten(0, -2), *up.fixed, up.bias, down.fixed, "gelu")
+        inner = up.kernel.layer(
+            values.flatten(0, -2), up.fixed[1], up.both_scales, up.bias, "gelu", down.fixed
+        )
         act = down.act_quantizer
         return Codes(inner.view(*values.shape[:-1], -1), act.scale, act.zero_point)
 

@@ -3,7 +3,7 @@
 The grid. b bits give 2^b integers. A real number x is stored as an integer q with a scale s and a
 zero point z:
 
-    q = clamp(round(x / s) + z, quant_min, quant_max)            quantize
+    q = clamp(round(x / s + z), quant_min, quant_max)            quantize
     x ~ (q - z) * s                                              dequantize
 
 *Symmetric* grids have z = 0 (weights, which lie around 0: one multiplication less in the integer
@@ -20,6 +20,11 @@ grid: what the integer model will compute, but differentiable. *Quantization noi
 pass exactly and get an exact gradient. p = 1 is ordinary quantization-aware training; in evaluation
 everything is quantized.
 
+Evaluation. The same numbers in the integer model's own order: a Linear layer multiplies integers, sums
+them exactly, and applies the scales after (`rescale`). In exact arithmetic that is what fake
+quantization computes; in floats the last digits differ, and one digit is enough to push the next
+activation over a rounding border. So a student is tested as what it will be deployed as, bit for bit.
+
 A model. `prepare(model, QuantConfig())` replaces the encoder's Linear layers by QuantLinear and
 gives the word embeddings a row quantizer. Embedding rows are quantized after they are gathered:
 with one scale a row the numbers are the same as for the whole table, and XLM-R's table is 250,002
@@ -34,6 +39,7 @@ tensor([ 0.5000, -2.0000])
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,20 +84,20 @@ def choose_qparams(
         scale = torch.maximum(-x_min, x_max).div(quant_max).clamp_(min=SMALLEST_SCALE)
         return scale, torch.zeros_like(scale)
     scale = (x_max - x_min).div(quant_max - quant_min).clamp_(min=SMALLEST_SCALE)
-    zero_point = (quant_min - torch.round(x_min / scale)).clamp_(quant_min, quant_max)
+    zero_point = (quant_min - torch.round(x_min * scale.reciprocal())).clamp_(quant_min, quant_max)
     return scale, zero_point
 
 
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
 ) -> Tensor:
-    """Real numbers -> integers (int32), halves to even. scale, zero_point: broadcastable to x.
+    """Real numbers -> integers, halves to even. scale, zero_point: broadcastable to x.
 
-    Multiplied by 1 / scale, as the kernels of PyTorch do, which rounds otherwise than a division
-    once in a great while.
+    The integers stay in float32, which holds whole numbers below 2^24 exactly. x is multiplied by
+    1 / scale and the zero point added before rounding, as oneDNN's kernels do: three other orders
+    round differently once in a great while.
     """
-    codes = torch.round(x * scale.reciprocal()) + zero_point
-    return torch.clamp(codes, quant_min, quant_max).to(torch.int32)
+    return torch.mul(x, scale.reciprocal()).add_(zero_point).round_().clamp_(quant_min, quant_max)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -107,7 +113,7 @@ class _StraightThrough(torch.autograd.Function):
         # quantize and dequantize in place. Four passes over x with the range as plain numbers are
         # twice as fast on CPU as two with clamp(x / s, quant_min - z, quant_max - z), whose bounds
         # would be tensors.
-        codes = torch.mul(x, scale.reciprocal()).round_().add_(zero_point)
+        codes = torch.mul(x, scale.reciprocal()).add_(zero_point).round_()
         if clips:
             inside = (codes >= quant_min) & (codes <= quant_max)
             ctx.save_for_backward(inside if where is None else inside.logical_or_(~where))
@@ -147,6 +153,28 @@ def fake_quantize(
     (quantization noise).
     """
     return _StraightThrough.apply(x, scale, zero_point, quant_min, quant_max, clips, where)
+
+
+class Codes(NamedTuple):
+    """A quantized activation x = scale * (values - zero_point).
+
+    values: (..., K), whole numbers, float32 or uint8.  scale, zero_point: float32, (..., 1) or ().
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+def rescale(sums: Tensor, column: Tensor, x: Codes, scale: Tensor, bias: Tensor) -> Tensor:
+    """What is left to do after a product of integers, in place: (..., N) -> (..., N).
+
+        y = s_x s_w (sum_k q_x q_w  -  z_x sum_k q_w) + b
+
+    sums: the first sum, column (N): the second; whole numbers in float32, so their difference is
+    exact below 2^24.  x: scale and zero point of the activation.  scale: s_w, (N) or ().
+    """
+    return sums.addcmul_(x.zero_point, column, value=-1).mul_(x.scale * scale).add_(bias)
 
 
 # ----------------------------------------------------------------------------------------- ranges
@@ -322,6 +350,8 @@ class WeightQuantizer(nn.Module):
             self.quant_max = min(self.quant_max, PORTABLE)
         self.clips = False
         self.register_buffer("clip", torch.ones(()))
+        # Set for weights from a file, which lie on their grid already: see int8.float_model.
+        self.register_buffer("fixed_scale", None, persistent=False)
 
     def search_clip(self, weight: Tensor, one_factor: bool = False) -> None:
         grid = (self.quant_min, self.quant_max, True)
@@ -330,6 +360,8 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if self.fixed_scale is not None:
+            return self.fixed_scale, torch.zeros_like(self.fixed_scale)
         low, high = min_max(weight, self.per_row)
         if self.clips:
             low, high = low * self.clip, high * self.clip
@@ -346,6 +378,12 @@ class WeightQuantizer(nn.Module):
             weight, scale, zero_point, self.quant_min, self.quant_max, clips=self.clips, where=where
         )
 
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The integers of a weight, in float32, and their scale: (rows, 1) or ()."""
+        scale, zero_point = self.qparams(weight)
+        return quantize(weight, scale, zero_point, self.quant_min, self.quant_max), scale
+
     def extra_repr(self) -> str:
         return f"bits={self.bits}, per_row={self.per_row}, noise={self.noise}"
 
@@ -355,6 +393,8 @@ class ActQuantizer(nn.Module):
 
     Dynamic: the range is that of the tensor at hand, per token or for all of it.
     Static: one range, fixed by calibrate(); values outside are clipped.
+
+    In evaluation it returns the Codes themselves, if there are quantized weights to multiply.
     """
 
     def __init__(self, config: QuantConfig):
@@ -363,20 +403,22 @@ class ActQuantizer(nn.Module):
         self.static = config.act_range == "static"
         self.per_token = config.per_token and not self.static
         self.quant_min, self.quant_max = quant_range(self.bits, symmetric=False)
+        self.returns_codes = config.weight_bits != 32
         self.observer = None  # set while calibrate() runs
         if self.static:
             self.register_buffer("scale", torch.full((), float("nan")))  # not calibrated yet
             self.register_buffer("zero_point", torch.zeros(()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | Codes:
         x = x.float()  # under autocast it may come in bf16, too coarse for 256 steps
         if self.observer is not None:
             self.observer.observe(x.detach())
             return x
         scale, zero_point = self.qparams(x)
-        return fake_quantize(
-            x, scale, zero_point, self.quant_min, self.quant_max, clips=self.static
-        )
+        grid = (scale, zero_point, self.quant_min, self.quant_max)
+        if self.returns_codes and not self.training:
+            return Codes(quantize(x.detach(), *grid), scale, zero_point)
+        return fake_quantize(x, *grid, clips=self.static)
 
     @torch.no_grad()
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -392,7 +434,10 @@ class ActQuantizer(nn.Module):
 
 
 class QuantLinear(nn.Linear):
-    """y = Q(x) Q(W)^T + b. Weight and bias keep their float32 values and their names."""
+    """y = Q(x) Q(W)^T + b. Weight and bias keep their float32 values and their names.
+
+    Evaluation has no gradient: it computes with integers.
+    """
 
     def __init__(self, linear: nn.Linear, act: nn.Module, weight: nn.Module):
         nn.Module.__init__(self)
@@ -400,8 +445,14 @@ class QuantLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.act_quantizer, self.weight_quantizer = act, weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.act_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+    def forward(self, x: Tensor | Codes) -> Tensor:
+        x = self.act_quantizer(x)
+        if not isinstance(x, Codes):
+            return F.linear(x, self.weight_quantizer(self.weight), self.bias)
+        with torch.no_grad(), torch.autocast(x.values.device.type, enabled=False):
+            codes, scale = self.weight_quantizer.codes(self.weight)
+            sums = F.linear(x.values, codes)
+            return rescale(sums, codes.sum(dim=1), x, scale.flatten(), self.bias)
 
 
 # ---------------------------------------------------------------------------------------- a model
