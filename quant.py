@@ -174,7 +174,10 @@ def rescale(sums: Tensor, column: Tensor, x: Codes, scale: Tensor, bias: Tensor)
     sums: the first sum, column (N): the second; whole numbers in float32, so their difference is
     exact below 2^24.  x: scale and zero point of the activation.  scale: s_w, (N) or ().
     """
-    return sums.addcmul_(x.zero_point, column, value=-1).mul_(x.scale * scale).add_(bias)
+    sums = sums.addcmul_(x.zero_point, column, value=-1)
+    if x.scale.dim():  # a scale a token: their products with s_w would be a matrix
+        return sums.mul_(x.scale).mul_(scale).add_(bias)
+    return sums.mul_(x.scale * scale).add_(bias)
 
 
 # ----------------------------------------------------------------------------------------- ranges
