@@ -2,7 +2,8 @@
 spread.
 
     python bench.py matmul              # one Linear layer of XLM-R base's shapes, in every arithmetic
-    python bench.py model               # the whole model: latency and file size
+    python bench.py model               # the whole model: latency, file size, memory
+    python bench.py rows                # texts end to end: tokenize, batch, run
     python bench.py train               # a training step: FP32, QAT, SDQ on XLM-R base's shape
     python bench.py train --layers 4 --hidden 384 --vocab 8000
 
@@ -12,41 +13,37 @@ median of the rounds' own ratios.
 """
 
 import argparse
-import copy
+import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import UserError, exit_status
-from data.batches import Batch
-from int8 import (
-    IntLinear,
-    Weight,
-    bytes_on_disk,
-    choose_kernel,
-    convert,
-    student_payload,
-)
-from loop import make_optimizers, train_step
-from model import PRESETS, ModelConfig, build_model, checkpoint_payload, set_dropout
+import forms
+from data import UserError, exit_status, mini
+from data.batches import CACHE_DIR, Batch, Dataset, collate, dataset_of, evaluation_batches
+from data.tasks import find_task, load
+from data.tokenizer import Tokenizer
+from int8 import IntLinear, Weight, choose_kernel
+from loop import EVAL_TOKENS, make_optimizers, train_step
+from model import PRESETS, ModelConfig, build_model, config_of, read_checkpoint, set_dropout
 from options import OneLineParser, TrainConfig, flag
 from quant import (
     ActQuantizer,
     QuantConfig,
     WeightQuantizer,
-    calibrate,
     choose_qparams,
     prepare,
-    quantize,
 )
 from report import markdown_table, write_json
-from train import choose_device, hardware
+from train import MINI, choose_device, hardware
 
 
 def interleave(
@@ -56,6 +53,7 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(warmup + rounds):
         for name, function in variants.items():
+            time.sleep(0.02)  # threads of other libraries spin for a while when their work is done
             begun = time.perf_counter()
             function()
             if device.type == "cuda":
@@ -155,8 +153,7 @@ def quantized_layer(x: Tensor, weight: Tensor, bias: Tensor, static: bool) -> In
     """An IntLinear of a float32 layer, as int8.convert makes it from a student's."""
     config = QuantConfig(act_range="static" if static else "dynamic")
     quantizer = WeightQuantizer(config, per_row=True, multiplied=True)
-    scale, zero_point = quantizer.qparams(weight)
-    codes = quantize(weight, scale, zero_point, quantizer.quant_min, quantizer.quant_max)
+    codes, scale = quantizer.codes(weight)
     act = ActQuantizer(config).to(x.device)
     if static:
         low, high = torch.aminmax(x)
@@ -166,7 +163,10 @@ def quantized_layer(x: Tensor, weight: Tensor, bias: Tensor, static: bool) -> In
 
 
 def layer_functions(M: int, K: int, N: int, device: torch.device) -> dict[str, Callable]:
-    """name -> a function () -> (M, N): the same layer on the same input."""
+    """name -> a function () -> (M, N): the same layer on the same input.
+
+    "product" is the integers' product by itself, without quantizing x: what a layer could reach.
+    """
     generator = torch.Generator().manual_seed(M + K + N)
     x, weight, bias = (
         torch.randn(*size, generator=generator).to(device) for size in ((M, K), (N, K), (N,))
@@ -184,77 +184,146 @@ def layer_functions(M: int, K: int, N: int, device: torch.device) -> dict[str, C
     for name, static in (("int8 dynamic", False), ("int8 static", True)):
         layer = quantized_layer(x, weight, bias, static)
         functions[name] = lambda layer=layer: layer(x)
+    codes = layer.codes(x)
+    functions["int8 product"] = partial(layer, codes)
+    if device.type == "cpu":
+        reference = torch.nn.Linear(K, N)
+        reference.weight.data, reference.bias.data = weight, bias
+        functions["torch.ao int8 dynamic"] = partial(
+            forms.torch_ao(torch.nn.Sequential(reference)), x
+        )
     return functions
 
 
 # ------------------------------------------------------------------------------------------ model
 def bench_model(args: argparse.Namespace) -> dict:
-    """The whole model on random ids: time of a batch and bytes on disk of every form."""
+    """The whole model on random ids: time of a batch, bytes on disk, memory, and error."""
     device = choose_device(TrainConfig(device=args.device, threads=args.threads))
     config = model_shape(args)
-    forms, sizes = model_forms(config, device)
+    names = forms.available(device)
     rows = []
-    for batch_size in args.sizes:
-        ids = torch.randint(4, config.vocab_size - 1, (batch_size, args.tokens), device=device)
-        variants = {name: partial(form, ids) for name, form in forms.items()}
-        with torch.inference_mode():
-            found = summarize(interleave(variants, args.rounds, device), next(iter(forms)))
-        for name, row in found.items():
-            rows.append({"name": name, "batch_size": batch_size, **row, "size_bytes": sizes[name]})
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        print("making the files", file=sys.stderr)
+        forms.write_files(config, folder, names)
+        peaks = peaks_of(names, folder, args, device)
+        runners = {name: forms.load(name, folder, device) for name in names}
+        errors = errors_of(runners, random_ids(8, args, device))
+        for batch_size in args.sizes:
+            ids = random_ids(batch_size, args, device)
+            variants = {name: partial(run, ids, None) for name, run in runners.items()}
+            found = summarize(interleave(variants, args.rounds, device), names[0])
+            for name, row in found.items():
+                size = os.path.getsize(os.path.join(folder, forms.FILES[name]))
+                row |= {"size_bytes": size, "peak_bytes": peaks[name], "error": errors[name]}
+                rows.append({"name": name, "batch_size": batch_size, **row})
     shape = {k: getattr(args, k) for k in ("layers", "hidden", "vocab", "tokens")}
     return {**header("model", device, args), "shape": shape, "rows": rows}
 
 
-def hugging_face(config: ModelConfig):
-    """The reference implementation in the same shape, with random weights; None if not installed."""
-    try:
-        import transformers
-    except ImportError:
-        print("Hugging Face: not measured, transformers is not installed")
-        return None
-    shape = transformers.XLMRobertaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.ffn_size,
-        max_position_embeddings=config.max_tokens + config.position_offset,
-        type_vocab_size=config.type_vocab_size,
-        num_labels=config.num_labels,
-        pad_token_id=config.pad_id,
-    )
-    return transformers.XLMRobertaForSequenceClassification(shape).eval()
+def random_ids(rows: int, args: argparse.Namespace, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randint(4, args.vocab - 1, (rows, args.tokens), generator=generator).to(device)
 
 
-def model_forms(config: ModelConfig, device: torch.device):
-    """({name: a function of ids}, {name: bytes on disk}). The first is what others are compared to."""
-    torch.manual_seed(0)
-    model = build_model(config).eval()
-    forms: dict[str, Callable] = {}
-    sizes: dict[str, int] = {}
+def peaks_of(names: tuple[str, ...], folder: str, args: argparse.Namespace, device) -> dict:
+    """Peak memory of each form on a batch of 8: of a process on CPU, of the card's tensors on CUDA."""
+    peaks = {}
+    for name in names:
+        print(f"memory of {name}", file=sys.stderr)
+        if device.type == "cpu":
+            peaks[name] = forms.peak_memory(name, folder, 8, args.tokens)
+            continue
+        run = forms.load(name, folder, device)
+        torch.cuda.reset_peak_memory_stats()
+        run(random_ids(8, args, device), None)
+        peaks[name] = torch.cuda.max_memory_allocated()
+        del run
+    return peaks
 
-    reference = hugging_face(config)
-    if reference is not None:
-        reference.to(device)
-        forms["Hugging Face fp32"] = lambda ids: reference(ids).logits
-        sizes["Hugging Face fp32"] = sum(4 * p.numel() for p in reference.parameters())
-    whole = copy.deepcopy(model).to(device)
-    forms["fp32"] = lambda ids: whole(ids)[0]
-    sizes["fp32"] = bytes_on_disk(checkpoint_payload(model, b"x"))
-    for name in ("dynamic", "static"):
-        student, quant = copy.deepcopy(model), QuantConfig(act_range=name)
-        prepare(student, quant)
-        if name == "static":
-            rows = torch.randint(4, config.vocab_size - 1, (8, 128))
-            calibrate(student, [(rows, None)], quant.observer)
-        else:
-            fake = copy.deepcopy(student).to(device)
-            forms["fake-quantized"] = lambda ids, fake=fake: fake(ids)[0]
-            sizes["fake-quantized"] = sizes["fp32"]
-        integer = convert(student, quant, device)
-        forms[f"int8 {name}"] = lambda ids, integer=integer: integer(ids)[0]
-        sizes[f"int8 {name}"] = bytes_on_disk(student_payload(student, quant, b"x"))
-    return forms, sizes
+
+def errors_of(runners: dict[str, forms.Runner], ids: Tensor) -> dict[str, float]:
+    """How far each form's logits are from our fp32 model's, relative to their size."""
+    logits = {name: run(ids, None).double().cpu() for name, run in runners.items()}
+    exact = logits["fp32"]
+    return {name: float((found - exact).norm() / exact.norm()) for name, found in logits.items()}
+
+
+# ------------------------------------------------------------------------------------------- rows
+def bench_rows(args: argparse.Namespace) -> dict:
+    """Real texts end to end: tokenize, batch, run. XLM-R's shape with random weights: what it
+    answers is worth nothing, how long it takes is.
+    """
+    device = choose_device(TrainConfig(device=args.device, threads=args.threads))
+    tokenizer = find_tokenizer(args.tokenizer)
+    args.vocab = tokenizer.vocab_size
+    texts = read_texts(args)
+    known = ("Hugging Face fp32", "fp32", "int8 dynamic", "int8 static")
+    names = tuple(name for name in forms.available(device) if name in known)
+
+    def encode() -> Dataset:
+        return dataset_of(tokenizer.encode_batch(*texts, args.tokens), [0] * len(texts[0]))
+
+    def in_file_order(dataset: Dataset) -> Iterator[Batch]:
+        order = np.arange(len(dataset))
+        for start in range(0, len(order), 32):
+            yield collate(dataset, order[start : start + 32])
+
+    def by_length(dataset: Dataset) -> Iterator[Batch]:
+        return evaluation_batches(dataset, EVAL_TOKENS[device.type])
+
+    def whole(run: forms.Runner, batching: Callable) -> None:
+        for batch in batching(encode()):
+            batch = batch.to(device)
+            run(batch.ids, batch.mask)
+
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        print("making the files", file=sys.stderr)
+        forms.write_files(model_shape(args), folder, (*names, "fake-quantized"))
+        runners = {name: forms.load(name, folder, device) for name in names}
+        variants = {f"{names[0]}, file order": partial(whole, runners[names[0]], in_file_order)}
+        for name, run in runners.items():
+            variants[f"{name}, by length"] = partial(whole, run, by_length)
+        rows = summarize(interleave(variants, args.rounds, device, warmup=0), next(iter(variants)))
+        student, integer = (
+            forms.load(name, folder, device) for name in ("fake-quantized", "int8 dynamic")
+        )
+        same = sum(
+            int((student(b.ids, b.mask) == integer(b.ids, b.mask)).all(dim=-1).sum())
+            for b in (batch.to(device) for batch in by_length(encode()))
+        )
+    count, dataset = len(texts[0]), encode()
+    for row in rows.values():
+        row["rows_per_second"] = 1e3 * count / row["median_ms"]
+    padded = {
+        name: sum(b.ids.numel() for b in batching(dataset)) / dataset.starts[-1]
+        for name, batching in (("file order", in_file_order), ("by length", by_length))
+    }
+    shape = {k: getattr(args, k) for k in ("layers", "hidden", "vocab", "tokens")}
+    return {
+        **header("rows", device, args),
+        "shape": {**shape, "rows": count},
+        "tokens_with_padding": padded,
+        "same_logits_as_student": same,
+        "rows": rows,
+    }
+
+
+def find_tokenizer(path: str | None) -> Tokenizer:
+    if path is not None:
+        return Tokenizer.from_file(path)
+    payload = read_checkpoint(MINI)
+    return Tokenizer.from_payload(payload, MINI, config_of(payload, MINI).vocab_size)
+
+
+def read_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """--rows pairs of XNLI dev, as many of each language, in the order of the file."""
+    task, folder = find_task("xnli"), args.data_dir or mini.cached(CACHE_DIR)
+    first, second = [], []
+    for language in task.languages:
+        some = load("xnli", "dev", language, folder)[: -(-args.rows // len(task.languages))]
+        first += [example.text_a for example in some]
+        second += [example.text_b for example in some]
+    return first[: args.rows], second[: args.rows]
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -339,11 +408,28 @@ def matmul_table(result: dict) -> str:
 def model_table(result: dict) -> str:
     tokens = result["shape"]["tokens"]
     lines = [
-        [row["name"], f"{row['batch_size']} x {tokens}", f"{row['median_ms']:.1f}", spread(row)]
-        + [f"{1 / row['ratio']:.2f}x", f"{row['size_bytes'] / 1e6:.1f}"]
+        [row["name"], f"{row['batch_size']} x {tokens}", f"{row['median_ms']:,.1f}", spread(row)]
+        + [f"{1 / row['ratio']:.2f}x", f"{row['size_bytes'] / 1e6:,.1f}"]
+        + [f"{row['peak_bytes'] / 1e6:,.0f}" if row["peak_bytes"] else "-", f"{row['error']:.1e}"]
         for row in result["rows"]
     ]
-    return markdown_table(["model", "batch", "median ms", "quartiles ms", "speed-up", "MB"], lines)
+    head = ["model", "batch", "median ms", "quartiles ms", "speed-up", "MB on disk", "MB at peak"]
+    return markdown_table([*head, "error"], lines)
+
+
+def rows_table(result: dict) -> str:
+    count = result["shape"]["rows"]
+    lines = [
+        [name, f"{row['median_ms'] / 1e3:,.1f}", f"{row['rows_per_second']:,.1f}"]
+        + [f"{1 / row['ratio']:.2f}x"]
+        for name, row in result["rows"].items()
+    ]
+    padded = ", ".join(f"{share:.2f} {how}" for how, share in result["tokens_with_padding"].items())
+    return (
+        markdown_table([f"{count:,} pairs", "median s", "rows/s", "speed-up"], lines)
+        + f"\nplaces with padding for one token: {padded}\nthe integer model's logits are the "
+        f"fake-quantized student's, bit for bit, in {result['same_logits_as_student']:,} rows"
+    )
 
 
 def spread(row: dict) -> str:
@@ -353,7 +439,8 @@ def spread(row: dict) -> str:
 
 BENCHMARKS = {  # name -> (function, its table, help)
     "matmul": (bench_matmul, matmul_table, "one Linear layer in fp32, bf16, int8"),
-    "model": (bench_model, model_table, "latency and file size of the whole model"),
+    "model": (bench_model, model_table, "latency, file size and memory of the whole model"),
+    "rows": (bench_rows, rows_table, "real texts end to end: tokenize, batch, run"),
     "train": (bench_train, train_table, "a step of FP32, QAT and SDQ training"),
 }
 
@@ -375,7 +462,8 @@ def build_parser() -> argparse.ArgumentParser:
         "hidden": (base.hidden_size, "hidden size, a multiple of 64"),
         "vocab": (base.vocab_size, "rows of the embedding table"),
         "batch-size": (16, "train: sequences a step"),
-        "tokens": (128, "train, model: tokens a sequence"),
+        "tokens": (128, "train, model: tokens a sequence; rows: at most so many"),
+        "rows": (2000, "rows: pairs of sentences"),
         "rounds": (20, "measured rounds; two more warm up"),
     }
     for name, (default, text) in integers.items():
@@ -387,7 +475,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         nargs="+",
         metavar="N",
-        help="matmul: rows M (default: 1 16 128 1024 4096); model: batch sizes (default: 1 8 32)",
+        help="matmul: rows M (default: 1 16 128 1024 4096, on CUDA 16384); model: batch sizes (default: 1 8 32)",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="rows: a SentencePiece model (default: the built-in)"
+    )
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="rows: a folder with XNLI (default: made-up pairs)"
     )
     parser.add_argument(
         "--noise", type=float, default=0.5, metavar="P", help="as in train.py (default: 0.5)"
@@ -399,14 +493,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    for name in ("layers", "hidden", "vocab", "batch_size", "tokens", "rounds"):
+    for name in ("layers", "hidden", "vocab", "batch_size", "tokens", "rows", "rounds"):
         if getattr(args, name) < (8 if name == "vocab" else 1):
             raise UserError(f"{flag(name)} {getattr(args, name)}: choose a larger number")
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads {args.threads}: choose 1 or more")
     if not 0 <= args.noise <= 1:
         raise UserError(f"--noise {args.noise}: choose a fraction from 0 to 1")
-    args.sizes = args.sizes or {"matmul": [1, 16, 128, 1024, 4096]}.get(args.what, [1, 8, 32])
+    larger = [16384] if torch.cuda.is_available() and args.device != "cpu" else []
+    sizes = {"matmul": [1, 16, 128, 1024, 4096, *larger]}
+    args.sizes = args.sizes or sizes.get(args.what, [1, 8, 32])
     if min(args.sizes) < 1:
         raise UserError(f"--sizes {min(args.sizes)}: choose 1 or more")
     if args.hidden % 64:

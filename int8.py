@@ -188,18 +188,20 @@ def bytes_on_disk(payload: dict) -> int:
 
 
 class Student(NamedTuple):
-    """What a student.pt says, checked."""
+    """A student in pieces, as it is on disk and as the integer model wants it.
+
+    weights: every quantized one, tensors: all others.
+    """
 
     config: ModelConfig
     quant: QuantConfig
-    tokenizer: Tokenizer
     weights: dict[str, Weight]
     tensors: dict[str, Tensor]
     notes: dict[str, str]
 
 
 def read_student(path: str) -> Student:
-    """Raises UserError for a missing, truncated, tampered or foreign file; nothing in it is run."""
+    """What a student.pt says, checked. Raises UserError for a missing, truncated, tampered or foreign file; nothing in it is run."""
     payload = read_checkpoint(path, STUDENT_FORMAT)
     try:
         config = config_of(payload, path)
@@ -208,7 +210,6 @@ def read_student(path: str) -> Student:
         notes = {str(name): str(text) for name, text in payload["notes"].items()}
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{path}: the student checkpoint is damaged") from None
-    tokenizer = Tokenizer.from_payload(payload, path, config.vocab_size)
     with torch.device("meta"):
         empty = Model(config)
     prepare(empty, replace(quant, weight_range="minmax"))  # there are no weights to search
@@ -229,7 +230,7 @@ def read_student(path: str) -> Student:
     if missing:
         raise UserError(f"{path}: packed tensor {missing[0]} is missing")
     check_tensors(path, expected, tensors, (torch.float32,))
-    return Student(config, quant, tokenizer, weights, tensors, notes)
+    return Student(config, quant, weights, tensors, notes)
 
 
 def unpack_weight(
@@ -267,7 +268,12 @@ def unpack_weight(
 def load_student(path: str) -> tuple[Model, Tokenizer]:
     """A packed student as it was trained, fake-quantized, on CPU, and its tokenizer."""
     read = read_student(path)
-    return float_model(read), read.tokenizer
+    return float_model(read), tokenizer_of(path, read)
+
+
+def tokenizer_of(path: str, read: Student) -> Tokenizer:
+    payload = read_checkpoint(path, STUDENT_FORMAT)
+    return Tokenizer.from_payload(payload, path, read.config.vocab_size)
 
 
 def float_model(read: Student) -> Model:
@@ -293,8 +299,7 @@ def float_model(read: Student) -> Model:
 def load_integer(path: str, device: str = "cpu", kernel: str = "auto") -> tuple[Model, Tokenizer]:
     """A packed student as an integer model, and its tokenizer."""
     read = read_student(path)
-    model = integer_model(read.config, read.quant, read.weights, read.tensors, device, kernel)
-    return model, read.tokenizer
+    return integer_model(read, device, kernel), tokenizer_of(path, read)
 
 
 # ---------------------------------------------------------------------------------- integer model
@@ -446,9 +451,7 @@ class IntLinear(nn.Module):
         shifted = x._replace(zero_point=x.zero_point - self.kernel.offset)
         return rescale(sums, self.column, shifted, self.scale, self.bias)
 
-    def fused(
-        self, x: Codes, post: str = "none", out: tuple[float, int] | None = None
-    ) -> Tensor:
+    def fused(self, x: Codes, post: str = "none", out: tuple[float, int] | None = None) -> Tensor:
         """post(the layer), in one call of the kernel; in uint8 if `out` has their scale and zero."""
         scale, zero_point = x.scale * self.scale, int(x.zero_point)
         y = self.kernel.layer(x.values.flatten(0, -2), zero_point, scale, self.bias, post, out)
@@ -518,23 +521,19 @@ def convert(
     student: Model, config: QuantConfig, device: str | torch.device = "cpu", kernel: str = "auto"
 ) -> Model:
     """A fake-quantized student -> the integer model that gives the same logits."""
-    tensors = float_tensors(student)
-    return integer_model(student.config, config, weight_codes(student), tensors, device, kernel)
+    parts = Student(student.config, config, weight_codes(student), float_tensors(student), {})
+    return integer_model(parts, device, kernel)
 
 
 @torch.no_grad()
 def integer_model(
-    config: ModelConfig,
-    quant: QuantConfig,
-    weights: dict[str, Weight],
-    tensors: dict[str, Tensor],
-    device: str | torch.device = "cpu",
-    kernel: str = "auto",
+    student: Student, device: str | torch.device = "cpu", kernel: str = "auto"
 ) -> Model:
-    """weights: every quantized one, tensors: all others.  kernel: a name of KERNELS, or "auto".
+    """The integer model of a student.  kernel: a name of KERNELS, or "auto".
 
     Raises UserError if there is nothing to multiply in integers.
     """
+    config, quant, weights, tensors, _ = student
     if quant.weight_bits == 32 or quant.act_bits == 32:
         raise UserError(
             "integers need quantized weights and activations: --bits and --act-bits 2 to 8"

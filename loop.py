@@ -25,7 +25,7 @@ from options import TrainConfig
 from report import write_text
 
 STATE_FORMAT = "sdq-state-1"
-EVAL_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens of an evaluation batch, padding included
+EVAL_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens of an evaluation batch, padding included
 
 
 # ----------------------------------------------------------------------------------- optimization

@@ -45,6 +45,7 @@ from int8 import (
     integer_model,
     read_student,
     student_payload,
+    tokenizer_of,
 )
 from loop import EVAL_TOKENS, Run, clock, evaluate, print_live, train
 from model import (
@@ -295,10 +296,10 @@ def evaluate_file(config: TrainConfig) -> None:
     if 32 in (quant.weight_bits, quant.act_bits):
         model, kind = float_model(read).to(device), "fake-quantized"
     else:
-        model = integer_model(read.config, read.quant, read.weights, read.tensors, device)
+        model = integer_model(read, device)
         kind = f"integers, {type(model.encoder.layers[0].ffn.up.kernel).__name__}"
     config = replace(config, model=read.notes.get("model"))
-    tests = load_tests(config, data_folder(config), read.tokenizer)
+    tests = load_tests(config, data_folder(config), tokenizer_of(config.eval, read))
     found = evaluate_languages(config, "student", model, tests, device)
     row = {**found, "size_bytes": os.path.getsize(config.eval), "train_seconds": 0}
     name = f"{read.notes.get('method')} W{quant.weight_bits}A{quant.act_bits}"

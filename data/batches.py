@@ -87,12 +87,15 @@ def encode_split(
         examples = [examples[i] for i in rows]
     first = [example.text_a for example in examples]
     second = None if examples[0].text_b is None else [example.text_b for example in examples]
-    encoded = tokenizer.encode_batch(first, second, max_length)
-    starts = np.concatenate(([0], np.cumsum([len(row) for row in encoded]))).astype(np.int64)
-    labels = np.array([example.label for example in examples], dtype=np.int64)
-    dataset = Dataset(np.concatenate(encoded), starts, labels)
+    labels = [example.label for example in examples]
+    dataset = dataset_of(tokenizer.encode_batch(first, second, max_length), labels)
     write_cache(path, dataset)
     return dataset
+
+
+def dataset_of(encoded: list[np.ndarray], labels: list[int]) -> Dataset:
+    starts = np.concatenate(([0], np.cumsum([len(row) for row in encoded]))).astype(np.int64)
+    return Dataset(np.concatenate(encoded), starts, np.array(labels, dtype=np.int64))
 
 
 def cache_path(task, split, language, folder, tokenizer, max_length, limit) -> str | None:
