@@ -32,7 +32,7 @@ from data.batches import CACHE_DIR, Batch, Dataset, collate, dataset_of, evaluat
 from data.tasks import find_task, load
 from data.tokenizer import Tokenizer
 from int8 import IntLinear, Weight, choose_kernel
-from loop import EVAL_TOKENS, make_optimizers, train_step
+from loop import EVAL_TOKENS, clock, make_optimizers, train_step
 from model import PRESETS, ModelConfig, build_model, config_of, read_checkpoint, set_dropout
 from options import OneLineParser, TrainConfig, flag
 from quant import (
@@ -51,8 +51,15 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each variant in each round. CUDA work is waited for."""
     times: dict[str, list[float]] = {name: [] for name in variants}
+    started, total = time.monotonic(), (warmup + rounds) * len(variants)
     for i in range(warmup + rounds):
-        for name, function in variants.items():
+        for j, (name, function) in enumerate(variants.items()):
+            done = i * len(variants) + j
+            left = ""
+            if done:
+                left = f", {clock((time.monotonic() - started) / done * (total - done))} left"
+            line = f"round {i + 1}/{warmup + rounds}: {name}{left}"
+            print(f"\r{line:<70}", end="", file=sys.stderr, flush=True)
             time.sleep(0.02)  # threads of other libraries spin for a while when their work is done
             begun = time.perf_counter()
             function()
@@ -60,8 +67,7 @@ def interleave(
                 torch.cuda.synchronize()
             if i >= warmup:
                 times[name].append(time.perf_counter() - begun)
-        print(f"\rround {i + 1}/{warmup + rounds}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+    print(f"\r{'':70}\r", end="", file=sys.stderr, flush=True)
     return times
 
 
@@ -118,7 +124,7 @@ def bench_matmul(args: argparse.Namespace) -> dict:
         for M in args.sizes:
             functions = layer_functions(M, K, N, device)
             exact = functions.pop("exact")()
-            calls = max(1, 10**8 // (M * K * N))  # short calls are timed several at once
+            calls = min(50, max(1, 10**8 // (M * K * N)))  # short ones are timed several at once
             variants = {name: repeat(function, calls) for name, function in functions.items()}
             found = summarize(interleave(variants, args.rounds, device), "fp32")
             for name, row in found.items():

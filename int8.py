@@ -303,20 +303,23 @@ def load_integer(path: str, device: str = "cpu", kernel: str = "auto") -> tuple[
 
 
 # ---------------------------------------------------------------------------------- integer model
-ONES = 2.0**23  # a float32 from here to 2^24 is a whole number, whose low bits are its last bits
+# Between 2^23 and 2^24 the float32 numbers are the whole numbers: adding this rounds a small number to
+# the nearest integer, halves to even, and leaves it in the lowest bits.
+TO_INTEGER = 1.5 * 2**23
 
 
 def activation_codes(quantizer: ActQuantizer, x: Tensor) -> Codes:
     """The integers that the student's quantizer rounds x to, in one byte each (uint8).
 
-    quantize() and .to(torch.uint8), but the time here is that of reading and writing memory: in place,
-    and where the range is x's own only the upper end can be missed, by a tie. The conversion takes
-    the low byte of q + 2^23, three times as fast as .to(torch.uint8) on CPU.
+    It is quantize() and .to(torch.uint8), in fewer passes over memory, which is what takes the time
+    here. (Codes of less than 8 bits take a byte, too.)
     """
     scale, zero_point = quantizer.qparams(x)
-    q = torch.mul(x, scale.reciprocal()).add_(zero_point).round_()
+    q = torch.mul(x, scale.reciprocal()).add_(zero_point)
+    # A range of x's own is missed at its upper end alone, by a tie.
     q.clamp_(quantizer.quant_min if quantizer.static else None, quantizer.quant_max)
-    return Codes(q.add_(ONES).view(torch.uint8)[..., ::4].contiguous(), scale, zero_point)
+    low_bytes = q.add_(TO_INTEGER).view(torch.uint8)[..., ::4]
+    return Codes(low_bytes.contiguous(), scale, zero_point)
 
 
 # A kernel packs an int8 matrix (N, K) once, and multiplies uint8 activations (M, K) by it many
@@ -538,6 +541,8 @@ def integer_model(
         raise UserError(
             "integers need quantized weights and activations: --bits and --act-bits 2 to 8"
         )
+    if quant.keep != QuantConfig.keep:
+        raise UserError(f"integers need every Linear layer of the encoder: keep is {quant.keep}")
     with torch.device("meta"):
         model = Model(config)
         prepare(model, replace(quant, weight_bits=32))

@@ -4,13 +4,14 @@ does.
     python plot.py out/*/results.json --out accuracy.png     # accuracy against bits, mean and spread over seeds
     python plot.py out/NAME/results.json --out languages.png # one run: every language
     python plot.py out/NAME/results.json --errors --out errors.png    # train.py --analyze: error by layer
-    python plot.py train.json --out steps.png                # bench.py train --json train.json
+    python plot.py train.json --out steps.png                # bench.py train|rows|model|matmul --json
 """
 
 import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 
 from data import UserError, exit_status
 from report import over_seeds, read_results
@@ -92,27 +93,86 @@ def draw_errors(axes, run: dict) -> None:
     )
 
 
-def draw_steps(axes, result: dict) -> None:
-    """bench.py train: the time of a step, its quartiles, and the ratio to float32."""
-    for i, (name, row) in enumerate(result["rows"].items()):
+# ------------------------------------------------------------------------------------- benchmarks
+def machine(result: dict) -> str:
+    return f"{result['hardware']}, {result['threads']} threads"
+
+
+def draw_bars(axes, rows: dict[str, dict], ratio: Callable[[dict], str]) -> None:
+    """A bar a row of a benchmark: the median time, its quartiles, and what it is to the first."""
+    for i, (name, row) in enumerate(rows.items()):
         median, (low, high) = row["median_ms"], row["quartiles_ms"]
-        spread = [[median - low], [high - median]]
-        axes.barh(i, median, xerr=spread, color=COLORS[name], capsize=4, height=0.6)
-        axes.text(
-            0.02 * median,
-            i,
-            f"{name}  {row['ratio']:.2f}x",
-            va="center",
-            color="white",
-            weight="bold",
+        color = COLORS.get(name, "#4c72b0" if "int8" in name else COLORS["fp32"])
+        axes.barh(
+            i, median, xerr=[[median - low], [high - median]], color=color, capsize=4, height=0.6
         )
+        text = f"  {name}  {ratio(row)}"
+        axes.text(0, i, text, va="center", color="white", weight="bold", fontsize=8)
     axes.set_yticks([])
     axes.invert_yaxis()
+
+
+def draw_steps(axes, result: dict) -> None:
+    """bench.py train: the time of a step, and its ratio to float32's."""
+    draw_bars(axes, result["rows"], lambda row: f"{row['ratio']:.2f}x")
     shape = result["shape"]
     axes.set(xlabel=f"ms a step of {shape['batch_size']} x {shape['tokens']} tokens")
-    axes.set_title(
-        f"Training step, {shape['layers']} layers of {shape['hidden']}; {result['hardware']}, {result['threads']} threads"
-    )
+    size = f"{shape['layers']} layers of {shape['hidden']}"
+    axes.set_title(f"Training step, {size}; {machine(result)}")
+
+
+def draw_rows(axes, result: dict) -> None:
+    """bench.py rows: the time of all of them, and the speed-up."""
+    draw_bars(axes, result["rows"], lambda row: f"{1 / row['ratio']:.2f}x as fast")
+    axes.set(xlabel=f"ms for {result['shape']['rows']:,} pairs of sentences")
+    axes.set_title(f"Texts end to end; {machine(result)}")
+
+
+def draw_model(axes, result: dict) -> None:
+    """bench.py model: speed-up of each form, a group of bars a batch size."""
+    rows = result["rows"]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
+    width = 0.85 / len(names)
+    for i, name in enumerate(names):
+        mine = [row for row in rows if row["name"] == name]
+        places = [k - 0.425 + width * (i + 0.5) for k in range(len(sizes))]
+        label = f"{name}, {mine[0]['size_bytes'] / 1e6:,.0f} MB"
+        bars = axes.bar(places, [1 / row["ratio"] for row in mine], width, label=label)
+        axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=1)
+    axes.axhline(1, color=COLORS["fp32"], lw=0.8, ls="--")
+    tokens = result["shape"]["tokens"]
+    axes.set_xticks(range(len(sizes)), [f"{size} x {tokens} tokens" for size in sizes])
+    axes.set(ylabel=f"speed-up over {names[0]}", title=machine(result))
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+    axes.set_ylim(top=1.35 * axes.get_ylim()[1])
+
+
+def draw_matmul(axes, result: dict) -> None:
+    """bench.py matmul: speed-up over float32 against the number of tokens, a panel a shape."""
+    rows = result["rows"]
+    names = [name for name in dict.fromkeys(row["name"] for row in rows) if name != "fp32"]
+    shapes = dict.fromkeys((row["K"], row["N"]) for row in rows)
+    for panel, (K, N) in zip(axes, shapes, strict=True):
+        for name in names:
+            mine = [row for row in rows if (row["name"], row["K"], row["N"]) == (name, K, N)]
+            style = ":" if name == "int8 product" else "-"
+            speed = [1 / row["ratio"] for row in mine]
+            label = name if panel is axes[0] else None
+            panel.plot([row["M"] for row in mine], speed, style, marker=".", label=label)
+        panel.axhline(1, color=COLORS["fp32"], lw=0.8, ls="--")
+        panel.set_xscale("log", base=4)
+        panel.set(title=f"{K} -> {N}", xlabel="tokens")
+    axes[0].set_ylabel("speed-up over fp32")
+    axes[0].figure.suptitle(f"One Linear layer; {machine(result)}")
+
+
+BENCHMARKS = {  # name -> (how to draw it, panels, size in inches)
+    "train": (draw_steps, 1, (8, 2.6)),
+    "rows": (draw_rows, 1, (8, 2.8)),
+    "model": (draw_model, 1, (8, 4)),
+    "matmul": (draw_matmul, 3, (8, 3.6)),
+}
 
 
 def read_benchmark(path: str) -> dict | None:
@@ -120,7 +180,7 @@ def read_benchmark(path: str) -> dict | None:
     try:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)
-        return value if value["benchmark"] == "train" else None
+        return value if value["benchmark"] in BENCHMARKS else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -147,14 +207,16 @@ def draw(files: list[str], out: str, errors: bool) -> None:
 
     if errors and len(runs) != 1:
         raise UserError("--errors draws one results.json of train.py --analyze")
-    panels = len(error_places(runs[0])) if errors else 1
-    size = (2.4 * panels, 3.2) if errors else (8, 4 if runs else 2.6)
+    if benchmark:
+        draw_benchmark, panels, size = BENCHMARKS[benchmark["benchmark"]]
+    else:
+        panels = len(error_places(runs[0])) if errors else 1
+        size = (2.4 * panels, 3.2) if errors else (8, 4)
     figure, axes = pyplot.subplots(1, panels, figsize=size, sharey=True, layout="constrained")
-    if errors:
+    if benchmark:
+        draw_benchmark(axes, benchmark)
+    elif errors:
         draw_errors(axes, runs[0])
-        figure.legend(frameon=False, loc="outside lower center", ncols=6)
-    elif not runs:
-        draw_steps(axes, benchmark)
     elif len(runs) == 1:
         draw_languages(axes, runs[0])
     else:
@@ -162,6 +224,8 @@ def draw(files: list[str], out: str, errors: bool) -> None:
     if runs and not errors:
         axes.grid(axis="y", alpha=0.3)
         axes.legend(frameon=False)
+    if panels > 1:
+        figure.legend(frameon=False, loc="outside lower center", ncols=6)
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
     try:

@@ -519,6 +519,8 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
     def visit(module: nn.Module, prefix: str) -> None:
         shared = hasattr(module, "input_quantizer")
         if shared:
+            if any((prefix + name).startswith(config.keep) for name in ("query", "key", "value")):
+                raise UserError(f"keep all of {prefix[:-1]}: its projections share their input")
             module.input_quantizer = new_act().to(next(module.parameters()).device)
         for name, child in list(module.named_children()):
             full = prefix + name

@@ -268,6 +268,16 @@ def test_nothing_to_multiply(values, tiny_config):
         convert(model, config)
 
 
+def test_kept_layers_have_no_integers(tiny_config, tokenizer_bytes, tmp_path):
+    model, config = student(tiny_config, keep=("head", "encoder.layers.0"))
+    path = str(tmp_path / "student.pt")
+    save_atomically(student_payload(model, config, tokenizer_bytes), path)
+    ids, mask = random_ids([9, 4], tiny_config.vocab_size)
+    assert torch.equal(model(ids, mask)[0], load_student(path)[0](ids, mask)[0])
+    with pytest.raises(UserError, match="every Linear layer of the encoder"):
+        load_integer(path)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: kernels ran on CPU only")
 @pytest.mark.parametrize("values", CONFIGS, ids=str)
 def test_integer_logits_on_cuda(values, tiny_config):

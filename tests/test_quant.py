@@ -426,6 +426,13 @@ def test_clipped_weights_beat_min_max_at_2_bits():
     assert errors["mse"] < 0.5 * errors["minmax"]
 
 
+def test_part_of_an_attention_cannot_be_kept(tiny_config):
+    with pytest.raises(UserError, match="keep all of encoder.layers.0.attention"):
+        prepared(QuantConfig(keep=("head", "encoder.layers.0.attention.key")), tiny_config)
+    _, _, report = prepared(QuantConfig(keep=("head", "encoder.layers.0.attention")), tiny_config)
+    assert report.act_quantizers == 4 + 2
+
+
 def test_quant_linear_keeps_its_parameters():
     linear = nn.Linear(4, 3)
     quantized = QuantLinear(linear, nn.Identity(), nn.Identity())
