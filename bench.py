@@ -51,6 +51,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each variant in each round. CUDA work is waited for."""
     times: dict[str, list[float]] = {name: [] for name in variants}
+    awake = torch.zeros(1 << 17)
     started, total = time.monotonic(), (warmup + rounds) * len(variants)
     for i in range(warmup + rounds):
         for j, (name, function) in enumerate(variants.items()):
@@ -60,7 +61,9 @@ def interleave(
                 left = f", {clock((time.monotonic() - started) / done * (total - done))} left"
             line = f"round {i + 1}/{warmup + rounds}: {name}{left}"
             print(f"\r{line:<70}", end="", file=sys.stderr, flush=True)
-            time.sleep(0.02)  # threads of other libraries spin for a while when their work is done
+            time.sleep(0.02)  # threads of other libraries spin for a while when their work is done;
+            for _ in range(20):  # and those of PyTorch have to be woken
+                awake.add_(1)
             begun = time.perf_counter()
             function()
             if device.type == "cuda":
@@ -114,6 +117,7 @@ def model_shape(args: argparse.Namespace) -> ModelConfig:
 
 
 # ----------------------------------------------------------------------------------------- matmul
+@torch.inference_mode()
 def bench_matmul(args: argparse.Namespace) -> dict:
     """One Linear layer, fp32 in and fp32 out: every arithmetic, shape and number of tokens M."""
     device = choose_device(TrainConfig(device=args.device, threads=args.threads))
@@ -395,20 +399,20 @@ def train_table(result: dict) -> str:
 
 
 def matmul_table(result: dict) -> str:
-    """Speed-ups, so larger is better: fp32's median over this row's."""
-    lines = [
-        [
-            row["name"],
-            f"{row['M']} x {row['K']} x {row['N']}",
-            f"{row['median_ms']:.3f}",
-            spread(row),
-        ]
-        + [f"{row['gops']:,.0f}", f"{1 / row['ratio']:.2f}x", f"{row['of_peak']:.2f}"]
-        + [f"{row['error']:.1e}"]
-        for row in result["rows"]
-    ]
-    head = ["layer", "M x K x N", "median ms", "quartiles ms", "GOP/s", "speed-up"]
-    return markdown_table([*head, "of fp32 peak", "error"], lines)
+    """Milliseconds and speed-up over fp32 for every M; the last columns are of the largest."""
+    rows = {(row["K"], row["N"], row["name"], row["M"]): row for row in result["rows"]}
+    sizes = sorted({row["M"] for row in result["rows"]})
+    lines = []
+    for K, N, name in dict.fromkeys(key[:3] for key in rows):
+        mine = [rows[K, N, name, M] for M in sizes]
+        last = mine[-1]
+        lines.append(
+            [f"{K} x {N}", name]
+            + [f"{row['median_ms']:.2f} ({1 / row['ratio']:.2f}x)" for row in mine]
+            + [f"{last['gops']:,.0f}", f"{last['of_peak']:.2f}", f"{last['error']:.1e}"]
+        )
+    head = ["K x N", "ms (speed-up)", *(f"M = {M}" for M in sizes)]
+    return markdown_table([*head, "GOP/s", "of fp32 peak", "error"], lines)
 
 
 def model_table(result: dict) -> str:

@@ -442,6 +442,9 @@ class IntLinear(nn.Module):
         self.register_buffer("bias", bias.to(device))
         self.register_buffer("column", codes.sum(dim=1, dtype=torch.float32))
         self.register_buffer("scale", weight.scale.to(device).flatten().expand(N).contiguous())
+        self.constants = None  # of a static range: s_x s_w and z_x
+        if act.static:
+            self.constants = act.scale.to(device) * self.scale, int(act.zero_point)
 
     def codes(self, x: Tensor | Codes) -> Codes:
         return x if isinstance(x, Codes) else activation_codes(self.act_quantizer, x)
@@ -456,7 +459,7 @@ class IntLinear(nn.Module):
 
     def fused(self, x: Codes, post: str = "none", out: tuple[float, int] | None = None) -> Tensor:
         """post(the layer), in one call of the kernel; in uint8 if `out` has their scale and zero."""
-        scale, zero_point = x.scale * self.scale, int(x.zero_point)
+        scale, zero_point = self.constants or (x.scale * self.scale, int(x.zero_point))
         y = self.kernel.layer(x.values.flatten(0, -2), zero_point, scale, self.bias, post, out)
         return y.view(*x.values.shape[:-1], -1)
 

@@ -1,5 +1,6 @@
 """Every command of the README: run where that needs no network, else checked against its parser."""
 
+import json
 import os
 import re
 import shlex
@@ -109,12 +110,21 @@ def test_figures_come_from_the_committed_files(tmp_path):
     """plot.py draws the README's figures again, where matplotlib is installed."""
     pytest.importorskip("matplotlib")
     for i, names in enumerate(
-        ("bench-train.json", "xnli-mini/*.json", "xnli-mini/w3-s0.json --errors")
+        [f"bench-{what}.json" for what in bench.BENCHMARKS]
+        + ["xnli-mini/*.json", "xnli-mini/w3-s0.json --errors"]
     ):
         out = tmp_path / f"{i}.png"
         file, *options = names.split()
         assert plot.main([os.path.join(ROOT, "results", file), *options, "--out", str(out)]) == 0
         assert out.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("what", list(bench.BENCHMARKS))
+def test_benchmarks_come_from_the_committed_files(what):
+    with open(os.path.join(ROOT, "results", f"bench-{what}.json"), encoding="utf-8") as file:
+        result = json.load(file)
+    _, show, _ = bench.BENCHMARKS[what]
+    assert result["benchmark"] == what and show(result) in README
 
 
 def test_table_comes_from_the_committed_files(capsys):
