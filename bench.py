@@ -79,7 +79,9 @@ def summarize(times: dict[str, list[float]], baseline: str) -> dict[str, dict]:
     rows = {}
     for name, values in times.items():
         ratios = [a / b for a, b in zip(values, times[baseline], strict=True)]
-        low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+        low, _, high = (
+            statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        )
         rows[name] = {
             "median_ms": 1e3 * statistics.median(values),
             "quartiles_ms": [1e3 * low, 1e3 * high],

@@ -201,7 +201,10 @@ class Student(NamedTuple):
 
 
 def read_student(path: str) -> Student:
-    """What a student.pt says, checked. Raises UserError for a missing, truncated, tampered or foreign file; nothing in it is run."""
+    """What a student.pt says, checked.
+
+    Raises UserError for a missing, truncated, tampered or foreign file; nothing in it is run.
+    """
     payload = read_checkpoint(path, STUDENT_FORMAT)
     try:
         config = config_of(payload, path)

@@ -161,7 +161,10 @@ def draw_matmul(axes, result: dict) -> None:
             label = name if panel is axes[0] else None
             panel.plot([row["M"] for row in mine], speed, style, marker=".", label=label)
         panel.axhline(1, color=COLORS["fp32"], lw=0.8, ls="--")
-        panel.set_xscale("log", base=4)
+        panel.set_xscale("log")
+        sizes = sorted({row["M"] for row in rows})
+        panel.set_xticks(sizes, sizes, fontsize=8)
+        panel.set_xticks([], minor=True)
         panel.set(title=f"{K} -> {N}", xlabel="tokens")
     axes[0].set_ylabel("speed-up over fp32")
     axes[0].figure.suptitle(f"One Linear layer; {machine(result)}")

@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import sys
@@ -62,3 +63,20 @@ def random_ids(lengths, vocab, device="cpu"):
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     ids = torch.randint(4, vocab - 1, mask.shape).masked_fill(~mask, 1)
     return ids.to(device), mask.to(device)
+
+
+# ----------------------------------------------------------------------------- train.py on a sample
+SCRATCH = f"--model scratch --layers 1 --hidden 32 --heads 2 --tokenizer {TOKENIZER}".split()
+SMALL = [*SCRATCH, "--data-dir", SAMPLE, *"--max-length 32 --languages de zh --device cpu".split()]
+
+
+def run(tmp_path, *options, out="run"):
+    """train.main in this process, with a small model on the sample, in tmp_path/out."""
+    import train
+
+    return train.main([*SMALL, "--epochs", "1", "--out", str(tmp_path / out), *options])
+
+
+def results(tmp_path, out="run"):
+    with open(tmp_path / out / "results.json", encoding="utf-8") as file:
+        return json.load(file)
