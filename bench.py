@@ -198,7 +198,7 @@ def layer_functions(M: int, K: int, N: int, device: torch.device) -> dict[str, C
         functions[name] = lambda layer=layer: layer(x)
     codes = layer.codes(x)
     functions["int8 product"] = partial(layer, codes)
-    if device.type == "cpu":
+    if device.type == "cpu" and forms.has_torch_ao():
         reference = torch.nn.Linear(K, N)
         reference.weight.data, reference.bias.data = weight, bias
         functions["torch.ao int8 dynamic"] = partial(

@@ -49,7 +49,9 @@ def available(device: torch.device) -> tuple[str, ...]:
     for name in FILES:
         missing = [m for m in NEEDS.get(name, ()) if importlib.util.find_spec(m) is None]
         others = name in NEEDS and "int8" in name
-        if missing:
+        if name.startswith("torch.ao") and not has_torch_ao():
+            print(f"{name}: not measured, this PyTorch has no kernels for it")
+        elif missing:
             print(f"{name}: not measured, {' and '.join(missing)} not installed")
         elif not (others and device.type == "cuda"):
             names.append(name)
@@ -140,6 +142,11 @@ def write_onnx(reference, folder: str) -> None:
             reduce_range=True,
         )
     os.unlink(whole)
+
+
+def has_torch_ao() -> bool:
+    """Whether this build of PyTorch has kernels for its own dynamic quantization."""
+    return torch.backends.quantized.engine not in (None, "none")
 
 
 def torch_ao(reference):
