@@ -290,7 +290,7 @@ def bench_rows(args: argparse.Namespace) -> dict:
 
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         print("making the files", file=sys.stderr)
-        forms.write_files(model_shape(args), folder, (*names, "fake-quantized"))
+        forms.write_files(model_shape(args), folder, names)
         runners = {name: forms.load(name, folder, device) for name in names}
         variants = {f"{names[0]}, file order": partial(whole, runners[names[0]], in_file_order)}
         for name, run in runners.items():
@@ -439,7 +439,7 @@ def rows_table(result: dict) -> str:
     padded = ", ".join(f"{share:.2f} {how}" for how, share in result["tokens_with_padding"].items())
     return (
         markdown_table([f"{count:,} pairs", "median s", "rows/s", "speed-up"], lines)
-        + f"\nplaces with padding for one token: {padded}\nthe integer model's logits are the "
+        + f"\n\nplaces with padding for one token: {padded}; the integer model's logits are the "
         f"fake-quantized student's, bit for bit, in {result['same_logits_as_student']:,} rows"
     )
 

@@ -457,8 +457,9 @@ class IntLinear(nn.Module):
         if self.kernel.fused and not x.scale.dim():  # one range for all tokens
             return self.fused(x)
         sums = self.kernel.sums(x.values.flatten(0, -2)).view(*x.values.shape[:-1], -1)
-        shifted = x._replace(zero_point=x.zero_point - self.kernel.offset)
-        return rescale(sums, self.column, shifted, self.scale, self.bias)
+        if self.kernel.offset:
+            x = x._replace(zero_point=x.zero_point - self.kernel.offset)
+        return rescale(sums, self.column, x, self.scale, self.bias)
 
     def fused(self, x: Codes, post: str = "none", out: tuple[float, int] | None = None) -> Tensor:
         """post(the layer), in one call of the kernel; in uint8 if `out` has their scale and zero."""

@@ -248,6 +248,18 @@ def test_integer_logits_are_the_students(kernel, values, tiny_config, tokenizer_
         torch.testing.assert_close(one, model(ids[:1, :1])[0], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize("values", [{}, {"per_token": False}, {"act_range": "static"}], ids=str)
+def test_pieces_of_the_feed_forward_step(values, kernel, tiny_config, monkeypatch):
+    """Many tokens are worked on in pieces, where each token has a range of its own: the same bits."""
+    monkeypatch.setattr("int8.IntFeedForward.PIECE", 8)
+    model, config = student(tiny_config, **values)
+    ids, mask = random_ids([9, 5, 1], tiny_config.vocab_size)
+    found = convert(model, config, kernel=kernel)
+    assert found.encoder.layers[0].ffn.in_pieces == (values == {})
+    assert torch.equal(found(ids, mask)[0], model(ids, mask)[0])
+
+
 def test_integer_model_holds_integers(tiny_config):
     model, config = student(tiny_config)
     found = convert(model, config, kernel="reference")
