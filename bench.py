@@ -35,13 +35,7 @@ from int8 import IntLinear, Weight, choose_kernel
 from loop import EVAL_TOKENS, clock, make_optimizers, train_step
 from model import PRESETS, ModelConfig, build_model, config_of, read_checkpoint, set_dropout
 from options import OneLineParser, TrainConfig, flag
-from quant import (
-    ActQuantizer,
-    QuantConfig,
-    WeightQuantizer,
-    choose_qparams,
-    prepare,
-)
+from quant import ActQuantizer, QuantConfig, WeightQuantizer, choose_qparams, prepare
 from report import markdown_table, write_json
 from train import MINI, choose_device, hardware
 
@@ -120,9 +114,8 @@ def model_shape(args: argparse.Namespace) -> ModelConfig:
 
 # ----------------------------------------------------------------------------------------- matmul
 @torch.inference_mode()
-def bench_matmul(args: argparse.Namespace) -> dict:
+def bench_matmul(args: argparse.Namespace, device: torch.device) -> dict:
     """One Linear layer, fp32 in and fp32 out: every arithmetic, shape and number of tokens M."""
-    device = choose_device(TrainConfig(device=args.device, threads=args.threads))
     C = args.hidden
     peak = measured_peak(device)
     rows = []
@@ -132,10 +125,9 @@ def bench_matmul(args: argparse.Namespace) -> dict:
             exact = functions.pop("exact")()
             calls = min(50, max(1, 10**8 // (M * K * N)))  # short ones are timed several at once
             variants = {name: repeat(function, calls) for name, function in functions.items()}
-            found = summarize(interleave(variants, args.rounds, device), "fp32")
-            for name, row in found.items():
-                for key in ("median_ms", "quartiles_ms"):
-                    row[key] = [x / calls for x in row[key]] if key[0] == "q" else row[key] / calls
+            times = interleave(variants, args.rounds, device)
+            each = {name: [seconds / calls for seconds in row] for name, row in times.items()}
+            for name, row in summarize(each, "fp32").items():
                 row["gops"] = 2e-6 * M * K * N / row["median_ms"]
                 row["of_peak"] = row["gops"] / peak
                 error = functions[name]().double() - exact
@@ -208,9 +200,8 @@ def layer_functions(M: int, K: int, N: int, device: torch.device) -> dict[str, C
 
 
 # ------------------------------------------------------------------------------------------ model
-def bench_model(args: argparse.Namespace) -> dict:
+def bench_model(args: argparse.Namespace, device: torch.device) -> dict:
     """The whole model on random ids: time of a batch, bytes on disk, memory, and error."""
-    device = choose_device(TrainConfig(device=args.device, threads=args.threads))
     config = model_shape(args)
     names = forms.available(device)
     rows = []
@@ -237,7 +228,9 @@ def random_ids(rows: int, args: argparse.Namespace, device: torch.device) -> Ten
     return torch.randint(4, args.vocab - 1, (rows, args.tokens), generator=generator).to(device)
 
 
-def peaks_of(names: tuple[str, ...], folder: str, args: argparse.Namespace, device) -> dict:
+def peaks_of(
+    names: tuple[str, ...], folder: str, args: argparse.Namespace, device: torch.device
+) -> dict:
     """Peak memory of each form on a batch of 8: of a process on CPU, of the card's tensors on CUDA."""
     peaks = {}
     for name in names:
@@ -261,11 +254,10 @@ def errors_of(runners: dict[str, forms.Runner], ids: Tensor) -> dict[str, float]
 
 
 # ------------------------------------------------------------------------------------------- rows
-def bench_rows(args: argparse.Namespace) -> dict:
+def bench_rows(args: argparse.Namespace, device: torch.device) -> dict:
     """Real texts end to end: tokenize, batch, run. XLM-R's shape with random weights: what it
     answers is worth nothing, how long it takes is.
     """
-    device = choose_device(TrainConfig(device=args.device, threads=args.threads))
     tokenizer = find_tokenizer(args.tokenizer)
     args.vocab = tokenizer.vocab_size
     texts = read_texts(args)
@@ -299,11 +291,12 @@ def bench_rows(args: argparse.Namespace) -> dict:
         student, integer = (
             forms.load(name, folder, device) for name in ("fake-quantized", "int8 dynamic")
         )
+        dataset = encode()
         same = sum(
             int((student(b.ids, b.mask) == integer(b.ids, b.mask)).all(dim=-1).sum())
-            for b in (batch.to(device) for batch in by_length(encode()))
+            for b in (batch.to(device) for batch in by_length(dataset))
         )
-    count, dataset = len(texts[0]), encode()
+    count = len(dataset)
     for row in rows.values():
         row["rows_per_second"] = 1e3 * count / row["median_ms"]
     padded = {
@@ -339,11 +332,10 @@ def read_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 # ------------------------------------------------------------------------------------------ train
-def bench_train(args: argparse.Namespace) -> dict:
+def bench_train(args: argparse.Namespace, device: torch.device) -> dict:
     """One optimizer step on the same batches: FP32, QAT (noise), SDQ (noise, logits and context
     distilled).
     """
-    device = choose_device(TrainConfig(device=args.device, threads=args.threads))
     base = model_shape(args)
     torch.manual_seed(0)
     config = TrainConfig(noise=args.noise)
@@ -520,7 +512,8 @@ def run(args: argparse.Namespace) -> None:
     if args.hidden % 64:
         raise UserError(f"--hidden {args.hidden}: not divisible by 64, the size of a head")
     benchmark, show, _ = BENCHMARKS[args.what]
-    result = benchmark(args)
+    device = choose_device(TrainConfig(device=args.device, threads=args.threads))
+    result = benchmark(args, device)
     shape = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in result["shape"].items())
     print(f"{result['hardware']}, {result['threads']} threads, torch {result['torch']}; {shape}")
     print(show(result))

@@ -8,6 +8,7 @@ from its file alone, as a user would. So the memory of a form can be measured in
 "dynamic" int8 finds the range of each activation as it comes; "static" had it from calibration.
 """
 
+import copy
 import importlib.util
 import json
 import os
@@ -21,8 +22,14 @@ from torch import Tensor
 
 from convert import key_table
 from int8 import float_model, integer_model, read_student, student_payload
-from model import Model, ModelConfig, build_model, checkpoint_payload, load_checkpoint
-from model import save_atomically as save
+from model import (
+    Model,
+    ModelConfig,
+    build_model,
+    checkpoint_payload,
+    load_checkpoint,
+    save_atomically,
+)
 from quant import QuantConfig, calibrate, prepare
 
 Runner = Callable[[Tensor, Tensor | None], Tensor]  # (ids, mask) -> logits
@@ -64,19 +71,17 @@ def write_files(config: ModelConfig, folder: str, names: tuple[str, ...]) -> Non
     torch.manual_seed(0)
     model = build_model(config).eval()
     no_tokenizer = b"x"  # texts are not what these models are for
-    save(checkpoint_payload(model, no_tokenizer), os.path.join(folder, "fp32.pt"))
+    save_atomically(checkpoint_payload(model, no_tokenizer), os.path.join(folder, FILES["fp32"]))
     if any(name in NEEDS for name in names):
         write_others(model, folder, names)
-    state = model.state_dict()
     for kind in ("dynamic", "static"):
-        student, quant = Model(config).eval(), QuantConfig(act_range=kind)
-        student.load_state_dict(state)
+        student, quant = copy.deepcopy(model), QuantConfig(act_range=kind)
         prepare(student, quant)
         if kind == "static":
             rows = torch.randint(4, config.vocab_size - 1, (8, min(128, config.max_tokens)))
             calibrate(student, [(rows, None)], quant.observer)
         payload = student_payload(student, quant, no_tokenizer)
-        save(payload, os.path.join(folder, f"{kind}.pt"))
+        save_atomically(payload, os.path.join(folder, FILES[f"int8 {kind}"]))
 
 
 def write_others(model: Model, folder: str, names: tuple[str, ...]) -> None:

@@ -190,7 +190,7 @@ def bytes_on_disk(payload: dict) -> int:
 class Student(NamedTuple):
     """A student in pieces, as it is on disk and as the integer model wants it.
 
-    weights: every quantized one, tensors: all others.
+    weights: every quantized one, tensors: all others.  vocabulary: the bytes of its tokenizer.
     """
 
     config: ModelConfig
@@ -198,6 +198,7 @@ class Student(NamedTuple):
     weights: dict[str, Weight]
     tensors: dict[str, Tensor]
     notes: dict[str, str]
+    vocabulary: Tensor | None
 
 
 def read_student(path: str) -> Student:
@@ -233,7 +234,7 @@ def read_student(path: str) -> Student:
     if missing:
         raise UserError(f"{path}: packed tensor {missing[0]} is missing")
     check_tensors(path, expected, tensors, (torch.float32,))
-    return Student(config, quant, weights, tensors, notes)
+    return Student(config, quant, weights, tensors, notes, payload.get("tokenizer"))
 
 
 def unpack_weight(
@@ -275,8 +276,7 @@ def load_student(path: str) -> tuple[Model, Tokenizer]:
 
 
 def tokenizer_of(path: str, read: Student) -> Tokenizer:
-    payload = read_checkpoint(path, STUDENT_FORMAT)
-    return Tokenizer.from_payload(payload, path, read.config.vocab_size)
+    return Tokenizer.from_payload({"tokenizer": read.vocabulary}, path, read.config.vocab_size)
 
 
 def float_model(read: Student) -> Model:
@@ -531,7 +531,8 @@ def convert(
     student: Model, config: QuantConfig, device: str | torch.device = "cpu", kernel: str = "auto"
 ) -> Model:
     """A fake-quantized student -> the integer model that gives the same logits."""
-    parts = Student(student.config, config, weight_codes(student), float_tensors(student), {})
+    weights, tensors = weight_codes(student), float_tensors(student)
+    parts = Student(student.config, config, weights, tensors, notes={}, vocabulary=None)
     return integer_model(parts, device, kernel)
 
 
@@ -543,7 +544,7 @@ def integer_model(
 
     Raises UserError if there is nothing to multiply in integers.
     """
-    config, quant, weights, tensors, _ = student
+    config, quant, weights, tensors = student[:4]
     if quant.weight_bits == 32 or quant.act_bits == 32:
         raise UserError(
             "integers need quantized weights and activations: --bits and --act-bits 2 to 8"
