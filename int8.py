@@ -56,28 +56,30 @@ from model import (
 from quant import (
     ActQuantizer,
     Codes,
+    LearnedScale,
     QuantConfig,
+    QuantLinear,
     WeightQuantizer,
     dequantize,
     prepare,
-    quant_range,
     quantize,
     rescale,
 )
+from tt import QuantTTLinear, TensorTrain, TTConfig, TTMEmbedding, lookup
 
-STUDENT_FORMAT = "sdq-student-1"
+STUDENT_FORMAT = "sdq-student-2"
 CHUNK = 1 << 22  # weights handled at a time: XLM-R's embedding table alone has 192 million
 
 
 # ---------------------------------------------------------------------------------------- packing
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Integers of a symmetric grid -> bytes, `bits` bits each, the first one in the lowest bits
+    """Integers -2^(b-1) .. 2^(b-1) - 1 -> bytes, b bits each, the first one in the lowest bits
     (uint8, flat).
 
-    >>> pack(torch.tensor([-1, 0, 1, 1]), bits=2)      # +1: 0, 1, 2, 2 = 0b10_10_01_00
-    tensor([164], dtype=torch.uint8)
+    >>> pack(torch.tensor([-1, 0, 1, 1]), bits=2)      # + 2: 1, 2, 3, 3 = 0b11_11_10_01
+    tensor([249], dtype=torch.uint8)
     """
-    unsigned = (codes.flatten() - quant_range(bits, symmetric=True)[0]).numpy().astype(np.uint8)
+    unsigned = (codes.flatten().to(torch.int16) + 2 ** (bits - 1)).numpy().astype(np.uint8)
     if bits == 8:
         return torch.from_numpy(unsigned)
     planes = (unsigned[:, None] >> np.arange(bits, dtype=np.uint8)) & 1  # (number of codes, bits)
@@ -90,7 +92,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits != 8:
         planes = np.unpackbits(unsigned, count=count * bits, bitorder="little").reshape(count, bits)
         unsigned = planes @ (1 << np.arange(bits)).astype(np.uint8)
-    return torch.from_numpy(unsigned.astype(np.int16)) + quant_range(bits, symmetric=True)[0]
+    return torch.from_numpy(unsigned.astype(np.int16)) - 2 ** (bits - 1)
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -98,7 +100,7 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 # --------------------------------------------------------------------------------------- students
-def quantized_weights(student: Model) -> dict[str, WeightQuantizer]:
+def quantized_weights(student: Model) -> dict[str, WeightQuantizer | LearnedScale]:
     """Name of each quantized weight -> the quantizer it goes through."""
     found = {}
     for name, module in student.named_modules():
@@ -106,14 +108,27 @@ def quantized_weights(student: Model) -> dict[str, WeightQuantizer]:
             quantizer = getattr(module, attribute, None)
             if isinstance(quantizer, WeightQuantizer):
                 found[name + ".weight"] = quantizer
+        if isinstance(module, TensorTrain) and module.core_quantizers is not None:
+            for k, quantizer in enumerate(module.core_quantizers):
+                found[f"{name}.cores.{k}"] = quantizer
     return found
 
 
+def left_out(name: str) -> bool:
+    """Whether a tensor of a student's state says only how a weight was rounded to its codes."""
+    return name.endswith(("_quantizer.clip", ".log_scale"))
+
+
 class Weight(NamedTuple):
-    """A quantized matrix: codes int8 (rows, N) and its scale, float32 (rows, 1) or ()."""
+    """A quantized matrix, codes int8 (rows, N) and its scale, float32 (rows, 1) or (); or a core."""
 
     codes: Tensor
     scale: Tensor
+
+
+def weight_of(quantizer: WeightQuantizer, weight: Tensor) -> Weight:
+    codes, scale = quantizer.codes(weight)
+    return Weight(codes.to(torch.int8), scale)
 
 
 @torch.no_grad()
@@ -135,11 +150,11 @@ def weight_codes(student: Model) -> dict[str, Weight]:
 
 def float_tensors(student: Model) -> dict[str, Tensor]:
     """What of a student is not quantized, on CPU."""
-    left_out = quantized_weights(student)
+    quantized = quantized_weights(student)
     return {
         name: tensor.detach().cpu()
         for name, tensor in student.state_dict().items()
-        if name not in left_out and not name.endswith("_quantizer.clip")
+        if name not in quantized and not left_out(name)
     }
 
 
@@ -226,9 +241,7 @@ def read_student(path: str) -> Student:
         quantizer = wanted[name]
         weights[name] = unpack_weight(path, name, entry, shapes[name], quantizer)
     expected = {
-        name: shape
-        for name, shape in shapes.items()
-        if name not in wanted and not name.endswith("_quantizer.clip")
+        name: shape for name, shape in shapes.items() if name not in wanted and not left_out(name)
     }
     missing = sorted(set(wanted) - set(weights))
     if missing:
@@ -238,7 +251,11 @@ def read_student(path: str) -> Student:
 
 
 def unpack_weight(
-    path: str, name: str, entry: dict, shape: torch.Size, quantizer: WeightQuantizer
+    path: str,
+    name: str,
+    entry: dict,
+    shape: torch.Size,
+    quantizer: WeightQuantizer | LearnedScale,
 ) -> Weight:
     """One packed weight -> its integers, after checking its parts against what the model wants."""
     if not isinstance(entry, dict) or set(entry) != {"codes", "shape", "scale"}:
@@ -269,6 +286,11 @@ def unpack_weight(
     return Weight(codes, scale)
 
 
+def default_keep(tt: TTConfig | None) -> tuple[str, ...]:
+    """What stays in float32. The head, if it is a small part; tensor trains make the rest smaller."""
+    return () if tt else QuantConfig.keep
+
+
 def load_student(path: str) -> tuple[Model, Tokenizer]:
     """A packed student as it was trained, fake-quantized, on CPU, and its tokenizer."""
     read = read_student(path)
@@ -289,12 +311,10 @@ def float_model(read: Student) -> Model:
     for name, quantizer in quantized_weights(student).items():
         codes, scale = read.weights[name]
         tensors[name] = dequantize(codes, scale, torch.zeros(()))
-        module = student.get_submodule(name.removesuffix(".weight"))
-        if hasattr(module, "row_quantizer"):
-            module.row_quantizer = nn.Identity()  # its rows are on their grid and only looked up
-        else:
-            quantizer.fixed_scale = scale
-    # Not strict: read_student has checked the names, all but the quantizers' clip, which is not used.
+        quantizer.fixed_scale = scale
+        if name == "encoder.embeddings.word.weight":  # on its grid, and only looked up
+            student.encoder.embeddings.word.row_quantizer = nn.Identity()
+    # Not strict: read_student has checked the names, all but those of left_out(), which is not used.
     student.load_state_dict(tensors, strict=False)
     return student.eval()
 
@@ -438,11 +458,13 @@ def choose_kernel(device: str, largest: int) -> str:
 class IntLinear(nn.Module):
     """A Linear layer in integers, for x float32 or Codes: (..., K) -> (..., N)."""
 
-    def __init__(self, weight: Weight, bias: Tensor, act: ActQuantizer, kernel: str, device: str):
+    def __init__(
+        self, weight: Weight, bias: Tensor | None, act: ActQuantizer, kernel: str, device: str
+    ):
         super().__init__()
         codes, N = weight.codes.to(device), len(weight.codes)
         self.act_quantizer, self.kernel = act, KERNELS[kernel](codes)
-        self.register_buffer("bias", bias.to(device))
+        self.register_buffer("bias", None if bias is None else bias.to(device))
         self.register_buffer("column", codes.sum(dim=1, dtype=torch.float32))
         self.register_buffer("scale", weight.scale.to(device).flatten().expand(N).contiguous())
         self.constants = None  # of a static range: s_x s_w and z_x
@@ -471,6 +493,50 @@ class IntLinear(nn.Module):
         return f"kernel={type(self.kernel).__name__}"
 
 
+class IntTTLinear(nn.Module):
+    """A tensor train merged to A (r, K) and B (N, r), two integer layers: (..., K) -> (..., N).
+
+    It is called as an IntLinear is. With static ranges what is between the two never leaves 8 bits.
+    """
+
+    def __init__(self, layer: QuantTTLinear, act: ActQuantizer, kernel: str, device: str):
+        super().__init__()
+        merged = zip(layer.halves(), (layer.A_quantizer, layer.B_quantizer), strict=True)
+        A, B = (weight_of(quantizer, half) for half, quantizer in merged)
+        middle = layer.middle_quantizer
+        self.A = IntLinear(A, None, act, kernel, device)
+        self.B = IntLinear(B, layer.bias, middle, kernel, device)
+        self.act_quantizer, self.codes, self.kernel = act, self.A.codes, self.B.kernel
+        self.inner = None
+        if self.A.kernel.fused and act.static and middle.quant_max == 255:
+            self.inner = float(middle.scale), int(middle.zero_point)
+
+    def middle(self, x: Tensor | Codes) -> Tensor | Codes:
+        if self.inner is None:
+            return self.A(x)
+        values = self.A.fused(self.codes(x), out=self.inner)
+        return Codes(values, self.B.act_quantizer.scale, self.B.act_quantizer.zero_point)
+
+    def forward(self, x: Tensor | Codes) -> Tensor:
+        return self.B(self.middle(x))
+
+    def fused(self, x: Codes, post: str, out: tuple[float, int]) -> Tensor:
+        return self.B.fused(self.B.codes(self.middle(x)), post, out)
+
+
+class MergedTable(nn.Module):
+    """A table as a tensor train, its cores merged to two halves once: (B, T) -> (B, T, C)."""
+
+    def __init__(self, table: TTMEmbedding):
+        super().__init__()
+        self.num_embeddings = table.num_embeddings
+        for name, half in zip(("left", "right"), table.halves(), strict=True):
+            self.register_buffer(name, half.contiguous())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return lookup(ids, self.left, self.right, self.num_embeddings)
+
+
 class IntEmbedding(nn.Module):
     """Rows of an int8 table, as float32: (B, T) -> (B, T, C)."""
 
@@ -493,6 +559,18 @@ class IntAttention(Attention):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.qkv(x).chunk(3, dim=-1)
+
+
+class IntSharedAttention(Attention):
+    """Attention whose query, key and value are layers of their own, which read the same integers."""
+
+    def __init__(self, attention: Attention):
+        nn.Module.__init__(self)
+        self.__dict__.update(attention.__dict__)  # all of its parts
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = self.query.codes(x)
+        return self.query(inputs), self.key(inputs), self.value(inputs)
 
 
 class IntFeedForward(FeedForward):
@@ -549,7 +627,9 @@ def integer_model(
         raise UserError(
             "integers need quantized weights and activations: --bits and --act-bits 2 to 8"
         )
-    if quant.keep != QuantConfig.keep:
+    if config.tt:
+        return integer_trains(student, device, kernel)
+    if quant.keep != default_keep(None):
         raise UserError(f"integers need every Linear layer of the encoder: keep is {quant.keep}")
     with torch.device("meta"):
         model = Model(config)
@@ -586,3 +666,35 @@ def integer_model(
         layer.ffn.up, layer.ffn.down = linear(f"{at}ffn.up"), linear(f"{at}ffn.down")
         layer.ffn = IntFeedForward(layer.ffn)
     return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def integer_trains(student: Student, device: str | torch.device, kernel: str) -> Model:
+    """integer_model for tensor trains: small enough to be made of the fake-quantized model's parts."""
+    model = float_model(student)
+    linears = {
+        n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantTTLinear))
+    }
+    if kernel == "auto":
+        quantizers = (q for q in model.modules() if isinstance(q, WeightQuantizer))
+        kernel = choose_kernel(device, max(quantizer.quant_max for quantizer in quantizers))
+    for name, linear in linears.items():
+        above, _, attribute = name.rpartition(".")
+        parent, act = model.get_submodule(above), linear.act_quantizer
+        if not isinstance(act, ActQuantizer):  # query, key and value: their attention has it
+            act = parent.input_quantizer
+        if isinstance(linear, QuantTTLinear):
+            new = IntTTLinear(linear, act, kernel, device)
+        else:
+            weight = weight_of(linear.weight_quantizer, linear.weight)
+            new = IntLinear(weight, linear.bias, act, kernel, device)
+        setattr(parent, attribute, new)
+    embeddings = model.encoder.embeddings
+    for name in ("word", "position"):
+        table = getattr(embeddings, name)
+        if isinstance(table, TTMEmbedding):
+            setattr(embeddings, name, MergedTable(table))
+    for layer in model.encoder.layers:
+        layer.attention = IntSharedAttention(layer.attention)
+        layer.ffn = IntFeedForward(layer.ffn)
+    return model.to(device).requires_grad_(False).eval()

@@ -13,13 +13,15 @@ import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import UserError
-from data.batches import Batch, Dataset, collate, evaluation_batches, training_order
-from distill import distillation_loss
+from data.batches import IGNORE, Batch, Dataset, collate, evaluation_batches, training_order
+from data.slots import slot_scores
+from distill import LAYERWISE, LayerSchedule, Logits, distillation_loss, layerwise_terms
 from model import Model, read_checkpoint, save_atomically
 from options import TrainConfig
 from report import write_text
@@ -75,6 +77,72 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     return norm
 
 
+def layerwise_rate(
+    step: int, total: int, schedule: LayerSchedule, peak: float, last: float, warmup: float
+) -> float:
+    """Of layer-by-layer distillation: warm-up and a constant rate while blocks join; in the last
+    stage, from a lower rate linearly down to zero.
+    """
+    first = schedule.last_stage_start
+    if schedule.is_last(step):
+        return last * (total - step) / (total - first)
+    return peak * min(1.0, (step + 1) / max(1, round(first * warmup)))
+
+
+def task_loss(logits: Logits, batch: Batch, smoothing: float) -> Tensor:
+    """Cross-entropy with the labels; of a joint head, that of the text plus that of its words."""
+    if batch.tags is None:
+        return F.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing)
+    intents, slots = logits
+    words = batch.tags != IGNORE
+    of_words = F.cross_entropy(slots[words].float(), batch.tags[words], label_smoothing=smoothing)
+    return F.cross_entropy(intents.float(), batch.labels, label_smoothing=smoothing) + of_words
+
+
+def loss_terms(
+    student: Model,
+    teacher: Model | None,
+    batch: Batch,
+    config: TrainConfig,
+    parts: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """What a student is trained on: the task's cross-entropy, and what is distilled."""
+    taps = tuple(part for part in parts if part != "logits")
+    outputs = student(batch.ids, batch.mask, taps)
+    terms = {"ce": task_loss(outputs[0], batch, config.label_smoothing)}
+    if parts:
+        with torch.no_grad():
+            targets = teacher(batch.ids, batch.mask, taps)
+        weights = (config.alpha, config.beta, config.temperature)
+        terms |= distillation_loss(parts, outputs, targets, batch.mask, *weights)
+    return terms
+
+
+def stage_terms(
+    student: Model,
+    teacher: Model,
+    batch: Batch,
+    config: TrainConfig,
+    schedule: LayerSchedule,
+    step: int,
+) -> dict[str, Tensor]:
+    """The same for layer-by-layer distillation: the blocks of this step's stage; with soft labels
+    and the task in the last.
+    """
+    blocks, last = schedule.blocks(step), schedule.is_last(step)
+    depth = None if last else max(blocks)  # blocks above are not looked at yet: they don't run
+    inputs = (batch.ids, batch.mask, ("hidden", "map"))
+    outputs = student(*inputs, depth=depth)
+    with torch.no_grad():
+        targets = teacher(*inputs, depth=depth)
+    terms = layerwise_terms(outputs[1], targets[1], blocks, batch.mask)
+    if last:
+        weights = (config.alpha, config.beta, config.temperature)
+        terms |= distillation_loss(("logits",), outputs, targets, batch.mask, *weights)
+        terms["ce"] = task_loss(outputs[0], batch, config.label_smoothing)
+    return terms
+
+
 def train_step(
     student: Model,
     teacher: Model | None,
@@ -82,29 +150,22 @@ def train_step(
     optimizers: list[torch.optim.Optimizer],
     config: TrainConfig,
     parts: tuple[str, ...] = (),
+    schedule: LayerSchedule | None = None,
+    step: int = 0,
 ) -> dict[str, float]:
     """One update. Returns the loss, its terms and the gradient norm.
 
+    schedule and step: of layer-by-layer distillation.
+
     Raises FloatingPointError, before anything is updated, if one of them is not a finite number.
     """
-    taps = tuple(part for part in parts if part != "logits")
     # bf16 halves the time of a matrix product on a GPU. NOTE: it also rounds the quantized values
     # (8 bits of mantissa); evaluation is always in float32.
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=batch.ids.is_cuda):
-        outputs = student(batch.ids, batch.mask, taps)
-        terms = {"ce": F.cross_entropy(outputs[0].float(), batch.labels)}
-        if parts:
-            with torch.no_grad():
-                targets = teacher(batch.ids, batch.mask, taps)
-            terms |= distillation_loss(
-                parts,
-                outputs,
-                targets,
-                batch.mask,
-                config.alpha,
-                config.beta,
-                config.temperature,
-            )
+        if schedule is None:
+            terms = loss_terms(student, teacher, batch, config, parts)
+        else:
+            terms = stage_terms(student, teacher, batch, config, schedule, step)
         loss = sum(terms.values())
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -123,15 +184,43 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
-    """Accuracy in %, and the counts behind it."""
+    """Accuracy in %, and the counts behind it. With tags: accuracy is that of the intents; the
+    slots' scores, and how many sentences have everything right, stand beside it.
+    """
     model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    right, gold, guessed = [], [], []  # of each text; of the words of each text
     for batch in evaluation_batches(dataset, EVAL_TOKENS[device.type]):
         batch = batch.to(device)
         logits, _ = model(batch.ids, batch.mask)
-        correct += (logits.argmax(dim=-1) == batch.labels).sum()
-    total, right = len(dataset), int(correct)
-    return {"accuracy": 100 * right / total, "correct": right, "total": total}
+        if batch.tags is not None:
+            logits, slots = logits
+            words = batch.tags != IGNORE
+            borders = words.sum(dim=1).cumsum(dim=0)[:-1].cpu()
+            gold += np.split(batch.tags[words].cpu().numpy(), borders)
+            guessed += np.split(slots.argmax(dim=-1)[words].cpu().numpy(), borders)
+        right.append((logits.argmax(dim=-1) == batch.labels).cpu())
+    right = torch.cat(right)
+    total, correct = len(dataset), int(right.sum())
+    found = {"accuracy": 100 * correct / total, "correct": correct, "total": total}
+    if gold:
+        named = ([[dataset.slots[i] for i in row] for row in rows] for rows in (gold, guessed))
+        found |= slot_scores(*named)
+        whole = (np.array_equal(a, b) for a, b in zip(gold, guessed, strict=True))
+        exact = sum(bool(a and b) for a, b in zip(right, whole, strict=True))
+        found |= {"exact": 100 * exact / total, "exact_correct": exact}
+    return found
+
+
+def dev_score(found: dict) -> float:
+    """What the best look at dev is chosen by: accuracy, or the mean of it and slot F1."""
+    return (found["accuracy"] + found.get("slot_f1", found["accuracy"])) / 2
+
+
+def describe(found: dict) -> str:
+    """An evaluation in words."""
+    if "slot_f1" not in found:
+        return f"{found['accuracy']:.2f} %"
+    return f"intents {found['accuracy']:.2f} %, slot F1 {found['slot_f1']:.2f} %"
 
 
 # ------------------------------------------------------------------------------------- a training
@@ -229,7 +318,7 @@ def train(
     except FloatingPointError as error:
         raise UserError(not_finite(state, str(error), run.state_file)) from None
     student.load_state_dict(state.best_tensors)
-    print(f"{name}: keeps step {state.best_step}, English dev {state.best_accuracy:.2f} %")
+    print(f"{name}: keeps step {state.best_step}, English dev {state.best_text}")
     return state.seconds
 
 
@@ -247,6 +336,9 @@ def run_steps(
     config, name = run.config, state.name
     per_epoch = -(-len(run.train) // config.batch_size)
     total = min(epochs * per_epoch, config.steps or epochs * per_epoch)
+    schedule = None
+    if LAYERWISE in parts:
+        schedule = layer_schedule(config, student.config.num_layers, total)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     progress = Progress(name, total, state.step)
     begun = time.monotonic() - state.seconds
@@ -257,12 +349,18 @@ def run_steps(
             order = training_order(run.train, config.batch_size, config.seed, epoch)
             order_epoch = epoch
         batch = collate(run.train, order[index]).to(run.device)
-        lr = learning_rate(state.step, total, peak_lr, config.warmup)
+        if schedule is None:
+            lr = learning_rate(state.step, total, peak_lr, config.warmup)
+        else:
+            last_lr = config.last_lr or peak_lr / 20
+            lr = layerwise_rate(state.step, total, schedule, peak_lr, last_lr, config.warmup)
         for group in groups:
             group["lr"] = lr
         started = time.monotonic()
         student.train()
-        record = train_step(student, teacher, batch, optimizers, config, parts)
+        record = train_step(
+            student, teacher, batch, optimizers, config, parts, schedule, state.step
+        )
         state.step += 1
         ms = 1e3 * (time.monotonic() - started)
         progress.step(record, lr, batch.tokens)
@@ -271,15 +369,28 @@ def run_steps(
         look = index + 1 == per_epoch or state.step == total
         look = look or bool(config.eval_every and state.step % config.eval_every == 0)
         if look:
-            accuracy = evaluate(student, run.dev, run.device)["accuracy"]
+            found = evaluate(student, run.dev, run.device)
             progress.close()
-            print(f"{name}: step {state.step}, English dev {accuracy:.2f} %", flush=True)
-            log(run, {"method": name, "step": state.step, "dev_accuracy": accuracy})
-            if accuracy > state.best_accuracy:
-                state.keep_best(student, accuracy)
+            print(f"{name}: step {state.step}, English dev {describe(found)}", flush=True)
+            scores = {f"dev_{k}": found[k] for k in ("accuracy", "slot_f1") if k in found}
+            log(run, {"method": name, "step": state.step, **scores})
+            if dev_score(found) > state.best_score:
+                state.keep_best(student, found)
         if look or state.step % config.save_every == 0:
             state.seconds = time.monotonic() - begun
             state.save(run.state_file, student, optimizers)
+
+
+def layer_schedule(config: TrainConfig, layers: int, total: int) -> LayerSchedule:
+    """Raises UserError if the last stage would never come."""
+    stage_steps = config.stage_steps or max(1, total // 2 // layers)
+    schedule = LayerSchedule(layers, stage_steps, config.order)
+    if schedule.last_stage_start >= total:
+        raise UserError(
+            f"--stage-steps {stage_steps} for {layers} blocks leaves nothing of {total} steps for the "
+            f"last stage: use {max(1, total // 2 // layers)}, or more --student-epochs"
+        )
+    return schedule
 
 
 class State:
@@ -287,10 +398,11 @@ class State:
 
     def __init__(self, name: str):
         self.name, self.step, self.seconds = name, 0, 0.0
-        self.best_accuracy, self.best_step, self.best_tensors = -1.0, 0, {}
+        self.best_score, self.best_text, self.best_step, self.best_tensors = -1.0, "", 0, {}
 
-    def keep_best(self, student: Model, accuracy: float) -> None:
-        self.best_accuracy, self.best_step = accuracy, self.step
+    def keep_best(self, student: Model, found: dict) -> None:
+        self.best_score, self.best_text = dev_score(found), describe(found)
+        self.best_step = self.step
         tensors = student.state_dict()
         self.best_tensors = {k: t.detach().to("cpu", copy=True) for k, t in tensors.items()}
 

@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import UserError
+from tt import TensorTrain, TTConfig, tensorize
 
 TAPS = ("query", "key", "value", "score", "map", "context", "output", "hidden")
 CHECKPOINT_FORMAT = "sdq-checkpoint-1"
@@ -66,8 +67,11 @@ class ModelConfig:
     pad_id: int = 1
     norm_eps: float = 1e-5
     dropout: float = 0.1
-    head: str = "mlm"  # "mlm", "sequence" (one label a text), "token" (one label a token), "none"
-    num_labels: int = 0  # of the sequence and token heads
+    # "sequence" (one label a text), "token" (one label a token), "joint" (both), "mlm", "none"
+    head: str = "mlm"
+    num_labels: int = 0  # of the sequence and token heads, and of the text in the joint one
+    num_slots: int = 0  # labels of a token in the joint head
+    tt: TTConfig | None = None  # layers and tables as tensor trains
 
     def __post_init__(self):
         # Checkpoints come from strangers: each number is checked before anything is built from it.
@@ -90,12 +94,16 @@ class ModelConfig:
             )
         if self.pad_id >= self.vocab_size:
             raise UserError(f"model config: pad_id {self.pad_id} is outside the vocabulary")
-        if self.head not in ("mlm", "sequence", "token", "none"):
+        if self.head not in ("mlm", "sequence", "token", "joint", "none"):
             raise UserError(
-                f"model config: unknown head {self.head!r}; known: mlm, sequence, token, none"
+                f"model config: unknown head {self.head!r}; known: mlm, sequence, token, joint, none"
             )
-        if self.head in ("sequence", "token") and self.num_labels < 1:
+        if self.head in ("sequence", "token", "joint") and self.num_labels < 1:
             raise UserError(f"model config: a {self.head} head needs num_labels >= 1")
+        if self.head == "joint" and self.num_slots < 1:
+            raise UserError("model config: a joint head needs num_slots >= 1")
+        if self.head == "mlm" and self.tt:
+            raise UserError("model config: an mlm head multiplies by the whole table: tt can't")
 
 
 LIMITS = {
@@ -109,6 +117,7 @@ LIMITS = {
     "position_offset": (0, 16),
     "pad_id": (0, 10**7),
     "num_labels": (0, 10**5),
+    "num_slots": (0, 10**5),
     "norm_eps": (0.0, 0.1),
     "dropout": (0.0, 0.99),
 }
@@ -139,7 +148,8 @@ class Embeddings(nn.Module):
     def forward(self, ids: Tensor, types: Tensor | None = None) -> Tensor:
         num_tokens = ids.shape[1]
         first = self.position_offset
-        position = self.position.weight[first : first + num_tokens]  # (T, C), for every row
+        places = torch.arange(first, first + num_tokens, device=ids.device)
+        position = self.position(places)  # (T, C), for every row
         kind = self.token_type.weight[0] if types is None else self.token_type(types)
         return self.dropout(self.norm(self.word(ids) + position + kind))
 
@@ -247,14 +257,19 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
 
     def forward(
-        self, ids: Tensor, mask: Tensor | None, types: Tensor | None, taps: dict[str, list[Tensor]]
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        types: Tensor | None,
+        taps: dict[str, list[Tensor]],
+        depth: int | None,
     ) -> Tensor:
         key_mask = (
             None if mask is None else mask[:, None, None, :]
         )  # (B, 1, 1, T): which keys may be looked at
         x = self.embeddings(ids, types)
         keep(taps, "hidden", x)
-        for layer in self.layers:
+        for layer in self.layers[:depth]:
             x = layer(x, key_mask, taps)
             keep(taps, "hidden", x)
         return x
@@ -278,7 +293,7 @@ class SequenceHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(self, hidden: Tensor, word_weight: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, word: nn.Module) -> Tensor:
         first = self.dropout(hidden[:, 0])
         return self.out_proj(self.dropout(torch.tanh(self.dense(first))))
 
@@ -291,8 +306,28 @@ class TokenHead(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(self, hidden: Tensor, word_weight: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, word: nn.Module) -> Tensor:
         return self.out_proj(self.dropout(hidden))
+
+
+class JointHead(nn.Module):
+    """A label of the text and one of each token: (B, T, C) -> ((B, num_labels), (B, T, num_slots)).
+
+    Two heads of the same form, dense -> tanh -> out_proj: the intent of a sentence, read off <s>,
+    and the slot of each word (Chen et al. 2019, JointBERT; the second dense as in the code of Yang
+    et al. 2023).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.intent = SequenceHead(config)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_slots)
+
+    def forward(self, hidden: Tensor, word: nn.Module) -> tuple[Tensor, Tensor]:
+        inner = torch.tanh(self.dense(self.dropout(hidden)))
+        return self.intent(hidden, word), self.out_proj(self.dropout(inner))
 
 
 class MLMHead(nn.Module):
@@ -306,8 +341,8 @@ class MLMHead(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden: Tensor, word_weight: Tensor) -> Tensor:
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), word_weight, self.bias)
+    def forward(self, hidden: Tensor, word: nn.Module) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.dense(hidden))), word.weight, self.bias)
 
 
 class NoHead(nn.Module):
@@ -316,21 +351,32 @@ class NoHead(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
 
-    def forward(self, hidden: Tensor, word_weight: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, word: nn.Module) -> Tensor:
         return hidden
 
 
-HEADS = {"sequence": SequenceHead, "token": TokenHead, "mlm": MLMHead, "none": NoHead}
+HEADS = {
+    "sequence": SequenceHead,
+    "token": TokenHead,
+    "joint": JointHead,
+    "mlm": MLMHead,
+    "none": NoHead,
+}
 
 
 class Model(nn.Module):
-    """Encoder and head. `forward` returns logits and the taps named in `capture`."""
+    """Encoder and head. `forward` returns logits and the taps named in `capture`.
+
+    config.tt: layers and tables are tensor trains with random cores.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
         self.head = HEADS[config.head](config)
+        if config.tt:
+            tensorize(self, config.tt)
 
     def forward(
         self,
@@ -338,12 +384,14 @@ class Model(nn.Module):
         mask: Tensor | None = None,
         capture: tuple[str, ...] = (),
         types: Tensor | None = None,
+        depth: int | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """ids: (B, T) token ids, padded on the right.  mask: (B, T) bool, True for real tokens;
         None if all are.
 
         capture: names out of TAPS.  Returns (logits, taps), taps[name] being one tensor per layer
         (see the top). Values of taps at padded positions mean nothing: losses must mask them.
+        depth: run the lowest layers only, for their taps; the logits are None then.
         """
         unknown = set(capture) - set(TAPS)
         if unknown:
@@ -353,8 +401,10 @@ class Model(nn.Module):
                 f"{ids.shape[1]} tokens are more than this model's {self.config.max_tokens} positions"
             )
         taps = {name: [] for name in capture}
-        hidden = self.encoder(ids, mask, types, taps)
-        return self.head(hidden, self.encoder.embeddings.word.weight), taps
+        hidden = self.encoder(ids, mask, types, taps, depth)
+        if depth is not None:
+            return None, taps
+        return self.head(hidden, self.encoder.embeddings.word), taps
 
 
 # ---------------------------------------------------------------------------------- making models
@@ -365,8 +415,13 @@ def init_weights(model: nn.Module, pad_id: int) -> None:
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
-    with torch.no_grad():
-        model.encoder.embeddings.word.weight[pad_id].zero_()
+        if isinstance(module, TensorTrain):
+            module.reset_parameters(std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+    if isinstance(model.encoder.embeddings.word, nn.Embedding):
+        with torch.no_grad():
+            model.encoder.embeddings.word.weight[pad_id].zero_()
 
 
 def build_model(config: ModelConfig) -> Model:
@@ -385,11 +440,11 @@ def build_model(config: ModelConfig) -> Model:
     return model
 
 
-def with_head(model: Model, head: str, num_labels: int) -> Model:
+def with_head(model: Model, head: str, num_labels: int, num_slots: int = 0) -> Model:
     """The same encoder (shared, not copied) under a fresh head: what fine-tuning starts from."""
     new = Model.__new__(Model)
     nn.Module.__init__(new)
-    new.config = replace(model.config, head=head, num_labels=num_labels)
+    new.config = replace(model.config, head=head, num_labels=num_labels, num_slots=num_slots)
     new.encoder = model.encoder
     new.head = HEADS[head](new.config)
     for module in new.head.modules():
@@ -470,11 +525,17 @@ def config_of(payload: dict, path: str) -> ModelConfig:
     """The checked model config of a checkpoint's dictionary."""
     config = payload.get("config")
     known = {field.name for field in fields(ModelConfig)}
-    if not isinstance(config, dict) or set(config) != known:
+    try:
+        if not known - {"num_slots", "tt"} <= set(config) <= known:  # those two came later
+            raise ValueError
+        tt = config.get("tt")
+        if tt is not None:
+            tt = TTConfig(**{**tt, "keep": tuple(tt["keep"])})
+    except (TypeError, ValueError, KeyError):
         raise UserError(
             f"{path}: the model config is damaged or of another version; convert it again"
-        )
-    return ModelConfig(**config)
+        ) from None
+    return ModelConfig(**{**config, "tt": tt})
 
 
 def load_checkpoint(path: str) -> Model:

@@ -13,15 +13,16 @@ from dataclasses import dataclass, field, fields, replace
 
 from data import UserError
 from data.tasks import TASKS, find_task
-from distill import PARTS, parse_distill
+from distill import LAYERWISE, ORDERS, PARTS, parse_distill
 from quant import OBSERVERS
 
 METHODS = ("fp32", "ptq", "ptq-static", "qat", "sdq")
 TRAINED = ("qat", "sdq")
 
-TASK, MODEL, QUANT, DISTILL, OPTIM, RUN = (
+TASK, MODEL, TT, QUANT, DISTILL, OPTIM, RUN = (
     "task",
     "model",
+    "tensor train",
     "quantization",
     "distillation (the sdq row)",
     "optimization",
@@ -33,6 +34,7 @@ TASK, MODEL, QUANT, DISTILL, OPTIM, RUN = (
 RECIPES = {
     "mini": {"epochs": 2, "student_epochs": 1, "lr": 3e-4, "student_lr": 3e-5, "dropout": 0.0},
     "scratch": {"epochs": 3, "lr": 5e-4, "dropout": 0.1},
+    "scratch on atis or snips": {"epochs": 20, "lr": 5e-4, "dropout": 0.1},
     "others": {"epochs": 3, "lr": 2e-5, "dropout": 0.1},
 }
 # With few bits a weight must go far to reach the next step of its grid. Chosen on dev with seed 0, the
@@ -49,7 +51,10 @@ def by_model(name: str) -> str:
 def fill_in(config: "TrainConfig", default_model: str) -> "TrainConfig":
     """The options of a run, with nothing left open that its result depends on."""
     config = replace(config, model=config.model or default_model)
-    recipe = RECIPES.get(config.model, RECIPES["others"])
+    kind = config.model
+    if kind == "scratch" and find_task(config.task).head == "joint":
+        kind = "scratch on atis or snips"
+    recipe = RECIPES.get(kind, RECIPES["others"])
     if config.model == "mini" and config.bits in MINI_STUDENT_LR:
         recipe = {**recipe, "student_lr": MINI_STUDENT_LR[config.bits]}
     missing = {name: value for name, value in recipe.items() if getattr(config, name) is None}
@@ -87,7 +92,23 @@ class TrainConfig:
     hidden: int | None = option(None, MODEL, "with --model scratch: hidden size; 256")
     heads: int | None = option(None, MODEL, "with --model scratch: attention heads; hidden / 64")
     tokenizer: str | None = option(
-        None, MODEL, "with --model scratch: a SentencePiece model", "FILE"
+        None,
+        MODEL,
+        "with --model scratch: a SentencePiece model; for atis and snips their own words",
+        "FILE",
+    )
+
+    tt_rank: int = option(
+        0,
+        TT,
+        "rank of tensor trains instead of Linear layers and tables; 0 leaves them dense. A scratch "
+        "model is trained as one, a pretrained one stays dense and its students become one",
+        "R",
+    )
+    tt_embedding_rank: int = option(30, TT, "the same for the table of words", "R")
+    tt_modes: int = option(3, TT, "factors of each side of a matrix")
+    tt_init: str = option(
+        "svd", TT, "students of a pretrained model start from its svd, or from random cores"
     )
 
     methods: tuple[str, ...] = option(
@@ -106,16 +127,33 @@ class TrainConfig:
     observer: str = option("minmax", QUANT, f"how static ranges are found: {' '.join(OBSERVERS)}")
     calibration: int = option(256, QUANT, "training examples that calibrate static ranges")
     noise: float = option(
-        0.5, QUANT, "fraction of the weights quantized at a training step; 1 is ordinary QAT", "P"
+        0.5,
+        QUANT,
+        "fraction of the weights quantized at a training step; 1 is ordinary QAT "
+        "(cores of tensor trains: always all)",
+        "P",
     )
     noise_block: int = option(1, QUANT, "draw the noise in runs of so many weights")
 
     distill: str = option(
-        "logits+context", DISTILL, f"parts joined by '+': {' '.join(PARTS)}; or none", "PARTS"
+        "logits+context",
+        DISTILL,
+        f"parts joined by '+': {' '.join(PARTS)}; or none; or {LAYERWISE}: block after block",
+        "PARTS",
     )
     alpha: float = option(0.5, DISTILL, "weight of the logits")
     beta: float = option(100.0, DISTILL, "weight of the other parts")
     temperature: float = option(1.0, DISTILL, "softens the logits of teacher and student")
+    order: str = option("bottom-up", DISTILL, f"of the blocks in {LAYERWISE}: {' '.join(ORDERS)}")
+    stage_steps: int | None = option(
+        None,
+        DISTILL,
+        f"steps of {LAYERWISE} before the next block joins; half of all / layers",
+        "S",
+    )
+    last_lr: float | None = option(
+        None, DISTILL, f"peak rate of {LAYERWISE}'s last stage; a twentieth of the student's"
+    )
     student_init: str = option("teacher", DISTILL, "qat and sdq start from: teacher, pretrained")
 
     epochs: int | None = option(None, OPTIM, f"passes over the training set; {by_model('epochs')}")
@@ -133,6 +171,7 @@ class TrainConfig:
     warmup: float = option(0.1, OPTIM, "fraction of the steps in which the rate rises")
     weight_decay: float = option(0.01, OPTIM, "of AdamW, on matrices only")
     clip: float = option(1.0, OPTIM, "largest gradient norm")
+    label_smoothing: float = option(0.0, OPTIM, "of the cross-entropy")
     dropout: float | None = option(None, OPTIM, f"while the teacher trains; {by_model('dropout')}")
     student_dropout: float = option(
         0.0, OPTIM, "while qat and sdq train; it also disturbs what is distilled"
@@ -172,6 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  python train.py --task xnli --eval out/xnli-mini-w8a8-s0/student.pt\n"
         "  python train.py --task xnli --bits 4 --distill logits            # one ablation\n"
         "  python train.py --task xnli --languages en de sw --max-train 20000\n"
+        "  python train.py --task atis --model scratch --layers 2 --hidden 768 --tt-rank 20 --bits 8\n"
         "  python train.py --task xnli --model scratch --layers 2 --hidden 128 --tokenizer FILE.model",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -237,6 +277,8 @@ def check(config: TrainConfig) -> None:
         "act_range": ("dynamic", "static"),
         "observer": tuple(OBSERVERS),
         "student_init": ("teacher", "pretrained"),
+        "tt_init": ("svd", "random"),
+        "order": ORDERS,
         "device": ("auto", "cpu", "cuda"),
     }
     for name, known in choices.items():
@@ -256,10 +298,15 @@ def check(config: TrainConfig) -> None:
         "clip": (1e-9, 1e9),
         "lr": (1e-12, 1e38),
         "student_lr": (1e-12, 1e38),
+        "last_lr": (1e-12, 1e38),
+        "label_smoothing": (0, 0.9),
+        "tt_rank": (0, 4096),
+        "tt_embedding_rank": (1, 4096),
+        "tt_modes": (2, 8),
         "seed": (0, 2**31),
     }
     at_least_one = "max_train max_eval layers hidden heads epochs student_epochs steps batch_size"
-    at_least_one += " noise_block calibration threads eval_every save_every"
+    at_least_one += " noise_block calibration threads eval_every save_every stage_steps"
     bounds |= {name: (1, 10**9) for name in at_least_one.split()} | {"max_length": (8, 10**6)}
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
@@ -275,7 +322,8 @@ def check_methods(config: TrainConfig) -> None:
         what = f"{unknown[0]!r} is unknown" if unknown else "a row is named twice"
         raise UserError(f"--methods: {what}; choose from {' '.join(METHODS)}")
     quantized = [name for name in config.methods if name != "fp32"]
-    if config.bits == config.act_bits == 32 and quantized:
+    compressed = config.tt_rank and config.model != "scratch"
+    if config.bits == config.act_bits == 32 and quantized and not compressed:
         raise UserError(
             f"--bits 32 --act-bits 32 quantizes nothing, so {quantized[0]} would be fp32 again: "
             "use --methods fp32"
@@ -286,8 +334,11 @@ def check_methods(config: TrainConfig) -> None:
         raise UserError(f"--distill: {error}") from None
     if "sdq" in config.methods and not parts:
         raise UserError("--distill none makes sdq the same as qat: use --methods fp32 ptq qat")
+    if config.order != "bottom-up" or config.stage_steps or config.last_lr:
+        if LAYERWISE not in parts:
+            raise UserError(f"--order, --stage-steps and --last-lr need --distill {LAYERWISE}")
     weights = [config.alpha if part == "logits" else config.beta for part in parts]
-    if "sdq" in config.methods and not any(weights):
+    if "sdq" in config.methods and LAYERWISE not in parts and not any(weights):
         raise UserError(
             f"--distill {config.distill} with --alpha {config.alpha:g} --beta {config.beta:g} makes "
             "sdq the same as qat: use --methods fp32 ptq qat"
@@ -301,7 +352,7 @@ def check_methods(config: TrainConfig) -> None:
 
 def check_model(config: TrainConfig) -> None:
     if config.model == "scratch":
-        if config.tokenizer is None:
+        if config.tokenizer is None and find_task(config.task).head != "joint":
             raise UserError("--model scratch needs --tokenizer FILE, a SentencePiece model")
         if config.student_init == "pretrained":
             raise UserError(

@@ -155,6 +155,28 @@ def fake_quantize(
     return _StraightThrough.apply(x, scale, zero_point, quant_min, quant_max, clips, where)
 
 
+class _LearnedStep(torch.autograd.Function):
+    """See LearnedScale."""
+
+    @staticmethod
+    def forward(ctx, x, scale, quant_min, quant_max):
+        ratio = x * scale.reciprocal()
+        codes = ratio.round().clamp_(quant_min, quant_max)
+        ctx.save_for_backward(ratio, codes)
+        ctx.grid = quant_min, quant_max
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        ratio, codes = ctx.saved_tensors
+        inside = (ratio >= ctx.grid[0]) & (ratio <= ctx.grid[1])
+        # How q s moves with s: q - x/s while x is held and rounds to the same q; the bound, where
+        # x is clipped to it.
+        by_scale = torch.where(inside, codes - ratio, codes)
+        factor = (ratio.numel() * ctx.grid[1]) ** -0.5
+        return grad * inside, (grad * by_scale).sum() * factor, None, None
+
+
 class Codes(NamedTuple):
     """A quantized activation x = scale * (values - zero_point).
 
@@ -166,7 +188,7 @@ class Codes(NamedTuple):
     zero_point: Tensor
 
 
-def rescale(sums: Tensor, column: Tensor, x: Codes, scale: Tensor, bias: Tensor) -> Tensor:
+def rescale(sums: Tensor, column: Tensor, x: Codes, scale: Tensor, bias: Tensor | None) -> Tensor:
     """What is left to do after a product of integers, in place: (..., N) -> (..., N).
 
         y = s_x s_w (sum_k q_x q_w  -  z_x sum_k q_w) + b
@@ -176,8 +198,10 @@ def rescale(sums: Tensor, column: Tensor, x: Codes, scale: Tensor, bias: Tensor)
     """
     sums = sums.addcmul_(x.zero_point, column, value=-1)
     if x.scale.dim():  # a scale a token: their products with s_w would be a matrix
-        return sums.mul_(x.scale).mul_(scale).add_(bias)
-    return sums.mul_(x.scale * scale).add_(bias)
+        sums = sums.mul_(x.scale).mul_(scale)
+    else:
+        sums = sums.mul_(x.scale * scale)
+    return sums if bias is None else sums.add_(bias)
 
 
 # ----------------------------------------------------------------------------------------- ranges
@@ -391,6 +415,44 @@ class WeightQuantizer(nn.Module):
         return f"bits={self.bits}, per_row={self.per_row}, noise={self.noise}"
 
 
+class LearnedScale(nn.Module):
+    """Fake-quantizes a tensor on -2^(b-1) .. 2^(b-1) - 1 with one scale that is trained with it.
+
+        Q(x) = s * round(clip(x / s, -2^(b-1), 2^(b-1) - 1))
+
+    The gradient of s is q - x/s inside the grid and the bound outside, summed and divided by
+    sqrt(N Q_max), so that it is of the size of a weight's (LSQ, Esser et al. 2020, sec. 2.1-2.2).
+    s starts at max|x| / (2^(b-1) - 1): nothing is clipped (Yang et al. 2023).
+
+    NOTE: differs from the paper: log s is the parameter. s stays positive, and Adam, whose steps
+    are as large as the learning rate, moves it by a fraction of itself. A step of 5e-4 would be a
+    seventh of an 8-bit scale.
+    """
+
+    per_row = False
+
+    def __init__(self, bits: int, x: Tensor):
+        super().__init__()
+        self.bits = bits
+        self.quant_min, self.quant_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        scale = x.detach().abs().amax().div(self.quant_max).clamp(min=SMALLEST_SCALE)
+        self.log_scale = nn.Parameter(scale.log())
+        self.register_buffer("fixed_scale", None, persistent=False)  # see WeightQuantizer
+
+    def scale(self) -> Tensor:
+        return self.log_scale.exp() if self.fixed_scale is None else self.fixed_scale
+
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.scale().detach()
+        return scale, torch.zeros_like(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _LearnedStep.apply(x, self.scale(), self.quant_min, self.quant_max)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
 class ActQuantizer(nn.Module):
     """Fake-quantizes an activation (..., C) on an affine grid.
 
@@ -449,13 +511,17 @@ class QuantLinear(nn.Linear):
         self.act_quantizer, self.weight_quantizer = act, weight
 
     def forward(self, x: Tensor | Codes) -> Tensor:
-        x = self.act_quantizer(x)
-        if not isinstance(x, Codes):
-            return F.linear(x, self.weight_quantizer(self.weight), self.bias)
-        with torch.no_grad(), torch.autocast(x.values.device.type, enabled=False):
-            codes, scale = self.weight_quantizer.codes(self.weight)
-            sums = F.linear(x.values, codes)
-            return rescale(sums, codes.sum(dim=1), x, scale.flatten(), self.bias)
+        return product(self.act_quantizer(x), self.weight, self.weight_quantizer, self.bias)
+
+
+def product(x: Tensor | Codes, weight: Tensor, quantizer: nn.Module, bias: Tensor | None) -> Tensor:
+    """x Q(W)^T + b: of floats on their grids, or of integers if x comes as Codes."""
+    if not isinstance(x, Codes):
+        return F.linear(x, quantizer(weight), bias)
+    with torch.no_grad(), torch.autocast(x.values.device.type, enabled=False):
+        codes, scale = quantizer.codes(weight)
+        sums = F.linear(x.values, codes)
+        return rescale(sums, codes.sum(dim=1), x, scale.flatten(), bias)
 
 
 # ---------------------------------------------------------------------------------------- a model
@@ -471,7 +537,7 @@ class PrepareReport:
         done, left = sum(self.replaced.values()), sum(self.kept.values())
         kinds: dict[str, int] = {}
         for name, count in self.kept.items():
-            known = ("head", "position", "token_type", "norm", "bias")
+            known = ("log_scale", "head", "position", "token_type", "norm", "bias")
             kind = next((word for word in known if word in name), name)
             kinds[kind] = kinds.get(kind, 0) + count
         return (
@@ -489,11 +555,14 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
     Every nn.Linear outside config.keep becomes a QuantLinear that shares its weight and bias. A
     module that has an attribute `input_quantizer` feeds one tensor to several Linears (query, key,
     value): that tensor is quantized once, there. A module that has a `row_quantizer` is a table of
-    embeddings.
+    embeddings. A module that has `cores` is a tensor train: each core gets a learned scale.
 
     Raises UserError if the model was prepared before.
     """
-    if any(isinstance(module, (QuantLinear, WeightQuantizer)) for module in model.modules()):
+    if any(
+        isinstance(module, (QuantLinear, WeightQuantizer, LearnedScale))
+        for module in model.modules()
+    ):
         raise UserError("this model is already prepared: quantize a copy of the float32 model")
     replaced: dict[str, int] = {}
     act_quantizers = 0
@@ -537,6 +606,17 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
                 child.row_quantizer = new_weight(child.weight, is_table=True)
                 if config.weight_bits != 32:
                     replaced[full + ".weight"] = child.weight.numel()
+            elif hasattr(child, "cores"):  # a tensor train
+                if hasattr(child, "quantized"):  # that multiplies
+                    reads_shared = shared and name in ("query", "key", "value")
+                    acts = [nn.Identity() if reads_shared else new_act(), new_act()]
+                    child = child.quantized(config, *acts).to(child.cores[0].device)
+                    setattr(module, name, child)
+                elif config.weight_bits != 32:
+                    child.quantize_cores(config.weight_bits)
+                if config.weight_bits != 32:
+                    for k, core in enumerate(child.cores):
+                        replaced[f"{full}.cores.{k}"] = core.numel()
             else:
                 visit(child, full + ".")
 

@@ -57,8 +57,37 @@ def recovered(methods: dict[str, dict], name: str) -> float | None:
     return 100 * (score(methods[name]) - lost) / (full - lost)
 
 
+def is_joint(results: dict) -> bool:
+    """Whether a run's task has slots beside the label of the text (ATIS, SNIPS)."""
+    return any("slot_f1" in row["languages"]["en"] for row in results["methods"].values())
+
+
+JOINT = {  # column -> where the figure is, in a language's entry
+    "intent": "accuracy",
+    "slot F1": "slot_f1",
+    "words": "slot_token_f1",
+    "sentences": "exact",
+}
+
+
+def joint_table(results: dict) -> str:
+    """The report of ATIS or SNIPS: intent accuracy, F1 of slots by span, of words (their accuracy),
+    sentences with everything right.
+    """
+    lines = []
+    for name, row in results["methods"].items():
+        found, student = row["languages"]["en"], row.get("student")
+        cells = [name, *(f"{found[key]:.2f}" for key in JOINT.values())]
+        beside = student and student["languages"]["en"]
+        cells.append(f"{beside['accuracy']:.2f} / {beside['slot_f1']:.2f}" if beside else "-")
+        lines.append([*cells, f"{row['size_bytes'] / 1e6:.3f}", f"{row['train_seconds']:.0f}"])
+    return markdown_table(["", *JOINT, "student", "MB", "train s"], lines)
+
+
 def table(results: dict) -> str:
     """The report as a Markdown table, one row a method."""
+    if is_joint(results):
+        return joint_table(results)
     methods, languages = results["methods"], results["languages"]
     header = [
         "",

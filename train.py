@@ -35,19 +35,20 @@ from analyze import errors_table, layer_errors
 from data import UserError, batches, exit_status, mini
 from data.batches import Dataset, encode_split, evaluation_batches, unpadded_batches
 from data.fetch import MODELS, RAW_DIR
-from data.tasks import find_task
-from data.tokenizer import Tokenizer
+from data.tasks import find_task, load, task_folder
+from data.tokenizer import Tokenizer, WordTokenizer
 from distill import parse_distill
 from int8 import (
     bytes_on_disk,
     convert,
+    default_keep,
     float_model,
     integer_model,
     read_student,
     student_payload,
     tokenizer_of,
 )
-from loop import EVAL_TOKENS, Run, clock, evaluate, print_live, train
+from loop import EVAL_TOKENS, Run, clock, describe, evaluate, print_live, train
 from model import (
     PRESETS,
     Model,
@@ -72,6 +73,7 @@ from options import (
 )
 from quant import QuantConfig, calibrate, prepare
 from report import markdown, summarize, table, write_json, write_text
+from tt import TTConfig, tensorize
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 WEIGHTS_DIR = os.path.join(ROOT, "weights")
@@ -117,12 +119,21 @@ def find_model(name: str) -> str:
 class Source:
     """Where models come from: a converted checkpoint, or random weights."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, folder: str):
         self.config, task = config, find_task(config.task)
-        self.head, self.num_labels = task.head, len(task.labels)
         self.path = None if config.model == "scratch" else find_model(config.model)
+        self.labels, self.slots = label_names(config.task, folder)
+        self.head = {
+            "head": task.head,
+            "num_labels": len(self.labels),
+            "num_slots": len(self.slots),
+        }
         if self.path is None:
-            self.tokenizer = Tokenizer.from_file(config.tokenizer)
+            if config.tokenizer:
+                self.tokenizer = Tokenizer.from_file(config.tokenizer)
+            else:
+                sentences = load(config.task, "train", task.train_language, folder)
+                self.tokenizer = WordTokenizer.build(sentence.words for sentence in sentences)
             hidden = config.hidden or 256
             self.model_config = ModelConfig(
                 vocab_size=self.tokenizer.vocab_size,
@@ -131,11 +142,12 @@ class Source:
                 num_heads=config.heads or max(1, hidden // 64),
                 ffn_size=4 * hidden,
                 max_tokens=512,
-                head=self.head,
-                num_labels=self.num_labels,
+                tt=tt_config(config),
+                **self.head,
             )
             shape = self.model_config
             self.name = f"scratch-{shape.num_layers}x{hidden}"
+            self.name += f"-tt{config.tt_rank}" if config.tt_rank else ""
             self.identity = [repr(shape), self.tokenizer.sha256]
         else:
             payload = read_checkpoint(self.path)
@@ -156,7 +168,22 @@ class Source:
         torch.manual_seed(self.config.seed)
         if self.path is None:
             return build_model(self.model_config)
-        return with_head(load_checkpoint(self.path), self.head, self.num_labels)
+        return with_head(load_checkpoint(self.path), **self.head)
+
+
+def label_names(task: str, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a model of this task can answer: labels of a text, and of a word (slots) if it has any."""
+    row = find_task(task)
+    if row.names is None:
+        return row.labels, ()
+    names = row.names(folder)
+    return names.intents[: names.known_intents], names.slots[: names.known_slots]
+
+
+def tt_config(config: TrainConfig) -> TTConfig | None:
+    if not config.tt_rank:
+        return None
+    return TTConfig(config.tt_rank, config.tt_embedding_rank, config.tt_modes)
 
 
 def quant_config(config: TrainConfig, method: str) -> QuantConfig:
@@ -172,13 +199,14 @@ def quant_config(config: TrainConfig, method: str) -> QuantConfig:
         observer=config.observer,
         noise=config.noise if method in TRAINED else 1.0,
         noise_block=config.noise_block,
+        keep=default_keep(tt_config(config)),
     )
 
 
 # ------------------------------------------------------------------------------------- the ladder
 TEACHER_OPTIONS = (  # all that the teacher's weights depend on, besides model and data
     "task max_train max_eval max_length epochs steps batch_size lr warmup weight_decay clip dropout "
-    "seed eval_every"
+    "seed eval_every label_smoothing"
 ).split()
 
 
@@ -189,8 +217,8 @@ def teachers_folder(out: str) -> str:
 def teacher_path(run: Run, source: Source) -> str:
     key = [getattr(run.config, name) for name in TEACHER_OPTIONS] + source.identity
     for dataset in (run.train, run.dev):
-        for part in (dataset.ids, dataset.starts, dataset.labels):
-            key.append(hashlib.sha256(part.tobytes()).hexdigest())
+        for part in (dataset.ids, dataset.starts, dataset.labels, dataset.tags):
+            key.append(part is not None and hashlib.sha256(part.tobytes()).hexdigest())
     key.append(run.device.type)  # bf16 on CUDA
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     return os.path.join(teachers_folder(run.out), f"{run.config.task}-{source.name}-{digest}.pt")
@@ -225,6 +253,12 @@ def make_student(run: Run, source: Source, teacher: Model, method: str) -> Model
         student = source.build().to(run.device)
     else:
         student = copy.deepcopy(teacher)
+    trains = tt_config(run.config)
+    if trains and not student.config.tt:
+        torch.manual_seed(run.config.seed)
+        report = tensorize(student, trains, from_weights=run.config.tt_init == "svd")
+        student.config = replace(student.config, tt=trains)
+        print(f"{method}: {report}")
     student.requires_grad_(True).eval()
     set_dropout(student, run.config.student_dropout)
     settings = quant_config(run.config, method)
@@ -250,8 +284,8 @@ def run_method(
         epochs = config.student_epochs or config.epochs
         lr = config.lr if config.student_lr is None else config.student_lr
         seconds = train(run, method, student, teacher, parts, epochs, lr, resume)
-    labels = " ".join(find_task(config.task).labels)
-    notes = dict(task=config.task, model=source.name, method=method, labels=labels)
+    notes = dict(task=config.task, model=source.name, method=method)
+    notes |= {"labels": " ".join(source.labels), "slots": " ".join(source.slots)}
     settings = quant_config(config, method)
     payload = student_payload(student, settings, source.tokenizer.bytes, **notes)
     if save:
@@ -278,7 +312,7 @@ def evaluate_languages(
         found[language] = evaluate(model, dataset, device)
         line = f"{name}: {config.eval_split} {i + 1}/{len(tests)} {language}"
         if live or i + 1 == len(tests):
-            print_live(f"{line} {found[language]['accuracy']:.2f} %", live)
+            print_live(f"{line} {describe(found[language])}", live)
     if live:
         print()
     return summarize(found, find_task(config.task).train_language)
@@ -290,7 +324,7 @@ def evaluate_file(config: TrainConfig) -> None:
     device = choose_device(config)
     read = read_student(config.eval)
     task = find_task(config.task)
-    if read.config.head != task.head or read.config.num_labels != len(task.labels):
+    if read.config.head != task.head or read.notes.get("task") != config.task:
         raise UserError(f"{config.eval} was not trained for {config.task}: name its --task")
     quant = read.quant
     if 32 in (quant.weight_bits, quant.act_bits):
@@ -299,7 +333,11 @@ def evaluate_file(config: TrainConfig) -> None:
         model = integer_model(read, device)
         kind = f"integers, {type(model.encoder.layers[0].ffn.up.kernel).__name__}"
     config = replace(config, model=read.notes.get("model"))
-    tests = load_tests(config, data_folder(config), tokenizer_of(config.eval, read))
+    folder = data_folder(config)
+    tests = load_tests(config, folder, tokenizer_of(config.eval, read))
+    labels = " ".join(label_names(config.task, folder)[0])
+    if read.notes.get("labels") != labels:
+        raise UserError(f"{config.eval} knows other labels than {folder}: name its --data-dir")
     found = evaluate_languages(config, "student", model, tests, device)
     row = {**found, "size_bytes": os.path.getsize(config.eval), "train_seconds": 0}
     name = f"{read.notes.get('method')} W{quant.weight_bits}A{quant.act_bits}"
@@ -316,10 +354,10 @@ def run_ladder(config: TrainConfig, resume: bool) -> None:
     device = choose_device(config)
     check_folder(out)
     check_folder(teachers_folder(out))
-    source = Source(config)
+    folder = data_folder(config)
+    source = Source(config, folder)
     check_run(out, config, resume)
     print(f"{hardware(device)}, {torch.get_num_threads()} threads, out {out}")
-    folder = data_folder(config)
     tests = load_tests(config, folder, source.tokenizer)
     train_set, dev = load_training(config, folder, source.tokenizer)
     rows = sum(map(len, tests.values()))
@@ -364,7 +402,8 @@ def data_folder(config: TrainConfig) -> str:
 def load_tests(config: TrainConfig, folder: str, tokenizer: Tokenizer) -> dict[str, Dataset]:
     """The encoded test set of each language asked for."""
     task = find_task(config.task)
-    if not os.path.exists(os.path.join(folder, *task.files[config.eval_split].split("/"))):
+    there = os.path.join(task_folder(task, folder), *task.files[config.eval_split].split("/"))
+    if not os.path.exists(there):
         hint = "" if config.eval_split == "dev" else ", or report on dev with --eval-split dev"
         raise UserError(
             f"no {task.files[config.eval_split]} in {folder}: fetch it with '{task.fetch}', "
@@ -395,7 +434,10 @@ def encode(
     language: str,
     limit: int | None,
 ) -> Dataset:
-    return encode_split(config.task, split, language, folder, tokenizer, config.max_length, limit)
+    task = config.task
+    dataset = encode_split(task, split, language, folder, tokenizer, config.max_length, limit)
+    names = find_task(task).names
+    return dataset if names is None else replace(dataset, slots=names(folder).slots)
 
 
 # ------------------------------------------------------------------------------- the run's folder

@@ -1,6 +1,7 @@
 """Download, verify, unpack: nothing reaches its final name before its size and SHA-256 are right.
 
     python data/fetch.py xnli           # XNLI dev, test and English training set -> data/raw
+    python data/fetch.py atis           # downloads nothing: says where ATIS comes from (or snips)
 
 A download goes to NAME.part and is renamed when it is complete and correct. A cut connection leaves
 the .part file, and the next call continues it (HTTP Range); a wrong hash deletes it. Of an archive
@@ -28,6 +29,8 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data import UserError, exit_status
+from data.slots import FILES
+from data.tasks import find_task, task_folder
 
 RAW_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "raw")
 CHUNK = 1 << 20
@@ -49,6 +52,17 @@ class Remote:
     @property
     def name(self) -> str:
         return self.url.rsplit("/", 1)[1]
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """A data set that the user brings: what it is, who may use it, who publishes it in the layout
+    of data/slots.py.
+    """
+
+    title: str
+    licence: str
+    source: str
 
 
 XNLI = (
@@ -90,7 +104,23 @@ MODELS = {
         _XLMR_TOKENIZER,
     ),
 }
-DATASETS = {"xnli": XNLI}
+_LAYOUT = (
+    "in this very layout with https://github.com/monologg/JointBERT (data/{0}), and with "
+    "https://github.com/MiuLab/SlotGated-SLU (data/{0}; rename its folder valid to dev)"
+)
+ATIS = ByHand(
+    "ATIS: 4,478 + 500 + 893 questions about air travel (Hemphill et al. 1990, Dahl et al. 1994)",
+    "Linguistic Data Consortium user agreement, for LDC93S4B, LDC93S5, LDC94S19 and LDC95S26: "
+    "https://catalog.ldc.upenn.edu/LDC95S26",
+    _LAYOUT.format("atis"),
+)
+SNIPS = ByHand(
+    "SNIPS: 13,084 + 700 + 700 requests to a voice assistant (Coucke et al. 2018, arXiv 1805.10190)",
+    "CC0 1.0, published by Snips: https://github.com/sonos/nlu-benchmark "
+    "(2017-06-custom-intent-engines)",
+    _LAYOUT.format("snips"),
+)
+DATASETS = {"xnli": XNLI, "atis": ATIS, "snips": SNIPS}
 
 
 # ------------------------------------------------------------------------------------ downloading
@@ -286,6 +316,9 @@ def check_member(archive: str, info: zipfile.ZipInfo) -> None:
 
 
 def fetch_dataset(name: str, folder: str) -> None:
+    if isinstance(DATASETS[name], ByHand):
+        explain(name, DATASETS[name], folder)
+        return
     for remote in DATASETS[name]:
         targets = [os.path.join(folder, *member.split("/")) for member in remote.members]
         if all(os.path.exists(target) for target in targets):
@@ -297,6 +330,25 @@ def fetch_dataset(name: str, folder: str) -> None:
             print(f"wrote {target}")
 
 
+def explain(name: str, dataset: ByHand, folder: str) -> None:
+    """Print where a data set comes from and where to put it, and what is there now."""
+    task = find_task(name)
+    place = task_folder(task, folder)
+    print(f"{dataset.title}\nlicence: {dataset.licence}\nfiles:   {dataset.source}")
+    print("Nothing is downloaded. Put the files here:")
+    for split in task.files:
+        wanted = [os.path.join(place, split, file) for file in FILES]
+        missing = [path for path in wanted if not os.path.exists(path)]
+        if missing:
+            state = "all missing" if missing == wanted else f"missing: {', '.join(missing)}"
+        else:
+            try:
+                state = f"{len(task.read(folder, split)['en']):,} sentences, readable"
+            except UserError as error:
+                state = f"not usable: {error}"
+        print(f"  {os.path.join(place, split)}/{{{','.join(FILES)}}}: {state}")
+
+
 def fetch_model(name: str, folder: str) -> None:
     for remote in MODELS[name]:
         download(remote, folder)
@@ -304,7 +356,7 @@ def fetch_model(name: str, folder: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Download the published data sets and check them.",
+        description="Download the published data sets and check them, or say who publishes them.",
         epilog="example: python data/fetch.py xnli",
     )
     parser.add_argument("dataset", choices=sorted(DATASETS))

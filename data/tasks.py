@@ -2,21 +2,24 @@
 
     load("xnli", "train", "en", folder)   -> list of Example, English (MultiNLI)
     load("xnli", "dev", "sw", folder)     -> list of Example, Swahili
+    load("atis", "train", "en", folder)   -> list of Sentence: words, their tags, an intent
 
-The protocol is zero-shot transfer: train on English, choose on English dev, test on every language.
+XNLI's protocol is zero-shot transfer: train on English, choose on English dev, test on every
+language. ATIS and SNIPS are English; how their files look, data/slots.py says.
 
-Files are tab-separated with one header line. Quotes are ordinary characters (no CSV quoting), lines
-end with "\\n" alone: some texts hold other characters that Python's splitlines() would take for a
-line end.
+XNLI's files are tab-separated with one header line. Quotes are ordinary characters (no CSV quoting),
+lines end with "\\n" alone: some texts hold other characters that Python's splitlines() would take
+for a line end.
 """
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from data import UserError
+from data.slots import SPLITS, Names, Sentence, read_names, read_sentences
 
 
 class Example(NamedTuple):
@@ -27,20 +30,26 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """labels: their names in the order of their ids.  read(folder, split) -> {language: examples}."""
+    """labels: their names in the order of their ids.  read(folder, split) -> {language: examples}.
+
+    names(folder): the intents and tags of a joint task, which its files alone know (labels is empty
+    then).
+    """
 
     name: str
     head: str
     labels: tuple[str, ...]
     languages: tuple[str, ...]
     train_language: str
-    read: Callable[[str, str], dict[str, list[Example]]]
-    files: dict[str, str]  # split -> path under the data folder
-    fetch: str  # the command that brings the data
+    read: Callable[[str, str], dict[str, list[Example]] | dict[str, list[Sentence]]]
+    files: dict[str, str]  # split -> path under task_folder(task, folder)
+    fetch: str  # the command that brings the data, or tells where it comes from
     metric: str = "accuracy"
+    names: Callable[[str], Names] | None = None
+    subfolder: str = ""  # of the data folder, where the files usually are
 
 
-def load(task: str, split: str, language: str, folder: str) -> list[Example]:
+def load(task: str, split: str, language: str, folder: str) -> list[Example] | list[Sentence]:
     """The examples of one split ("train", "dev", "test") in one language.
 
     Raises UserError for an unknown task, a language the task or the file doesn't have, a missing
@@ -59,8 +68,18 @@ def load(task: str, split: str, language: str, folder: str) -> list[Example]:
 
 def find_task(name: str) -> Task:
     if name not in TASKS:
-        raise UserError(f"unknown task {name!r}; known: {' '.join(sorted(TASKS))}")
+        raise UserError(f"unknown task {name!r}; known: {' '.join(TASKS)}")
     return TASKS[name]
+
+
+def task_folder(task: Task, folder: str) -> str:
+    """Where a task's files are: the data folder's own subfolder for it (data/raw/atis), or, where
+    there is none, the data folder itself if it holds them (--data-dir data/atis-sample).
+    """
+    below = os.path.join(folder, task.subfolder)
+    if os.path.isdir(below) or not os.path.exists(os.path.join(folder, task.files["train"])):
+        return below
+    return folder
 
 
 # ------------------------------------------------------------------------------------------- XNLI
@@ -148,6 +167,34 @@ def read_tsv(path: str, columns: tuple[str, ...], fetch: str):
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
+# --------------------------------------------------------------------------------- ATIS and SNIPS
+def joint_task(name: str) -> Task:
+    """A data set of intents and slots in the layout of data/slots.py."""
+    return Task(
+        name=name,
+        head="joint",
+        labels=(),
+        languages=("en",),
+        train_language="en",
+        read=partial(read_joint, name),
+        files={split: f"{split}/seq.in" for split in SPLITS},
+        fetch=f"python data/fetch.py {name}",
+        metric="intent accuracy and slot F1",
+        names=partial(joint_names, name),
+        subfolder=name,
+    )
+
+
+def read_joint(name: str, folder: str, split: str) -> dict[str, list[Sentence]]:
+    task = find_task(name)
+    return {"en": read_sentences(task_folder(task, folder), split, task.fetch)}
+
+
+def joint_names(name: str, folder: str) -> Names:
+    task = find_task(name)
+    return read_names(task_folder(task, folder), task.fetch)
+
+
 TASKS = {
     "xnli": Task(
         name="xnli",
@@ -159,4 +206,6 @@ TASKS = {
         files=XNLI_FILES,
         fetch=XNLI_FETCH,
     ),
+    "atis": joint_task("atis"),
+    "snips": joint_task("snips"),
 }

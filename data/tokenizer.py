@@ -1,6 +1,6 @@
-"""Text -> ids, the XLM-R way: a SentencePiece unigram model with its ids moved by one.
+"""Text -> ids: with XLM-R's SentencePiece pieces, or with whole words.
 
-SentencePiece numbers its pieces <unk> 0, <s> 1, </s> 2, then the vocabulary from 3. XLM-R was
+Tokenizer is a SentencePiece unigram model with its ids moved by one. SentencePiece numbers its pieces <unk> 0, <s> 1, </s> 2, then the vocabulary from 3. XLM-R was
 trained with fairseq, whose dictionary begins <s> 0, <pad> 1, </s> 2, <unk> 3. So every piece moves
 up by one, <unk> becomes 3, and <mask> comes last:
 
@@ -11,10 +11,16 @@ up by one, <unk> becomes 3, and <mask> comes last:
 
 >>> tokenizer.encode("Hello world!")               # with XLM-R's own model
 [0, 35378, 8999, 38, 2]
+
+WordTokenizer has the same four special ids, then one id for each frequent word of a training set:
+for small tasks without a pretrained model, such as ATIS. Both encode single words so that each
+can carry a tag (encode_words); load_tokenizer tells which of them some bytes are.
 """
 
 import hashlib
 import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece
@@ -23,6 +29,7 @@ from data import UserError
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 MAX_MODEL_BYTES = 64 << 20  # XLM-R's file has 5 MB
+WORDS_MAGIC = "sdq-words-1"
 
 
 class Tokenizer:
@@ -66,12 +73,14 @@ class Tokenizer:
         with open(path, "rb") as file:
             return cls(file.read(), path)
 
-    @classmethod
-    def from_payload(cls, payload: dict, path: str, vocab_size: int) -> "Tokenizer":
-        """The tokenizer inside a checkpoint's dictionary, which must fit the model's vocabulary."""
+    @staticmethod
+    def from_payload(payload: dict, path: str, vocab_size: int) -> "Tokenizer | WordTokenizer":
+        """The tokenizer inside a checkpoint's dictionary, which must fit the model's vocabulary.
+        Of either kind.
+        """
         stored = payload.get("tokenizer")
         try:
-            tokenizer = cls(stored.numpy().tobytes(), path)
+            tokenizer = load_tokenizer(stored.numpy().tobytes(), path)
         except (AttributeError, TypeError):
             raise UserError(f"{path} holds no tokenizer: convert it again") from None
         if tokenizer.vocab_size != vocab_size:
@@ -112,6 +121,25 @@ class Tokenizer:
             rows.append(np.concatenate(([BOS], left, [EOS, EOS], right, [EOS])).astype(np.int32))
         return rows
 
+    def encode_words(
+        self, sentences: Sequence[Sequence[str]], max_length: int | None = None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Sentences of words -> (ids with <s> and </s>, int32; the position of each word's first
+        piece, int64).
+
+        A word is encoded by itself and its tag belongs to its first piece; one without a piece
+        (such as a lone control character) becomes <unk>, so that its tag has a place.
+        """
+        pieces = self.pieces.encode([word for words in sentences for word in words])
+        pieces = [self._to_xlmr(ids or [0]) for ids in pieces]
+        rows, begin = [], 0
+        for words in sentences:
+            own = pieces[begin : begin + len(words)]
+            begin += len(words)
+            first = np.cumsum([1, *(len(ids) for ids in own)], dtype=np.int64)[:-1]
+            rows.append((np.concatenate(([BOS], *own, [EOS])).astype(np.int32), first))
+        return refuse_long(rows, max_length)
+
     @staticmethod
     def _to_xlmr(ids: list[int]) -> np.ndarray:
         ids = np.asarray(ids, dtype=np.int32)
@@ -121,6 +149,95 @@ class Tokenizer:
         """Ids -> text; special tokens are dropped."""
         last = self.mask_id
         return self.pieces.decode([0 if i == UNK else int(i) - 1 for i in ids if UNK <= i < last])
+
+
+class WordTokenizer:
+    """A list of words: ids 0 to 3 are <s> <pad> </s> <unk>, the first word has id 4.
+
+    vocabulary: the bytes of UTF-8 text, WORDS_MAGIC in the first line, then a word a line.
+    source: what to call it in an error message.
+    """
+
+    def __init__(self, vocabulary: bytes, source: str = "tokenizer"):
+        if len(vocabulary) > MAX_MODEL_BYTES:
+            raise UserError(f"{source}: {len(vocabulary):,} bytes can't be a list of words")
+        try:
+            magic, *words, rest = vocabulary.decode("utf-8").split("\n")
+        except ValueError:  # not UTF-8, or not even two lines
+            raise UserError(f"{source} is not a list of words: train the model again") from None
+        if magic != WORDS_MAGIC or rest or not words:
+            raise UserError(f"{source} is not a whole list of words: train the model again")
+        bad = next((word for word in words if word.split() != [word]), None)
+        if bad is not None:
+            raise UserError(f"{source}: {bad[:40]!r} is not one word: train the model again")
+        self.ids = {word: UNK + 1 + i for i, word in enumerate(words)}
+        if len(self.ids) != len(words):
+            raise UserError(f"{source} lists a word twice: train the model again")
+        self.bytes = vocabulary
+        self.vocab_size = UNK + 1 + len(words)
+        self.sha256 = hashlib.sha256(vocabulary).hexdigest()
+
+    @classmethod
+    def build(cls, sentences: Iterable[Sequence[str]], min_count: int = 2) -> "WordTokenizer":
+        """The words of a training set, the most frequent first.
+
+        Words rarer than min_count stay out: they become <unk>, so that <unk> is trained too.
+        """
+        counts = Counter(word for words in sentences for word in words)
+        kept = [word for word, count in counts.items() if count >= min_count]
+        if not kept:
+            raise UserError(f"no word occurs {min_count} times: the training set is too small")
+        kept.sort(key=lambda word: (-counts[word], word))
+        return cls("".join(f"{line}\n" for line in (WORDS_MAGIC, *kept)).encode("utf-8"))
+
+    def encode(self, a: str, b: str | None = None, max_length: int | None = None) -> list[int]:
+        """One text, split at its spaces -> ids with <s> and </s>, cut to max_length if given."""
+        return self.encode_batch([a], None if b is None else [b], max_length)[0].tolist()
+
+    def encode_batch(
+        self, a: list[str], b: list[str] | None = None, max_length: int | None = None
+    ) -> list[np.ndarray]:
+        """Many texts at once. Returns one int32 array each (not padded)."""
+        if b is not None:
+            raise UserError("a tokenizer of words takes no pairs of texts: give single texts")
+        if max_length is not None and max_length < 2:
+            raise UserError(
+                f"a maximum of {max_length} tokens leaves no room for the 2 special ones"
+            )
+        keep = None if max_length is None else max_length - 2
+        return [self._with_specials(text.split()[:keep]) for text in a]
+
+    def encode_words(
+        self, sentences: Sequence[Sequence[str]], max_length: int | None = None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As Tokenizer.encode_words: here each word is one id."""
+        rows = [
+            (self._with_specials(words), np.arange(1, len(words) + 1, dtype=np.int64))
+            for words in sentences
+        ]
+        return refuse_long(rows, max_length)
+
+    def _with_specials(self, words: Sequence[str]) -> np.ndarray:
+        return np.array([BOS, *(self.ids.get(word, UNK) for word in words), EOS], dtype=np.int32)
+
+
+def load_tokenizer(model: bytes, source: str = "tokenizer") -> Tokenizer | WordTokenizer:
+    """The tokenizer that these bytes are: a list of words says so in its first line."""
+    words = model.startswith(WORDS_MAGIC.encode())
+    return WordTokenizer(model, source) if words else Tokenizer(model, source)
+
+
+def refuse_long(
+    rows: list[tuple[np.ndarray, np.ndarray]], max_length: int | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Sentences with tags are never cut: the tags of the words cut off could not be predicted."""
+    longest = max((len(ids) for ids, _ in rows), default=0)
+    if max_length is not None and longest > max_length:
+        raise UserError(
+            f"a sentence has {longest} tokens with <s> and </s>, over --max-length {max_length} "
+            f"its words would lose their tags: give --max-length {longest}"
+        )
+    return rows
 
 
 def longest_first(left: int, right: int, room: int) -> tuple[int, int]:

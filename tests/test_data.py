@@ -75,7 +75,7 @@ def test_missing_columns_files_and_languages(folder):
         load("xnli", "test", "xx", str(folder))
     with pytest.raises(UserError, match="fetch it with 'python data/fetch.py xnli'"):
         load("xnli", "train", "en", str(folder / "nowhere"))
-    with pytest.raises(UserError, match="unknown task 'xnil'; known: xnli"):
+    with pytest.raises(UserError, match="unknown task 'xnil'; known: xnli atis snips"):
         load("xnil", "train", "en", str(folder))
 
 

@@ -5,11 +5,13 @@ import http.server
 import io
 import os
 import re
+import shutil
 import stat
 import threading
 import zipfile
 
 import pytest
+from conftest import ROOT
 
 from data import UserError, fetch
 from data.fetch import Remote, download, unpack
@@ -268,8 +270,26 @@ def test_command(server, tmp_path, capsys, monkeypatch):
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_data_sets_that_are_not_downloaded(tmp_path, capsys):
+    """They are explained, and what lies there is checked; whatever is found, the exit status is 0."""
+    for name, licence in (("atis", "Linguistic Data Consortium"), ("snips", "CC0")):
+        assert fetch.main([name, "--data-dir", str(tmp_path)]) == 0
+        text = capsys.readouterr().out
+        assert licence in text and "https://github.com/" in text and "Nothing is downloaded" in text
+        for split in ("train", "dev", "test"):
+            assert f"{tmp_path / name / split}/{{seq.in,seq.out,label}}: all missing" in text
+    assert os.listdir(tmp_path) == []
+    shutil.copytree(os.path.join(ROOT, "data", "atis-sample"), tmp_path / "atis")
+    os.unlink(tmp_path / "atis" / "dev" / "label")
+    (tmp_path / "atis" / "test" / "seq.out").write_text("O\n")
+    assert fetch.main(["atis", "--data-dir", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "120 sentences, readable" in text and "not usable:" in text
+    assert f"missing: {tmp_path / 'atis' / 'dev' / 'label'}\n" in text
+
+
 def test_pins_are_complete():
-    for remotes in (*fetch.DATASETS.values(), *fetch.MODELS.values()):
+    for remotes in (fetch.XNLI, *fetch.MODELS.values()):
         for file in remotes:
             assert file.url.startswith("https://") and re.fullmatch("[0-9a-f]{64}", file.sha256)
     assert {name for name in fetch.MODELS} == {"xlmr-base", "infoxlm-base"}

@@ -33,7 +33,7 @@ def test_pack_round_trip(bits, count):
 
 
 def test_packed_bits_by_hand():
-    assert pack(torch.tensor([-1, 0, 1, 1]), 2).tolist() == [0b10_10_01_00]
+    assert pack(torch.tensor([-1, 0, 1, 1]), 2).tolist() == [0b11_11_10_01]
     assert pack(torch.tensor([-7, 7, 0]), 4).tolist() == [0b1110_0000, 0b0000_0111]
 
 

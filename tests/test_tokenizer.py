@@ -8,10 +8,11 @@ import os
 import numpy as np
 import pytest
 import sentencepiece
+import torch
 from conftest import GOLDEN, ROOT, TOKENIZER
 
 from data import UserError
-from data.tokenizer import BOS, EOS, UNK, Tokenizer, longest_first
+from data.tokenizer import BOS, EOS, UNK, Tokenizer, WordTokenizer, load_tokenizer, longest_first
 
 
 def test_equals_hugging_face(tokenizer):
@@ -91,6 +92,97 @@ def test_bad_models_are_refused(tmp_path):
 def test_no_room_for_special_tokens(tokenizer):
     with pytest.raises(UserError, match="no room"):
         tokenizer.encode("a", "b", 3)
+
+
+# ------------------------------------------------------------------------------------ word by word
+def test_words_are_encoded_by_themselves(tokenizer):
+    sentences = [["The", "extraordinarily", "old", "man"], ["\u200b", "</s>", "x"], []]
+    for words, (ids, first) in zip(sentences, tokenizer.encode_words(sentences), strict=True):
+        assert ids.dtype == np.int32 and first.dtype == np.int64 and len(first) == len(words)
+        assert ids[0] == BOS and ids[-1] == EOS and EOS not in ids[1:-1]
+        ends = [*first, len(ids) - 1][1:]
+        for word, begin, end in zip(words, first, ends, strict=True):
+            # A zero-width space gives no piece at all: it has to be something that carries a tag.
+            assert ids[begin:end].tolist() == (tokenizer.encode(word)[1:-1] or [UNK])
+
+
+# ---------------------------------------------------------------------------------- list of words
+@pytest.fixture
+def words():
+    return WordTokenizer.build([["b", "a", "ñ", "c"], ["a", "ñ", "b"], ["c", "c", "once", "<s>"]])
+
+
+def test_words_by_falling_count_then_alphabetically(words):
+    assert words.bytes.decode() == "sdq-words-1\nc\na\nb\nñ\n"
+    assert words.vocab_size == 8 and len(words.sha256) == 64
+    assert words.encode("c a  once <s> ñ ") == [BOS, 4, 5, UNK, UNK, 7, EOS]
+    assert words.encode("a b c", max_length=4) == [BOS, 5, 6, EOS]
+    assert words.encode("") == [BOS, EOS]
+    assert [row.tolist() for row in words.encode_batch(["a", "b b"])] == [
+        [BOS, 5, EOS],
+        [BOS, 6, 6, EOS],
+    ]
+    ((ids, first),) = words.encode_words([["a", "what", "b"]])
+    assert ids.tolist() == [BOS, 5, UNK, 6, EOS] and ids.dtype == np.int32
+    assert first.tolist() == [1, 2, 3] and first.dtype == np.int64
+    every = WordTokenizer.build([["b", "a"], ["<s>", "</s>"]], min_count=1)
+    assert every.encode("</s> <s>") == [BOS, 4, 5, EOS]  # a user's "</s>" is a word
+
+
+def test_words_refuse_what_they_can_not_do(words):
+    with pytest.raises(UserError, match="no pairs"):
+        words.encode("a", "b")
+    with pytest.raises(UserError, match="no room"):
+        words.encode("a", max_length=1)
+    with pytest.raises(UserError, match="5 tokens .* give --max-length 5"):
+        words.encode_words([["a"], ["a", "b", "c"]], 4)
+    assert len(words.encode_words([["a", "b", "c"]], 5)) == 1
+    with pytest.raises(UserError, match="no word occurs 2 times"):
+        WordTokenizer.build([["a", "b"]])
+
+
+def test_bytes_tell_the_kind_of_tokenizer(words, tokenizer):
+    again = load_tokenizer(words.bytes)
+    assert isinstance(again, WordTokenizer) and again.sha256 == words.sha256
+    assert again.encode("c ñ what") == words.encode("c ñ what")
+    assert isinstance(load_tokenizer(tokenizer.bytes), Tokenizer)
+    for made in (words, tokenizer):
+        payload = {"tokenizer": torch.frombuffer(bytearray(made.bytes), dtype=torch.uint8)}
+        found = Tokenizer.from_payload(payload, "model.pt", made.vocab_size)
+        assert type(found) is type(made) and found.sha256 == made.sha256
+        with pytest.raises(UserError, match="its tokenizer has .* its model 5"):
+            Tokenizer.from_payload(payload, "model.pt", 5)
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        Tokenizer.from_payload({}, "model.pt", 5)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"sdq-words-1",
+        b"sdq-words-1\n",
+        b"sdq-words-12\na\n",
+        b"sdq-words-1\na\nbc",  # cut
+        b"sdq-words-1\na\n\nb\n",
+        b"sdq-words-1\na b\n",
+        b"sdq-words-1\r\na\r\n",
+        b"sdq-words-1\na\nb\na\n",
+        b"sdq-words-1\n\xff\n",
+        b"",
+        b"words\na\n",
+    ],
+)
+def test_damaged_lists_of_words_are_refused(content):
+    for make in (WordTokenizer, load_tokenizer):
+        with pytest.raises(UserError, match="model.pt") as error:
+            make(content, "model.pt")
+        assert "\n" not in str(error.value)
+
+
+def test_a_list_of_words_too_large_is_refused(words, monkeypatch):
+    monkeypatch.setattr("data.tokenizer.MAX_MODEL_BYTES", 10)
+    with pytest.raises(UserError, match="can't be a list of words"):
+        load_tokenizer(words.bytes)
 
 
 ORACLES = os.path.join(os.path.dirname(ROOT), "shared")

@@ -95,7 +95,7 @@ def test_teacher_is_reused_and_students_reproduce(tmp_path, capsys):
     a, b = results(tmp_path, "a"), results(tmp_path, "b")
     for name in a["methods"]:
         assert a["methods"][name]["languages"] == b["methods"][name]["languages"]
-    students = [read_checkpoint(str(tmp_path / x / "student.pt"), "sdq-student-1") for x in "ab"]
+    students = [read_checkpoint(str(tmp_path / x / "student.pt"), "sdq-student-2") for x in "ab"]
     for name, entry in students[0]["packed"].items():
         assert torch.equal(entry["codes"], students[1]["packed"][name]["codes"]), name
 
@@ -192,7 +192,7 @@ def test_resume_is_bit_exact(method, tmp_path, monkeypatch, capsys):
         logs.append([{k: v for k, v in r.items() if k != "ms"} for r in records])
     assert logs[0] == logs[1]
     a, b = (
-        read_checkpoint(str(tmp_path / x / "run" / "student.pt"), "sdq-student-1")
+        read_checkpoint(str(tmp_path / x / "run" / "student.pt"), "sdq-student-2")
         for x in ("whole", "cut")
     )
     for name, entry in a["packed"].items():

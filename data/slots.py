@@ -1,0 +1,167 @@
+"""Joint intent classification and slot filling: reading the files, scoring the tags.
+
+ATIS and SNIPS are published as three text files for each split, a sentence a line in all of them:
+
+    train/seq.in     from lisbon to porto on friday
+    train/seq.out    O B-from O B-to O B-day
+    train/label      find_train
+
+A tag belongs to a word: O for none, B-x where a slot x begins, I-x where it goes on. A slot counts
+as found only if its type, its first and its last word are right, as conlleval counts.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from data import UserError
+
+FILES = ("seq.in", "seq.out", "label")
+SPLITS = ("train", "dev", "test")
+
+
+class Sentence(NamedTuple):
+    """One tag for each word, one intent for all of them."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+    intent: str
+
+
+class Names(NamedTuple):
+    """What the ids of intents and tags mean.
+
+    A model knows the first `known_*` names only, those of the training files. The names that come
+    after them are met in dev or test alone: no model can predict them, so they count as wrong.
+    """
+
+    intents: tuple[str, ...]
+    slots: tuple[str, ...]
+    known_intents: int
+    known_slots: int
+
+
+# ---------------------------------------------------------------------------------------- reading
+@lru_cache(maxsize=4)
+def read_sentences(folder: str, split: str, fetch: str) -> list[Sentence]:
+    """The sentences of one split. `fetch` is the command that tells where the files come from.
+
+    Raises UserError for a missing file, or one that is not what the layout above says.
+    """
+    texts, tags, labels = (read_lines(os.path.join(folder, split, name), fetch) for name in FILES)
+    if not len(texts) == len(tags) == len(labels):
+        counts = ", ".join(
+            f"{name} {len(lines)}" for name, lines in zip(FILES, (texts, tags, labels), strict=True)
+        )
+        raise UserError(
+            f"{os.path.join(folder, split)}: the files must have equally many lines, but they have "
+            f"{counts}: bring them again, '{fetch}' tells from where"
+        )
+    sentences = []
+    for number, (words, marks, intent) in enumerate(zip(texts, tags, labels, strict=True), start=1):
+        path = os.path.join(folder, split, "seq.out")
+        if len(words) != len(marks):
+            raise UserError(
+                f"{path}, line {number}: {len(marks)} tags, but seq.in has {len(words)} words there"
+            )
+        for tag in marks:
+            if tag != "O" and (tag[:2] not in ("B-", "I-") or len(tag) == 2):
+                raise UserError(
+                    f"{path}, line {number}: the tag {tag!r} is not O, B-name or I-name"
+                )
+        sentences.append(Sentence(words, marks, " ".join(intent)))
+    return sentences
+
+
+def read_lines(path: str, fetch: str) -> list[tuple[str, ...]]:
+    """The lines of a file, each split at its spaces; some files have several in a row, or at the
+    end.
+    """
+    if not os.path.isfile(path):
+        raise UserError(
+            f"no file {path}: '{fetch}' tells where it comes from; or name its folder with --data-dir"
+        )
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            lines = [tuple(line.split()) for line in file]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}): bring it again, '{fetch}' tells from where"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not lines:
+        raise UserError(f"{path} is empty: bring it again, '{fetch}' tells from where")
+    if () in lines:
+        raise UserError(f"{path}, line {lines.index(()) + 1} is empty: every line is a sentence")
+    return lines
+
+
+def read_names(folder: str, fetch: str) -> Names:
+    """The intents and tags of a data set: sorted names of train (O first), then those that only dev
+    or test have.
+    """
+    intents: list[str] = []
+    slots: list[str] = []
+    known_intents = known_slots = 0
+    for split in SPLITS:
+        if split != "train" and not os.path.isdir(os.path.join(folder, split)):
+            continue
+        sentences = read_sentences(folder, split, fetch)
+        tags = {tag for sentence in sentences for tag in sentence.tags}
+        intents += sorted({sentence.intent for sentence in sentences} - set(intents))
+        # O has id 0 even in a training set that never uses it.
+        slots = slots or ["O"]
+        slots += sorted(tags - set(slots))
+        if split == "train":
+            known_intents, known_slots = len(intents), len(slots)
+    return Names(tuple(intents), tuple(slots), known_intents, known_slots)
+
+
+# ---------------------------------------------------------------------------------------- scoring
+def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """The slots of a sentence: (type, first word, word after the last).
+
+    As in conlleval, an I-x that continues no x begins a new one.
+
+    >>> spans(["B-from", "I-from", "O", "I-to"])
+    {('from', 0, 2), ('to', 3, 4)}
+    """
+    found = set()
+    kind, begin = None, 0  # of the span that is open at this word
+    for i, tag in enumerate((*tags, "O")):
+        if kind is not None and tag == f"I-{kind}":
+            continue
+        if kind is not None:
+            found.add((kind, begin, i))
+        kind, begin = (None if tag == "O" else tag[2:]), i
+    return found
+
+
+def slot_scores(gold: list[Sequence[str]], predicted: list[Sequence[str]]) -> dict:
+    """How well the tags of many sentences were predicted.
+
+    slot_f1          F1 in % over all slots of all sentences (conlleval's; 0 where nothing is right)
+    slot_correct, slot_gold, slot_predicted     the counts it is made of
+    slot_token_f1    micro-averaged F1 in % over the tags of single words, O among the tags. Every
+                     wrong word is one false positive and one false negative, so this equals the
+                     share of words with the right tag. Work on ATIS with tensor-compressed
+                     Transformers reports it as "F1"; it is higher than slot_f1, since most words
+                     are O.
+    """
+    correct = in_gold = in_predicted = right_words = words = 0
+    for true, guess in zip(gold, predicted, strict=True):
+        true_spans, guessed_spans = spans(true), spans(guess)
+        correct += len(true_spans & guessed_spans)
+        in_gold += len(true_spans)
+        in_predicted += len(guessed_spans)
+        right_words += sum(a == b for a, b in zip(true, guess, strict=True))
+        words += len(true)
+    return {
+        "slot_f1": 100 * 2 * correct / max(in_gold + in_predicted, 1),
+        "slot_correct": correct,
+        "slot_gold": in_gold,
+        "slot_predicted": in_predicted,
+        "slot_token_f1": 100 * right_words / max(words, 1),
+    }
