@@ -59,7 +59,8 @@ def recovered(methods: dict[str, dict], name: str) -> float | None:
 
 def is_joint(results: dict) -> bool:
     """Whether a run's task has slots beside the label of the text (ATIS, SNIPS)."""
-    return any("slot_f1" in row["languages"]["en"] for row in results["methods"].values())
+    rows = results["methods"].values()
+    return any("slot_f1" in language for row in rows for language in row["languages"].values())
 
 
 JOINT = {  # column -> where the figure is, in a language's entry
@@ -156,6 +157,8 @@ def markdown(results: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------- over seeds
+# Of ATIS and SNIPS one table compares dense models and tensor trains of all ranks.
+MAY_DIFFER_JOINT = "tt_rank tt_embedding_rank lr".split()
 MAY_DIFFER = "seed bits act_bits out methods threads save_every analyze".split()
 
 
@@ -171,14 +174,16 @@ def read_results(patterns: list[str]) -> list[dict]:
         try:
             with open(path, encoding="utf-8") as file:
                 run = json.load(file)
+            may_differ = MAY_DIFFER + (MAY_DIFFER_JOINT if is_joint(run) else [])
             key = tuple(run["config"][name] for name in ("seed", "bits", "act_bits"))
-            settings = {k: v for k, v in run["config"].items() if k not in MAY_DIFFER}
+            key += (run["config"].get("tt_rank", 0), run["config"].get("tt_embedding_rank"))
+            settings = {k: v for k, v in run["config"].items() if k not in may_differ}
             for row in run["methods"].values():
                 row["english"], row["zero_shot_mean"], row["size_bytes"], row["languages"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{path} is not a results.json of train.py") from None
         same_width = [r for r in runs if r["config"]["bits"] == run["config"]["bits"]]
-        first = {k: v for k, v in (runs or [run])[0]["config"].items() if k not in MAY_DIFFER}
+        first = {k: v for k, v in (runs or [run])[0]["config"].items() if k not in may_differ}
         first["student_lr"] = (same_width or [run])[0]["config"].get("student_lr")
         differs = [k for k in first if settings.get(k) != first[k]]
         if differs:
@@ -186,7 +191,7 @@ def read_results(patterns: list[str]) -> list[dict]:
             raise UserError(f"{path} and {paths[0]} differ in {flag}: put them in separate tables")
         if key in seen:
             raise UserError(
-                f"{path} and {seen[key]} have the same seed and width: give one of them"
+                f"{path} and {seen[key]} have the same seed, width and rank: give one of them"
             )
         seen[key] = path
         runs.append(run)
@@ -237,6 +242,35 @@ def seeds_table(runs: list[dict]) -> str:
     return markdown_table(["", "seeds", "en", "zero-shot", "recovered %", "MB"], rows)
 
 
+def joint_seeds_table(runs: list[dict]) -> str:
+    """ATIS or SNIPS: dense models and tensor trains of all ranks and widths, mean +- std.
+
+    "smaller": how many times, against the dense float32 checkpoint, if that is among the runs.
+    """
+    found: dict[tuple, list[dict]] = {}
+    seen = set()
+    for run in sorted(runs, key=lambda run: (run["config"]["tt_rank"], -run["config"]["bits"])):
+        config = run["config"]
+        shape = f"TT rank {config['tt_rank']}" if config["tt_rank"] else "dense"
+        for name, row in run["methods"].items():
+            width = "" if name == "fp32" else f" W{config['bits']}A{config['act_bits']}"
+            key = (f"{shape} {name}{width}", config["seed"])
+            if key not in seen:  # one float32 model serves every width
+                seen.add(key)
+                found.setdefault(key[0], []).append(row)
+    sizes = {
+        name: statistics.fmean(row["size_bytes"] for row in rows) for name, rows in found.items()
+    }
+    dense = sizes.get("dense fp32")
+    lines = []
+    for name, rows in found.items():
+        entries = [row["languages"]["en"] for row in rows]
+        figures = [spread([entry[key] for entry in entries]) for key in JOINT.values()]
+        smaller = f"{dense / sizes[name]:.0f}x" if dense else "-"
+        lines.append([name, str(len(rows)), f"{sizes[name] / 1e3:,.0f}", smaller, *figures])
+    return markdown_table(["", "seeds", "kB", "smaller", *JOINT], lines)
+
+
 def languages_table(runs: list[dict]) -> str:
     """The mean over seeds of every language."""
     languages = runs[0]["languages"]
@@ -254,8 +288,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", metavar="RESULTS.json")
     parser.add_argument("--languages", action="store_true", help="a column a language instead")
     args = parser.parse_args(argv)
-    show = languages_table if args.languages else seeds_table
-    return exit_status(lambda: print(show(read_results(args.files))))
+
+    def job() -> None:
+        runs = read_results(args.files)
+        several = joint_seeds_table if is_joint(runs[0]) else seeds_table
+        print((languages_table if args.languages else several)(runs))
+
+    return exit_status(job)
 
 
 if __name__ == "__main__":

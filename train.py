@@ -318,6 +318,15 @@ def evaluate_languages(
     return summarize(found, find_task(config.task).train_language)
 
 
+def dev_curve(run: Run, method: str) -> list[list[float]]:
+    """[step, accuracy on English dev] of each look that a training of this run took."""
+    if not os.path.exists(run.log_file):
+        return []
+    with open(run.log_file, encoding="utf-8") as file:
+        records = [record for record in map(json.loads, file) if record["method"] == method]
+    return [[r["step"], r["dev_accuracy"]] for r in records if "dev_accuracy" in r]
+
+
 def evaluate_file(config: TrainConfig) -> None:
     """--eval: a packed student, loaded as an integer model and tested."""
     begun = time.monotonic()
@@ -381,6 +390,8 @@ def run_ladder(config: TrainConfig, resume: bool) -> None:
             batches_of_dev = evaluation_batches(run.dev, EVAL_TOKENS[device.type])
             moved = (batch.to(device) for batch in batches_of_dev)
             row["errors"] = layer_errors(teacher, model, moved)
+        if curve := dev_curve(run, method):
+            row["dev_curve"] = curve
         results["methods"][method] = row
         write_json(run.results_file, results)
         if method in TRAINED:

@@ -86,7 +86,7 @@ def test_the_same_run_counts_once(tmp_path, capsys):
     for name in "ab":
         (tmp_path / f"{name}.json").write_text(json.dumps(run(fp32=row(90, {}))))
     assert report.main([str(tmp_path / "*.json")]) == 2  # and wildcards work
-    assert "have the same seed and width" in capsys.readouterr().err
+    assert "have the same seed, width and rank" in capsys.readouterr().err
 
 
 def test_unlike_runs_are_not_mixed(tmp_path, capsys):

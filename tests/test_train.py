@@ -168,12 +168,12 @@ def test_resume_is_bit_exact(method, tmp_path, monkeypatch, capsys):
     real = loop.train_step
     count = 0
 
-    def killed(student, teacher, batch, optimizers, config, parts):
+    def killed(student, teacher, batch, optimizers, config, parts, *stage):
         nonlocal count
         count += (method == "sdq") == bool(parts)  # the fp32 training comes before all others
         if count > 7:
             raise Killed
-        return real(student, teacher, batch, optimizers, config, parts)
+        return real(student, teacher, batch, optimizers, config, parts, *stage)
 
     monkeypatch.setattr(loop, "train_step", killed)
     with pytest.raises(Killed):
