@@ -5,6 +5,7 @@ spread.
     python bench.py model               # the whole model: latency, file size, memory
     python bench.py rows                # texts end to end: tokenize, batch, run
     python bench.py train               # a training step: FP32, QAT, SDQ on XLM-R base's shape
+    python bench.py tt                  # tensor trains: a layer, the model of ATIS, its training
     python bench.py train --layers 4 --hidden 384 --vocab 8000
 
 A shared machine drifts by tens of percent within minutes, so one variant after the other would
@@ -14,10 +15,8 @@ median of the rounds' own ratios.
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -27,89 +26,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import forms
+from bench_common import (
+    header,
+    interleave,
+    model_shape,
+    random_batch,
+    random_ids,
+    repeat,
+    spread,
+    summarize,
+    training_step,
+)
+from bench_tt import bench_tt, tt_table
 from data import UserError, exit_status, mini
 from data.batches import CACHE_DIR, Batch, Dataset, collate, dataset_of, evaluation_batches
 from data.tasks import find_task, load
 from data.tokenizer import Tokenizer
 from int8 import IntLinear, Weight, choose_kernel
-from loop import EVAL_TOKENS, clock, make_optimizers, train_step
-from model import PRESETS, ModelConfig, build_model, config_of, read_checkpoint, set_dropout
+from loop import EVAL_TOKENS
+from model import PRESETS, build_model, config_of, read_checkpoint, set_dropout
 from options import OneLineParser, TrainConfig, flag
 from quant import ActQuantizer, QuantConfig, WeightQuantizer, choose_qparams, prepare
 from report import markdown_table, write_json
-from train import MINI, choose_device, hardware
-
-
-def interleave(
-    variants: dict[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of each variant in each round. CUDA work is waited for."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    awake = torch.zeros(1 << 17)
-    started, total = time.monotonic(), (warmup + rounds) * len(variants)
-    for i in range(warmup + rounds):
-        for j, (name, function) in enumerate(variants.items()):
-            done = i * len(variants) + j
-            left = ""
-            if done:
-                left = f", {clock((time.monotonic() - started) / done * (total - done))} left"
-            line = f"round {i + 1}/{warmup + rounds}: {name}{left}"
-            print(f"\r{line:<70}", end="", file=sys.stderr, flush=True)
-            time.sleep(0.02)  # threads of other libraries spin for a while when their work is done;
-            for _ in range(20):  # and those of PyTorch have to be woken
-                awake.add_(1)
-            begun = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if i >= warmup:
-                times[name].append(time.perf_counter() - begun)
-    print(f"\r{'':70}\r", end="", file=sys.stderr, flush=True)
-    return times
-
-
-def summarize(times: dict[str, list[float]], baseline: str) -> dict[str, dict]:
-    """Median, quartiles (ms) and the median of the ratios to the baseline in the same round."""
-    rows = {}
-    for name, values in times.items():
-        ratios = [a / b for a, b in zip(values, times[baseline], strict=True)]
-        low, _, high = (
-            statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-        )
-        rows[name] = {
-            "median_ms": 1e3 * statistics.median(values),
-            "quartiles_ms": [1e3 * low, 1e3 * high],
-            "ratio": statistics.median(ratios),
-        }
-    return rows
-
-
-def header(name: str, device: torch.device, args: argparse.Namespace) -> dict:
-    """What every benchmark's JSON begins with."""
-    return {
-        "benchmark": name,
-        "hardware": hardware(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "rounds": args.rounds,
-    }
-
-
-def model_shape(args: argparse.Namespace) -> ModelConfig:
-    """The encoder that --layers, --hidden and --vocab describe, with a head of three labels."""
-    try:
-        return ModelConfig(
-            vocab_size=args.vocab,
-            hidden_size=args.hidden,
-            num_layers=args.layers,
-            num_heads=max(1, args.hidden // 64),
-            ffn_size=4 * args.hidden,
-            max_tokens=max(512, args.tokens),
-            head="sequence",
-            num_labels=3,
-        )
-    except UserError as error:
-        raise UserError(f"--vocab, --layers, --hidden or --tokens: {error}") from None
+from train import MINI, choose_device
 
 
 # ----------------------------------------------------------------------------------------- matmul
@@ -135,14 +74,6 @@ def bench_matmul(args: argparse.Namespace, device: torch.device) -> dict:
                 rows.append({"name": name, "M": M, "K": K, "N": N, **row})
     result = header("matmul", device, args)
     return {**result, "shape": {"hidden": C}, "fp32_peak_gflops": peak, "rows": rows}
-
-
-def repeat(function: Callable, calls: int) -> Callable:
-    def run() -> None:
-        for _ in range(calls):
-            function()
-
-    return run
 
 
 def measured_peak(device: torch.device) -> float:
@@ -221,11 +152,6 @@ def bench_model(args: argparse.Namespace, device: torch.device) -> dict:
                 rows.append({"name": name, "batch_size": batch_size, **row})
     shape = {k: getattr(args, k) for k in ("layers", "hidden", "vocab", "tokens")}
     return {**header("model", device, args), "shape": shape, "rows": rows}
-
-
-def random_ids(rows: int, args: argparse.Namespace, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(rows)
-    return torch.randint(4, args.vocab - 1, (rows, args.tokens), generator=generator).to(device)
 
 
 def peaks_of(
@@ -348,16 +274,7 @@ def bench_train(args: argparse.Namespace, device: torch.device) -> dict:
         if quantized:
             prepare(model, QuantConfig(noise=args.noise))
         model.to(device).train()
-        optimizers = make_optimizers(model, config.weight_decay)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = 1e-5
-        turn = iter(range(10**9))
-
-        def step() -> None:
-            batch = batches[next(turn) % len(batches)]
-            train_step(model, teacher if parts else None, batch, optimizers, config, parts)
-
-        return step
+        return training_step(model, teacher if parts else None, batches, config, parts)[0]
 
     batches = [random_batch(args.batch_size, args.tokens, args.vocab, device) for _ in range(4)]
     variants = {
@@ -372,15 +289,6 @@ def bench_train(args: argparse.Namespace, device: torch.device) -> dict:
     names = ("layers", "hidden", "vocab", "batch_size", "tokens")
     shape = {name: getattr(args, name) for name in names}
     return {**header("train", device, args), "shape": shape, "noise": args.noise, "rows": rows}
-
-
-def random_batch(size: int, tokens: int, vocab: int, device: torch.device) -> Batch:
-    """A batch like length-bucketed ones: a few rows are a little shorter, so masks are used."""
-    ids = torch.randint(4, vocab - 1, (size, tokens))
-    lengths = torch.randint(max(1, tokens - 4), tokens + 1, (size, 1))
-    mask = torch.arange(tokens) < lengths
-    labels = torch.randint(3, (size,))
-    return Batch(ids.masked_fill(~mask, 1), mask, labels, int(mask.sum())).to(device)
 
 
 def train_table(result: dict) -> str:
@@ -436,17 +344,26 @@ def rows_table(result: dict) -> str:
     )
 
 
-def spread(row: dict) -> str:
-    digits = 3 if row["median_ms"] < 10 else 1
-    return " - ".join(f"{value:,.{digits}f}" for value in row["quartiles_ms"])
-
-
 BENCHMARKS = {  # name -> (function, its table, help)
     "matmul": (bench_matmul, matmul_table, "one Linear layer in fp32, bf16, int8"),
     "model": (bench_model, model_table, "latency, file size and memory of the whole model"),
     "rows": (bench_rows, rows_table, "real texts end to end: tokenize, batch, run"),
     "train": (bench_train, train_table, "a step of FP32, QAT and SDQ training"),
+    "tt": (bench_tt, tt_table, "tensor trains: a layer, the model of ATIS, its training"),
 }
+BASE = PRESETS["xlmr-base"]
+INTEGERS = {  # option -> (default, help)
+    "layers": (BASE.num_layers, "layers"),
+    "hidden": (BASE.hidden_size, "hidden size, a multiple of 64"),
+    "vocab": (BASE.vocab_size, "rows of the embedding table"),
+    "batch-size": (16, "train, tt: sequences a step"),
+    "tokens": (128, "train, model, tt: tokens a sequence; rows: at most so many"),
+    "rows": (2000, "rows: pairs of sentences"),
+    "rank": (20, "tt: of the tensor trains"),
+    "rounds": (20, "measured rounds; two more warm up"),
+}
+# tt: the words of ATIS and the mean length of its sentences, with <s> and </s>.
+OF_TT = {"layers": 2, "vocab": 614, "batch-size": 32, "tokens": 14}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -459,27 +376,18 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    base = PRESETS["xlmr-base"]
     parser.add_argument("what", choices=list(BENCHMARKS), help="see below")
-    integers = {
-        "layers": (base.num_layers, "layers"),
-        "hidden": (base.hidden_size, "hidden size, a multiple of 64"),
-        "vocab": (base.vocab_size, "rows of the embedding table"),
-        "batch-size": (16, "train: sequences a step"),
-        "tokens": (128, "train, model: tokens a sequence; rows: at most so many"),
-        "rows": (2000, "rows: pairs of sentences"),
-        "rounds": (20, "measured rounds; two more warm up"),
-    }
-    for name, (default, text) in integers.items():
+    for name, (default, text) in INTEGERS.items():
+        defaults = f"{default}; tt: {OF_TT[name]}" if name in OF_TT else str(default)
         parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})"
+            f"--{name}", type=int, metavar="N", help=f"{text} (default: {defaults})"
         )
     parser.add_argument(
         "--sizes",
         type=int,
         nargs="+",
         metavar="N",
-        help="matmul: rows M (default: 1 16 128 1024 4096, on CUDA 16384); model: batch sizes (default: 1 8 32)",
+        help="matmul: rows M (default: 1 16 128 1024 4096, on CUDA 16384); model: batch sizes (default: 1 8 32); tt: tokens of one layer (default: 4096)",
     )
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="rows: a SentencePiece model (default: the built-in)"
@@ -497,7 +405,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    for name in ("layers", "hidden", "vocab", "batch_size", "tokens", "rows", "rounds"):
+    for option, (default, _) in INTEGERS.items():
+        name = option.replace("-", "_")
+        if getattr(args, name) is None:
+            setattr(args, name, OF_TT.get(option, default) if args.what == "tt" else default)
         if getattr(args, name) < (8 if name == "vocab" else 1):
             raise UserError(f"{flag(name)} {getattr(args, name)}: choose a larger number")
     if args.threads is not None and args.threads < 1:
@@ -505,7 +416,7 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.noise <= 1:
         raise UserError(f"--noise {args.noise}: choose a fraction from 0 to 1")
     larger = [16384] if torch.cuda.is_available() and args.device != "cpu" else []
-    sizes = {"matmul": [1, 16, 128, 1024, 4096, *larger]}
+    sizes = {"matmul": [1, 16, 128, 1024, 4096, *larger], "tt": [4096]}
     args.sizes = args.sizes or sizes.get(args.what, [1, 8, 32])
     if min(args.sizes) < 1:
         raise UserError(f"--sizes {min(args.sizes)}: choose 1 or more")
