@@ -4,11 +4,15 @@ does.
     python plot.py out/*/results.json --out accuracy.png     # accuracy against bits, mean and spread over seeds
     python plot.py out/NAME/results.json --out languages.png # one run: every language
     python plot.py out/NAME/results.json --errors --out errors.png    # train.py --analyze: error by layer
-    python plot.py train.json --out steps.png                # bench.py train|rows|model|matmul --json
+    python plot.py out/atis*/results.json --sweep --out sweep.png     # tensor trains: accuracy against size
+    python plot.py out/*/results.json --curves --out curves.png      # layer by layer: accuracy against step
+    python plot.py train.json --out steps.png                # bench.py train|rows|model|matmul|tt --json
 """
 
 import argparse
+import glob
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,6 +27,8 @@ COLORS = {
     "qat": "#7570b3",
     "sdq": "#1b9e77",
 }
+ORDER_COLORS = {"bottom-up": "#1b9e77", "top-down": "#d95f02", "together": "#7570b3"}
+BITS_COLORS = {32: COLORS["fp32"], 8: "#1b9e77", 4: "#7570b3", 2: "#d95f02"}
 
 
 def draw_bits(axes, runs: list[dict]) -> None:
@@ -50,6 +56,8 @@ def draw_bits(axes, runs: list[dict]) -> None:
     seeds = max(len(entry["en"]) for entry in values.values())
     config = runs[0]["config"]
     axes.set_title(f"{config['task']} {config['eval_split']}, {runs[0]['model']}, {seeds} seeds")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
 
 
 def draw_languages(axes, run: dict) -> None:
@@ -66,6 +74,8 @@ def draw_languages(axes, run: dict) -> None:
     axes.set_title(
         f"{config['task']} {config['eval_split']}, {run['model']}, W{config['bits']}A{config['act_bits']}"
     )
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
 
 
 def error_places(run: dict) -> list[str]:
@@ -91,6 +101,133 @@ def draw_errors(axes, run: dict) -> None:
     axes[0].figure.suptitle(
         f"{run['model']}, W{config['bits']}A{config['act_bits']}, against its float32 self"
     )
+
+
+# ---------------------------------------------------------------------------------- tensor trains
+def read_runs(patterns: list[str]) -> dict[str, dict]:
+    """Path -> results.json, of runs that may differ in anything. Wildcards are expanded here."""
+    paths = [path for pattern in patterns for path in (sorted(glob.glob(pattern)) or [pattern])]
+    runs = {}
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as file:
+                run = json.load(file)
+            run["config"]["seed"], run["config"]["bits"], run["model"], run["methods"].items()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(f"{path} is not a results.json of train.py") from None
+        runs[path] = run
+    return runs
+
+
+def read_sweep(patterns: list[str]) -> tuple[dict, dict]:
+    """(config, points) of runs of a joint task: (bits, rank) -> seed -> (MB, intents, slot F1).
+
+    Rank 0 is the dense model. Of every run the float32 row, and the last one that was trained.
+    """
+    runs, points = read_runs(patterns), {}
+    for path, run in runs.items():
+        config, methods = run["config"], run["methods"]
+        rank, bits, seed = config.get("tt_rank", 0), config["bits"], config["seed"]
+        trained = [name for name in methods if name in ("qat", "sdq")]
+        try:
+            if "fp32" in methods:  # of a pretrained model it is dense: only students are trains
+                full = rank if config["model"] == "scratch" else 0
+                points.setdefault((32, full), {}).setdefault(seed, figures(methods["fp32"]))
+            if trained:
+                entry = points.setdefault((bits, rank), {})
+                if seed in entry and bits != 32:
+                    raise UserError(
+                        f"{path}: a second run of rank {rank}, {bits} bits, seed {seed}"
+                    )
+                entry[seed] = figures(methods[trained[-1]])
+        except KeyError:
+            raise UserError(f"{path} has no slots: --sweep draws runs of atis or snips") from None
+    return next(iter(runs.values()))["config"], points
+
+
+def figures(row: dict) -> tuple[float, float, float]:
+    found = row["languages"]["en"]
+    return row["size_bytes"] / 1e6, found["accuracy"], found["slot_f1"]
+
+
+def draw_sweep(axes, sweep: tuple[dict, dict]) -> None:
+    """Intents and slots against the size of the file: a line a width, a point a rank, an error bar
+    a standard deviation over seeds; the dense models stand alone.
+    """
+    config, points = sweep
+    for i, (panel, title) in enumerate(zip(axes, ("intent accuracy", "slot F1"), strict=True)):
+        for bits in sorted({bits for bits, _ in points}, reverse=True):
+            color, width = BITS_COLORS.get(bits), "float32" if bits == 32 else f"{bits} bits"
+            for is_dense in (False, True):
+                ranks = sorted(r for b, r in points if b == bits and (r == 0) == is_dense)
+                if not ranks:
+                    continue
+                seeds = [list(points[bits, rank].values()) for rank in ranks]
+                sizes = [statistics.fmean(seed[0] for seed in entry) for entry in seeds]
+                values = [[seed[i + 1] for seed in entry] for entry in seeds]
+                means = [statistics.fmean(each) for each in values]
+                deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+                label = f"dense, {width}" if is_dense else f"tensor trains, {width}"
+                panel.errorbar(
+                    sizes, means, deviations, color=color, capsize=3, marker="D" if is_dense else "o",
+                    ls="" if is_dense else "-", label=None if i else label,
+                )  # fmt: skip
+                if is_dense and bits == 32:
+                    panel.axhline(means[0], color=color, lw=0.8, ls="--")
+                for rank, size, mean in zip(ranks, sizes, means, strict=True):
+                    if rank:
+                        panel.annotate(
+                            str(rank),
+                            (size, mean),
+                            (4, -10),
+                            textcoords="offset points",
+                            fontsize=7,
+                        )
+        panel.set(xscale="log", xlabel="MB on disk", ylabel=f"{title}, %")
+        panel.grid(axis="y", alpha=0.3)
+    axes[0].figure.suptitle(f"{config['task']} {config['eval_split']}; numbers are ranks")
+
+
+def read_curves(patterns: list[str]) -> dict[str, list[list]]:
+    """Order of layer-by-layer distillation -> a run's [step, accuracy on dev] pairs each."""
+    curves = {}
+    for path, run in read_runs(patterns).items():
+        curve = run["methods"].get("sdq", {}).get("dev_curve") or logged_curve(path)
+        if not curve:
+            raise UserError(f"{path}: neither it nor a log.jsonl beside it has looks at dev of sdq")
+        curves.setdefault(run["config"].get("order", "bottom-up"), []).append(curve)
+    return curves
+
+
+def logged_curve(path: str) -> list[list]:
+    """The same from the log beside a results.json; empty if there is none."""
+    curve = []
+    try:
+        with open(os.path.join(os.path.dirname(path), "log.jsonl"), encoding="utf-8") as file:
+            for line in file:
+                if '"dev_accuracy"' in line:
+                    record = json.loads(line)
+                    if record["method"] == "sdq":
+                        curve.append([record["step"], record["dev_accuracy"]])
+    except (OSError, ValueError, LookupError):
+        return []
+    return curve
+
+
+def draw_curves(axes, curves: dict[str, list[list]]) -> None:
+    """Accuracy on dev while students are trained: a thin line a seed, a thick one for their mean."""
+    for order, runs in curves.items():
+        color = ORDER_COLORS.get(order, COLORS["fp32"])
+        for curve in runs:
+            axes.plot(*zip(*curve, strict=True), color=color, lw=0.6, alpha=0.5)
+        steps = sorted(set.intersection(*({step for step, _ in curve} for curve in runs)))
+        means = [statistics.fmean(dict(curve)[step] for curve in runs) for step in steps]
+        seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+        axes.plot(steps, means, color=color, lw=2.2, label=f"{order}, {seeds}")
+    axes.set(xlabel="step", ylabel="accuracy on English dev, %")
+    axes.set_title("Layer-by-layer distillation: the order in which blocks join")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
 
 
 # ------------------------------------------------------------------------------------- benchmarks
@@ -170,11 +307,36 @@ def draw_matmul(axes, result: dict) -> None:
     axes[0].figure.suptitle(f"One Linear layer; {machine(result)}")
 
 
+def draw_tt(axes, result: dict) -> None:
+    """bench.py tt: the latency of the whole model, a panel a batch size."""
+    rows, tokens = result["models"], result["shape"]["tokens"]
+    sizes = dict.fromkeys(row["batch_size"] for row in rows)
+    for panel, size in zip(axes, sizes, strict=True):
+        mine = [row for row in rows if row["batch_size"] == size]
+        for i, row in enumerate(mine):
+            low, high = row["quartiles_ms"]
+            median = row["median_ms"]
+            is_train, is_float = row["name"].startswith("TT"), "fp32" in row["name"]
+            color = BITS_COLORS[4 if not is_float else 8] if is_train else COLORS["fp32"]
+            panel.barh(i, median, xerr=[[median - low], [high - median]], color=color, capsize=3)
+            text = f"  {median:.2f} ms, {1 / row['ratio']:.2f}x"
+            panel.text(max(median, high), i, text, va="center", fontsize=8)
+        panel.set(xlabel=f"ms for {size} x {tokens} tokens")
+        panel.set_xlim(right=1.6 * max(row["quartiles_ms"][1] for row in mine))
+    names = [f"{row['name']}\n{row['size_bytes'] / 1e6:,.2f} MB" for row in mine]
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].invert_yaxis()  # the panels share it
+    shape = result["shape"]
+    size = f"{shape['layers']} layers of {shape['hidden']}, rank {shape['rank']}"
+    axes[0].figure.suptitle(f"Tensor trains, {size}; {machine(result)}", fontsize=10)
+
+
 BENCHMARKS = {  # name -> (how to draw it, panels, size in inches)
     "train": (draw_steps, 1, (8, 2.6)),
     "rows": (draw_rows, 1, (8, 2.8)),
     "model": (draw_model, 1, (8, 4)),
     "matmul": (draw_matmul, 3, (8, 3.6)),
+    "tt": (draw_tt, 2, (9, 3.6)),
 }
 
 
@@ -191,16 +353,40 @@ def read_benchmark(path: str) -> dict | None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Figures from results.json and bench.py's JSON.")
     parser.add_argument("files", nargs="+", metavar="JSON")
-    parser.add_argument(
-        "--errors", action="store_true", help="error by layer, of train.py --analyze"
-    )
+    kinds = parser.add_mutually_exclusive_group()
+    for name, text in (
+        ("errors", "error by layer, of train.py --analyze"),
+        ("sweep", "atis or snips: accuracy against size, of several --tt-rank and --bits"),
+        ("curves", "accuracy on dev against step, by --order of --distill layerwise"),
+    ):
+        kinds.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=text)
     parser.add_argument("--out", required=True, metavar="FILE", help="a .png or .svg file")
     return parser
 
 
-def draw(files: list[str], out: str, errors: bool) -> None:
+def plan(files: list[str], kind: str | None) -> tuple:
+    """(how to draw it, what, panels, size in inches) of the figure that is asked for."""
+    if kind == "sweep":
+        return draw_sweep, read_sweep(files), 2, (9, 4)
+    if kind == "curves":
+        return draw_curves, read_curves(files), 1, (8, 4)
     benchmark = read_benchmark(files[0])
-    runs = [] if benchmark else read_results(files)
+    if benchmark:
+        draw_benchmark, panels, size = BENCHMARKS[benchmark["benchmark"]]
+        return draw_benchmark, benchmark, panels, size
+    runs = read_results(files)
+    if kind == "errors":
+        if len(runs) != 1:
+            raise UserError("--errors draws one results.json of train.py --analyze")
+        panels = len(error_places(runs[0]))
+        return draw_errors, runs[0], panels, (2.4 * panels, 3.2)
+    if len(runs) == 1:
+        return draw_languages, runs[0], 1, (8, 4)
+    return draw_bits, runs, 1, (8, 4)
+
+
+def draw(files: list[str], out: str, kind: str | None) -> None:
+    draw_it, what, panels, size = plan(files, kind)
     try:
         import matplotlib
     except ImportError:
@@ -208,27 +394,11 @@ def draw(files: list[str], out: str, errors: bool) -> None:
     matplotlib.use("Agg")  # no window
     from matplotlib import pyplot
 
-    if errors and len(runs) != 1:
-        raise UserError("--errors draws one results.json of train.py --analyze")
-    if benchmark:
-        draw_benchmark, panels, size = BENCHMARKS[benchmark["benchmark"]]
-    else:
-        panels = len(error_places(runs[0])) if errors else 1
-        size = (2.4 * panels, 3.2) if errors else (8, 4)
-    figure, axes = pyplot.subplots(1, panels, figsize=size, sharey=True, layout="constrained")
-    if benchmark:
-        draw_benchmark(axes, benchmark)
-    elif errors:
-        draw_errors(axes, runs[0])
-    elif len(runs) == 1:
-        draw_languages(axes, runs[0])
-    else:
-        draw_bits(axes, runs)
-    if runs and not errors:
-        axes.grid(axis="y", alpha=0.3)
-        axes.legend(frameon=False)
-    if panels > 1:
-        figure.legend(frameon=False, loc="outside lower center", ncols=6)
+    shared = kind != "sweep"  # its panels show different things
+    figure, axes = pyplot.subplots(1, panels, figsize=size, sharey=shared, layout="constrained")
+    draw_it(axes, what)
+    if any(panel.get_legend_handles_labels()[0] for panel in figure.axes) and panels > 1:
+        figure.legend(frameon=False, loc="outside lower center", ncols=6 if shared else 4)
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
     try:
@@ -240,7 +410,7 @@ def draw(files: list[str], out: str, errors: bool) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    return exit_status(lambda: draw(args.files, args.out, args.errors))
+    return exit_status(lambda: draw(args.files, args.out, args.kind))
 
 
 if __name__ == "__main__":

@@ -422,7 +422,9 @@ class LearnedScale(nn.Module):
 
     The gradient of s is q - x/s inside the grid and the bound outside, summed and divided by
     sqrt(N Q_max), so that it is of the size of a weight's (LSQ, Esser et al. 2020, sec. 2.1-2.2).
-    s starts at max|x| / (2^(b-1) - 1): nothing is clipped (Yang et al. 2023).
+    s starts at max|x| / (2^(b-1) - 1): nothing is clipped (Yang et al. 2023). With search, at the
+    scale below that of the least squared error: at 2 bits the largest number of a Gaussian core
+    would round nearly all others to 0.
 
     NOTE: differs from the paper: log s is the parameter. s stays positive, and Adam, whose steps
     are as large as the learning rate, moves it by a fraction of itself. A step of 5e-4 would be a
@@ -431,11 +433,13 @@ class LearnedScale(nn.Module):
 
     per_row = False
 
-    def __init__(self, bits: int, x: Tensor):
+    def __init__(self, bits: int, x: Tensor, search: bool = False):
         super().__init__()
         self.bits = bits
         self.quant_min, self.quant_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         scale = x.detach().abs().amax().div(self.quant_max).clamp(min=SMALLEST_SCALE)
+        if search:
+            scale *= best_clip(x.detach(), self.quant_min, self.quant_max, True, per_row=False)
         self.log_scale = nn.Parameter(scale.log())
         self.register_buffer("fixed_scale", None, persistent=False)  # see WeightQuantizer
 
@@ -613,7 +617,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
                     child = child.quantized(config, *acts).to(child.cores[0].device)
                     setattr(module, name, child)
                 elif config.weight_bits != 32:
-                    child.quantize_cores(config.weight_bits)
+                    child.quantize_cores(config)
                 if config.weight_bits != 32:
                     for k, core in enumerate(child.cores):
                         replaced[f"{full}.cores.{k}"] = core.numel()

@@ -190,8 +190,9 @@ class TensorTrain(nn.Module):
         pairs = zip(self.cores, self.core_quantizers, strict=True)
         return [quantizer(core) for core, quantizer in pairs]
 
-    def quantize_cores(self, bits: int) -> None:
-        self.core_quantizers = nn.ModuleList(LearnedScale(bits, core) for core in self.cores)
+    def quantize_cores(self, config: QuantConfig) -> None:
+        bits, search = config.weight_bits, config.weight_range == "mse"
+        self.core_quantizers = nn.ModuleList(LearnedScale(bits, c, search) for c in self.cores)
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -290,9 +291,9 @@ class QuantTTLinear(TTLinear):
         self.A_quantizer, self.B_quantizer = nn.Identity(), nn.Identity()
         if config.weight_bits == 32:
             return
-        self.quantize_cores(config.weight_bits)
+        self.quantize_cores(config)
         if config.act_bits != 32:
-            merged = replace(config, weight_bits=8, noise=1.0)
+            merged = replace(config, weight_bits=8, weight_range="minmax", noise=1.0)
             self.A_quantizer = WeightQuantizer(merged, per_row=True, multiplied=True)
             self.B_quantizer = WeightQuantizer(merged, per_row=True, multiplied=True)
 
