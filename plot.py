@@ -105,16 +105,22 @@ def draw_errors(axes, run: dict) -> None:
 
 # ---------------------------------------------------------------------------------- tensor trains
 def read_runs(patterns: list[str]) -> dict[str, dict]:
-    """Path -> results.json, of runs that may differ in anything. Wildcards are expanded here."""
+    """Path -> results.json, of runs of one task. Wildcards are expanded here."""
     paths = [path for pattern in patterns for path in (sorted(glob.glob(pattern)) or [pattern])]
     runs = {}
     for path in paths:
         try:
             with open(path, encoding="utf-8") as file:
                 run = json.load(file)
-            run["config"]["seed"], run["config"]["bits"], run["model"], run["methods"].items()
+            config = run["config"]
+            config["task"], config["eval_split"], config["model"], config["bits"], config["seed"]
+            run["methods"].items()
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{path} is not a results.json of train.py") from None
+        first = next(iter(runs.values()), run)["config"]
+        for name in ("task", "eval_split"):
+            if config[name] != first[name]:
+                raise UserError(f"{path} and {paths[0]} differ in --{name.replace('_', '-')}")
         runs[path] = run
     return runs
 
@@ -155,37 +161,37 @@ def draw_sweep(axes, sweep: tuple[dict, dict]) -> None:
     a standard deviation over seeds; the dense models stand alone.
     """
     config, points = sweep
-    for i, (panel, title) in enumerate(zip(axes, ("intent accuracy", "slot F1"), strict=True)):
-        for bits in sorted({bits for bits, _ in points}, reverse=True):
-            color, width = BITS_COLORS.get(bits), "float32" if bits == 32 else f"{bits} bits"
-            for is_dense in (False, True):
-                ranks = sorted(r for b, r in points if b == bits and (r == 0) == is_dense)
-                if not ranks:
-                    continue
-                seeds = [list(points[bits, rank].values()) for rank in ranks]
-                sizes = [statistics.fmean(seed[0] for seed in entry) for entry in seeds]
-                values = [[seed[i + 1] for seed in entry] for entry in seeds]
-                means = [statistics.fmean(each) for each in values]
-                deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-                label = f"dense, {width}" if is_dense else f"tensor trains, {width}"
-                panel.errorbar(
-                    sizes, means, deviations, color=color, capsize=3, marker="D" if is_dense else "o",
-                    ls="" if is_dense else "-", label=None if i else label,
-                )  # fmt: skip
-                if is_dense and bits == 32:
-                    panel.axhline(means[0], color=color, lw=0.8, ls="--")
-                for rank, size, mean in zip(ranks, sizes, means, strict=True):
-                    if rank:
-                        panel.annotate(
-                            str(rank),
-                            (size, mean),
-                            (4, -10),
-                            textcoords="offset points",
-                            fontsize=7,
-                        )
-        panel.set(xscale="log", xlabel="MB on disk", ylabel=f"{title}, %")
-        panel.grid(axis="y", alpha=0.3)
-    axes[0].figure.suptitle(f"{config['task']} {config['eval_split']}; numbers are ranks")
+    lines = {}  # (bits, whether it is dense) -> rank -> figures of each seed
+    for (bits, rank), seeds in sorted(points.items(), key=lambda item: (-item[0][0], item[0][1])):
+        lines.setdefault((bits, rank == 0), {})[rank] = list(seeds.values())
+    for i, title in enumerate(("intent accuracy", "slot F1")):
+        for (bits, is_dense), line in lines.items():
+            draw_width(axes[i], i + 1, bits, is_dense, line)
+        axes[i].set(xscale="log", xlabel="MB on disk", ylabel=f"{title}, %")
+        axes[i].grid(axis="y", alpha=0.3)
+    seeds = max(map(len, points.values()))
+    title = f"{config['task']} {config['eval_split']}, {seeds} seeds; numbers are ranks"
+    axes[0].figure.suptitle(title)
+
+
+def draw_width(panel, column: int, bits: int, is_dense: bool, line: dict[int, list]) -> None:
+    """One line of draw_sweep. column: of the figures, 1 intents or 2 slots."""
+    sizes = [statistics.fmean(seed[0] for seed in seeds) for seeds in line.values()]
+    values = [[seed[column] for seed in seeds] for seeds in line.values()]
+    means = [statistics.fmean(each) for each in values]
+    deviations = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+    kind, marker, style = ("dense", "D", "") if is_dense else ("tensor trains", "o", "-")
+    width = "float32" if bits == 32 else f"{bits} bits"
+    label = f"{kind}, {width}" if column == 1 else None
+    color, looks = BITS_COLORS.get(bits), {"marker": marker, "ls": style, "capsize": 3}
+    panel.errorbar(sizes, means, deviations, label=label, color=color, **looks)
+    if is_dense and bits == 32:
+        panel.axhline(means[0], color=color, lw=0.8, ls="--")
+    if is_dense:
+        return
+    for place in zip(line, sizes, means, strict=True):
+        above = {"textcoords": "offset points", "fontsize": 7, "color": color}
+        panel.annotate(str(place[0]), place[1:], (-4, 5), ha="right", **above)
 
 
 def read_curves(patterns: list[str]) -> dict[str, list[list]]:
@@ -216,8 +222,10 @@ def logged_curve(path: str) -> list[list]:
 
 def draw_curves(axes, curves: dict[str, list[list]]) -> None:
     """Accuracy on dev while students are trained: a thin line a seed, a thick one for their mean."""
-    for order, runs in curves.items():
-        color = ORDER_COLORS.get(order, COLORS["fp32"])
+    for order, color in ORDER_COLORS.items():
+        runs = curves.get(order)
+        if not runs:
+            continue
         for curve in runs:
             axes.plot(*zip(*curve, strict=True), color=color, lw=0.6, alpha=0.5)
         steps = sorted(set.intersection(*({step for step, _ in curve} for curve in runs)))
@@ -319,10 +327,10 @@ def draw_tt(axes, result: dict) -> None:
             is_train, is_float = row["name"].startswith("TT"), "fp32" in row["name"]
             color = BITS_COLORS[4 if not is_float else 8] if is_train else COLORS["fp32"]
             panel.barh(i, median, xerr=[[median - low], [high - median]], color=color, capsize=3)
-            text = f"  {median:.2f} ms, {1 / row['ratio']:.2f}x"
+            text = f"  {median:.2f} ms, {1 / row['ratio']:.2f}x as fast"
             panel.text(max(median, high), i, text, va="center", fontsize=8)
         panel.set(xlabel=f"ms for {size} x {tokens} tokens")
-        panel.set_xlim(right=1.6 * max(row["quartiles_ms"][1] for row in mine))
+        panel.set_xlim(right=1.9 * max(row["quartiles_ms"][1] for row in mine))
     names = [f"{row['name']}\n{row['size_bytes'] / 1e6:,.2f} MB" for row in mine]
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0].invert_yaxis()  # the panels share it

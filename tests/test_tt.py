@@ -1,0 +1,796 @@
+"""tt.py against brute force: entries from the digits of their row and column, errors from discarded
+singular values in float64, gradients by finite differences, sizes from a paper.
+"""
+
+import doctest
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_ids
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import tt
+from data import UserError
+from model import (
+    TAPS,
+    Model,
+    ModelConfig,
+    build_model,
+    checkpoint_payload,
+    load_checkpoint,
+    save_atomically,
+    set_dropout,
+    with_head,
+)
+from tt import (
+    TensorTrain,
+    TTConfig,
+    TTLinear,
+    TTMEmbedding,
+    balanced,
+    clip_ranks,
+    contract,
+    contract_table,
+    count_flops,
+    count_parameters,
+    factorize,
+    pad_factors,
+    tensorize,
+    tt_svd,
+)
+
+FULL = 10**6  # more than any rank here: clip_ranks makes full ranks of it
+LAYERS = [  # output modes, input modes, rank
+    ((5,), (7,), 3),
+    ((4, 3), (2, 5), 3),
+    ((5, 1), (3, 2), 4),
+    ((4, 3, 2), (2, 3, 3), 5),
+    ((2, 3), (4, 2, 2), 3),
+    ((3, 2, 2, 2), (2, 1, 2, 3), 4),
+    ((4, 3), (2, 5), (1, 2, 6, 3, 1)),  # explicit, also beyond what a side can use
+]
+TABLES = [  # rows, row modes, column modes, rank
+    (11, (4, 3), (2, 3), 4),
+    (12, (4, 3), (3, 2), 1),
+    (23, (3, 3, 3), (1, 2, 2), 5),
+    (31, (3, 3, 2, 2), (1, 2, 2, 3), 3),
+    (13, (5, 3), (2, 2), (1, 7, 1)),
+]
+
+
+def digits(index, modes):
+    """Of an index, the first one counting most."""
+    found = []
+    for n in reversed(modes):
+        index, digit = divmod(index, n)
+        found.append(digit)
+    return found[::-1]
+
+
+def brute_matrix(layer):
+    """W (out, in) of a TTLinear, an entry at a time: a product of one matrix a digit."""
+    modes = layer.modes
+    entries = []
+    for index in range(math.prod(modes)):  # rows, then columns: as they are folded
+        entry = torch.ones(1, 1, dtype=layer.cores[0].dtype)
+        for core, digit in zip(layer.cores, digits(index, modes), strict=True):
+            entry = entry @ core[:, digit]
+        entries.append(entry.squeeze())
+    return torch.stack(entries).view(layer.out_features, layer.in_features)
+
+
+def brute_table(table):
+    """All rows of a TTMEmbedding, those of the padding included, an entry at a time."""
+    rows, columns = (
+        itertools.product(*map(range, m)) for m in (table.row_modes, table.column_modes)
+    )
+    entries, columns = [], list(columns)
+    for row, column in itertools.product(rows, columns):
+        entry = torch.ones(1, 1, dtype=table.cores[0].dtype)
+        for core, i, j in zip(table.cores, row, column, strict=True):
+            entry = entry @ core[:, i, j]
+        entries.append(entry.squeeze())
+    return torch.stack(entries).view(-1, table.embedding_dim)
+
+
+def outer(cores):
+    """All entries of a tensor train in float64, (n_1, m_1, n_2, ...), one core after the other."""
+    x = cores[0].detach().double()
+    for core in cores[1:]:
+        x = torch.tensordot(x, core.detach().double(), dims=1)
+    return x.squeeze(0).squeeze(-1)
+
+
+def dense(module):
+    """The matrix or the padded table of a tensor train, for shapes too large for brute force."""
+    if isinstance(module, TTLinear):
+        return outer(module.cores).reshape(module.out_features, module.in_features)
+    d = len(module.row_modes)
+    order = [*range(0, 2 * d, 2), *range(1, 2 * d, 2)]
+    return outer(module.cores).permute(order).reshape(-1, module.embedding_dim)
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+# --------------------------------------------------------------------------------- modes and ranks
+def test_docstring_examples():
+    found = doctest.testmod(tt)
+    assert found.failed == 0 and found.attempted >= 3
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 4])
+def test_factors_have_the_least_sum_by_brute_force(d):
+    for n in [*range(1, 130), 768, 1021, 3072]:
+        divisors = [k for k in range(1, n + 1) if n % k == 0]
+        every = itertools.combinations_with_replacement(divisors, d)
+        least = min(sum(factors) for factors in every if math.prod(factors) == n)
+        found = factorize(n, d)
+        assert len(found) == d and math.prod(found) == n and sum(found) == least
+        assert list(found) == sorted(found)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 5])
+def test_padded_factors_are_the_smallest_nearly_equal_ones(d):
+    for n in [*range(1, 300), 800, 867, 5002] + [250002] * (d > 1):
+        largest = math.ceil(n ** (1 / d)) + 1
+        nearly_equal = [
+            (k + 1) ** j * k ** (d - j) for k in range(1, largest) for j in range(d + 1)
+        ]
+        found = pad_factors(n, d)
+        assert len(found) == d and max(found) - min(found) <= 1
+        assert math.prod(found) == min(size for size in nearly_equal if size >= n)
+
+
+def test_ranks_are_no_more_than_either_side_can_use():
+    modes = (3, 4, 2, 5, 2)
+    sides = [(1, 240), (3, 80), (12, 20), (24, 10), (120, 2), (240, 1)]
+    assert clip_ranks(modes, FULL) == tuple(min(pair) for pair in sides) == (1, 3, 12, 10, 2, 1)
+    assert clip_ranks(modes, 4) == (1, 3, 4, 4, 2, 1)
+    assert clip_ranks(modes, 1) == (1,) * 6
+    assert clip_ranks(modes, [1, 9, 8, 7, 6, 1]) == (1, 9, 8, 7, 6, 1)
+
+
+@pytest.mark.parametrize(
+    "ranks", [(1, 2, 1), (1, 2, 2, 2, 1), (2, 2, 2, 1), (1, 2, 2, 3), (1, 0, 2, 1)]
+)
+def test_wrong_explicit_ranks_are_refused(ranks):
+    with pytest.raises(ValueError, match="3 cores need 4 ranks from 1 to 1"):
+        clip_ranks((4, 4, 4), ranks)
+    with pytest.raises(ValueError, match="ranks from 1 to 1"):
+        TTLinear((4, 4), (4,), ranks)
+
+
+def test_too_few_rows_are_refused():
+    with pytest.raises(ValueError, match="make fewer than 13 rows"):
+        TTMEmbedding(13, (4, 3), (2, 2), 3)
+
+
+# ------------------------------------------------------------------------------------------- sizes
+def numbers(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_sizes_of_the_paper():
+    """Yang et al. 2023 (arXiv 2306.01076): ATIS, two layers of BERT base."""
+    config = TTConfig(rank=20)
+    sizes = {}
+    with torch.device("meta"):
+        for out, n in ((768, 768), (768, 3072), (3072, 768)):
+            layer = TTLinear.like(nn.Linear(n, out), config)
+            sizes[out, n] = numbers(layer.cores)
+            assert sizes[out, n] == count_parameters(layer.modes, layer.ranks)
+            assert layer.out_features == out and layer.in_features == n and len(layer.bias) == out
+            assert (layer.modes[:3], layer.modes[3:]) == {
+                (768, 768): ((12, 8, 8), (8, 8, 12)),
+                (768, 3072): ((12, 8, 8), (12, 16, 16)),
+                (3072, 768): ((16, 16, 12), (8, 8, 12)),
+            }[out, n]
+    assert sizes == {(768, 768): 10_528, (768, 3072): 15_440, (3072, 768): 15_440}
+    assert 4 * sizes[768, 768] + sizes[768, 3072] + sizes[3072, 768] == 72_992
+
+
+def test_sizes_of_the_paper_with_uniform_ranks():
+    with torch.device("meta"):
+        ranks = (1, 10, 10, 10, 10, 10, 1)
+        square = numbers(TTLinear((12, 8, 8), (8, 8, 12), ranks, bias=False))
+        wide = numbers(TTLinear((12, 8, 8), (12, 16, 16), ranks, bias=False))
+        assert (square, wide, 4 * square + 2 * wide) == (3_440, 4_680, 23_120)
+        five = TTMEmbedding(800, (8, 5, 5, 4, 8), (4, 4, 4, 4, 3), (1, 30, 30, 30, 30, 1))
+        four = TTMEmbedding(800, (5, 5, 5, 8), (6, 4, 8, 4), (1, 30, 30, 30, 1))
+    assert numbers(five) == 52_080 and numbers(four) == 55_860
+    modes = [n * m for n, m in zip(four.row_modes, four.column_modes, strict=True)]
+    assert count_parameters(modes, four.ranks) == 55_860
+
+
+def test_size_of_the_papers_dense_model():
+    config = ModelConfig(
+        vocab_size=800,
+        hidden_size=768,
+        num_layers=2,
+        num_heads=12,
+        ffn_size=3072,
+        max_tokens=512,
+        position_offset=0,
+        type_vocab_size=2,
+        head="joint",
+        num_labels=22,
+        num_slots=121,
+    )
+    with torch.device("meta"):
+        assert numbers(Model(config)) == 16_477_583
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("out_modes, in_modes, rank", LAYERS[:-1])
+def test_operations_are_those_that_run(out_modes, in_modes, rank, tokens):
+    layer = TTLinear(out_modes, in_modes, rank)
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(tokens, layer.in_features))
+    assert count_flops(tokens, out_modes, in_modes, rank) == counter.get_total_flops()
+
+
+def test_operations_by_hand():
+    # ranks 1 12 20 20 20 12 1: B from (1 12 12)(12 8 20)(20 8 20), A from (20 8 20)(20 8 12)(12 12 1)
+    B = 2 * (12 * 12 * 160 + 96 * 20 * 160)
+    A = 2 * (160 * 20 * 96 + 1280 * 12 * 12)
+    assert count_flops(100, (12, 8, 8), (8, 8, 12), 20) == A + B + 100 * 2 * 20 * (768 + 768)
+
+
+# ------------------------------------------------------------------------------------------ TT-SVD
+@pytest.mark.parametrize("d", [2, 3, 4])
+@pytest.mark.parametrize("out, n", [(24, 36), (36, 24), (30, 42), (13, 22), (64, 64)])
+def test_full_rank_is_the_dense_layer(out, n, d):
+    linear = nn.Linear(n, out)
+    layer = TTLinear.like(linear, TTConfig(rank=4096, modes=d))
+    assert layer.set_dense(linear) < 1e-12  # what it says in float64
+    assert relative(dense(layer), linear.weight.detach().double()) < 1e-6
+    assert torch.equal(layer.bias, linear.bias)
+    x = torch.randn(3, 5, n)
+    torch.testing.assert_close(layer(x), linear(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("d", [2, 3, 4])
+@pytest.mark.parametrize("rows, columns", [(60, 24), (97, 26), (7, 16), (81, 11)])
+def test_full_rank_is_the_dense_table(rows, columns, d):
+    embedding = nn.Embedding(rows, columns)
+    table = TTMEmbedding.like(embedding, d, FULL)
+    assert table.set_dense(embedding) < 1e-12
+    every = torch.arange(rows)
+    torch.testing.assert_close(table(every), embedding(every), atol=1e-5, rtol=1e-5)
+    assert dense(table)[rows:].abs().sum() < 1e-3  # the padding is 0
+
+
+def numpy_tt_svd(tensor, shape, ranks):
+    """Discarded singular values of each cut, by a TT-SVD of its own in float64."""
+    rest, discarded = tensor.reshape(1, -1), []
+    for n, r in zip(shape[:-1], ranks[1:-1], strict=True):
+        u, s, _ = np.linalg.svd(rest.reshape(rest.shape[0] * n, -1), full_matrices=False)
+        discarded.append(s[r:])
+        rest = u[:, :r].T @ rest.reshape(rest.shape[0] * n, -1)  # projected, not taken from s v
+    return discarded
+
+
+@pytest.mark.parametrize(
+    "shape, rank",
+    [
+        ((12, 10), 4),
+        ((4, 5, 6), 3),
+        ((4, 3, 5, 4), 6),
+        ((3, 4, 2, 2, 4, 3), 1),
+        ((3, 4, 2, 2, 4, 3), 5),
+        ((3, 4, 2, 2, 4, 3), (1, 2, 7, 4, 6, 3, 1)),
+        ((7, 1, 5, 2), 2),
+    ],
+    ids=str,
+)
+def test_error_is_what_was_discarded_and_what_is_missing(shape, rank):
+    tensor = torch.randn(shape)
+    cores, error = tt_svd(tensor, shape, rank)
+    ranks = clip_ranks(shape, rank)
+    assert [core.shape for core in cores] == [
+        (ranks[k], n, ranks[k + 1]) for k, n in enumerate(shape)
+    ]
+    exact = tensor.double()
+    actual = float((outer(cores) - exact).norm())
+    discarded = np.concatenate(numpy_tt_svd(exact.numpy(), shape, ranks))
+    assert error > 0.1 * exact.norm()
+    assert error == pytest.approx(np.sqrt(np.square(discarded).sum()), rel=1e-9)
+    assert error == pytest.approx(actual, rel=1e-6)
+    # no train of these ranks has less than its worst cut's; sqrt of the sum is at most sqrt(d - 1) off
+    tails = []
+    for k in range(1, len(shape)):
+        unfolded = exact.reshape(math.prod(shape[:k]), -1)
+        tails.append(float(torch.linalg.svdvals(unfolded)[ranks[k] :].square().sum()))
+    assert max(tails) * (1 - 1e-9) <= error**2 <= sum(tails) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 19])
+def test_one_mode_a_side_is_the_best_approximation_of_a_matrix(rank):
+    """Eckart and Young 1936: the only cut is the middle one."""
+    linear = nn.Linear(20, 30)
+    layer = TTLinear((30,), (20,), rank)
+    error = layer.set_dense(linear)
+    weight = linear.weight.detach().double()
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    best = u[:, :rank] * s[:rank] @ v[:rank]
+    assert error == pytest.approx(float(s[rank:].norm() / s.norm()), rel=1e-6)
+    torch.testing.assert_close(dense(layer), best, atol=1e-6, rtol=1e-5)
+
+
+def test_set_dense_of_a_train_finds_it_again():
+    first, second = (TTLinear((4, 3, 2), (2, 3, 4), 5) for _ in range(2))
+    linear = nn.Linear(24, 24)
+    with torch.no_grad():
+        linear.weight.copy_(dense(first))
+    assert second.set_dense(linear) < 1e-6
+    assert relative(dense(second), dense(first)) < 1e-6
+
+
+def test_zero_matrices_become_zero():
+    linear, embedding = nn.Linear(12, 12), nn.Embedding(12, 12)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(embedding.weight)
+    layer, table = TTLinear((4, 3), (3, 4), 5), TTMEmbedding(12, (4, 3), (3, 4), 5)
+    assert layer.set_dense(linear) == table.set_dense(embedding) == 0
+    assert torch.equal(dense(layer), torch.zeros(12, 12).double())
+    assert torch.equal(dense(table), torch.zeros(12, 12).double())
+
+
+# ---------------------------------------------------------------------------------------- TTLinear
+def core_by_core(x, layer):
+    """W x without W, A or B: the cores taken into the tokens one by one, from the last to the first."""
+    cores, tokens = list(layer.cores), len(x)
+    state = x.reshape(tokens, -1, 1)  # (T, columns that are left, r)
+    for core in reversed(cores[layer.num_out :]):
+        state = state.reshape(tokens, -1, core.shape[1], core.shape[2])
+        state = torch.einsum("tcnr, qnr -> tcq", state, core)
+    state = state.reshape(tokens, -1, 1)  # (T, r, rows so far)
+    for core in reversed(cores[: layer.num_out]):
+        state = torch.einsum("trd, qnr -> tqnd", state, core).flatten(2)
+    return state.reshape(tokens, -1) + layer.bias
+
+
+@pytest.mark.parametrize("out_modes, in_modes, rank", LAYERS)
+def test_forward_in_two_products_is_that_of_the_matrix(out_modes, in_modes, rank):
+    layer = TTLinear(out_modes, in_modes, rank).double()
+    with torch.no_grad():
+        layer.bias.normal_()
+        W = brute_matrix(layer)
+        A, B = layer.halves()
+        middle = layer.ranks[len(out_modes)]
+        assert A.shape == (middle, layer.in_features) and B.shape == (layer.out_features, middle)
+        torch.testing.assert_close(B @ A, W)
+        torch.testing.assert_close(dense(layer), W)
+        x = torch.randn(6, layer.in_features).double()
+        torch.testing.assert_close(layer(x), x @ W.T + layer.bias)
+        torch.testing.assert_close(layer(x), core_by_core(x, layer))
+        torch.testing.assert_close(layer(x.view(2, 3, -1)), layer(x).view(2, 3, -1))
+        torch.testing.assert_close(layer(x[:1]), layer(x)[:1])
+        assert layer.entries_rms() == pytest.approx(float(W.square().mean().sqrt()))
+
+
+def test_no_bias():
+    layer = TTLinear.like(nn.Linear(6, 8, bias=False), TTConfig(rank=2, modes=2))
+    assert layer.bias is None and len(list(layer.parameters())) == 4
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(layer(x), x @ brute_matrix(layer).T)
+    assert layer.set_dense(nn.Linear(6, 8, bias=False)) > 0 and layer.bias is None
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("d", [2, 3, 4])
+def test_gradients_of_a_layer(d, shape):
+    """Every core, the bias and the input, by finite differences."""
+    modes = {2: ((3, 2), (2, 3)), 3: ((3, 2, 2), (2, 1, 3)), 4: ((2, 2, 1, 2), (1, 2, 2, 2))}[d]
+    layer = TTLinear(*modes, 2).double()
+    layer.reset_parameters(std=1.0)
+    x = torch.randn(*shape, layer.in_features, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize("ids", [[0, 3, 3, 10, 0], [[1, 9], [9, 2]], [4]], ids=str)
+@pytest.mark.parametrize("d", [2, 3, 4])
+def test_gradients_of_a_table(d, ids):
+    modes = {2: ((4, 3), (2, 2)), 3: ((3, 2, 2), (2, 1, 2)), 4: ((2, 2, 2, 2), (1, 2, 1, 2))}[d]
+    table = TTMEmbedding(11, *modes, 3).double()
+    table.reset_parameters(std=1.0)
+    ids = torch.tensor(ids)
+    assert torch.autograd.gradcheck(lambda *_: table(ids), tuple(table.parameters()))
+
+
+# ------------------------------------------------------------------------------------ TTMEmbedding
+@pytest.mark.parametrize("rows, row_modes, column_modes, rank", TABLES)
+def test_every_row_is_that_of_the_table(rows, row_modes, column_modes, rank):
+    table = TTMEmbedding(rows, row_modes, column_modes, rank).double().requires_grad_(False)
+    expected = brute_table(table)
+    assert expected.shape == (math.prod(row_modes), math.prod(column_modes))
+    torch.testing.assert_close(dense(table), expected)
+    every = torch.arange(rows)
+    torch.testing.assert_close(table(every), expected[:rows])
+    for i in range(rows):
+        torch.testing.assert_close(table(torch.tensor([i]))[0], expected[i])
+    ids = torch.randint(rows, (4, 5))
+    torch.testing.assert_close(table(ids), expected[ids])
+    assert table(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, table.embedding_dim)
+    assert table.entries_rms() == pytest.approx(float(expected.square().mean().sqrt()))
+
+
+@pytest.mark.parametrize("wrong", [-1, 11, -11, 12, 10**9])
+def test_ids_outside_the_table_are_refused(wrong):
+    table = TTMEmbedding(11, (4, 3), (2, 3), 4)
+    for ids in ([wrong], [[0, 5], [wrong, 3]]):
+        with pytest.raises(IndexError, match="outside the table of 11 rows"):
+            table(torch.tensor(ids))
+    table(torch.tensor([0, 10]))
+
+
+def test_each_row_is_built_once_and_has_the_gradient_of_all(monkeypatch):
+    table = TTMEmbedding(31, (3, 3, 2, 2), (1, 2, 2, 3), 3).double()
+    table.reset_parameters(std=1.0)
+    ids = torch.tensor([[5, 30, 5, 5], [0, 30, 17, 5]])
+    weight = torch.randn(2, 4, 12, dtype=torch.float64)
+    built, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: built.append(len(a)) or bmm(a, b))
+    (table(ids) * weight).sum().backward()
+    assert built == [4]
+    found = [core.grad.clone() for core in table.cores]
+    table.zero_grad()
+    (brute_table(table)[ids] * weight).sum().backward()
+    for core, grad in zip(table.cores, found, strict=True):
+        torch.testing.assert_close(grad, core.grad)
+        assert grad.any()
+
+
+def test_halves_of_a_table_have_about_the_root_of_its_rows():
+    table = TTMEmbedding.like(nn.Embedding(867, 768, device="meta"), 4, 30)
+    left, right = table.halves()
+    assert left.shape == (36, 16, 30) and right.shape == (25, 30, 48)
+
+
+# ------------------------------------------------------------------------------------------ starts
+@pytest.mark.parametrize("std", [0.02, 0.5])
+@pytest.mark.parametrize(
+    "out_modes, in_modes, rank",
+    [
+        ((12, 8, 8), (8, 8, 12), 20),
+        ((12, 8, 8), (8, 8, 12), 1),
+        ((12, 8, 8), (12, 16, 16), 10),
+        ((4, 4, 2), (2, 4, 4), 4),
+        ((40,), (30,), 3),
+        ((5, 4, 4, 4), (4, 4, 4, 5), 30),
+        ((8, 8), (8, 8), (1, 3, 9, 2, 1)),
+    ],
+    ids=str,
+)
+def test_layers_start_with_the_wanted_spread(out_modes, in_modes, rank, std):
+    layer = TTLinear(out_modes, in_modes, rank)
+    layer.reset_parameters(std)
+    W = dense(layer)
+    assert W.std() == pytest.approx(std, rel=0.1) and W.mean().abs() < 0.1 * std
+    assert W.square().mean().sqrt() == pytest.approx(std, rel=1e-4)  # scaled to hit it
+    assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("std", [0.02, 1.0])
+@pytest.mark.parametrize(
+    "rows, columns, d, rank", [(867, 96, 4, 30), (442, 32, 4, 4), (97, 48, 3, 10)]
+)
+def test_tables_start_with_the_wanted_spread(rows, columns, d, rank, std):
+    table = TTMEmbedding.like(nn.Embedding(rows, columns), d, rank)
+    table.reset_parameters(std)
+    for entries in (dense(table), dense(table)[:rows]):
+        assert entries.std() == pytest.approx(std, rel=0.1) and entries.mean().abs() < 0.1 * std
+
+
+def test_balanced_cores_have_the_same_product_and_equal_norms():
+    sizes = (1, 3, 4, 2, 1)
+    cores = [
+        10.0**k * torch.randn(sizes[k], 3, sizes[k + 1], dtype=torch.float64) for k in range(4)
+    ]
+    found = balanced(cores)
+    torch.testing.assert_close(outer(found), outer(cores), rtol=1e-12, atol=0)
+    norms = torch.stack([core.norm() for core in found])
+    torch.testing.assert_close(norms, norms[:1].expand(4))
+    assert cores[3].norm() > 100 * cores[0].norm()
+
+
+def test_contractions_keep_the_open_ranks():
+    a, b = torch.randn(2, 3, 4), torch.randn(4, 5, 6)
+    found = contract([a, b])
+    torch.testing.assert_close(found, torch.einsum("anb, bmc -> anmc", a, b).reshape(2, 15, 6))
+    a, b = torch.randn(2, 3, 4, 5), torch.randn(5, 2, 3, 4)
+    expected = torch.einsum("anxb, bmyc -> anmxyc", a, b).reshape(2, 6, 12, 4)
+    torch.testing.assert_close(contract_table([a, b]), expected)
+
+
+# ---------------------------------------------------------------------------------------- a model
+TRAINS = TTConfig(rank=4, embedding_rank=5)
+
+
+@pytest.fixture
+def joint_config(tiny_config):
+    return replace(tiny_config, head="joint", num_slots=5)
+
+
+def trains_of(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, TensorTrain)}
+
+
+def size_as_train(name, module, config):
+    """Numbers of a Linear layer or table as a tensor train, from its shape alone."""
+    if isinstance(module, nn.Linear):
+        out, n = (factorize(size, config.modes) for size in module.weight.shape)
+        modes, bias, rank = (*out[::-1], *n), module.out_features, config.rank
+    else:
+        rows = pad_factors(module.num_embeddings, config.modes + 1)
+        columns = factorize(module.embedding_dim, config.modes + 1)
+        modes, bias = [n * m for n, m in zip(rows, columns, strict=True)], 0
+        rank = config.embedding_rank if name.endswith("word") else config.rank
+    return count_parameters(modes, clip_ranks(modes, rank)) + bias
+
+
+@pytest.mark.parametrize(
+    "config",
+    [TRAINS, TTConfig(1, 1), TTConfig(7, 12), TTConfig(9, 4, 2), TTConfig(4, 99), TTConfig(99, 99)],
+    ids=str,
+)
+def test_replaced_where_it_saves_numbers_and_only_there(config, joint_config):
+    model = build_model(joint_config)
+    before = dict(model.named_modules())
+    report = tensorize(model, config)
+    after = dict(model.named_modules())
+    expected = {}
+    for name, module in before.items():
+        table = isinstance(module, nn.Embedding) and not name.endswith("token_type")
+        if isinstance(module, nn.Linear) or table:
+            size = size_as_train(name, module, config)
+            if size < numbers(module):
+                expected[name] = numbers(module), size, None
+                assert isinstance(after[name], TTLinear if "layers" in name else TensorTrain)
+                assert numbers(after[name]) == size
+                continue
+        if not any(name.startswith(done) for done in expected):
+            assert after[name] is module
+    assert report.replaced == expected and set(trains_of(model)) == set(expected)
+    assert ("encoder.layers.0.ffn.up" in expected) == (config.rank < 99)
+    assert ("encoder.embeddings.word" in expected) == (config.embedding_rank < 99)
+    assert ("head.out_proj" in expected) == (config.rank == 1)
+
+
+def test_what_a_report_says(joint_config):
+    report = tensorize(build_model(joint_config), TRAINS)
+    assert len(report.replaced) == 2 + 2 * 6 + 2
+    before, after = (sum(row[i] for row in report.replaced.values()) for i in (0, 1))
+    assert str(report) == f"16 tensor trains, {after:,} numbers for {before:,}"
+    report = tensorize(build_model(joint_config), TRAINS, from_weights=True)
+    assert "relative error 0." in str(report)
+
+
+def test_kept_modules_stay_as_they_are(joint_config):
+    keep = ("head", "encoder.embeddings.word", "encoder.layers.1.attention")
+    model = build_model(joint_config)
+    report = tensorize(model, replace(TRAINS, keep=keep))
+    whole = tensorize(build_model(joint_config), TRAINS)
+    assert set(report.replaced) == {n for n in whole.replaced if not n.startswith(keep)}
+    assert len(report.replaced) == 16 - 2 - 1 - 4
+    assert isinstance(model.encoder.layers[1].attention.key, nn.Linear)
+
+
+def test_a_models_trains_start_at_its_spread(joint_config):
+    model = build_model(replace(joint_config, tt=TRAINS))
+    assert len(trains_of(model)) == 16
+    for module in trains_of(model).values():
+        assert dense(module).std() == pytest.approx(0.02, rel=0.1)
+        assert not getattr(module, "bias", torch.zeros(1)).any()
+
+
+@pytest.fixture
+def low_rank(joint_config):
+    """A dense model whose matrices and tables happen to be tensor trains of the ranks of TRAINS."""
+    config = replace(joint_config, vocab_size=500, max_tokens=79)  # 5 5 5 4 and 3 3 3 3: no padding
+    source = build_model(replace(config, tt=TRAINS))
+    model = build_model(config).eval()
+    with torch.no_grad():
+        for name, module in trains_of(source).items():
+            weight = model.get_submodule(name).weight
+            weight.copy_(10 * dense(module))
+    return model
+
+
+def test_weights_of_that_rank_leave_the_outputs_as_they_were(low_rank):
+    ids, mask = random_ids([9, 5], 500)
+    with torch.no_grad():
+        expected = low_rank(ids, mask)[0]
+    report = tensorize(low_rank, TRAINS, from_weights=True)
+    assert len(report.replaced) == 16
+    assert all(error < 1e-6 for _, _, error in report.replaced.values())
+    for found, before in zip(low_rank(ids, mask)[0], expected, strict=True):
+        assert (found - before).abs().max() < 1e-4 < 0.1 * before.std()
+
+
+def test_a_lower_rank_changes_the_outputs(low_rank):
+    ids, mask = random_ids([9, 5], 500)
+    with torch.no_grad():
+        expected = low_rank(ids, mask)[0]
+    report = tensorize(low_rank, TTConfig(rank=3, embedding_rank=4), from_weights=True)
+    assert all(error > 1e-3 for _, _, error in report.replaced.values())
+    for found, before in zip(low_rank(ids, mask)[0], expected, strict=True):
+        assert (found - before).abs().max() > 1e-3
+
+
+def test_reported_errors_are_real(joint_config):
+    model = build_model(joint_config)
+    weights = {
+        n: m.weight.detach().clone() for n, m in model.named_modules() if hasattr(m, "weight")
+    }
+    report = tensorize(model, TRAINS, from_weights=True)
+    for name, module in trains_of(model).items():
+        found = dense(module)
+        expected = torch.zeros_like(found)  # where a table is padded
+        expected[: len(weights[name])] = weights[name]
+        error = report.replaced[name][2]
+        assert error == pytest.approx(relative(found, expected), rel=1e-5) and 0.1 < error < 1
+
+
+def test_word_table_of_a_model(joint_config):
+    model = build_model(replace(joint_config, tt=TRAINS)).eval()
+    embeddings = model.encoder.embeddings
+    assert isinstance(embeddings.word, TTMEmbedding)
+    assert isinstance(embeddings.position, TTMEmbedding)
+    ids, mask = random_ids([9, 5], 442)
+    words, places = dense(embeddings.word).float(), dense(embeddings.position).float()
+    torch.testing.assert_close(embeddings.word(ids), words[ids], atol=1e-6, rtol=1e-5)
+    inner = words[ids] + places[2 : 2 + 9] + embeddings.token_type.weight[0]
+    found = model(ids, mask, ("hidden",))[1]["hidden"][0]
+    torch.testing.assert_close(found, embeddings.norm(inner), atol=1e-4, rtol=1e-4)
+    with pytest.raises(IndexError, match="table of 442 rows"):
+        model(torch.tensor([[442]]))
+
+
+def test_every_parameter_of_a_model_learns(joint_config):
+    model = build_model(replace(joint_config, tt=TRAINS)).train()
+    ids, mask = random_ids([9, 5], 442)
+    sum(logits.logsumexp(-1).sum() for logits in model(ids, mask)[0]).backward()
+    for name, parameter in model.named_parameters():
+        if not name.endswith("key.bias"):  # softmax cancels it
+            assert parameter.grad is not None and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("trains", [None, TRAINS], ids=["dense", "trains"])
+def test_lowest_layers_give_the_taps_of_the_whole_model(trains, joint_config):
+    model = build_model(replace(joint_config, num_layers=3, tt=trains))
+    set_dropout(model, 0.0)
+    ids, mask = random_ids([9, 5], 442)
+    logits, full = model(ids, mask, TAPS)
+    assert logits[0].shape == (2, 3) and logits[1].shape == (2, 9, 5)
+    for depth in range(4):
+        nothing, taps = model(ids, mask, TAPS, depth=depth)
+        assert nothing is None
+        for name in TAPS:
+            assert len(taps[name]) == depth + (name == "hidden")
+            for found, expected in zip(taps[name], full[name], strict=False):
+                assert torch.equal(found, expected)
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+def test_checkpoint_bit_for_bit(joint_config, tmp_path):
+    config = replace(joint_config, tt=replace(TRAINS, keep=("head.dense", "encoder.layers.1")))
+    model = build_model(config).eval()
+    path = str(tmp_path / "trains.pt")
+    save_atomically(checkpoint_payload(model, b"x"), path)
+    again = load_checkpoint(path)
+    assert again.config == config and isinstance(again.config.tt.keep, tuple)
+    assert set(trains_of(again)) == set(trains_of(model)) and len(trains_of(again)) == 9
+    state, expected = again.state_dict(), model.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    ids, mask = random_ids([9, 5], 442)
+    for found, logits in zip(again(ids, mask)[0], model(ids, mask)[0], strict=True):
+        assert torch.equal(found, logits)
+
+
+def test_older_checkpoints_still_load(tiny_config, tmp_path):
+    model = build_model(tiny_config).eval()
+    payload = checkpoint_payload(model, b"x")
+    del payload["config"]["tt"], payload["config"]["num_slots"]
+    path = str(tmp_path / "older.pt")
+    save_atomically(payload, path)
+    again = load_checkpoint(path)
+    assert again.config == tiny_config and again.config.tt is None
+    ids, mask = random_ids([9, 5], 442)
+    assert torch.equal(again(ids, mask)[0], model(ids, mask)[0])
+    del payload["config"]["num_labels"]  # that one was always there
+    save_atomically(payload, path)
+    with pytest.raises(UserError, match="damaged or of another version"):
+        load_checkpoint(path)
+
+
+def test_damaged_trains_of_a_checkpoint_are_refused(joint_config, tmp_path):
+    model = build_model(replace(joint_config, num_layers=1, tt=TRAINS))
+    path, payload = str(tmp_path / "damaged.pt"), checkpoint_payload(model, b"x")
+    whole = payload["config"]["tt"]
+    for damage, message in (
+        (5, "damaged or of another version"),
+        ("rank", "damaged or of another version"),
+        ({}, "damaged or of another version"),
+        ({"rank": 4}, "damaged or of another version"),
+        ({**whole, "more": 1}, "damaged or of another version"),
+        ({**whole, "keep": 3}, "damaged or of another version"),
+        ({**whole, "rank": 0}, "rank is 0"),
+        ({**whole, "rank": 4.0}, "rank is 4.0"),
+        ({**whole, "modes": 99}, "modes is 99"),
+        ({**whole, "rank": 5}, "has shape"),
+    ):
+        payload["config"]["tt"] = damage
+        save_atomically(payload, path)
+        with pytest.raises(UserError, match=message):
+            load_checkpoint(path)
+
+
+def test_kept_names_of_a_checkpoint_that_are_no_names_are_refused(joint_config, tmp_path):
+    model = build_model(replace(joint_config, num_layers=1, tt=TRAINS))
+    path, payload = str(tmp_path / "damaged.pt"), checkpoint_payload(model, b"x")
+    payload["config"]["tt"]["keep"] = [1]
+    save_atomically(payload, path)
+    with pytest.raises(UserError):
+        load_checkpoint(path)
+
+
+def test_missing_and_misshapen_cores_are_refused(joint_config, tmp_path):
+    model = build_model(replace(joint_config, num_layers=1, tt=TRAINS))
+    payload = checkpoint_payload(model, b"x")
+    name = "encoder.layers.0.ffn.up.cores.1"
+    core = payload["tensors"].pop(name)
+    path = str(tmp_path / "damaged.pt")
+    for tensors, message in (
+        ({}, f"tensor {name} is missing"),
+        ({name: core[:-1]}, f"tensor {name} has shape"),
+        ({name: core, "encoder.layers.0.ffn.up.cores.6": core}, "unexpected tensor"),
+    ):
+        save_atomically({**payload, "tensors": {**payload["tensors"], **tensors}}, path)
+        with pytest.raises(UserError, match=message):
+            load_checkpoint(path)
+
+
+def test_a_fresh_head_survives_its_checkpoint(joint_config, tmp_path):
+    """What with_head makes of a model of tensor trains is what its own config describes."""
+    base = build_model(replace(joint_config, head="none", num_labels=0, num_slots=0, tt=TRAINS))
+    model = with_head(base, "joint", 3, 5).eval()
+    path = str(tmp_path / "head.pt")
+    save_atomically(checkpoint_payload(model, b"x"), path)
+    ids, mask = random_ids([9, 5], 442)
+    for found, logits in zip(load_checkpoint(path)(ids, mask)[0], model(ids, mask)[0], strict=True):
+        assert torch.equal(found, logits)
+
+
+# ---------------------------------------------------------------------------------------- refusals
+def test_config_refuses_nonsense():
+    for values, message in (
+        ({"rank": 0}, "rank is 0; want 1 to 4096"),
+        ({"rank": 4097}, "rank is 4097"),
+        ({"rank": 2.0}, "rank is 2.0"),
+        ({"rank": True}, "rank is True"),
+        ({"rank": None}, "rank is None"),
+        ({"embedding_rank": -1}, "embedding_rank is -1"),
+        ({"embedding_rank": "30"}, "embedding_rank is '30'"),
+        ({"modes": 1}, "modes is 1; want 2 to 8"),
+        ({"modes": 9}, "modes is 9"),
+    ):
+        with pytest.raises(UserError, match=message):
+            TTConfig(**values)
+    assert TTConfig(1, 4096, 8).modes == 8
+
+
+def test_a_tied_head_has_no_tensor_trains(tiny_config):
+    with pytest.raises(UserError, match="mlm head multiplies by the whole table"):
+        replace(tiny_config, head="mlm", tt=TTConfig())
+    model = build_model(replace(tiny_config, tt=TRAINS))
+    with pytest.raises(UserError, match="mlm head"):
+        with_head(model, "mlm", 0)
