@@ -158,7 +158,7 @@ def tltorch_layers(layer: TTLinear) -> dict[str, nn.Module]:
     """
     import tltorch
 
-    out_modes, in_modes = layer.modes[: layer.num_out], layer.modes[layer.num_out :]
+    out_modes, in_modes = layer.modes[: layer.cut], layer.modes[layer.cut :]
     pairs = [n * m for n, m in zip(out_modes, in_modes, strict=True)]
     ours = sum(core.numel() for core in layer.cores)
     choices = [(1, *[r] * (len(pairs) - 1), 1) for r in range(1, 400)]

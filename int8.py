@@ -627,10 +627,10 @@ def integer_model(
         raise UserError(
             "integers need quantized weights and activations: --bits and --act-bits 2 to 8"
         )
+    if quant.keep != default_keep(config.tt):
+        raise UserError(f"integers need every Linear layer of the encoder: keep is {quant.keep}")
     if config.tt:
         return integer_trains(student, device, kernel)
-    if quant.keep != default_keep(None):
-        raise UserError(f"integers need every Linear layer of the encoder: keep is {quant.keep}")
     with torch.device("meta"):
         model = Model(config)
         prepare(model, replace(quant, weight_bits=32))
@@ -694,6 +694,8 @@ def integer_trains(student: Student, device: str | torch.device, kernel: str) ->
         table = getattr(embeddings, name)
         if isinstance(table, TTMEmbedding):
             setattr(embeddings, name, MergedTable(table))
+    if "encoder.embeddings.word.weight" in student.weights:
+        embeddings.word = IntEmbedding(student.weights["encoder.embeddings.word.weight"])
     for layer in model.encoder.layers:
         layer.attention = IntSharedAttention(layer.attention)
         layer.ffn = IntFeedForward(layer.ffn)

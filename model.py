@@ -466,7 +466,10 @@ def with_head(model: Model, head: str, num_labels: int, num_slots: int = 0) -> M
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
-    new.encoder.embeddings.word.sparse = head != "mlm"
+    if new.config.tt:
+        tensorize(new, new.config.tt)
+    if isinstance(new.encoder.embeddings.word, nn.Embedding):
+        new.encoder.embeddings.word.sparse = head != "mlm"
     return new
 
 

@@ -105,8 +105,11 @@ class TrainConfig:
         "model is trained as one, a pretrained one stays dense and its students become one",
         "R",
     )
-    tt_embedding_rank: int = option(30, TT, "the same for the table of words", "R")
-    tt_modes: int = option(3, TT, "factors of each side of a matrix")
+    tt_embedding_rank: int = option(
+        0, TT, "the same for the table of words; 0: it stays a table", "R"
+    )
+    tt_modes: int = option(3, TT, "factors of each side of a matrix; 1 is a low-rank product")
+    tt_table_modes: int = option(2, TT, "factors of each side of a table")
     tt_init: str = option(
         "svd", TT, "students of a pretrained model start from its svd, or from random cores"
     )
@@ -301,8 +304,9 @@ def check(config: TrainConfig) -> None:
         "last_lr": (1e-12, 1e38),
         "label_smoothing": (0, 0.9),
         "tt_rank": (0, 4096),
-        "tt_embedding_rank": (1, 4096),
-        "tt_modes": (2, 8),
+        "tt_embedding_rank": (0, 4096),
+        "tt_modes": (1, 8),
+        "tt_table_modes": (2, 8),
         "seed": (0, 2**31),
     }
     at_least_one = "max_train max_eval layers hidden heads epochs student_epochs steps batch_size"

@@ -437,11 +437,14 @@ class LearnedScale(nn.Module):
         super().__init__()
         self.bits = bits
         self.quant_min, self.quant_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        self.register_buffer("fixed_scale", None, persistent=False)  # see WeightQuantizer
+        if x.is_meta:  # only shapes are wanted
+            self.log_scale = nn.Parameter(x.new_empty(()))
+            return
         scale = x.detach().abs().amax().div(self.quant_max).clamp(min=SMALLEST_SCALE)
         if search:
             scale *= best_clip(x.detach(), self.quant_min, self.quant_max, True, per_row=False)
         self.log_scale = nn.Parameter(scale.log())
-        self.register_buffer("fixed_scale", None, persistent=False)  # see WeightQuantizer
 
     def scale(self) -> Tensor:
         return self.log_scale.exp() if self.fixed_scale is None else self.fixed_scale
@@ -564,7 +567,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
     Raises UserError if the model was prepared before.
     """
     if any(
-        isinstance(module, (QuantLinear, WeightQuantizer, LearnedScale))
+        isinstance(module, (WeightQuantizer, LearnedScale)) or hasattr(module, "act_quantizer")
         for module in model.modules()
     ):
         raise UserError("this model is already prepared: quantize a copy of the float32 model")

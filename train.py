@@ -183,7 +183,9 @@ def label_names(task: str, folder: str) -> tuple[tuple[str, ...], tuple[str, ...
 def tt_config(config: TrainConfig) -> TTConfig | None:
     if not config.tt_rank:
         return None
-    return TTConfig(config.tt_rank, config.tt_embedding_rank, config.tt_modes)
+    return TTConfig(
+        config.tt_rank, config.tt_embedding_rank, config.tt_modes, config.tt_table_modes
+    )
 
 
 def quant_config(config: TrainConfig, method: str) -> QuantConfig:

@@ -53,16 +53,21 @@ class TTConfig:
     """Which tensor trains take the place of a model's layers."""
 
     rank: int = 20  # of Linear layers and of the position table
-    embedding_rank: int = 30  # of the word table
-    modes: int = 3  # d: factors of each side of a Linear layer; tables have one more
-    keep: tuple[str, ...] = ()  # modules left as they are, by the beginning of their names
+    embedding_rank: int = 0  # of the word table; 0 leaves it a table
+    modes: int = 3  # d: factors of each side of a Linear layer
+    table_modes: int = 2  # the same for tables
+    # Left as they are, by the beginning of their names. A class is a row of the last matrix, few
+    # and each its own; as rows of a tensor train they are learnt slowly.
+    keep: tuple[str, ...] = ("head.out_proj", "head.intent.out_proj")
 
     def __post_init__(self):
-        for name, most in (("rank", 4096), ("embedding_rank", 4096), ("modes", 8)):
+        limits = {"rank": (1, 4096), "embedding_rank": (0, 4096)}
+        for name, (least, most) in {**limits, "modes": (1, 8), "table_modes": (2, 8)}.items():
             value = getattr(self, name)
-            least = 2 if name == "modes" else 1
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise UserError(f"tensor train: {name} is {value!r}; want {least} to {most}")
+        if not all(isinstance(name, str) for name in self.keep):
+            raise UserError(f"tensor train: keep is {self.keep}; want names of modules")
 
 
 # --------------------------------------------------------------------------------- modes and ranks
@@ -150,7 +155,7 @@ def contract_table(cores: Sequence[Tensor]) -> Tensor:
 
 def balanced(cores: list[Tensor]) -> list[Tensor]:
     """The same product, with the size spread evenly: an optimizer moves all cores at one rate."""
-    norms = [core.norm() for core in cores]
+    norms = [core.norm().clamp(min=1e-30) for core in cores]
     mean = torch.stack(norms).log().mean().exp()
     return [core * (mean / norm) for core, norm in zip(cores, norms, strict=True)]
 
@@ -177,7 +182,12 @@ def tt_svd(dense: Tensor, shape: Sequence[int], ranks: int | Sequence[int]):
 
 # ---------------------------------------------------------------------------------------- modules
 class TensorTrain(nn.Module):
-    """What TTLinear and TTMEmbedding share: cores, and their quantizers if there are any."""
+    """What TTLinear and TTMEmbedding share: cores, and their quantizers if there are any.
+
+    cut: so many of the cores make the first half.
+    """
+
+    cut: int
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]):
         super().__init__()
@@ -196,14 +206,18 @@ class TensorTrain(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Gaussian cores whose product has entries with mean 0 and this standard deviation.
+        """Random orthogonal cores, whose product has entries of mean 0 and this standard deviation.
 
-        A core of variance sigma^(2/N) / r_k-1 gives sigma^2 on average over draws. A single draw
-        strays (the first and last cores have few numbers, and every entry is a multiple of them),
-        so the cores are then scaled to hit it.
+        NOTE: differs from the paper, which draws Gaussian cores of variance sigma^(2/N) / r_k-1.
+        Their product has the right size too, on average over draws; but a product of Gaussian
+        matrices is nearly singular, and is learnt more slowly. Here all cores before the cut have
+        orthonormal columns and all after it orthonormal rows: the r singular values are equal.
         """
-        for core in self.cores:
-            core.normal_(std=core.shape[0] ** -0.5)
+        if self.cores[0].is_meta:  # only shapes are wanted
+            return
+        for k, core in enumerate(self.cores):
+            nn.init.orthogonal_(core.flatten(0, -2) if k < self.cut else core.flatten(1))
+        self.set_cores(list(self.cores))
         scale = (std / self.entries_rms()) ** (1 / len(self.cores))
         for core in self.cores:
             core.mul_(scale)
@@ -228,7 +242,7 @@ class TTLinear(TensorTrain):
         self.ranks = ranks = clip_ranks(self.modes, rank)
         super().__init__([(ranks[k], n, ranks[k + 1]) for k, n in enumerate(self.modes)])
         self.out_features, self.in_features = math.prod(out_modes), math.prod(in_modes)
-        self.num_out = len(out_modes)  # so many cores belong to the output
+        self.cut = len(out_modes)
         self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
         self.reset_parameters()
 
@@ -244,8 +258,8 @@ class TTLinear(TensorTrain):
     def halves(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r): W = B A."""
         cores = self.quantized_cores()
-        A = contract(cores[self.num_out :]).squeeze(-1)
-        B = contract(cores[: self.num_out]).squeeze(0)
+        A = contract(cores[self.cut :]).squeeze(-1)
+        B = contract(cores[: self.cut]).squeeze(0)
         return A, B
 
     def forward(self, x: Tensor) -> Tensor:
@@ -270,8 +284,8 @@ class TTLinear(TensorTrain):
         return QuantTTLinear(self, config, act, middle)
 
     def extra_repr(self) -> str:
-        modes = " ".join(map(str, self.modes[: self.num_out]))
-        modes += " x " + " ".join(map(str, self.modes[self.num_out :]))
+        modes = " ".join(map(str, self.modes[: self.cut]))
+        modes += " x " + " ".join(map(str, self.modes[self.cut :]))
         return f"{self.in_features} -> {self.out_features}, modes {modes}, ranks {self.ranks}"
 
 
@@ -284,7 +298,7 @@ class QuantTTLinear(TTLinear):
 
     def __init__(self, layer: TTLinear, config: QuantConfig, act: nn.Module, middle: nn.Module):
         nn.Module.__init__(self)
-        self.modes, self.ranks, self.num_out = layer.modes, layer.ranks, layer.num_out
+        self.modes, self.ranks, self.cut = layer.modes, layer.ranks, layer.cut
         self.out_features, self.in_features = layer.out_features, layer.in_features
         self.cores, self.bias, self.core_quantizers = layer.cores, layer.bias, None
         self.act_quantizer, self.middle_quantizer = act, middle
@@ -415,9 +429,11 @@ def tensorize(model: nn.Module, config: TTConfig, from_weights: bool = False) ->
             if isinstance(child, nn.Linear):
                 new = TTLinear.like(child, config)
             elif hasattr(child, "row_quantizer"):
-                new = TTMEmbedding.like(child, config.modes + 1, config.embedding_rank)
+                if not config.embedding_rank:
+                    continue
+                new = TTMEmbedding.like(child, config.table_modes, config.embedding_rank)
             elif name == "position" and isinstance(child, nn.Embedding):
-                new = TTMEmbedding.like(child, config.modes + 1, config.rank)
+                new = TTMEmbedding.like(child, config.table_modes, config.rank)
             else:
                 visit(child, full + ".")
                 continue

@@ -324,6 +324,23 @@ def test_learned_scale_finds_a_better_grid(bits):
     assert errors[-1] < 0.8 * errors[0]
 
 
+@pytest.mark.parametrize("bits", LEARNED_BITS)
+def test_searched_start_of_a_learned_scale_by_brute_force(bits):
+    x = torch.randn(9, 40)
+    x[0, 0] = 8.0
+    module, largest = LearnedScale(bits, x, search=True), float(x.abs().max())
+
+    def error(scale):
+        return np.square(scale * codes_by_hand(x, scale, bits) - x.numpy()).sum()
+
+    full = largest / (2 ** (bits - 1) - 1)
+    errors = [error(full * percent / 100) for percent in range(10, 101, 2)]
+    assert error(module.scale().item()) == pytest.approx(min(errors), rel=1e-3)
+    assert module.scale() <= 1.0001 * full
+    if bits < 8:
+        assert min(errors) < 0.7 * error(full)
+
+
 def test_learned_scale_of_zeros():
     module = LearnedScale(8, torch.zeros(3, 4))
     assert module.scale() > 0 and torch.equal(module(torch.zeros(3, 4)), torch.zeros(3, 4))
@@ -690,6 +707,18 @@ def test_tensor_trains_with_float_activations(train_config):
     ids, mask = random_ids([9, 5], train_config.vocab_size)
     for found, expected in zip(model(ids, mask)[0], original(ids, mask)[0], strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_searched_cores_are_still_merged_without_clipping(train_config):
+    config = QuantConfig(weight_bits=2, weight_range="mse", keep=("head",))
+    _, model, _ = prepared(config, train_config)
+    for name in (*TABLES, *LAYERS):
+        module = model.get_submodule(name)
+        for core, quantizer in zip(module.cores, module.core_quantizers, strict=True):
+            assert torch.equal(quantizer.scale(), LearnedScale(2, core, search=True).scale())
+            assert quantizer.scale() < LearnedScale(2, core).scale()
+    for layer in (m for m in model.modules() if isinstance(m, QuantTTLinear)):
+        assert not layer.A_quantizer.clips and not layer.B_quantizer.clips
 
 
 def test_float_cores_with_quantized_activations(train_config):
