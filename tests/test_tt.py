@@ -511,7 +511,7 @@ def test_contractions_keep_the_open_ranks():
 
 
 # ---------------------------------------------------------------------------------------- a model
-TRAINS = TTConfig(rank=4, embedding_rank=5)
+TRAINS = TTConfig(rank=4, embedding_rank=5, table_modes=4, keep=())
 
 
 @pytest.fixture
@@ -529,8 +529,8 @@ def size_as_train(name, module, config):
         out, n = (factorize(size, config.modes) for size in module.weight.shape)
         modes, bias, rank = (*out[::-1], *n), module.out_features, config.rank
     else:
-        rows = pad_factors(module.num_embeddings, config.modes + 1)
-        columns = factorize(module.embedding_dim, config.modes + 1)
+        rows = pad_factors(module.num_embeddings, config.table_modes)
+        columns = factorize(module.embedding_dim, config.table_modes)
         modes, bias = [n * m for n, m in zip(rows, columns, strict=True)], 0
         rank = config.embedding_rank if name.endswith("word") else config.rank
     return count_parameters(modes, clip_ranks(modes, rank)) + bias
@@ -538,7 +538,13 @@ def size_as_train(name, module, config):
 
 @pytest.mark.parametrize(
     "config",
-    [TRAINS, TTConfig(1, 1), TTConfig(7, 12, 2), TTConfig(4, 99), TTConfig(99, 4)],
+    [
+        TRAINS,
+        TTConfig(1, 1, 3, 4, ()),
+        TTConfig(7, 12, 2, 3, ()),
+        TTConfig(4, 99, 3, 2, ()),
+        TTConfig(99, 4, 3, 4, ()),
+    ],
     ids=str,
 )
 def test_replaced_where_it_saves_numbers_and_only_there(config, joint_config):
@@ -780,7 +786,8 @@ def test_config_refuses_nonsense():
         ({"rank": None}, "rank is None"),
         ({"embedding_rank": -1}, "embedding_rank is -1"),
         ({"embedding_rank": "30"}, "embedding_rank is '30'"),
-        ({"modes": 1}, "modes is 1; want 2 to 8"),
+        ({"modes": 0}, "modes is 0; want 1 to 8"),
+        ({"table_modes": 1}, "table_modes is 1; want 2 to 8"),
         ({"modes": 9}, "modes is 9"),
     ):
         with pytest.raises(UserError, match=message):
