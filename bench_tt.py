@@ -37,7 +37,6 @@ from tt import TTConfig, TTLinear, TTMEmbedding, count_parameters
 
 NUM_LABELS, NUM_SLOTS, SENTENCES = 21, 120, 4478  # ATIS: known intents, known slots, train
 VOCABULARY = b"x" * 4500  # as long as the list of its words, which every file carries
-EMBEDDING_RANK = 30
 BATCHES = (1, 32)
 INTEGER_FORMS = {  # name -> bits of the cores, ranges of the activations
     "TT W8A8 dynamic": (8, "dynamic"),
@@ -175,7 +174,7 @@ def tltorch_layers(layer: TTLinear) -> dict[str, nn.Module]:
 def joint_shapes(args: argparse.Namespace) -> tuple[ModelConfig, ModelConfig]:
     """The dense model of intents and slots, and the same as tensor trains."""
     dense = replace(model_shape(args), head="joint", num_labels=NUM_LABELS, num_slots=NUM_SLOTS)
-    return dense, replace(dense, tt=TTConfig(args.rank, EMBEDDING_RANK))
+    return dense, replace(dense, tt=TTConfig(args.rank))
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def loss_terms(
     """What a student is trained on: the task's cross-entropy, and what is distilled."""
     taps = tuple(part for part in parts if part != "logits")
     outputs = student(batch.ids, batch.mask, taps)
-    terms = {"ce": task_loss(outputs[0], batch, config.label_smoothing)}
+    terms = {"ce": task_loss(outputs[0], batch, config.label_smoothing or 0.0)}
     if parts:
         with torch.no_grad():
             targets = teacher(batch.ids, batch.mask, taps)
@@ -139,7 +139,7 @@ def stage_terms(
     if last:
         weights = (config.alpha, config.beta, config.temperature)
         terms |= distillation_loss(("logits",), outputs, targets, batch.mask, *weights)
-        terms["ce"] = task_loss(outputs[0], batch, config.label_smoothing)
+        terms["ce"] = task_loss(outputs[0], batch, config.label_smoothing or 0.0)
     return terms
 
 

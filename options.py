@@ -31,10 +31,18 @@ TASK, MODEL, TT, QUANT, DISTILL, OPTIM, RUN = (
 
 
 # What is used where an option isn't given: it depends on what is fine-tuned.
+SCRATCH_JOINT = "scratch on atis or snips"
 RECIPES = {
     "mini": {"epochs": 2, "student_epochs": 1, "lr": 3e-4, "student_lr": 3e-5, "dropout": 0.0},
     "scratch": {"epochs": 3, "lr": 5e-4, "dropout": 0.1},
-    "scratch on atis or snips": {"epochs": 20, "lr": 5e-4, "dropout": 0.1},
+    SCRATCH_JOINT: {
+        "epochs": 25,
+        "student_epochs": 6,
+        "lr": 1e-3,
+        "student_lr": 5e-4,
+        "dropout": 0.2,
+        "label_smoothing": 0.1,
+    },
     "others": {"epochs": 3, "lr": 2e-5, "dropout": 0.1},
 }
 # With few bits a weight must go far to reach the next step of its grid. Chosen on dev with seed 0, the
@@ -53,8 +61,8 @@ def fill_in(config: "TrainConfig", default_model: str) -> "TrainConfig":
     config = replace(config, model=config.model or default_model)
     kind = config.model
     if kind == "scratch" and find_task(config.task).head == "joint":
-        kind = "scratch on atis or snips"
-    recipe = RECIPES.get(kind, RECIPES["others"])
+        kind = SCRATCH_JOINT
+    recipe = {"label_smoothing": 0.0, **RECIPES.get(kind, RECIPES["others"])}
     if config.model == "mini" and config.bits in MINI_STUDENT_LR:
         recipe = {**recipe, "student_lr": MINI_STUDENT_LR[config.bits]}
     missing = {name: value for name, value in recipe.items() if getattr(config, name) is None}
@@ -174,7 +182,9 @@ class TrainConfig:
     warmup: float = option(0.1, OPTIM, "fraction of the steps in which the rate rises")
     weight_decay: float = option(0.01, OPTIM, "of AdamW, on matrices only")
     clip: float = option(1.0, OPTIM, "largest gradient norm")
-    label_smoothing: float = option(0.0, OPTIM, "of the cross-entropy")
+    label_smoothing: float | None = option(
+        None, OPTIM, f"of the cross-entropy; {by_model('label_smoothing')}, 0 for others"
+    )
     dropout: float | None = option(None, OPTIM, f"while the teacher trains; {by_model('dropout')}")
     student_dropout: float = option(
         0.0, OPTIM, "while qat and sdq train; it also disturbs what is distilled"

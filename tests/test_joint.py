@@ -146,7 +146,9 @@ def test_task_loss_is_that_of_intents_and_real_words(flights):
 
 def test_recipe_of_joint_tasks():
     config = fill_in(parse_args(SHAPE)[0], "mini")
-    assert config.epochs == RECIPES["scratch on atis or snips"]["epochs"]
+    recipe = RECIPES["scratch on atis or snips"]
+    assert {name: getattr(config, name) for name in recipe} == recipe
+    assert fill_in(parse_args([])[0], "mini").label_smoothing == 0.0
 
 
 @pytest.mark.parametrize(
