@@ -42,10 +42,11 @@ from data import UserError, exit_status, mini
 from data.batches import CACHE_DIR, Batch, Dataset, collate, dataset_of, evaluation_batches
 from data.tasks import find_task, load
 from data.tokenizer import Tokenizer
-from int8 import IntLinear, Weight, choose_kernel
+from int8 import IntLinear, choose_kernel
 from loop import EVAL_TOKENS
 from model import PRESETS, build_model, config_of, read_checkpoint, set_dropout
 from options import OneLineParser, TrainConfig, flag
+from packed import Weight
 from quant import ActQuantizer, QuantConfig, WeightQuantizer, choose_qparams, prepare
 from report import markdown_table, write_json
 from train import MINI, choose_device

@@ -28,9 +28,10 @@ from bench_common import (
     training_step,
 )
 from data.batches import IGNORE, Batch
-from int8 import MergedTable, bytes_on_disk, convert, student_payload
+from int8 import MergedTable, convert
 from model import Model, ModelConfig, build_model, checkpoint_payload
 from options import TrainConfig
+from packed import bytes_on_disk, student_payload
 from quant import QuantConfig, calibrate, prepare
 from report import markdown_table
 from tt import TTConfig, TTLinear, TTMEmbedding, count_parameters

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from convert import key_table
-from int8 import float_model, integer_model, read_student, student_payload
+from int8 import integer_model
 from model import (
     Model,
     ModelConfig,
@@ -30,6 +30,7 @@ from model import (
     load_checkpoint,
     save_atomically,
 )
+from packed import float_model, read_student, student_payload
 from quant import QuantConfig, calibrate, prepare
 
 Runner = Callable[[Tensor, Tensor | None], Tensor]  # (ids, mask) -> logits

@@ -377,7 +377,7 @@ class WeightQuantizer(nn.Module):
             self.quant_max = min(self.quant_max, PORTABLE)
         self.clips = False
         self.register_buffer("clip", torch.ones(()))
-        # Set for weights from a file, which lie on their grid already: see int8.float_model.
+        # Set for weights from a file, which lie on their grid already: see packed.float_model.
         self.register_buffer("fixed_scale", None, persistent=False)
 
     def search_clip(self, weight: Tensor, one_factor: bool = False) -> None:

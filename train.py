@@ -38,16 +38,7 @@ from data.fetch import MODELS, RAW_DIR
 from data.tasks import find_task, load, task_folder
 from data.tokenizer import Tokenizer, WordTokenizer
 from distill import parse_distill
-from int8 import (
-    bytes_on_disk,
-    convert,
-    default_keep,
-    float_model,
-    integer_model,
-    read_student,
-    student_payload,
-    tokenizer_of,
-)
+from int8 import convert, integer_model
 from loop import EVAL_TOKENS, Run, clock, describe, evaluate, print_live, train
 from model import (
     PRESETS,
@@ -70,6 +61,14 @@ from options import (
     fill_in,
     flag,
     parse_args,
+)
+from packed import (
+    bytes_on_disk,
+    default_keep,
+    float_model,
+    read_student,
+    student_payload,
+    tokenizer_of,
 )
 from quant import QuantConfig, calibrate, prepare
 from report import markdown, summarize, table, write_json, write_text

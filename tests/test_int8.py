@@ -15,21 +15,23 @@ from int8 import (
     IntSharedAttention,
     IntTTLinear,
     MergedTable,
-    bytes_on_disk,
     choose_kernel,
     convert,
-    default_keep,
-    float_model,
     integer_model,
     is_exact,
     load_integer,
+)
+from model import build_model, save_atomically
+from packed import (
+    bytes_on_disk,
+    default_keep,
+    float_model,
     load_student,
     pack,
     read_student,
     student_payload,
     unpack,
 )
-from model import build_model, save_atomically
 from quant import LearnedScale, QuantConfig, calibrate, prepare, quant_range
 from tt import TensorTrain, TTConfig
 
@@ -100,7 +102,7 @@ def test_same_logits_bit_for_bit(values, tiny_config, tokenizer_bytes, tmp_path)
 
 
 def test_many_chunks(tiny_config, tokenizer_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr("int8.CHUNK", 1000)
+    monkeypatch.setattr("packed.CHUNK", 1000)
     model, config = student(tiny_config, weight_bits=5)
     path = str(tmp_path / "student.pt")
     save_atomically(student_payload(model, config, tokenizer_bytes), path)

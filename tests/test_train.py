@@ -13,9 +13,9 @@ from conftest import GOLDEN, ROOT, SAMPLE, SCRATCH, TOKENIZER, results, run
 import convert
 import loop
 import train
-from int8 import load_student
 from model import build_model, load_checkpoint, read_checkpoint
 from options import RECIPES, build_parser, default_out, fill_in, parse_args
+from packed import load_student
 
 
 # ------------------------------------------------------------------------------------- the ladder
