@@ -56,7 +56,7 @@ from quant import (
     prepare,
     rescale,
 )
-from tt import QuantTTLinear, TTMEmbedding, lookup
+from tt import QuantTTLinear, TTLinear, TTMEmbedding, lookup
 
 # --------------------------------------------------------------------------------------- kernels
 # Between 2^23 and 2^24 the float32 numbers are the whole numbers: adding this rounds a small number to
@@ -360,10 +360,10 @@ def integer_model(
         raise UserError(
             "integers need quantized weights and activations: --bits and --act-bits 2 to 8"
         )
-    if quant.keep != default_keep(config.tt):
-        raise UserError(f"integers need every Linear layer of the encoder: keep is {quant.keep}")
     if config.tt:
         return integer_trains(student, device, kernel)
+    if quant.keep != default_keep(None):
+        raise UserError(f"integers need every Linear layer of the encoder: keep is {quant.keep}")
     with torch.device("meta"):
         model = Model(config)
         prepare(model, replace(quant, weight_bits=32))
@@ -405,6 +405,9 @@ def integer_model(
 def integer_trains(student: Student, device: str | torch.device, kernel: str) -> Model:
     """integer_model for tensor trains: small enough to be made of the fake-quantized model's parts."""
     model = float_model(student)
+    if any(type(module) in (nn.Linear, TTLinear) for module in model.encoder.modules()):
+        keep = student.quant.keep
+        raise UserError(f"integers need every Linear layer of the encoder: keep is {keep}")
     linears = {
         n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantTTLinear))
     }

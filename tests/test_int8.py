@@ -323,7 +323,7 @@ def test_integer_logits_on_cuda(values, tiny_config):
 
 
 # ---------------------------------------------------------------------------------- tensor trains
-TRAINS = TTConfig(rank=4, embedding_rank=5, modes=2)
+TRAINS = TTConfig(rank=4, embedding_rank=5, modes=2, table_modes=3, keep=())
 RANGES = [
     {},
     {"per_channel": False, "per_token": False},

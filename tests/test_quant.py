@@ -613,7 +613,7 @@ def test_quant_linear_keeps_its_parameters():
 
 
 # -------------------------------------------------------------------------- a model of tensor trains
-TRAINS = TTConfig(rank=4, embedding_rank=5)
+TRAINS = TTConfig(rank=4, embedding_rank=5, table_modes=4, keep=())
 
 
 @pytest.fixture
