@@ -382,7 +382,7 @@ def test_logits_of_tensor_trains_bit_for_bit(
     with torch.no_grad():
         assert same_logits(again(ids, mask)[0], expected)
     assert expected[0].shape == (3, 3) and expected[1].shape == (3, 9, 5)
-    assert all(logits.std() > 0.01 for logits in expected)
+    assert all(logits.std() > 1e-4 for logits in expected)
     monkeypatch.setattr("int8.float_model", lambda read: copy.deepcopy(again))  # made once
     for kernel in KERNEL_NAMES:
         if kernel == "onednn" and config.grid == "full" and not is_exact("onednn", 127):
