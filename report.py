@@ -157,8 +157,11 @@ def markdown(results: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------- over seeds
-# Of ATIS and SNIPS one table compares dense models and tensor trains of all ranks.
-MAY_DIFFER_JOINT = "tt_rank tt_embedding_rank lr".split()
+# Of ATIS and SNIPS one table compares dense models and tensor trains of all ranks, which learn at
+# rates of their own; what concerns students is the default where only the teacher was trained.
+MAY_DIFFER_JOINT = (
+    "tt_rank tt_embedding_rank lr epochs weight_range act_range student_dropout".split()
+)
 MAY_DIFFER = "seed bits act_bits out methods threads save_every analyze".split()
 
 
@@ -242,12 +245,14 @@ def seeds_table(runs: list[dict]) -> str:
     return markdown_table(["", "seeds", "en", "zero-shot", "recovered %", "MB"], rows)
 
 
-def joint_seeds_table(runs: list[dict]) -> str:
+def joint_seeds_table(runs: list[dict], latency: dict | None = None) -> str:
     """ATIS or SNIPS: dense models and tensor trains of all ranks and widths, mean +- std.
 
     "smaller": how many times, against the dense float32 checkpoint, if that is among the runs.
+    latency: what bench.py tt measured; adds the milliseconds of its batches where it has the form.
     """
-    found: dict[tuple, list[dict]] = {}
+    found: dict[str, list[dict]] = {}
+    forms: dict[str, str] = {}
     seen = set()
     for run in sorted(runs, key=lambda run: (run["config"]["tt_rank"], -run["config"]["bits"])):
         config = run["config"]
@@ -258,17 +263,37 @@ def joint_seeds_table(runs: list[dict]) -> str:
             if key not in seen:  # one float32 model serves every width
                 seen.add(key)
                 found.setdefault(key[0], []).append(row)
+                forms[key[0]] = benchmarked_form(config, width, latency)
     sizes = {
         name: statistics.fmean(row["size_bytes"] for row in rows) for name, rows in found.items()
     }
     dense = sizes.get("dense fp32")
+    measured = latency["models"] if latency else []
+    batches = list(dict.fromkeys(row["batch_size"] for row in measured))
     lines = []
     for name, rows in found.items():
         entries = [row["languages"]["en"] for row in rows]
         figures = [spread([entry[key] for entry in entries]) for key in JOINT.values()]
         smaller = f"{dense / sizes[name]:.0f}x" if dense else "-"
-        lines.append([name, str(len(rows)), f"{sizes[name] / 1e3:,.0f}", smaller, *figures])
-    return markdown_table(["", "seeds", "kB", "smaller", *JOINT], lines)
+        times = {
+            row["batch_size"]: f"{row['median_ms']:.1f}"
+            for row in measured
+            if row["name"] == forms[name]
+        }
+        cells = [name, str(len(rows)), f"{sizes[name] / 1e3:,.0f}", smaller, *figures]
+        lines.append([*cells, *(times.get(size, "-") for size in batches)])
+    return markdown_table(
+        ["", "seeds", "kB", "smaller", *JOINT, *(f"ms x {size}" for size in batches)], lines
+    )
+
+
+def benchmarked_form(config: dict, width: str, latency: dict | None) -> str:
+    """The name of a row of bench.py tt that is a run's model, "" if none is."""
+    if not config["tt_rank"]:
+        return "" if width else "dense fp32"
+    if not latency or config["tt_rank"] != latency["shape"]["rank"]:
+        return ""
+    return f"TT{width} {config['act_range']}" if width else "TT fp32, merged"
 
 
 def languages_table(runs: list[dict]) -> str:
@@ -281,18 +306,35 @@ def languages_table(runs: list[dict]) -> str:
     return markdown_table(["", *languages], rows)
 
 
+def read_latency(path: str | None) -> dict | None:
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            latency = json.load(file)
+        latency["shape"]["rank"], latency["models"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"{path} is not a JSON of bench.py tt") from None
+    return latency
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="One table over the seeds and widths of several runs."
     )
     parser.add_argument("files", nargs="+", metavar="RESULTS.json")
     parser.add_argument("--languages", action="store_true", help="a column a language instead")
+    parser.add_argument(
+        "--latency", metavar="JSON", help="atis, snips: add times from bench.py tt --json"
+    )
     args = parser.parse_args(argv)
 
     def job() -> None:
         runs = read_results(args.files)
-        several = joint_seeds_table if is_joint(runs[0]) else seeds_table
-        print((languages_table if args.languages else several)(runs))
+        if is_joint(runs[0]):
+            print(joint_seeds_table(runs, read_latency(args.latency)))
+        else:
+            print((languages_table if args.languages else seeds_table)(runs))
 
     return exit_status(job)
 

@@ -328,3 +328,27 @@ def test_scales_of_cores_are_trained(tiny_config):
     assert math.isfinite(record["loss"])
     moved = sum(a != b.item() for a, b in zip(before, scales, strict=True))
     assert moved == len(scales) > 20
+
+
+def test_latency_stands_beside_its_form(tmp_path, capsys):
+    assert (
+        joint(tmp_path, *"--tt-rank 4 --methods fp32 ptq --steps 1 --act-range static".split()) == 0
+    )
+    measured = [
+        {"name": name, "batch_size": size, "median_ms": 10 * size + i}
+        for size in (1, 2)
+        for i, name in enumerate(("dense fp32", "TT fp32, merged", "TT W8A8 static"))
+    ]
+    path = tmp_path / "tt.json"
+    for rank, expected in ((4, ["12.0", "22.0"]), (5, ["-", "-"])):
+        path.write_text(json.dumps({"shape": {"rank": rank}, "models": measured}))
+        capsys.readouterr()
+        command = [str(tmp_path / "run" / "results.json"), "--latency", str(path)]
+        assert report.main(command) == 0
+        lines = [
+            [c.strip() for c in x.split("|")[1:-1]] for x in capsys.readouterr().out.splitlines()
+        ]
+        assert lines[0][-2:] == ["ms x 1", "ms x 2"] and lines[-1][0] == "TT rank 4 ptq W8A8"
+        assert lines[-1][-2:] == expected
+    assert report.main([command[0], "--latency", command[0]]) == 2
+    assert "is not a JSON of bench.py tt" in capsys.readouterr().err
