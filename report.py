@@ -159,9 +159,8 @@ def markdown(results: dict) -> str:
 # ------------------------------------------------------------------------------------- over seeds
 # Of ATIS and SNIPS one table compares dense models and tensor trains of all ranks, which learn at
 # rates of their own; what concerns students is the default where only the teacher was trained.
-MAY_DIFFER_JOINT = (
-    "tt_rank tt_embedding_rank lr epochs weight_range act_range student_dropout".split()
-)
+MAY_DIFFER_JOINT = "tt_rank tt_embedding_rank lr epochs weight_range act_range".split()
+MAY_DIFFER_JOINT += "student_dropout student_epochs student_lr".split()
 MAY_DIFFER = "seed bits act_bits out methods threads save_every analyze".split()
 
 
