@@ -186,7 +186,8 @@ def read_results(patterns: list[str]) -> list[dict]:
             raise UserError(f"{path} is not a results.json of train.py") from None
         same_width = [r for r in runs if r["config"]["bits"] == run["config"]["bits"]]
         first = {k: v for k, v in (runs or [run])[0]["config"].items() if k not in may_differ}
-        first["student_lr"] = (same_width or [run])[0]["config"].get("student_lr")
+        if "student_lr" in first:
+            first["student_lr"] = (same_width or [run])[0]["config"].get("student_lr")
         differs = [k for k in first if settings.get(k) != first[k]]
         if differs:
             flag = "--" + differs[0].replace("_", "-")
