@@ -12,7 +12,6 @@ does.
 import argparse
 import glob
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -198,26 +197,11 @@ def read_curves(patterns: list[str]) -> dict[str, list[list]]:
     """Order of layer-by-layer distillation -> a run's [step, accuracy on dev] pairs each."""
     curves = {}
     for path, run in read_runs(patterns).items():
-        curve = run["methods"].get("sdq", {}).get("dev_curve") or logged_curve(path)
+        curve = run["methods"].get("sdq", {}).get("dev_curve")
         if not curve:
-            raise UserError(f"{path}: neither it nor a log.jsonl beside it has looks at dev of sdq")
+            raise UserError(f"{path}: no sdq row with looks at dev")
         curves.setdefault(run["config"].get("order", "bottom-up"), []).append(curve)
     return curves
-
-
-def logged_curve(path: str) -> list[list]:
-    """The same from the log beside a results.json; empty if there is none."""
-    curve = []
-    try:
-        with open(os.path.join(os.path.dirname(path), "log.jsonl"), encoding="utf-8") as file:
-            for line in file:
-                if '"dev_accuracy"' in line:
-                    record = json.loads(line)
-                    if record["method"] == "sdq":
-                        curve.append([record["step"], record["dev_accuracy"]])
-    except (OSError, ValueError, LookupError):
-        return []
-    return curve
 
 
 def draw_curves(axes, curves: dict[str, list[list]]) -> None:

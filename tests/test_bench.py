@@ -226,16 +226,10 @@ def test_figures_of_tensor_trains(tmp_path, capsys):
     assert ranks == {32: [0, 5, 20], 8: [0, 5, 20], 4: [20], 2: [5, 20]}
     assert len(points[32, 5]) == len(points[8, 5]) == 2 and points[8, 20][0][0] == 2.1
 
-    # The curve stands in the log alone, among the lines of steps and of other methods.
+    curves = plot.read_curves(list(map(str, paths)))
+    assert curves["bottom-up"] == [[[10, 50.0], [20, 86.0]]] and len(curves["together"]) == 6
     del value["methods"]["sdq"]["dev_curve"]
     paths[-1].write_text(json.dumps(value))
-    looks = [("fp32", 10, 1.0), ("sdq", 10, 40.0), ("sdq", 20, 70.0)]
-    lines = [{"method": m, "step": s, "dev_accuracy": a} for m, s, a in looks]
-    lines.insert(1, {"method": "sdq", "step": 1, "loss": 3.0})
-    log = paths[-1].parent / "log.jsonl"
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    curves = plot.read_curves(list(map(str, paths)))
-    assert curves["bottom-up"] == [[[10, 40.0], [20, 70.0]]] and len(curves["together"]) == 6
 
     pretrained = write("pretrained", model="m.pt", tt_rank=20, bits=32, seed=0)
     assert set(plot.read_sweep([str(paths[-1])])[1]) == {(32, 0), (32, 20)}
@@ -244,9 +238,8 @@ def test_figures_of_tensor_trains(tmp_path, capsys):
     assert "a second run of rank 20" in capsys.readouterr().err
     write("no-slots", languages={"en": {"accuracy": 1.0}}, tt_rank=0, bits=8, seed=0)
     assert drawn("sweep", paths[-1]) == 2 and "no slots" in capsys.readouterr().err
-    log.unlink()
-    assert drawn("curves", paths[6]) == 2 and "log.jsonl" in capsys.readouterr().err
-    assert drawn("sweep", log) == 2 and "not a results.json" in capsys.readouterr().err
+    assert drawn("curves", paths[6]) == 2 and "no sdq row" in capsys.readouterr().err
+    assert drawn("sweep", tmp_path / "log") == 2 and "not a results.json" in capsys.readouterr().err
 
     pytest.importorskip("matplotlib")
     for kind in ("sweep", "curves"):
