@@ -198,8 +198,8 @@ def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
             borders = words.sum(dim=1).cumsum(dim=0)[:-1].cpu()
             gold += np.split(batch.tags[words].cpu().numpy(), borders)
             guessed += np.split(slots.argmax(dim=-1)[words].cpu().numpy(), borders)
-        right.append((logits.argmax(dim=-1) == batch.labels).cpu())
-    right = torch.cat(right)
+        right.append(logits.argmax(dim=-1) == batch.labels)
+    right = torch.cat(right).cpu()
     total, correct = len(dataset), int(right.sum())
     found = {"accuracy": 100 * correct / total, "correct": correct, "total": total}
     if gold:

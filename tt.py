@@ -17,7 +17,7 @@ in the middle: once a step, for they don't depend on the tokens. Then
 
     y = (x A^T) B^T + b                  2 r (in + out) operations a token instead of 2 in out
 
-so only (tokens, r) numbers are kept for the backward pass. Gradients of the cores come from
+so beside x only (tokens, r) numbers are kept for the backward pass. Gradients of the cores come from
 autograd: the contractions are a few small products, and a hand-written backward would do the same.
 
 TTMEmbedding. A table (V, C) whose cores have two digits, (r_k-1, n_k, m_k, r_k): row i is the

@@ -95,6 +95,9 @@ def test_every_flag_that_is_named_exists():
         "--resume",
         "--json",
         "--errors",
+        "--latency",
+        "--sweep",
+        "--curves",
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
@@ -112,6 +115,7 @@ def test_figures_come_from_the_committed_files(tmp_path):
     for i, names in enumerate(
         [f"bench-{what}.json" for what in bench.BENCHMARKS]
         + ["xnli-mini/*.json", "xnli-mini/w3-s0.json --errors"]
+        + ["atis/*.json --sweep", "layerwise/*.json --curves"]
     ):
         out = tmp_path / f"{i}.png"
         file, *options = names.split()
@@ -127,6 +131,9 @@ def test_benchmarks_come_from_the_committed_files(what):
     assert result["benchmark"] == what and show(result) in README
 
 
-def test_table_comes_from_the_committed_files(capsys):
-    assert report.main([os.path.join(ROOT, "results", "xnli-mini", "*.json")]) == 0
+@pytest.mark.parametrize("options", ["xnli-mini/*.json", "atis/*.json --latency bench-tt.json"])
+def test_tables_come_from_the_committed_files(options, capsys):
+    words = options.split()
+    paths = [w if w.startswith("--") else os.path.join(ROOT, "results", w) for w in words]
+    assert report.main(paths) == 0
     assert capsys.readouterr().out.strip() in README
