@@ -127,24 +127,24 @@ def read_runs(patterns: list[str]) -> dict[str, dict]:
 def read_sweep(patterns: list[str]) -> tuple[dict, dict]:
     """(config, points) of runs of a joint task: (bits, rank) -> seed -> (MB, intents, slot F1).
 
-    Rank 0 is the dense model. Of every run the float32 row, and the last one that was trained.
+    Rank 0 is the dense model. Of every run the float32 row, and the last quantized one.
     """
     runs, points = read_runs(patterns), {}
     for path, run in runs.items():
         config, methods = run["config"], run["methods"]
         rank, bits, seed = config.get("tt_rank", 0), config["bits"], config["seed"]
-        trained = [name for name in methods if name in ("qat", "sdq")]
+        quantized = [name for name in methods if name != "fp32"]
         try:
             if "fp32" in methods:  # of a pretrained model it is dense: only students are trains
                 full = rank if config["model"] == "scratch" else 0
                 points.setdefault((32, full), {}).setdefault(seed, figures(methods["fp32"]))
-            if trained:
+            if quantized:
                 entry = points.setdefault((bits, rank), {})
                 if seed in entry and bits != 32:
                     raise UserError(
                         f"{path}: a second run of rank {rank}, {bits} bits, seed {seed}"
                     )
-                entry[seed] = figures(methods[trained[-1]])
+                entry[seed] = figures(methods[quantized[-1]])
         except KeyError:
             raise UserError(f"{path} has no slots: --sweep draws runs of atis or snips") from None
     return next(iter(runs.values()))["config"], points

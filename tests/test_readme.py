@@ -115,7 +115,7 @@ def test_figures_come_from_the_committed_files(tmp_path):
     for i, names in enumerate(
         [f"bench-{what}.json" for what in bench.BENCHMARKS]
         + ["xnli-mini/*.json", "xnli-mini/w3-s0.json --errors"]
-        + ["atis/*.json --sweep", "layerwise/*.json --curves"]
+        + ["atis-sweep/*.json --sweep", "layerwise/*.json --curves"]
     ):
         out = tmp_path / f"{i}.png"
         file, *options = names.split()
