@@ -34,7 +34,7 @@ from options import TrainConfig
 from packed import bytes_on_disk, student_payload
 from quant import QuantConfig, calibrate, prepare
 from report import markdown_table
-from tt import TTConfig, TTLinear, TTMEmbedding, count_parameters
+from tt import TTConfig, TTLinear, TTMEmbedding, count_flops, count_parameters
 
 NUM_LABELS, NUM_SLOTS, SENTENCES = 21, 120, 4478  # ATIS: known intents, known slots, train
 VOCABULARY = b"x" * 4500  # as long as the list of its words, which every file carries
@@ -86,6 +86,7 @@ def bench_layers(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 found[what] = summarize(each, "dense")
             for name, layer in layers.items():
                 row = {"name": name, "M": M, "K": K, "N": N, "parameters": count(layer)}
+                row["flops"] = flops(name, layers, M)
                 rows.append(row | {what: each[name] for what, each in found.items()})
     return rows
 
@@ -99,6 +100,14 @@ def forward_backward(layer: nn.Module, x: Tensor, upstream: Tensor) -> tuple[Ten
     """Gradients of x and of all parameters. None is added to another, so there is none to clear."""
     x = x.detach().requires_grad_()
     return torch.autograd.grad(layer(x), [x, *layer.parameters()], upstream)
+
+
+def flops(name: str, layers: dict[str, nn.Module], M: int) -> int | None:
+    """Operations of a forward pass; None for another library's, which contracts in its own order."""
+    train = layers["TTLinear"]
+    if name.startswith("TTLinear"):
+        return count_flops(M, train.modes[: train.cut], train.modes[train.cut :], train.ranks)
+    return 2 * M * train.in_features * train.out_features if name == "dense" else None
 
 
 def count(module: nn.Module) -> int:
@@ -324,11 +333,15 @@ def layers_table(rows: list[dict]) -> str:
 
     lines = [
         [f"{row['K']} x {row['N']}", f"{row['M']:,}", row["name"], f"{row['parameters']:,}"]
-        + [timed(row["forward"]), timed(row["with_backward"])]
+        + [
+            "-" if row["flops"] is None else f"{row['flops'] / 1e6:,.0f}",
+            timed(row["forward"]),
+            timed(row["with_backward"]),
+        ]
         for row in rows
     ]
-    head = ["layer", "tokens", "variant", "parameters", "forward ms", "forward + backward ms"]
-    return markdown_table(head, lines)
+    head = ["layer", "tokens", "variant", "parameters", "MFLOP", "forward ms"]
+    return markdown_table([*head, "forward + backward ms"], lines)
 
 
 def models_table(rows: list[dict], tokens: int) -> str:

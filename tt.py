@@ -120,7 +120,9 @@ def count_parameters(modes: Sequence[int], ranks: Sequence[int]) -> int:
     return sum(ranks[k] * n * ranks[k + 1] for k, n in enumerate(modes))
 
 
-def count_flops(tokens: int, out_modes: Sequence[int], in_modes: Sequence[int], rank: int) -> int:
+def count_flops(
+    tokens: int, out_modes: Sequence[int], in_modes: Sequence[int], rank: int | Sequence[int]
+) -> int:
     """Floating-point operations of a TTLinear's forward pass: building A and B, and two products."""
     ranks = clip_ranks((*out_modes, *in_modes), rank)
     d, total = len(out_modes), 0
