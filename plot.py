@@ -169,7 +169,8 @@ def draw_sweep(axes, sweep: tuple[dict, dict]) -> None:
         axes[i].set(xscale="log", xlabel="MB on disk", ylabel=f"{title}, %")
         axes[i].grid(axis="y", alpha=0.3)
     seeds = max(map(len, points.values()))
-    title = f"{config['task']} {config['eval_split']}, {seeds} seeds; numbers are ranks"
+    of_seeds = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    title = f"{config['task']} {config['eval_split']}, {of_seeds}; numbers are ranks"
     axes[0].figure.suptitle(title)
 
 
