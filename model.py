@@ -277,7 +277,7 @@ class Encoder(nn.Module):
         mask: Tensor | None,
         types: Tensor | None,
         taps: dict[str, list[Tensor]],
-        depth: int | None,
+        depth: int | None = None,
     ) -> Tensor:
         key_mask = (
             None if mask is None else mask[:, None, None, :]
