@@ -199,7 +199,7 @@ def losses(model: Model, detector: Detector, batch) -> tuple[Tensor, dict[str, T
     hidden = model.encoder(ids, None if mask.all() else mask, None, {})
     asked = targets >= 0  # the output matrix is multiplied where something was masked, only there
     wanted = targets[asked]
-    logits = model.head(hidden[asked], model.encoder.embeddings.word.weight)
+    logits = model.head(hidden[asked], model.encoder.embeddings.word)
     loss = F.cross_entropy(logits, wanted)
     right = (logits.argmax(dim=-1) == wanted).float().mean()
     if not (changed >= 0).any():
