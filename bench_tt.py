@@ -206,8 +206,7 @@ def merged(model: Model) -> Model:
             new = MergedTable(module)
         else:
             continue
-        above, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(above), attribute, new)
+        model.set_submodule(name, new)
     return model
 
 

@@ -226,6 +226,21 @@ class IntLinear(nn.Module):
         return f"kernel={type(self.kernel).__name__}"
 
 
+def act_of(model: nn.Module, name: str) -> ActQuantizer:
+    """The quantizer of what a layer reads: its own; of query, key and value, their attention's."""
+    own = model.get_submodule(name).act_quantizer
+    if isinstance(own, ActQuantizer):
+        return own
+    return model.get_submodule(name.rpartition(".")[0]).input_quantizer
+
+
+def range_to_stay_in(kernel: FloatKernel | OneDNNKernel, act: ActQuantizer):
+    """Scale and zero point at which a kernel can hand its result on in 8 bits; None if it can't."""
+    if kernel.fused and act.static and act.quant_max == 255:
+        return float(act.scale), int(act.zero_point)
+    return None
+
+
 class IntTTLinear(nn.Module):
     """A tensor train merged to A (r, K) and B (N, r), two integer layers: (..., K) -> (..., N).
 
@@ -236,13 +251,10 @@ class IntTTLinear(nn.Module):
         super().__init__()
         merged = zip(layer.halves(), (layer.A_quantizer, layer.B_quantizer), strict=True)
         A, B = (weight_of(quantizer, half) for half, quantizer in merged)
-        middle = layer.middle_quantizer
         self.A = IntLinear(A, None, act, kernel, device)
-        self.B = IntLinear(B, layer.bias, middle, kernel, device)
+        self.B = IntLinear(B, layer.bias, layer.middle_quantizer, kernel, device)
         self.act_quantizer, self.codes, self.kernel = act, self.A.codes, self.B.kernel
-        self.inner = None
-        if self.A.kernel.fused and act.static and middle.quant_max == 255:
-            self.inner = float(middle.scale), int(middle.zero_point)
+        self.inner = range_to_stay_in(self.A.kernel, layer.middle_quantizer)
 
     def middle(self, x: Tensor | Codes) -> Tensor | Codes:
         if self.inner is None:
@@ -319,9 +331,7 @@ class IntFeedForward(FeedForward):
         nn.Module.__init__(self)
         self.up, self.down, self.norm, self.dropout = ffn.up, ffn.down, ffn.norm, ffn.dropout
         inner = ffn.down.act_quantizer
-        self.inner = None
-        if ffn.up.kernel.fused and inner.static and inner.quant_max == 255:
-            self.inner = float(inner.scale), int(inner.zero_point)
+        self.inner = range_to_stay_in(ffn.up.kernel, inner)
         self.in_pieces = self.inner is None and inner.per_token
 
     def forward(self, x: Tensor) -> Tensor:
@@ -382,11 +392,7 @@ def integer_model(
         scales = [part.scale.reshape(-1).expand(n) for part, n in zip(parts, rows, strict=True)]
         whole = Weight(torch.cat([part.codes for part in parts]), torch.cat(scales))
         bias = torch.cat([tensors[name + ".bias"] for name in names])
-        module = model.get_submodule(names[0])
-        act = module.act_quantizer
-        if not isinstance(act, ActQuantizer):  # query, key and value: their attention has it
-            act = model.get_submodule(names[0].rpartition(".")[0]).input_quantizer
-        return IntLinear(whole, bias, act, kernel, device)
+        return IntLinear(whole, bias, act_of(model, names[0]), kernel, device)
 
     model.encoder.embeddings.word = IntEmbedding(weights["encoder.embeddings.word.weight"]).to(
         device
@@ -415,16 +421,13 @@ def integer_trains(student: Student, device: str | torch.device, kernel: str) ->
         quantizers = (q for q in model.modules() if isinstance(q, WeightQuantizer))
         kernel = choose_kernel(device, max(quantizer.quant_max for quantizer in quantizers))
     for name, linear in linears.items():
-        above, _, attribute = name.rpartition(".")
-        parent, act = model.get_submodule(above), linear.act_quantizer
-        if not isinstance(act, ActQuantizer):  # query, key and value: their attention has it
-            act = parent.input_quantizer
+        act = act_of(model, name)
         if isinstance(linear, QuantTTLinear):
             new = IntTTLinear(linear, act, kernel, device)
         else:
             weight = weight_of(linear.weight_quantizer, linear.weight)
             new = IntLinear(weight, linear.bias, act, kernel, device)
-        setattr(parent, attribute, new)
+        model.set_submodule(name, new)
     embeddings = model.encoder.embeddings
     for name in ("word", "position"):
         table = getattr(embeddings, name)

@@ -432,8 +432,6 @@ def init_weights(model: nn.Module, pad_id: int) -> None:
             nn.init.zeros_(module.bias)
         if isinstance(module, TensorTrain):
             module.reset_parameters(std=0.02)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
     if isinstance(model.encoder.embeddings.word, nn.Embedding):
         with torch.no_grad():
             model.encoder.embeddings.word.weight[pad_id].zero_()

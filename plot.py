@@ -10,14 +10,13 @@ does.
 """
 
 import argparse
-import glob
 import json
 import statistics
 import sys
 from collections.abc import Callable
 
 from data import UserError, exit_status
-from report import over_seeds, read_results
+from report import expand, over_seeds, read_results
 
 COLORS = {
     "fp32": "#555555",
@@ -104,8 +103,8 @@ def draw_errors(axes, run: dict) -> None:
 
 # ---------------------------------------------------------------------------------- tensor trains
 def read_runs(patterns: list[str]) -> dict[str, dict]:
-    """Path -> results.json, of runs of one task. Wildcards are expanded here."""
-    paths = [path for pattern in patterns for path in (sorted(glob.glob(pattern)) or [pattern])]
+    """Path -> results.json, of runs of one task."""
+    paths = expand(patterns)
     runs = {}
     for path in paths:
         try:

@@ -164,13 +164,17 @@ MAY_DIFFER_JOINT += "student_dropout student_epochs student_lr".split()
 MAY_DIFFER = "seed bits act_bits out methods threads save_every analyze".split()
 
 
+def expand(patterns: list[str]) -> list[str]:
+    """Paths with their wildcards expanded, because not every shell does it."""
+    return [path for pattern in patterns for path in (sorted(glob.glob(pattern)) or [pattern])]
+
+
 def read_results(patterns: list[str]) -> list[dict]:
     """The given results.json files, all of the same experiment but for width and seed. A width has
     its own --student-lr, as options.MINI_STUDENT_LR says.
 
-    Wildcards are expanded here, because not every shell does.
     """
-    paths = [path for pattern in patterns for path in (sorted(glob.glob(pattern)) or [pattern])]
+    paths = expand(patterns)
     runs, seen = [], {}
     for path in paths:
         try:

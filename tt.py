@@ -155,6 +155,14 @@ def contract_table(cores: Sequence[Tensor]) -> Tensor:
     return x
 
 
+def product_rms(left: Tensor, right: Tensor) -> Tensor:
+    """Root of the mean square of the entries of (m, r) @ (r, n), without that product:
+    |L R|^2 = <L^T L, R R^T>.
+    """
+    squares = ((left.T @ left) * (right @ right.T)).sum()
+    return squares.div(left.shape[0] * right.shape[1]).sqrt()
+
+
 def balanced(cores: list[Tensor]) -> list[Tensor]:
     """The same product, with the size spread evenly: an optimizer moves all cores at one rate."""
     norms = [core.norm().clamp(min=1e-30) for core in cores]
@@ -245,7 +253,7 @@ class TTLinear(TensorTrain):
         super().__init__([(ranks[k], n, ranks[k + 1]) for k, n in enumerate(self.modes)])
         self.out_features, self.in_features = math.prod(out_modes), math.prod(in_modes)
         self.cut = len(out_modes)
-        self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
+        self.bias = nn.Parameter(torch.empty(self.out_features)) if bias else None
         self.reset_parameters()
 
     @classmethod
@@ -269,9 +277,15 @@ class TTLinear(TensorTrain):
         return F.linear(F.linear(x, A), B, self.bias)
 
     def entries_rms(self) -> Tensor:
-        """Root of the mean square of W's entries: |B A|^2 = <B^T B, A A^T>, without W."""
+        """Of W, without W."""
         A, B = self.halves()
-        return ((B.T @ B) * (A @ A.T)).sum().div(self.out_features * self.in_features).sqrt()
+        return product_rms(B, A)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
+        super().reset_parameters(std)
+        if self.bias is not None:
+            self.bias.zero_()
 
     @torch.no_grad()
     def set_dense(self, linear: nn.Linear) -> float:
@@ -361,12 +375,10 @@ class TTMEmbedding(TensorTrain):
         return lookup(ids, *self.halves(), self.num_embeddings)
 
     def entries_rms(self) -> Tensor:
-        """As TTLinear's, over the padded table."""
+        """Of the padded table, without it."""
         left, right = self.halves()
         rank = left.shape[-1]
-        left, right = left.reshape(-1, rank), right.transpose(0, 1).reshape(rank, -1)
-        entries = left.shape[0] * right.shape[1]
-        return ((left.T @ left) * (right @ right.T)).sum().div(entries).sqrt()
+        return product_rms(left.reshape(-1, rank), right.transpose(0, 1).reshape(rank, -1))
 
     @torch.no_grad()
     def set_dense(self, table: nn.Embedding) -> float:

@@ -5,11 +5,23 @@ mistake is told.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
     """A mistake the user can mend: one line that says what is wrong and what to type instead."""
+
+
+@contextmanager
+def readable_text(path: str, again: str) -> Iterator[None]:
+    """What goes wrong while a text file is read, in the user's words. again: how to get a sound one."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): {again}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def exit_status(job: Callable[[], None], after_interrupt: str = "") -> int:

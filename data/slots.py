@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from data import UserError
+from data import UserError, readable_text
 
 FILES = ("seq.in", "seq.out", "label")
 SPLITS = ("train", "dev", "test")
@@ -82,17 +82,11 @@ def read_lines(path: str, fetch: str) -> list[tuple[str, ...]]:
         raise UserError(
             f"no file {path}: '{fetch}' tells where it comes from; or name its folder with --data-dir"
         )
-    try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            lines = [tuple(line.split()) for line in file]
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start}): bring it again, '{fetch}' tells from where"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    again = f"bring it again, '{fetch}' tells from where"
+    with readable_text(path, again), open(path, encoding="utf-8", newline="\n") as file:
+        lines = [tuple(line.split()) for line in file]
     if not lines:
-        raise UserError(f"{path} is empty: bring it again, '{fetch}' tells from where")
+        raise UserError(f"{path} is empty: {again}")
     if () in lines:
         raise UserError(f"{path}, line {lines.index(()) + 1} is empty: every line is a sentence")
     return lines

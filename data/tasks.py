@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-from data import UserError
+from data import UserError, readable_text
 from data.slots import SPLITS, Names, Sentence, read_names, read_sentences
 
 
@@ -143,28 +143,22 @@ def read_tsv(path: str, columns: tuple[str, ...], fetch: str):
         raise UserError(
             f"no file {path}: fetch it with '{fetch}', or name its folder with --data-dir"
         )
-    try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            header = file.readline().rstrip("\r\n").split("\t")
-            missing = [name for name in columns if name not in header]
-            if missing:
+    again = f"fetch it again with '{fetch}'"
+    with readable_text(path, again), open(path, encoding="utf-8", newline="\n") as file:
+        header = file.readline().rstrip("\r\n").split("\t")
+        missing = [name for name in columns if name not in header]
+        if missing:
+            raise UserError(
+                f"{path}, line 1: no column {missing[0]!r}; it has: {' '.join(header)[:200]}"
+            )
+        wanted = [header.index(name) for name in columns]
+        for number, line in enumerate(file, start=2):
+            cells = line.rstrip("\r\n").split("\t")
+            if len(cells) != len(header):
                 raise UserError(
-                    f"{path}, line 1: no column {missing[0]!r}; it has: {' '.join(header)[:200]}"
+                    f"{path}, line {number}: {len(cells)} columns, the header has {len(header)}"
                 )
-            wanted = [header.index(name) for name in columns]
-            for number, line in enumerate(file, start=2):
-                cells = line.rstrip("\r\n").split("\t")
-                if len(cells) != len(header):
-                    raise UserError(
-                        f"{path}, line {number}: {len(cells)} columns, the header has {len(header)}"
-                    )
-                yield number, [cells[i] for i in wanted]
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start}): fetch it again with '{fetch}'"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+            yield number, [cells[i] for i in wanted]
 
 
 # --------------------------------------------------------------------------------- ATIS and SNIPS
