@@ -47,7 +47,8 @@ from loop import EVAL_TOKENS
 from model import PRESETS, build_model, config_of, read_checkpoint, set_dropout
 from options import OneLineParser, TrainConfig, flag
 from packed import Weight
-from quant import ActQuantizer, QuantConfig, WeightQuantizer, choose_qparams, prepare
+from prepare import prepare
+from quant import ActQuantizer, QuantConfig, WeightQuantizer, choose_qparams
 from report import markdown_table, write_json
 from train import MINI, choose_device
 

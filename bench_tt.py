@@ -32,7 +32,8 @@ from int8 import MergedTable, convert
 from model import Model, ModelConfig, build_model, checkpoint_payload
 from options import TrainConfig
 from packed import bytes_on_disk, student_payload
-from quant import QuantConfig, calibrate, prepare
+from prepare import calibrate, prepare
+from quant import QuantConfig
 from report import markdown_table
 from tt import TTConfig, TTLinear, TTMEmbedding, count_flops, count_parameters
 

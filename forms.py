@@ -31,7 +31,8 @@ from model import (
     save_atomically,
 )
 from packed import float_model, read_student, student_payload
-from quant import QuantConfig, calibrate, prepare
+from prepare import calibrate, prepare
+from quant import QuantConfig
 
 Runner = Callable[[Tensor, Tensor | None], Tensor]  # (ids, mask) -> logits
 

@@ -37,6 +37,7 @@ from data import UserError
 from data.tokenizer import Tokenizer
 from model import Attention, FeedForward, Model
 from packed import (
+    WORDS,
     Student,
     Weight,
     default_keep,
@@ -47,15 +48,8 @@ from packed import (
     weight_codes,
     weight_of,
 )
-from quant import (
-    ActQuantizer,
-    Codes,
-    QuantConfig,
-    QuantLinear,
-    WeightQuantizer,
-    prepare,
-    rescale,
-)
+from prepare import prepare
+from quant import ActQuantizer, Codes, QuantConfig, QuantLinear, WeightQuantizer, rescale
 from tt import QuantTTLinear, TTLinear, TTMEmbedding, lookup
 
 # --------------------------------------------------------------------------------------- kernels
@@ -202,7 +196,8 @@ class IntLinear(nn.Module):
         self.register_buffer("scale", weight.scale.to(device).flatten().expand(N).contiguous())
         self.constants = None  # of a static range: s_x s_w and z_x
         if act.static:
-            self.constants = act.scale.to(device) * self.scale, int(act.zero_point)
+            scale, zero_point = act.static_range()
+            self.constants = scale.to(device) * self.scale, int(zero_point)
 
     def codes(self, x: Tensor | Codes) -> Codes:
         return x if isinstance(x, Codes) else activation_codes(self.act_quantizer, x)
@@ -237,7 +232,8 @@ def act_of(model: nn.Module, name: str) -> ActQuantizer:
 def range_to_stay_in(kernel: FloatKernel | OneDNNKernel, act: ActQuantizer):
     """Scale and zero point at which a kernel can hand its result on in 8 bits; None if it can't."""
     if kernel.fused and act.static and act.quant_max == 255:
-        return float(act.scale), int(act.zero_point)
+        scale, zero_point = act.static_range()
+        return float(scale), int(zero_point)
     return None
 
 
@@ -260,7 +256,7 @@ class IntTTLinear(nn.Module):
         if self.inner is None:
             return self.A(x)
         values = self.A.fused(self.codes(x), out=self.inner)
-        return Codes(values, self.B.act_quantizer.scale, self.B.act_quantizer.zero_point)
+        return Codes(values, *self.B.act_quantizer.static_range())
 
     def forward(self, x: Tensor | Codes) -> Tensor:
         return self.B(self.middle(x))
@@ -299,8 +295,9 @@ class IntAttention(Attention):
 
     def __init__(self, attention: Attention, qkv: IntLinear):
         nn.Module.__init__(self)
-        self.num_heads, self.qkv, self.output = attention.num_heads, qkv, attention.output
-        self.norm, self.dropout = attention.norm, attention.dropout
+        self.__dict__.update(attention.__dict__)  # all of its parts
+        del self.query, self.key, self.value
+        self.qkv = qkv
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.qkv(x).chunk(3, dim=-1)
@@ -344,7 +341,7 @@ class IntFeedForward(FeedForward):
         if self.inner is None:
             return super().expand(x)
         values = self.up.fused(self.up.codes(x), "gelu", self.inner)
-        return Codes(values, self.down.act_quantizer.scale, self.down.act_quantizer.zero_point)
+        return Codes(values, *self.down.act_quantizer.static_range())
 
 
 @torch.no_grad()
@@ -394,9 +391,7 @@ def integer_model(
         bias = torch.cat([tensors[name + ".bias"] for name in names])
         return IntLinear(whole, bias, act_of(model, names[0]), kernel, device)
 
-    model.encoder.embeddings.word = IntEmbedding(weights["encoder.embeddings.word.weight"]).to(
-        device
-    )
+    model.encoder.embeddings.word = IntEmbedding(weights[WORDS]).to(device)
     for i, layer in enumerate(model.encoder.layers):
         at = f"encoder.layers.{i}."
         qkv = linear(*(f"{at}attention.{name}" for name in ("query", "key", "value")))
@@ -433,8 +428,8 @@ def integer_trains(student: Student, device: str | torch.device, kernel: str) ->
         table = getattr(embeddings, name)
         if isinstance(table, TTMEmbedding):
             setattr(embeddings, name, MergedTable(table))
-    if "encoder.embeddings.word.weight" in student.weights:
-        embeddings.word = IntEmbedding(student.weights["encoder.embeddings.word.weight"])
+    if WORDS in student.weights:
+        embeddings.word = IntEmbedding(student.weights[WORDS])
     for layer in model.encoder.layers:
         layer.attention = IntSharedAttention(layer.attention)
         layer.ffn = IntFeedForward(layer.ffn)

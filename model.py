@@ -1,4 +1,4 @@
-"""The multilingual encoder (XLM-R, InfoXLM), written by hand.
+"""The encoder (XLM-R, InfoXLM, BERT), written by hand.
 
 An encoder turns T token ids into T vectors of size C. Each of its L layers does two things:
 
@@ -24,6 +24,8 @@ Distillation compares the insides of two such models, so `forward` hands out *ta
     map      (B, H, T, T)  softmax of the scores: the attention probabilities
     context  (B, H, T, D)  map @ V, one per head: what SDQ distils (arXiv 2307.05972)
     output   (B, T, C)     context after the output projection, before residual and norm
+    residual (B, T, C)     the attention's input + output, before the norm
+    normed   (B, T, C)     the same after the norm: what the ffn reads (arXiv 2211.11014)
     hidden   (B, T, C)     the embeddings and every layer's result: L + 1 tensors
 
 Nothing is kept that was not asked for, and PyTorch's fused attention runs unless "score" or "map"
@@ -31,7 +33,9 @@ is wanted.
 
 Simplified against the original: no dropout on the attention probabilities (it would rule out the
 fused kernel on CPU), positions count from the left (padding stands on the right only), no decoder
-and no cache. Sources: Conneau et al. 2020 (XLM-R), Liu et al. 2019 (RoBERTa), Vaswani et al. 2017.
+and no cache. BERT is the same encoder with another count of positions (position_offset) and a second
+token type, the vector of the second text. Sources: Conneau et al. 2020 (XLM-R), Liu et al. 2019
+(RoBERTa), Devlin et al. 2019 (BERT), Vaswani et al. 2017.
 """
 
 import math
@@ -47,14 +51,16 @@ from data import UserError
 from quant import random_mask
 from tt import TensorTrain, TTConfig, tensorize
 
-TAPS = ("query", "key", "value", "score", "map", "context", "output", "hidden")
+TAPS = (
+    "query", "key", "value", "score", "map", "context", "output", "residual", "normed", "hidden"
+)  # fmt: skip
 CHECKPOINT_FORMAT = "sdq-checkpoint-1"
 
 
 # ---------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of an encoder: XLM-R base. BERT would be position_offset=0, type_vocab_size=2."""
+    """The shape of an encoder; by default XLM-R base."""
 
     vocab_size: int = 250002
     hidden_size: int = 768
@@ -62,13 +68,15 @@ class ModelConfig:
     num_heads: int = 12
     ffn_size: int = 3072
     max_tokens: int = 512  # longest sequence, <s> and </s> included
-    # RoBERTa counts positions from pad_id + 1: so many rows of the table are never used.
+    # RoBERTa counts positions from pad_id + 1: so many rows of the table are never used. BERT: 0.
     position_offset: int = 2
-    type_vocab_size: int = 1  # XLM-R has one token type, whose vector is added to every token
+    # XLM-R has one token type, whose vector is added to every token; BERT one for each text.
+    type_vocab_size: int = 1
     pad_id: int = 1
     norm_eps: float = 1e-5
     dropout: float = 0.1
-    # "sequence" (one label a text), "token" (one label a token), "joint" (both), "mlm", "none"
+    # "sequence" (one label a text), "token" (one label a token), "joint" (both), "mlm", "pooler"
+    # (BERT's, without labels yet), "none"
     head: str = "mlm"
     num_labels: int = 0  # of the sequence and token heads, and of the text in the joint one
     num_slots: int = 0  # labels of a token in the joint head
@@ -95,9 +103,10 @@ class ModelConfig:
             )
         if self.pad_id >= self.vocab_size:
             raise UserError(f"model config: pad_id {self.pad_id} is outside the vocabulary")
-        if self.head not in ("mlm", "sequence", "token", "joint", "none"):
+        if self.head not in ("mlm", "sequence", "token", "joint", "pooler", "none"):
             raise UserError(
-                f"model config: unknown head {self.head!r}; known: mlm, sequence, token, joint, none"
+                f"model config: unknown head {self.head!r}; known: mlm, sequence, token, joint, "
+                "pooler, none"
             )
         if self.head in ("sequence", "token", "joint") and self.num_labels < 1:
             raise UserError(f"model config: a {self.head} head needs num_labels >= 1")
@@ -122,6 +131,9 @@ LIMITS = {
     "norm_eps": (0.0, 0.1),
     "dropout": (0.0, 0.99),
 }
+BERT = ModelConfig(
+    vocab_size=30522, position_offset=0, type_vocab_size=2, pad_id=0, norm_eps=1e-12
+)  # base, uncased
 PRESETS = {
     "mini": ModelConfig(
         vocab_size=5002, hidden_size=128, num_layers=4, num_heads=4, ffn_size=512, max_tokens=128
@@ -129,6 +141,8 @@ PRESETS = {
     "xlmr-base": ModelConfig(),
     "xlmr-large": ModelConfig(hidden_size=1024, num_layers=24, num_heads=16, ffn_size=4096),
     "infoxlm-base": ModelConfig(),  # the same architecture, other weights (Chi et al. 2021)
+    "bert-base": BERT,
+    "minilm": replace(BERT, hidden_size=384, num_layers=6, ffn_size=1536),  # all-MiniLM-L6-v2
 }
 
 
@@ -206,6 +220,11 @@ class Attention(nn.Module):
         # Query, key and value read the same tensor, so quant.prepare puts one activation quantizer
         # here for all three.
         self.input_quantizer = nn.Identity()
+        # What the two products inside read (Kim et al. 2022 quantize these as well).
+        self.query_quantizer = nn.Identity()
+        self.key_quantizer = nn.Identity()
+        self.value_quantizer = nn.Identity()
+        self.map_quantizer = nn.Identity()
 
     def forward(self, x: Tensor, key_mask: Tensor | None, taps: dict[str, list[Tensor]]) -> Tensor:
         B, T, C = x.shape
@@ -215,12 +234,14 @@ class Attention(nn.Module):
         keep(taps, "query", q)
         keep(taps, "key", k)
         keep(taps, "value", v)
-        if "score" in taps or "map" in taps:
+        q, k, v = self.query_quantizer(q), self.key_quantizer(k), self.value_quantizer(v)
+        fused = type(self.map_quantizer) is nn.Identity
+        if "score" in taps or "map" in taps or not fused:
             score = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T)
             if key_mask is not None:
                 score = score.masked_fill(~key_mask, float("-inf"))
             attention = score.softmax(dim=-1)
-            context = attention @ v  # (B, H, T, D)
+            context = self.map_quantizer(attention) @ v  # (B, H, T, D)
             keep(taps, "score", score)
             keep(taps, "map", attention)
         else:
@@ -228,7 +249,11 @@ class Attention(nn.Module):
         keep(taps, "context", context)
         output = self.output(context.transpose(1, 2).reshape(B, T, C))
         keep(taps, "output", output)
-        return self.norm(x + self.dropout(output))
+        residual = x + self.dropout(output)
+        keep(taps, "residual", residual)
+        normed = self.norm(residual)
+        keep(taps, "normed", normed)
+        return normed
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of every token, (B, T, C) each."""
@@ -360,6 +385,19 @@ class MLMHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(hidden))), word.weight, self.bias)
 
 
+class PoolerHead(nn.Module):
+    """BERT's pooler as it was pretrained: (B, T, C) -> (B, C). with_head makes it the first half of a
+    sequence head.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor, word: nn.Module) -> Tensor:
+        return torch.tanh(self.dense(hidden[:, 0]))
+
+
 class NoHead(nn.Module):
     """A bare encoder: its "logits" are the last hidden states (B, T, C)."""
 
@@ -375,6 +413,7 @@ HEADS = {
     "token": TokenHead,
     "joint": JointHead,
     "mlm": MLMHead,
+    "pooler": PoolerHead,
     "none": NoHead,
 }
 
@@ -454,7 +493,10 @@ def build_model(config: ModelConfig) -> Model:
 
 
 def with_head(model: Model, head: str, num_labels: int, num_slots: int = 0) -> Model:
-    """The same encoder (shared, not copied) under a fresh head: what fine-tuning starts from."""
+    """The same encoder (shared, not copied) under a fresh head: what fine-tuning starts from.
+
+    A sequence head keeps the dense layer of BERT's pretrained pooler.
+    """
     new = Model.__new__(Model)
     nn.Module.__init__(new)
     new.config = replace(model.config, head=head, num_labels=num_labels, num_slots=num_slots)
@@ -464,6 +506,8 @@ def with_head(model: Model, head: str, num_labels: int, num_slots: int = 0) -> M
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
+    if model.config.head == "pooler" and head == "sequence":
+        new.head.dense.load_state_dict(model.head.dense.state_dict())
     if new.config.tt:
         tensorize(new, new.config.tt)
     if isinstance(new.encoder.embeddings.word, nn.Embedding):

@@ -21,18 +21,14 @@ from torch import Tensor, nn
 
 from data import UserError
 from data.tokenizer import Tokenizer
+from learned import LearnedScale
 from model import Model, ModelConfig, check_tensors, config_of, holds_its_numbers, read_checkpoint
-from quant import (
-    LearnedScale,
-    QuantConfig,
-    WeightQuantizer,
-    dequantize,
-    prepare,
-    quantize,
-)
+from prepare import prepare
+from quant import QuantConfig, WeightQuantizer, dequantize
 from tt import TensorTrain, TTConfig
 
-STUDENT_FORMAT = "sdq-student-2"
+STUDENT_FORMAT = "sdq-student-3"
+WORDS = "encoder.embeddings.word.weight"
 CHUNK = 1 << 22  # weights handled at a time: XLM-R's embedding table alone has 192 million
 
 
@@ -102,14 +98,15 @@ def weight_codes(student: Model) -> dict[str, Weight]:
     found, parameters = {}, dict(student.named_parameters())
     for name, quantizer in quantized_weights(student).items():
         weight = parameters[name].detach()
-        scale, zero_point = quantizer.qparams(weight)
-        codes = torch.empty(weight.shape, dtype=torch.int8)
-        rows = max(1, CHUNK // weight.shape[1])
-        for start in range(0, len(weight), rows):
-            part = slice(start, start + rows)
-            of_rows = (scale[part], zero_point[part]) if scale.dim() else (scale, zero_point)
-            codes[part] = quantize(weight[part], *of_rows, quantizer.quant_min, quantizer.quant_max)
-        found[name] = Weight(codes, scale.cpu())
+        if name != WORDS:
+            found[name] = Weight(*(part.cpu() for part in weight_of(quantizer, weight)))
+            continue
+        # Each row of the table has a scale of its own: so it can be done in pieces.
+        pieces = [
+            weight_of(quantizer, rows) for rows in weight.split(max(1, CHUNK // len(weight[0])))
+        ]
+        codes, scales = ([part.cpu() for part in parts] for parts in zip(*pieces, strict=True))
+        found[name] = Weight(torch.cat(codes), torch.cat(scales))
     return found
 
 
@@ -277,7 +274,7 @@ def float_model(read: Student) -> Model:
         codes, scale = read.weights[name]
         tensors[name] = dequantize(codes, scale, torch.zeros(()))
         quantizer.fixed_scale = scale
-        if name == "encoder.embeddings.word.weight":  # on its grid, and only looked up
+        if name == WORDS:  # on its grid, and only looked up
             student.encoder.embeddings.word.row_quantizer = nn.Identity()
     # Not strict: read_student has checked the names, all but those of left_out(), which is not used.
     student.load_state_dict(tensors, strict=False)

@@ -10,7 +10,7 @@ zero point z:
 model). *Affine* grids spend their integers on [min, max] wherever that lies (activations: a GELU
 output is never below -0.17). One scale may serve a whole tensor, each output channel of a weight,
 or each token of an activation: finer is more exact and costs a vector of scales. 2 bits, symmetric,
-is the ternary grid {-1, 0, 1}.
+is the ternary grid {-1, 0, 1}, for which there is a rule of its own (TernaryQuantizer).
 
 Training. round() has derivative 0 almost everywhere, so nothing would learn. The straight-through
 estimator (Bengio et al. 2013) pretends that rounding is the identity, except where x was clipped:
@@ -25,19 +25,14 @@ them exactly, and applies the scales after (`rescale`). In exact arithmetic that
 quantization computes; in floats the last digits differ, and one digit is enough to push the next
 activation over a rounding border. So a student is tested as what it will be deployed as, bit for bit.
 
-A model. `prepare(model, QuantConfig())` replaces the encoder's Linear layers by QuantLinear and
-gives the word embeddings a row quantizer. Embedding rows are quantized after they are gathered:
-with one scale a row the numbers are the same as for the whole table, and XLM-R's table is 250,002
-rows of which a batch uses a few hundred.
-
-In float32: biases, norms, position and type embeddings, the head (together 0.4 % of XLM-R base).
+Where it goes on: learned.py has scales that are trained with the weights, prepare.py puts all of this
+into a model.
 
 >>> x = torch.tensor([0.26, -9.0])
 >>> fake_quantize(x, torch.tensor(0.5), torch.tensor(0.0), -4, 3)
 tensor([ 0.5000, -2.0000])
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -153,28 +148,6 @@ def fake_quantize(
     (quantization noise).
     """
     return _StraightThrough.apply(x, scale, zero_point, quant_min, quant_max, clips, where)
-
-
-class _LearnedStep(torch.autograd.Function):
-    """See LearnedScale."""
-
-    @staticmethod
-    def forward(ctx, x, scale, quant_min, quant_max):
-        ratio = x * scale.reciprocal()
-        codes = ratio.round().clamp_(quant_min, quant_max)
-        ctx.save_for_backward(ratio, codes)
-        ctx.grid = quant_min, quant_max
-        return codes * scale
-
-    @staticmethod
-    def backward(ctx, grad):
-        ratio, codes = ctx.saved_tensors
-        inside = (ratio >= ctx.grid[0]) & (ratio <= ctx.grid[1])
-        # How q s moves with s: q - x/s while x is held and rounds to the same q; the bound, where
-        # x is clipped to it.
-        by_scale = torch.where(inside, codes - ratio, codes)
-        factor = (ratio.numel() * ctx.grid[1]) ** -0.5
-        return grad * inside, (grad * by_scale).sum() * factor, None, None
 
 
 class Codes(NamedTuple):
@@ -330,15 +303,18 @@ class QuantConfig:
     per_channel: bool = True  # weights: a scale an output channel (embeddings always: one a row)
     per_token: bool = True  # dynamic activations: a scale a token; else one for the batch
     grid: str = "portable"  # 8-bit Linear weights in -64..64, see PORTABLE; or "full": -127..127
-    weight_range: str = "minmax"  # or "mse": shrink the range once, when the model is prepared
-    act_range: str = "dynamic"  # or "static": ranges fixed by calibrate()
+    weights: str = "uniform"  # or "ternary" (2 bits), or "lsq": scales that are trained
+    weight_range: str = "minmax"  # or "mse": shrink it once; or "lsq": 2 mean|w| / sqrt(Q_max)
+    weight_clip: float = 0.0  # weights are cut at +-clip before anything else; 0: they are not
+    act_range: str = "dynamic"  # or "static": fixed by calibrate(); "learned": trained from there
+    attention_bits: int = 32  # of what the products inside attention read: Q, K, V and the map
     observer: str = "minmax"  # static ranges: minmax, moving-average, mse
     noise: float = 1.0  # fraction of the weights quantized at a training step
     noise_block: int = 1  # drawn in runs of this many weights
     keep: tuple[str, ...] = ("head",)  # modules left in float32, by the beginning of their names
 
     def __post_init__(self):
-        for name in ("weight_bits", "act_bits"):
+        for name in ("weight_bits", "act_bits", "attention_bits"):
             bits = getattr(self, name)
             if not isinstance(bits, int) or (bits != 32 and not 2 <= bits <= 8):
                 raise UserError(f"{name} is {bits}: choose from 2 to 8, or 32 to leave them alone")
@@ -346,10 +322,17 @@ class QuantConfig:
             raise UserError(f"noise is {self.noise}: choose a fraction from 0 to 1")
         if self.noise_block < 1:
             raise UserError(f"noise block is {self.noise_block}: choose 1 or more")
+        if not 0.0 <= self.weight_clip <= 1e9:
+            raise UserError(f"weight clip is {self.weight_clip}: choose 0 (off) or more")
+        if self.weights == "ternary" and self.weight_bits != 2:
+            raise UserError(f"ternary weights have 2 bits, not {self.weight_bits}")
+        if self.weight_range == "lsq" and self.weights != "lsq":
+            raise UserError("weight range lsq is where learned scales start: it needs weights lsq")
         choices = {
             "grid": ("portable", "full"),
-            "weight_range": ("minmax", "mse"),
-            "act_range": ("dynamic", "static"),
+            "weights": ("uniform", "ternary", "lsq"),
+            "weight_range": ("minmax", "mse", "lsq"),
+            "act_range": ("dynamic", "static", "learned"),
             "observer": tuple(OBSERVERS),
         }
         for name, known in choices.items():
@@ -360,10 +343,20 @@ class QuantConfig:
 
 
 # ---------------------------------------------------------------------------------------- modules
+def integer_limits(config: QuantConfig, multiplied: bool) -> tuple[int, int]:
+    """The symmetric grid of a weight. multiplied: a matrix, which integer kernels multiply by
+    activations; a table is only looked up.
+    """
+    low, high = quant_range(config.weight_bits, symmetric=True)
+    if multiplied and config.grid == "portable" and config.act_bits == 8:
+        return max(low, -PORTABLE), min(high, PORTABLE)
+    return low, high
+
+
 class WeightQuantizer(nn.Module):
     """Fake-quantizes a weight (rows, N) on a symmetric grid, with noise in training.
 
-    multiplied: a matrix, which integer kernels multiply by activations; a table is only looked up.
+    multiplied: see integer_limits.
     clip: factors on the min-max range, 1 unless the range was searched; (rows, 1) or a scalar.
     """
 
@@ -371,10 +364,8 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.bits, self.per_row = config.weight_bits, per_row
         self.noise, self.noise_block = config.noise, config.noise_block
-        self.quant_min, self.quant_max = quant_range(self.bits, symmetric=True)
-        if multiplied and config.grid == "portable" and config.act_bits == 8:
-            self.quant_min = max(self.quant_min, -PORTABLE)
-            self.quant_max = min(self.quant_max, PORTABLE)
+        self.weight_clip = config.weight_clip
+        self.quant_min, self.quant_max = integer_limits(config, multiplied)
         self.clips = False
         self.register_buffer("clip", torch.ones(()))
         # Set for weights from a file, which lie on their grid already: see packed.float_model.
@@ -395,19 +386,26 @@ class WeightQuantizer(nn.Module):
         return choose_qparams(low, high, self.quant_min, self.quant_max, symmetric=True)
 
     def forward(self, weight: Tensor) -> Tensor:
-        where = None
-        if self.training and self.noise < 1.0:
-            if self.noise == 0.0:
-                return weight
-            where = noise_mask(weight, self.noise, self.noise_block)
-        scale, zero_point = self.qparams(weight)
-        return fake_quantize(
-            weight, scale, zero_point, self.quant_min, self.quant_max, clips=self.clips, where=where
-        )
+        weight = self.cut(weight)
+        if not self.training or self.noise == 1.0:
+            return self.rounded(weight, None)
+        if self.noise == 0.0:
+            return weight
+        return self.rounded(weight, noise_mask(weight, self.noise, self.noise_block))
+
+    def cut(self, weight: Tensor) -> Tensor:
+        """The weight within +-weight_clip: outside there is no gradient."""
+        return weight.clamp(-self.weight_clip, self.weight_clip) if self.weight_clip else weight
+
+    def rounded(self, weight: Tensor, where: Tensor | None) -> Tensor:
+        """The weight on its grid, there where `where` is True (None: everywhere)."""
+        grid = (*self.qparams(weight), self.quant_min, self.quant_max)
+        return fake_quantize(weight, *grid, clips=self.clips, where=where)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The integers of a weight, in float32, and their scale: (rows, 1) or ()."""
+        weight = self.cut(weight)
         scale, zero_point = self.qparams(weight)
         return quantize(weight, scale, zero_point, self.quant_min, self.quant_max), scale
 
@@ -415,49 +413,64 @@ class WeightQuantizer(nn.Module):
         return f"bits={self.bits}, per_row={self.per_row}, noise={self.noise}"
 
 
-class LearnedScale(nn.Module):
-    """Fake-quantizes a tensor on -2^(b-1) .. 2^(b-1) - 1 with one scale that is trained with it.
+class _Ternary(torch.autograd.Function):
+    """See TernaryQuantizer: the straight-through estimator, never clipped."""
 
-        Q(x) = s * round(clip(x / s, -2^(b-1), 2^(b-1) - 1))
+    @staticmethod
+    def forward(ctx, weight, scale, threshold, where):
+        result = ternary_codes(weight, threshold).mul_(scale)
+        return result if where is None else result.lerp_(weight, (~where).to(weight.dtype))
 
-    The gradient of s is q - x/s inside the grid and the bound outside, summed and divided by
-    sqrt(N Q_max), so that it is of the size of a weight's (LSQ, Esser et al. 2020, sec. 2.1-2.2).
-    s starts at max|x| / (2^(b-1) - 1): nothing is clipped (Yang et al. 2023). With search, at the
-    scale below that of the least squared error: at 2 bits the largest number of a Gaussian core
-    would round nearly all others to 0.
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None, None
 
-    NOTE: differs from the paper: log s is the parameter. s stays positive, and Adam, whose steps
-    are as large as the learning rate, moves it by a fraction of itself. A step of 5e-4 would be a
-    seventh of an 8-bit scale.
+
+def ternary_codes(weight: Tensor, threshold: Tensor) -> Tensor:
+    """sign(w) where |w| > threshold, else 0.
+
+    That is w in steps of twice the threshold, rounded: half a step goes to 0, more to 1.
+    """
+    return torch.mul(weight, (2 * threshold).reciprocal()).round_().clamp_(-1, 1)
+
+
+class TernaryQuantizer(WeightQuantizer):
+    """Weights as {-alpha, 0, alpha}, by the rule of Ternary Weight Networks (Li et al. 2016,
+    arXiv 1605.04711, eq. 5-6), which TernaryBERT and Kim et al. 2022 train with:
+
+        delta = 0.7 mean|w|         alpha = mean of |w| over those above delta
+
+    For Gaussian or uniform weights this is close to the least squared error. Min-max would take
+    alpha = max|w|, and with it nearly every weight would round to 0. One alpha a row, or one for
+    the whole matrix.
+
+    >>> quantizer = TernaryQuantizer(QuantConfig(weight_bits=2, weights="ternary"), True, True)
+    >>> quantizer(torch.tensor([[0.1, -0.4, 0.6, 0.05]]))       # delta = 0.7 * 0.2875 = 0.2
+    tensor([[ 0.0000, -0.5000,  0.5000,  0.0000]])
     """
 
-    per_row = False
+    @torch.no_grad()
+    def scale_and_threshold(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and delta: (rows, 1), or () for the whole matrix."""
+        if self.fixed_scale is not None:  # the weights are alpha times -1, 0 or 1 already
+            return self.fixed_scale, self.fixed_scale / 2
+        size = weight.abs()
+        over = {"dim": -1, "keepdim": True} if self.per_row else {}
+        # A row of zeros has no weight above its threshold: the floors keep 0 / 0 away.
+        threshold = size.mean(**over).mul_(0.7).clamp_(min=SMALLEST_SCALE)
+        large = (size > threshold).to(size.dtype)
+        count = large.sum(**over).clamp_(min=1.0)
+        scale = large.mul_(size).sum(**over).div_(count).clamp_(min=SMALLEST_SCALE)
+        return scale, threshold
 
-    def __init__(self, bits: int, x: Tensor, search: bool = False):
-        super().__init__()
-        self.bits = bits
-        self.quant_min, self.quant_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        self.register_buffer("fixed_scale", None, persistent=False)  # see WeightQuantizer
-        if x.is_meta:  # only shapes are wanted
-            self.log_scale = nn.Parameter(x.new_empty(()))
-            return
-        scale = x.detach().abs().amax().div(self.quant_max).clamp(min=SMALLEST_SCALE)
-        if search:
-            scale *= best_clip(x.detach(), self.quant_min, self.quant_max, True, per_row=False)
-        self.log_scale = nn.Parameter(scale.log())
+    def rounded(self, weight: Tensor, where: Tensor | None) -> Tensor:
+        return _Ternary.apply(weight, *self.scale_and_threshold(weight), where)
 
-    def scale(self) -> Tensor:
-        return self.log_scale.exp() if self.fixed_scale is None else self.fixed_scale
-
-    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self.scale().detach()
-        return scale, torch.zeros_like(scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _LearnedStep.apply(x, self.scale(), self.quant_min, self.quant_max)
-
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}"
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        weight = self.cut(weight)
+        scale, threshold = self.scale_and_threshold(weight)
+        return ternary_codes(weight, threshold), scale
 
 
 class ActQuantizer(nn.Module):
@@ -466,37 +479,53 @@ class ActQuantizer(nn.Module):
     Dynamic: the range is that of the tensor at hand, per token or for all of it.
     Static: one range, fixed by calibrate(); values outside are clipped.
 
-    In evaluation it returns the Codes themselves, if there are quantized weights to multiply.
+    In evaluation it returns the Codes themselves, if it stands before a product with quantized
+    weights.  inside: before a product inside attention, of two activations, which stays in floats.
     """
 
-    def __init__(self, config: QuantConfig):
+    def __init__(self, config: QuantConfig, inside: bool = False):
         super().__init__()
-        self.bits = config.act_bits
-        self.static = config.act_range == "static"
+        self.bits = config.attention_bits if inside else config.act_bits
+        self.static = config.act_range != "dynamic"
         self.per_token = config.per_token and not self.static
         self.quant_min, self.quant_max = quant_range(self.bits, symmetric=False)
-        self.returns_codes = config.weight_bits != 32
+        self.returns_codes = config.weight_bits != 32 and not inside
         self.observer = None  # set while calibrate() runs
         if self.static:
-            self.register_buffer("scale", torch.full((), float("nan")))  # not calibrated yet
-            self.register_buffer("zero_point", torch.zeros(()))
+            self.make_range()
+
+    def make_range(self) -> None:
+        self.register_buffer("scale", torch.full((), float("nan")))  # not calibrated yet
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def static_range(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.zero_point
 
     def forward(self, x: Tensor) -> Tensor | Codes:
         x = x.float()  # under autocast it may come in bf16, too coarse for 256 steps
         if self.observer is not None:
             self.observer.observe(x.detach())
             return x
-        scale, zero_point = self.qparams(x)
-        grid = (scale, zero_point, self.quant_min, self.quant_max)
         if self.returns_codes and not self.training:
-            return Codes(quantize(x.detach(), *grid), scale, zero_point)
+            scale, zero_point = self.qparams(x)
+            codes = quantize(x.detach(), scale, zero_point, self.quant_min, self.quant_max)
+            return Codes(codes, scale, zero_point)
+        return self.rounded(x)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """x on its grid, differentiable."""
+        grid = (*self.qparams(x), self.quant_min, self.quant_max)
         return fake_quantize(x, *grid, clips=self.static)
 
     @torch.no_grad()
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for x: scalars, or (..., 1) with one a token."""
         if self.static:
-            return self.scale, self.zero_point
+            return self.static_range()
         low, high = min_max(x, self.per_token)
         return choose_qparams(low, high, self.quant_min, self.quant_max, symmetric=False)
 
@@ -529,135 +558,3 @@ def product(x: Tensor | Codes, weight: Tensor, quantizer: nn.Module, bias: Tenso
         codes, scale = quantizer.codes(weight)
         sums = F.linear(x.values, codes)
         return rescale(sums, codes.sum(dim=1), x, scale.flatten(), bias)
-
-
-# ---------------------------------------------------------------------------------------- a model
-@dataclass
-class PrepareReport:
-    """What prepare did: names with their number of weights."""
-
-    replaced: dict[str, int]
-    kept: dict[str, int]
-    act_quantizers: int
-
-    def __str__(self) -> str:
-        done, left = sum(self.replaced.values()), sum(self.kept.values())
-        kinds: dict[str, int] = {}
-        for name, count in self.kept.items():
-            known = ("log_scale", "head", "position", "token_type", "norm", "bias")
-            kind = next((word for word in known if word in name), name)
-            kinds[kind] = kinds.get(kind, 0) + count
-        return (
-            f"{len(self.replaced)} weight tensors quantized ({done:,} numbers, "
-            f"{100 * done / (done + left):.2f} %), {self.act_quantizers} activation quantizers; "
-            "float32: " + ", ".join(f"{kind} {count:,}" for kind, count in kinds.items())
-        )
-
-
-@torch.no_grad()
-def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
-    """Make a float32 model fake-quantized, in place, and report what was replaced and what was
-    left.
-
-    Every nn.Linear outside config.keep becomes a QuantLinear that shares its weight and bias. A
-    module that has an attribute `input_quantizer` feeds one tensor to several Linears (query, key,
-    value): that tensor is quantized once, there. A module that has a `row_quantizer` is a table of
-    embeddings. A module that has `cores` is a tensor train: each core gets a learned scale.
-
-    Raises UserError if the model was prepared before.
-    """
-    if any(
-        isinstance(module, (WeightQuantizer, LearnedScale)) or hasattr(module, "act_quantizer")
-        for module in model.modules()
-    ):
-        raise UserError("this model is already prepared: quantize a copy of the float32 model")
-    replaced: dict[str, int] = {}
-    act_quantizers = 0
-
-    def new_act() -> nn.Module:
-        nonlocal act_quantizers
-        if config.act_bits == 32:
-            return nn.Identity()
-        act_quantizers += 1
-        return ActQuantizer(config)
-
-    def new_weight(weight: Tensor, is_table: bool) -> nn.Module:
-        if config.weight_bits == 32:
-            return nn.Identity()
-        quantizer = WeightQuantizer(config, is_table or config.per_channel, not is_table)
-        if config.weight_range == "mse" and is_table:
-            # One factor for all rows, found on some: which rows a batch brings is not known here.
-            quantizer.search_clip(weight[:: max(1, len(weight) // 4096)], one_factor=True)
-        elif config.weight_range == "mse":
-            quantizer.search_clip(weight)
-        return quantizer.to(weight.device)
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        shared = hasattr(module, "input_quantizer")
-        if shared:
-            if any((prefix + name).startswith(config.keep) for name in ("query", "key", "value")):
-                raise UserError(f"keep all of {prefix[:-1]}: its projections share their input")
-            module.input_quantizer = new_act().to(next(module.parameters()).device)
-        for name, child in list(module.named_children()):
-            full = prefix + name
-            if full.startswith(config.keep):
-                continue
-            if isinstance(child, nn.Linear):
-                reads_shared = shared and name in ("query", "key", "value")
-                act = nn.Identity() if reads_shared else new_act().to(child.weight.device)
-                weight = new_weight(child.weight, is_table=False)
-                setattr(module, name, QuantLinear(child, act, weight))
-                if config.weight_bits != 32:
-                    replaced[full + ".weight"] = child.weight.numel()
-            elif hasattr(child, "row_quantizer"):
-                child.row_quantizer = new_weight(child.weight, is_table=True)
-                if config.weight_bits != 32:
-                    replaced[full + ".weight"] = child.weight.numel()
-            elif hasattr(child, "cores"):  # a tensor train
-                if hasattr(child, "quantized"):  # that multiplies
-                    reads_shared = shared and name in ("query", "key", "value")
-                    acts = [nn.Identity() if reads_shared else new_act(), new_act()]
-                    child = child.quantized(config, *acts).to(child.cores[0].device)
-                    setattr(module, name, child)
-                elif config.weight_bits != 32:
-                    child.quantize_cores(config)
-                if config.weight_bits != 32:
-                    for k, core in enumerate(child.cores):
-                        replaced[f"{full}.cores.{k}"] = core.numel()
-            else:
-                visit(child, full + ".")
-
-    visit(model, "")
-    model.train(model.training)  # new modules start in training mode: follow the model
-    kept = {n: p.numel() for n, p in model.named_parameters() if n not in replaced}
-    return PrepareReport(replaced, kept, act_quantizers)
-
-
-@torch.no_grad()
-def calibrate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]], observer: str
-) -> None:
-    """Fix the ranges of all static activation quantizers from a few batches (ids, mask).
-
-    While observing, weights are quantized and activations are not. Padded positions would be
-    observed too: give batches of equal length.
-    """
-    quantizers = [m for m in model.modules() if isinstance(m, ActQuantizer) and m.static]
-    for quantizer in quantizers:
-        quantizer.observer = OBSERVERS[observer]()
-    was_training = model.training
-    model.eval()
-    try:
-        for ids, mask in batches:
-            model(ids, mask)
-        for quantizer in quantizers:
-            low, high = quantizer.observer.range(quantizer.quant_min, quantizer.quant_max, False)
-            scale, zero_point = choose_qparams(
-                low, high, quantizer.quant_min, quantizer.quant_max, symmetric=False
-            )
-            quantizer.scale.copy_(scale)
-            quantizer.zero_point.copy_(zero_point)
-    finally:
-        for quantizer in quantizers:
-            quantizer.observer = None
-        model.train(was_training)

@@ -70,7 +70,8 @@ from packed import (
     student_payload,
     tokenizer_of,
 )
-from quant import QuantConfig, calibrate, prepare
+from prepare import calibrate, prepare
+from quant import QuantConfig
 from report import markdown, summarize, table, write_json, write_text
 from tt import TTConfig, tensorize
 

@@ -25,7 +25,7 @@ product over k of G_k[digit k of i]. The first half of the cores is contracted t
 the second to R (V_2, r, C_2), and row i = (i_1, i_2) is the one product L[i_1] R[i_2]. Neither half
 has more than about sqrt(V) rows; the table itself is never built.
 
-Quantized cores (Yang et al. 2023, arXiv 2306.01076): each core goes through quant.LearnedScale, a
+Quantized cores (Yang et al. 2023, arXiv 2306.01076): each core goes through learned.LearnedScale, a
 grid whose scale is trained. To compute in integers, A and B merged from quantized cores are rounded
 to 8 bits a row, like any other weight, in training as in deployment.
 
@@ -44,7 +44,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import UserError
-from quant import Codes, LearnedScale, QuantConfig, WeightQuantizer, product
+from learned import LearnedScale
+from quant import Codes, QuantConfig, WeightQuantizer, product
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -202,7 +203,7 @@ class TensorTrain(nn.Module):
     def __init__(self, shapes: Sequence[tuple[int, ...]]):
         super().__init__()
         self.cores = nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in shapes)
-        self.core_quantizers = None  # or one quant.LearnedScale a core
+        self.core_quantizers = None  # or one learned.LearnedScale a core
 
     def quantized_cores(self) -> list[Tensor]:
         if self.core_quantizers is None:
@@ -211,8 +212,8 @@ class TensorTrain(nn.Module):
         return [quantizer(core) for core, quantizer in pairs]
 
     def quantize_cores(self, config: QuantConfig) -> None:
-        bits, search = config.weight_bits, config.weight_range == "mse"
-        self.core_quantizers = nn.ModuleList(LearnedScale(bits, c, search) for c in self.cores)
+        bits, start = config.weight_bits, config.weight_range
+        self.core_quantizers = nn.ModuleList(LearnedScale(bits, c, start) for c in self.cores)
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:

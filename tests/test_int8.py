@@ -21,6 +21,7 @@ from int8 import (
     is_exact,
     load_integer,
 )
+from learned import LearnedScale
 from model import build_model, save_atomically
 from packed import (
     bytes_on_disk,
@@ -32,7 +33,8 @@ from packed import (
     student_payload,
     unpack,
 )
-from quant import LearnedScale, QuantConfig, calibrate, prepare, quant_range
+from prepare import calibrate, prepare
+from quant import QuantConfig, quant_range
 from tt import TensorTrain, TTConfig
 
 

@@ -16,10 +16,10 @@ from data.slots import slot_scores
 from data.tasks import find_task
 from data.tokenizer import WordTokenizer
 from distill import LayerSchedule
+from learned import LearnedScale
 from loop import dev_score, evaluate, layerwise_rate, stage_terms, task_loss, train_step
 from model import build_model, load_checkpoint
 from options import RECIPES, fill_in, parse_args
-from quant import LearnedScale
 from tt import TensorTrain, TTConfig
 
 FLIGHTS = os.path.join(ROOT, "data", "atis-sample")
@@ -313,7 +313,8 @@ def test_scales_of_cores_are_trained(tiny_config):
     from dataclasses import replace
 
     from loop import make_optimizers
-    from quant import QuantConfig, prepare
+    from prepare import prepare
+    from quant import QuantConfig
 
     model = build_model(replace(tiny_config, tt=TTConfig(rank=3)))
     prepare(model, QuantConfig(weight_bits=4, keep=()))

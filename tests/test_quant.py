@@ -13,10 +13,11 @@ from torch import nn
 
 import quant
 from data import UserError
+from learned import LearnedScale
 from model import build_model, set_dropout
+from prepare import calibrate, prepare
 from quant import (
     ActQuantizer,
-    LearnedScale,
     MinMax,
     MovingAverage,
     MSESearch,
@@ -24,13 +25,11 @@ from quant import (
     QuantLinear,
     WeightQuantizer,
     best_clip,
-    calibrate,
     choose_qparams,
     dequantize,
     fake_quantize,
     min_max,
     noise_mask,
-    prepare,
     quant_range,
     quantize,
     random_mask,
@@ -214,7 +213,7 @@ def test_learned_scale_by_brute_force(bits):
     assert clipped.any() and not clipped.all()
     # in float32 it is quantize and dequantize, bit for bit: what is packed is what was trained
     narrow, x = LearnedScale(bits, x.float()), 2 * x.float()
-    grid = (*narrow.qparams(x), narrow.quant_min, narrow.quant_max)
+    grid = (narrow.scale().detach(), torch.zeros(()), narrow.quant_min, narrow.quant_max)
     codes = quantize(x, *grid)
     assert torch.equal(narrow(x), dequantize(codes, *grid[:2]))
 
@@ -225,7 +224,7 @@ def test_learned_scale_clips_nothing_at_the_start(bits):
     module = LearnedScale(bits, x)
     most = 2 ** (bits - 1) - 1
     assert module.log_scale.exp().item() == pytest.approx(float(x.abs().max()) / most, rel=1e-5)
-    codes = quantize(x, *module.qparams(x), -1000, 1000)
+    codes = quantize(x, module.scale().detach(), torch.zeros(()), -1000, 1000)
     assert codes.abs().max() == most
     assert (module(x) - x).abs().max() <= 0.5001 * module.scale()
     x.requires_grad_()
@@ -243,7 +242,7 @@ def test_learned_scale_uses_all_of_twos_complement(bits):
     module = LearnedScale(bits, x)
     with torch.no_grad():
         module.log_scale -= 0.9
-    codes = quantize(x, *module.qparams(x), module.quant_min, module.quant_max)
+    codes, _ = module.codes(x)
     assert codes.unique().tolist() == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
     found = (module(x) / module.scale()).round().unique()
     assert found.tolist() == codes.unique().tolist()
@@ -328,7 +327,7 @@ def test_learned_scale_finds_a_better_grid(bits):
 def test_searched_start_of_a_learned_scale_by_brute_force(bits):
     x = torch.randn(9, 40)
     x[0, 0] = 8.0
-    module, largest = LearnedScale(bits, x, search=True), float(x.abs().max())
+    module, largest = LearnedScale(bits, x, start="mse"), float(x.abs().max())
 
     def error(scale):
         return np.square(scale * codes_by_hand(x, scale, bits) - x.numpy()).sum()
@@ -351,7 +350,7 @@ def test_fixed_scale_takes_the_place_of_the_learned_one():
     assert set(module.state_dict()) == {"log_scale"}
     module.fixed_scale = torch.tensor(0.5)
     assert module(torch.tensor([0.7, -9.0, 9.0])).tolist() == [0.5, -4.0, 3.5]
-    assert module.qparams(torch.ones(1))[0] == 0.5
+    assert module.scale() == 0.5
 
 
 # ----------------------------------------------------------------------------------------- ranges
@@ -715,7 +714,7 @@ def test_searched_cores_are_still_merged_without_clipping(train_config):
     for name in (*TABLES, *LAYERS):
         module = model.get_submodule(name)
         for core, quantizer in zip(module.cores, module.core_quantizers, strict=True):
-            assert torch.equal(quantizer.scale(), LearnedScale(2, core, search=True).scale())
+            assert torch.equal(quantizer.scale(), LearnedScale(2, core, start="mse").scale())
             assert quantizer.scale() < LearnedScale(2, core).scale()
     for layer in (m for m in model.modules() if isinstance(m, QuantTTLinear)):
         assert not layer.A_quantizer.clips and not layer.B_quantizer.clips
