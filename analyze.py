@@ -14,6 +14,17 @@ Each is measured twice. *Accumulated*: student and teacher each run from their o
 layer's error holds what all layers before it got wrong. *Local*: the student's layer is given the
 teacher's hidden states, so only its own quantization errs. Where the first is far above the second,
 error has come through depth.
+
+And what the student's attention has recovered (Kim et al. 2022, arXiv 2211.11014): a token looks at
+the keys of its row in some order, which quantization disturbs. By layer, against the teacher's:
+
+    ranking      fraction of pairs of keys whose order in the row the student flips: 0.5 is chance
+    cover        cover length ratio: how many keys of the student's order one must take until the
+                 teacher's top 5 are all among them, divided by the number of keys
+    map_kl       KL(teacher || student) of the row, in nats: distill.map_loss
+    output_mse   MSE of the result of self-attention after residual and norm: the tap "normed"
+
+    python plot.py out/*/results.json --recovery --out recovery.png
 """
 
 from collections.abc import Iterable
@@ -22,11 +33,15 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch
+from distill import map_loss, masked_mse, real_pairs
 from model import Model
 from report import markdown_table
 
 PLACES = ("query", "key", "value", "context", "output")
 KINDS = ("accumulated", "local")
+TOP = 5  # of the teacher's keys, that the student's order must cover
+# Numbers in a tensor of all pairs of keys of many rows: small enough to stay in the cache.
+PAIRS_AT_ONCE = 2**18
 
 
 class Errors:
@@ -70,8 +85,9 @@ def layer_errors(teacher: Model, student: Model, batches: Iterable[Batch]) -> di
     layers = len(student.encoder.layers)
     sums = {kind: {p: [Errors() for _ in range(layers)] for p in PLACES} for kind in KINDS}
     for batch in batches:
-        _, target = teacher(batch.ids, batch.mask, (*PLACES, "hidden"))
-        _, found = student(batch.ids, batch.mask, PLACES)
+        types = batch.types
+        _, target = teacher(batch.ids, batch.mask, (*PLACES, "hidden"), types=types)
+        _, found = student(batch.ids, batch.mask, PLACES, types=types)
         local = {place: [] for place in PLACES}
         key_mask = None if batch.mask is None else batch.mask[:, None, None, :]
         for layer, hidden in zip(student.encoder.layers, target["hidden"], strict=False):
@@ -94,4 +110,123 @@ def errors_table(methods: dict[str, dict]) -> str:
             layers = row["errors"][kind]["context"]
             rows.append([f"{name} {kind}", *(f"{100 * layer['relative']:.1f}" for layer in layers)])
     header = ["error of context, %", *(f"layer {i + 1}" for i in range(len(rows[0]) - 1))]
+    return markdown_table(header, rows)
+
+
+# -------------------------------------------------------------------------------------- recovery
+class Mean:
+    """A weighted mean that is added to, batch by batch."""
+
+    def __init__(self):
+        self.total = self.weight = 0.0
+
+    def add(self, value: float, weight: float) -> None:
+        self.total += value * weight
+        self.weight += weight
+
+    def value(self) -> float:
+        return self.total / self.weight if self.weight else 0.0
+
+
+def real_rows(maps: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, H, T, T) -> (N, T): a row for each head of each real query; padded keys are NaN."""
+    if mask is None:
+        return maps.flatten(0, 2)
+    maps = maps.masked_fill(~real_pairs(mask), float("nan"))
+    return maps.transpose(1, 2)[mask].flatten(0, 1)  # (B, T, H, T) -> (n, H, T) -> (N, T)
+
+
+def order_of_pairs(rows: Tensor) -> Tensor:
+    """(N, T) -> (N, T, T): 1 where key i has more than key j, -1 less, 0 the same or padded."""
+    return (rows[:, :, None] - rows[:, None, :]).sign_().nan_to_num_(0.0)
+
+
+def flipped_pairs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """How many pairs of keys stand the other way round in the student's row, and how many there
+    are: (N,) each; student, teacher: (N, T), as of real_rows.
+
+    Pairs that are equal in the teacher have no order and are left out; where the student makes two
+    keys equal it has lost half of what there was to know, and the pair counts half. So a student
+    that looks at all keys alike has 0.5, as has one that guesses. (The fraction is (1 - tau) / 2 of
+    Kendall's rank correlation tau, but for the teacher's ties.)
+    """
+    order = order_of_pairs(teacher)
+    pairs = order.abs().sum(dim=(1, 2))
+    agreement = order.mul_(order_of_pairs(student)).sum(dim=(1, 2))
+    # Each pair is there twice, as (i, j) and as (j, i); a flip takes 1 - -1 = 2 off the agreement.
+    return (pairs - agreement) / 4, pairs / 2
+
+
+def ranking_loss(student: Tensor, teacher: Tensor) -> tuple[float, int]:
+    """The mean over rows of the fraction of flipped pairs, and how many rows have any pair.
+
+    student, teacher: (N, T), as of real_rows. NOTE: all pairs of a row count the same, those of
+    keys that the teacher hardly looks at too.
+    """
+    T = student.shape[1]
+    step = max(1, PAIRS_AT_ONCE // T**2)  # rows at once: N * T * T would not fit into memory
+    total, rows = 0.0, 0
+    for i in range(0, len(student), step):
+        flipped, pairs = flipped_pairs(student[i : i + step], teacher[i : i + step])
+        there = pairs > 0  # a text of one token has none
+        total += float((flipped[there].double() / pairs[there]).sum())
+        rows += int(there.sum())
+    return total / max(1, rows), rows
+
+
+def cover_length(student: Tensor, teacher: Tensor) -> Tensor:
+    """The cover length ratio of each row, (N,); student, teacher: (N, T), as of real_rows.
+
+    Rows of n <= 5 keys need all of them: their ratio is 1. The best a longer one can have is 5 / n.
+    Among equal probabilities the earlier key comes first, in both orders: a student with no order
+    of its own gains nothing from the tie, and a copy of the teacher has exactly 5 / n.
+    """
+    keys = teacher.isfinite().sum(dim=1)  # (N,)
+    k = min(TOP, student.shape[1])
+    order = [
+        row.nan_to_num(nan=-1.0).sort(dim=1, descending=True, stable=True).indices
+        for row in (student, teacher)
+    ]  # the key at each place, padded ones last
+    place = torch.empty_like(order[0])  # the place of each key: the inverse permutation
+    place.scatter_(1, order[0], torch.arange(1, student.shape[1] + 1).to(place).expand_as(place))
+    deepest = place.gather(1, order[1][:, :k]).amax(dim=1)
+    # Of fewer than k keys, padded ones are among the "top", behind all real ones.
+    return deepest.minimum(keys) / keys
+
+
+@torch.no_grad()
+def attention_recovery(teacher: Model, student: Model, batches: Iterable[Batch]) -> dict:
+    """{"ranking", "cover", "map_kl", "output_mse": [of layer 0, 1, ...]}: means over the heads and
+    real queries of all texts (see the top).
+    """
+    teacher.eval()
+    student.eval()
+    layers = len(student.encoder.layers)
+    names = ("ranking", "cover", "map_kl", "output_mse")
+    means = {name: [Mean() for _ in range(layers)] for name in names}
+    for batch in batches:
+        mask, types = batch.mask, batch.types
+        _, target = teacher(batch.ids, mask, ("map", "normed"), types=types)
+        _, found = student(batch.ids, mask, ("map", "normed"), types=types)
+        for i in range(layers):
+            maps = found["map"][i].float(), target["map"][i].float()
+            rows = [real_rows(each, mask) for each in maps]
+            means["ranking"][i].add(*ranking_loss(*rows))
+            means["cover"][i].add(float(cover_length(*rows).double().mean()), len(rows[0]))
+            means["map_kl"][i].add(float(map_loss(*maps, mask)), batch.tokens)
+            mse = masked_mse(found["normed"][i], target["normed"][i], mask)
+            means["output_mse"][i].add(float(mse), batch.tokens)
+    return {name: [mean.value() for mean in row] for name, row in means.items()}
+
+
+def recovery_table(methods: dict[str, dict]) -> str:
+    """Ranking loss / cover length ratio, in %: a line a method, a column a layer."""
+    rows = []
+    for name, row in methods.items():
+        if "recovery" in row:
+            layers = zip(row["recovery"]["ranking"], row["recovery"]["cover"], strict=True)
+            rows.append(
+                [name, *(f"{100 * flips:.1f} / {100 * cover:.1f}" for flips, cover in layers)]
+            )
+    header = ["flipped / cover, %", *(f"layer {i + 1}" for i in range(len(rows[0]) - 1))]
     return markdown_table(header, rows)

@@ -20,8 +20,17 @@ from torch import Tensor, nn
 
 from data import UserError
 from data.batches import IGNORE, Batch, Dataset, collate, evaluation_batches, training_order
+from data.metrics import METRICS, scores
 from data.slots import slot_scores
-from distill import LAYERWISE, LayerSchedule, Logits, distillation_loss, layerwise_terms
+from distill import (
+    LAYERWISE,
+    LayerSchedule,
+    Logits,
+    distillation_loss,
+    layerwise_terms,
+    part_weights,
+    taps_of,
+)
 from model import Model, read_checkpoint, save_atomically
 from options import TrainConfig
 from report import write_text
@@ -90,7 +99,11 @@ def layerwise_rate(
 
 
 def task_loss(logits: Logits, batch: Batch, smoothing: float) -> Tensor:
-    """Cross-entropy with the labels; of a joint head, that of the text plus that of its words."""
+    """Cross-entropy with the labels; of a joint head, that of the text plus that of its words. Where
+    a label is a number (STS-B), the squared error.
+    """
+    if batch.labels.is_floating_point():
+        return F.mse_loss(logits[:, 0].float(), batch.labels)
     if batch.tags is None:
         return F.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing)
     intents, slots = logits
@@ -106,16 +119,18 @@ def loss_terms(
     config: TrainConfig,
     parts: tuple[str, ...],
 ) -> dict[str, Tensor]:
-    """What a student is trained on: the task's cross-entropy, and what is distilled."""
-    taps = tuple(part for part in parts if part != "logits")
-    outputs = student(batch.ids, batch.mask, taps)
-    terms = {"ce": task_loss(outputs[0], batch, config.label_smoothing or 0.0)}
-    if parts:
-        with torch.no_grad():
-            targets = teacher(batch.ids, batch.mask, taps)
-        weights = (config.alpha, config.beta, config.temperature)
-        terms |= distillation_loss(parts, outputs, targets, batch.mask, *weights)
-    return terms
+    """What a student is trained on: the task's loss, and what is distilled."""
+    taps = taps_of(parts, config.output_tap)
+    outputs = student(batch.ids, batch.mask, taps, batch.types)
+    task = task_loss(outputs[0], batch, config.label_smoothing or 0.0)
+    if not parts:
+        return {"task": task}
+    with torch.no_grad():
+        targets = teacher(batch.ids, batch.mask, taps, batch.types)
+    weights = part_weights(parts, config.alpha, config.beta, config.gamma, config.part_weights)
+    how = (weights, config.temperature, config.output_tap, config.distill_layers)
+    terms = distillation_loss(parts, outputs, targets, batch.mask, *how)
+    return terms | ({"task": config.task_weight * task} if config.task_weight else {})
 
 
 def stage_terms(
@@ -131,15 +146,15 @@ def stage_terms(
     """
     blocks, last = schedule.blocks(step), schedule.is_last(step)
     depth = None if last else max(blocks)  # blocks above are not looked at yet: they don't run
-    inputs = (batch.ids, batch.mask, ("hidden", "map"))
+    inputs = (batch.ids, batch.mask, ("hidden", "map"), batch.types)
     outputs = student(*inputs, depth=depth)
     with torch.no_grad():
         targets = teacher(*inputs, depth=depth)
     terms = layerwise_terms(outputs[1], targets[1], blocks, batch.mask)
     if last:
-        weights = (config.alpha, config.beta, config.temperature)
+        weights = ({"logits": config.alpha}, config.temperature)
         terms |= distillation_loss(("logits",), outputs, targets, batch.mask, *weights)
-        terms["ce"] = task_loss(outputs[0], batch, config.label_smoothing or 0.0)
+        terms["task"] = task_loss(outputs[0], batch, config.label_smoothing or 0.0)
     return terms
 
 
@@ -184,43 +199,49 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
-    """Accuracy in %, and the counts behind it. With tags: accuracy is that of the intents; the
-    slots' scores, and how many sentences have everything right, stand beside it.
+    """The dataset's metrics in %, "score" (their mean), and the counts behind them. With tags:
+    accuracy is that of the intents; the slots' scores, and how many sentences have everything right,
+    stand beside it.
     """
     model.eval()
-    right, gold, guessed = [], [], []  # of each text; of the words of each text
+    said, labels, gold, guessed = [], [], [], []  # of each text; of the words of each text
     for batch in evaluation_batches(dataset, EVAL_TOKENS[device.type]):
         batch = batch.to(device)
-        logits, _ = model(batch.ids, batch.mask)
+        logits, _ = model(batch.ids, batch.mask, types=batch.types)
         if batch.tags is not None:
             logits, slots = logits
             words = batch.tags != IGNORE
             borders = words.sum(dim=1).cumsum(dim=0)[:-1].cpu()
             gold += np.split(batch.tags[words].cpu().numpy(), borders)
             guessed += np.split(slots.argmax(dim=-1)[words].cpu().numpy(), borders)
-        right.append(logits.argmax(dim=-1) == batch.labels)
-    right = torch.cat(right).cpu()
-    total, correct = len(dataset), int(right.sum())
-    found = {"accuracy": 100 * correct / total, "correct": correct, "total": total}
+        is_class = not batch.labels.is_floating_point()
+        said.append((logits.argmax(dim=-1) if is_class else logits[:, 0]).cpu())
+        labels.append(batch.labels.cpu())
+    said, labels = torch.cat(said).numpy(), torch.cat(labels).numpy()
+    found = scores(dataset.metrics, said, labels)
     if gold:
+        total = len(dataset)
         named = ([[dataset.slots[i] for i in row] for row in rows] for rows in (gold, guessed))
         found |= slot_scores(*named)
         whole = (np.array_equal(a, b) for a, b in zip(gold, guessed, strict=True))
-        exact = sum(bool(a and b) for a, b in zip(right, whole, strict=True))
+        exact = sum(bool(a and b) for a, b in zip(said == labels, whole, strict=True))
         found |= {"exact": 100 * exact / total, "exact_correct": exact}
     return found
 
 
 def dev_score(found: dict) -> float:
-    """What the best look at dev is chosen by: accuracy, or the mean of it and slot F1."""
-    return (found["accuracy"] + found.get("slot_f1", found["accuracy"])) / 2
+    """What the best look at dev is chosen by: the mean of the task's metrics."""
+    return (found["score"] + found.get("slot_f1", found["score"])) / 2
 
 
 def describe(found: dict) -> str:
     """An evaluation in words."""
-    if "slot_f1" not in found:
+    if "slot_f1" in found:
+        return f"intents {found['accuracy']:.2f} %, slot F1 {found['slot_f1']:.2f} %"
+    named = [name for name in METRICS if name in found]
+    if named == ["accuracy"]:
         return f"{found['accuracy']:.2f} %"
-    return f"intents {found['accuracy']:.2f} %, slot F1 {found['slot_f1']:.2f} %"
+    return ", ".join(f"{name} {found[name]:.2f}" for name in named)
 
 
 # ------------------------------------------------------------------------------------- a training
@@ -318,7 +339,7 @@ def train(
     except FloatingPointError as error:
         raise UserError(not_finite(state, str(error), run.state_file)) from None
     student.load_state_dict(state.best_tensors)
-    print(f"{name}: keeps step {state.best_step}, English dev {state.best_text}")
+    print(f"{name}: keeps step {state.best_step}, dev {state.best_text}")
     return state.seconds
 
 
@@ -371,9 +392,8 @@ def run_steps(
         if look:
             found = evaluate(student, run.dev, run.device)
             progress.close()
-            print(f"{name}: step {state.step}, English dev {describe(found)}", flush=True)
-            scores = {f"dev_{k}": found[k] for k in ("accuracy", "slot_f1") if k in found}
-            log(run, {"method": name, "step": state.step, **scores})
+            print(f"{name}: step {state.step}, dev {describe(found)}", flush=True)
+            log(run, {"method": name, "step": state.step, "dev_score": dev_score(found)})
             if dev_score(found) > state.best_score:
                 state.keep_best(student, found)
         if look or state.step % config.save_every == 0:
@@ -398,7 +418,8 @@ class State:
 
     def __init__(self, name: str):
         self.name, self.step, self.seconds = name, 0, 0.0
-        self.best_score, self.best_text, self.best_step, self.best_tensors = -1.0, "", 0, {}
+        # A correlation may be -100 %: any first look is better than none.
+        self.best_score, self.best_text, self.best_step, self.best_tensors = -1e9, "", 0, {}
 
     def keep_best(self, student: Model, found: dict) -> None:
         self.best_score, self.best_text = dev_score(found), describe(found)

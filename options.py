@@ -12,8 +12,9 @@ import sys
 from dataclasses import dataclass, field, fields, replace
 
 from data import UserError
+from data.glue import GLUE
 from data.tasks import TASKS, find_task
-from distill import LAYERWISE, ORDERS, PARTS, parse_distill
+from distill import LAYERWISE, ORDERS, OUTPUT_TAPS, PARTS, parse_distill, part_weights
 from quant import OBSERVERS
 
 METHODS = ("fp32", "ptq", "ptq-static", "qat", "sdq")
@@ -32,6 +33,7 @@ TASK, MODEL, TT, QUANT, DISTILL, OPTIM, RUN = (
 
 # What is used where an option isn't given: it depends on what is fine-tuned.
 SCRATCH_JOINT = "scratch on atis or snips"
+ON_GLUE = "GLUE"
 RECIPES = {
     "mini": {"epochs": 2, "student_epochs": 1, "lr": 3e-4, "student_lr": 3e-5, "dropout": 0.0},
     "scratch": {"epochs": 3, "lr": 5e-4, "dropout": 0.1},
@@ -43,8 +45,12 @@ RECIPES = {
         "dropout": 0.2,
         "label_smoothing": 0.1,
     },
+    # Kim et al. 2022; beta is what a sum over MiniLM's layers instead of a mean would be.
+    ON_GLUE: {"epochs": 3, "lr": 5e-5, "dropout": 0.1, "beta": 6.0, "output_tap": "normed"},
     "others": {"epochs": 3, "lr": 2e-5, "dropout": 0.1},
 }
+# What concerns all of them but where a recipe says otherwise.
+COMMON = {"label_smoothing": 0.0, "beta": 100.0, "output_tap": "projected"}
 # With few bits a weight must go far to reach the next step of its grid. Chosen on dev with seed 0, the
 # same for QAT and SDQ (README, "Results").
 MINI_STUDENT_LR = {2: 1e-3, 3: 3e-4, 4: 1e-4}
@@ -53,7 +59,11 @@ MINI_STUDENT_LR = {2: 1e-3, 3: 3e-4, 4: 1e-4}
 def by_model(name: str) -> str:
     """The default of an option in words: "5e-4 for mini, 2e-5 for others"."""
     values = {model: recipe[name] for model, recipe in RECIPES.items() if name in recipe}
-    return ", ".join(f"{value:g} for {model}" for model, value in values.items())
+    values |= {"others": COMMON[name]} if name in COMMON else {}
+    return ", ".join(
+        f"{value if isinstance(value, str) else format(value, 'g')} for {model}"
+        for model, value in values.items()
+    )
 
 
 def fill_in(config: "TrainConfig", default_model: str) -> "TrainConfig":
@@ -62,7 +72,9 @@ def fill_in(config: "TrainConfig", default_model: str) -> "TrainConfig":
     kind = config.model
     if kind == "scratch" and find_task(config.task).head == "joint":
         kind = SCRATCH_JOINT
-    recipe = {"label_smoothing": 0.0, **RECIPES.get(kind, RECIPES["others"])}
+    if config.task in GLUE:
+        kind = ON_GLUE
+    recipe = {**COMMON, **RECIPES.get(kind, RECIPES["others"])}
     if config.model == "mini" and config.bits in MINI_STUDENT_LR:
         recipe = {**recipe, "student_lr": MINI_STUDENT_LR[config.bits]}
     missing = {name: value for name, value in recipe.items() if getattr(config, name) is None}
@@ -93,7 +105,7 @@ class TrainConfig:
         None,
         MODEL,
         "NAME (weights/NAME.pt), a path, mini (built in), or scratch: random weights; "
-        "xlmr-base if it was converted, else mini",
+        "minilm for GLUE; for others xlmr-base if it was converted, else mini",
         "M",
     )
     layers: int | None = option(None, MODEL, "with --model scratch: number of layers; 4")
@@ -133,8 +145,23 @@ class TrainConfig:
     grid: str = option(
         "portable", QUANT, "8-bit weights in -64..64, exact on every CPU, or full: -127..127"
     )
-    weight_range: str = option("minmax", QUANT, "minmax, or mse: clip outliers where it pays")
-    act_range: str = option("dynamic", QUANT, "dynamic, or static: calibrated before training")
+    weights: str = option(
+        "uniform",
+        QUANT,
+        "uniform, ternary (needs --bits 2), or lsq: scales of matrices are trained",
+    )
+    weight_range: str = option(
+        "minmax",
+        QUANT,
+        "minmax; mse: clip outliers where it pays; or, with --weights lsq, lsq's start",
+    )
+    weight_clip: float = option(0.0, QUANT, "cut weights at +-X before quantizing; 0 is off")
+    act_range: str = option(
+        "dynamic", QUANT, "dynamic; static: calibrated before training; or learned from there"
+    )
+    attention_bits: int = option(
+        32, QUANT, "of Q, K, V and the attention probabilities: 2 to 8; 32 leaves them alone"
+    )
     observer: str = option("minmax", QUANT, f"how static ranges are found: {' '.join(OBSERVERS)}")
     calibration: int = option(256, QUANT, "training examples that calibrate static ranges")
     noise: float = option(
@@ -153,7 +180,26 @@ class TrainConfig:
         "PARTS",
     )
     alpha: float = option(0.5, DISTILL, "weight of the logits")
-    beta: float = option(100.0, DISTILL, "weight of the other parts")
+    beta: float | None = option(None, DISTILL, f"weight of the other parts; {by_model('beta')}")
+    gamma: float | None = option(
+        None, DISTILL, "with map+output: beta (gamma map + (1 - gamma) output); both count whole"
+    )
+    part_weights: tuple[str, ...] = option(
+        (),
+        DISTILL,
+        "weights of single parts, such as map=6 output=1.8; --alpha and --beta",
+        "PART=W",
+    )
+    task_weight: float = option(1.0, DISTILL, "weight of the task's own loss beside them; 0 is off")
+    output_tap: str | None = option(
+        None,
+        DISTILL,
+        "where the part output is read: projected (before the residual), residual (after it), "
+        f"normed (after the norm); {by_model('output_tap')}",
+    )
+    distill_layers: tuple[int, ...] = option(
+        (), DISTILL, "blocks whose parts are distilled, such as 5 6; all"
+    )
     temperature: float = option(1.0, DISTILL, "softens the logits of teacher and student")
     order: str = option("bottom-up", DISTILL, f"of the blocks in {LAYERWISE}: {' '.join(ORDERS)}")
     stage_steps: int | None = option(
@@ -224,6 +270,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  python train.py --task xnli --eval out/xnli-mini-w8a8-s0/student.pt\n"
         "  python train.py --task xnli --bits 4 --distill logits            # one ablation\n"
         "  python train.py --task xnli --languages en de sw --max-train 20000\n"
+        "  python train.py --task rte --bits 2 --weights ternary --distill logits+map+output\n"
         "  python train.py --task atis --model scratch --layers 2 --hidden 768 --tt-rank 20 --bits 8\n"
         "  python train.py --task xnli --model scratch --layers 2 --hidden 128 --tokenizer FILE.model",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -248,8 +295,7 @@ def build_parser() -> argparse.ArgumentParser:
         kwargs["metavar"] = spec.metadata["metavar"] or ("N" if "int" in kind else "X")
         if "tuple" in kind:
             kwargs["nargs"] = "+"
-        else:
-            kwargs["type"] = int if "int" in kind else float if "float" in kind else str
+        kwargs["type"] = int if "int" in kind else float if "float" in kind else str
         group.add_argument(flag(spec.name), **kwargs)
     return parser
 
@@ -264,6 +310,8 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, bool]:
     resume = values.pop("resume")
     for name in ("languages", "methods"):  # "en de" and "en,de" both work
         values[name] = tuple(part for text in values[name] for part in text.split(","))
+    for name in ("part_weights", "distill_layers"):
+        values[name] = tuple(values[name])
     config = TrainConfig(**values)
     check(config)
     return config, resume
@@ -279,15 +327,17 @@ def check(config: TrainConfig) -> None:
             raise UserError(
                 f"--languages {language!r}: {config.task} has {' '.join(task.languages)}"
             )
-    for name in ("bits", "act_bits"):
+    for name in ("bits", "act_bits", "attention_bits"):
         value = getattr(config, name)
         if value != 32 and not 2 <= value <= 8:
             raise UserError(f"{flag(name)} {value}: choose from 2 to 8, or 32 for no quantization")
     choices = {
         "eval_split": ("test", "dev"),
         "grid": ("portable", "full"),
-        "weight_range": ("minmax", "mse"),
-        "act_range": ("dynamic", "static"),
+        "weights": ("uniform", "ternary", "lsq"),
+        "weight_range": ("minmax", "mse", "lsq"),
+        "act_range": ("dynamic", "static", "learned"),
+        "output_tap": (None, *OUTPUT_TAPS),
         "observer": tuple(OBSERVERS),
         "student_init": ("teacher", "pretrained"),
         "tt_init": ("svd", "random"),
@@ -297,7 +347,8 @@ def check(config: TrainConfig) -> None:
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise UserError(
-                f"{flag(name)} {getattr(config, name)!r}: choose from {', '.join(known)}"
+                f"{flag(name)} {getattr(config, name)!r}: choose from "
+                f"{', '.join(filter(None, known))}"
             )
     bounds = {  # name -> (smallest, largest); None counts as "not given"
         "noise": (0, 1),
@@ -306,6 +357,9 @@ def check(config: TrainConfig) -> None:
         "student_dropout": (0, 0.9),
         "alpha": (0, 1e9),
         "beta": (0, 1e9),
+        "gamma": (0, 1),
+        "task_weight": (0, 1e9),
+        "weight_clip": (0, 1e9),
         "weight_decay": (0, 1e3),
         "temperature": (1e-3, 1e3),
         "clip": (1e-9, 1e9),
@@ -327,6 +381,8 @@ def check(config: TrainConfig) -> None:
         if value is not None and not low <= value <= high:  # also refuses NaN
             raise UserError(f"{flag(name)} {value}: choose a value from {low:g} to {high:g}")
     check_methods(config)
+    check_distill(config)
+    check_quantizers(config)
     check_model(config)
 
 
@@ -342,6 +398,14 @@ def check_methods(config: TrainConfig) -> None:
             f"--bits 32 --act-bits 32 quantizes nothing, so {quantized[0]} would be fp32 again: "
             "use --methods fp32"
         )
+    static = config.act_range == "static"
+    if static and "ptq-static" in config.methods:
+        raise UserError("--act-range static makes ptq static: drop ptq-static from --methods")
+    if config.act_bits == 32 and (static or "ptq-static" in config.methods):
+        raise UserError("static ranges need quantized activations: choose --act-bits 2 to 8")
+
+
+def check_distill(config: TrainConfig) -> None:
     try:
         parts = parse_distill(config.distill)
     except ValueError as error:
@@ -351,17 +415,46 @@ def check_methods(config: TrainConfig) -> None:
     if config.order != "bottom-up" or config.stage_steps or config.last_lr:
         if LAYERWISE not in parts:
             raise UserError(f"--order, --stage-steps and --last-lr need --distill {LAYERWISE}")
-    weights = [config.alpha if part == "logits" else config.beta for part in parts]
-    if "sdq" in config.methods and LAYERWISE not in parts and not any(weights):
+    if LAYERWISE in parts:
+        changed = [name for name in NOT_LAYERWISE if getattr(config, name) != NOT_LAYERWISE[name]]
+        if changed:
+            raise UserError(f"{flag(changed[0])} does nothing with --distill {LAYERWISE}: drop it")
+        return
+    try:
+        beta = 1.0 if config.beta is None else config.beta
+        weights = part_weights(parts, config.alpha, beta, config.gamma, config.part_weights)
+    except ValueError as error:
+        name = "--part-weights" if config.part_weights else "--gamma"
+        raise UserError(f"{name}: {error}") from None
+    if "sdq" in config.methods and not any(weights.values()):
         raise UserError(
-            f"--distill {config.distill} with --alpha {config.alpha:g} --beta {config.beta:g} makes "
-            "sdq the same as qat: use --methods fp32 ptq qat"
+            f"--distill {config.distill} with weights of 0 makes sdq the same as qat: use "
+            "--methods fp32 ptq qat"
         )
-    static = config.act_range == "static"
-    if static and "ptq-static" in config.methods:
-        raise UserError("--act-range static makes ptq static: drop ptq-static from --methods")
-    if config.act_bits == 32 and (static or "ptq-static" in config.methods):
-        raise UserError("static ranges need quantized activations: choose --act-bits 2 to 8")
+    if any(layer < 1 for layer in config.distill_layers):
+        raise UserError(f"--distill-layers {min(config.distill_layers)}: blocks count from 1")
+    if len(set(config.distill_layers)) < len(config.distill_layers):
+        raise UserError("--distill-layers names a block twice")
+    if config.distill_layers and parts == ("logits",):
+        raise UserError("--distill-layers: logits have no layers; distil map or output, say")
+
+
+NOT_LAYERWISE = {"gamma": None, "part_weights": (), "task_weight": 1.0, "distill_layers": ()}
+
+
+def check_quantizers(config: TrainConfig) -> None:
+    if config.weights == "ternary" and config.bits != 2:
+        raise UserError(f"--weights ternary has 2 bits, not {config.bits}: add --bits 2")
+    if config.weights == "lsq" and config.bits == 32:
+        raise UserError("--weights lsq needs quantized weights: choose --bits 2 to 8")
+    if config.weights != "uniform" and config.tt_rank:
+        raise UserError(
+            f"--weights {config.weights} is for matrices: cores of tensor trains have learned scales"
+        )
+    if config.weight_range == "lsq" and config.weights != "lsq":
+        raise UserError("--weight-range lsq is where learned scales start: add --weights lsq")
+    if config.act_range == "learned" and config.act_bits == 32:
+        raise UserError("--act-range learned needs quantized activations: choose --act-bits 2 to 8")
 
 
 def check_model(config: TrainConfig) -> None:
@@ -400,7 +493,7 @@ def default_out(config: TrainConfig) -> str:
     name = f"{config.task}-{model}-w{config.bits}a{config.act_bits}-s{config.seed}"
     named = ["task", "bits", "act_bits", "seed", *NOT_THE_RESULT]
     named += ["model"] if config.model == model else []  # a path says more than its last part
-    usual = fill_in(TrainConfig(bits=config.bits), config.model)
+    usual = fill_in(TrainConfig(task=config.task, bits=config.bits), config.model)
     changed = [
         (spec.name, getattr(config, spec.name))
         for spec in fields(config)

@@ -6,6 +6,7 @@ does.
     python plot.py out/NAME/results.json --errors --out errors.png    # train.py --analyze: error by layer
     python plot.py out/atis*/results.json --sweep --out sweep.png     # tensor trains: accuracy against size
     python plot.py out/*/results.json --curves --out curves.png      # layer by layer: accuracy against step
+    python plot.py out/*/results.json --recovery --out recovery.png  # what attention each loss wins back
     python plot.py train.json --out steps.png                # bench.py train|rows|model|matmul|tt --json
 """
 
@@ -26,6 +27,8 @@ COLORS = {
     "sdq": "#1b9e77",
 }
 ORDER_COLORS = {"bottom-up": "#1b9e77", "top-down": "#d95f02", "together": "#7570b3"}
+# Of losses, in the order of the files.
+LOSS_COLORS = ("#1b9e77", "#e7298a", "#66a61e", "#1f78b4", "#e6ab02", "#a6761d", "#666666")
 BITS_COLORS = {32: COLORS["fp32"], 8: "#1b9e77", 4: "#7570b3", 2: "#d95f02"}
 
 
@@ -102,8 +105,10 @@ def draw_errors(axes, run: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------- tensor trains
-def read_runs(patterns: list[str]) -> dict[str, dict]:
-    """Path -> results.json, of runs of one task."""
+def read_runs(
+    patterns: list[str], same: tuple[str, ...] = ("task", "eval_split")
+) -> dict[str, dict]:
+    """Path -> results.json, of runs that have the settings `same` in common."""
     paths = expand(patterns)
     runs = {}
     for path in paths:
@@ -116,8 +121,8 @@ def read_runs(patterns: list[str]) -> dict[str, dict]:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{path} is not a results.json of train.py") from None
         first = next(iter(runs.values()), run)["config"]
-        for name in ("task", "eval_split"):
-            if config[name] != first[name]:
+        for name in same:
+            if config.get(name) != first.get(name):
                 raise UserError(f"{path} and {paths[0]} differ in --{name.replace('_', '-')}")
         runs[path] = run
     return runs
@@ -220,6 +225,86 @@ def draw_curves(axes, curves: dict[str, list[list]]) -> None:
     axes.set_title("Layer-by-layer distillation: the order in which blocks join")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
+
+
+# -------------------------------------------------------------------------------------- recovery
+RECOVERY = {"ranking": "ranking loss: flipped pairs, %", "cover": "cover length ratio, %"}
+
+
+def read_recovery(patterns: list[str]) -> tuple[dict, dict[str, dict[str, list[list[float]]]]]:
+    """(config, curves): label -> "ranking" or "cover" -> for each seed, the value of each layer.
+    config["tasks"]: the names of all.
+
+    The label is "PTQ", "QAT" or what was distilled. A seed's curve is the mean over its tasks.
+    """
+    runs = read_runs(patterns, ("eval_split", "model", "bits", "act_bits"))
+    found = {}  # label -> seed -> task -> recovery
+    for path, run in runs.items():
+        config = run["config"]
+        seed, task = config["seed"], config["task"]
+        measured = {name: row for name, row in run["methods"].items() if "recovery" in row}
+        if not measured:
+            raise UserError(f"{path}: no recovery in this file: run train.py with --analyze")
+        for name, row in measured.items():
+            label = config.get("distill", "sdq") if name == "sdq" else name.upper()
+            tasks = found.setdefault(label, {}).setdefault(seed, {})
+            # PTQ and QAT distil nothing: the runs of all losses have them, and they are the same
+            if task in tasks and name == "sdq":
+                raise UserError(f"{path}: a second run of {label} on {task}, seed {seed}")
+            tasks.setdefault(task, row["recovery"])
+    check_recovery(found)
+    tasks = sorted({run["config"]["task"] for run in runs.values()})
+    return next(iter(runs.values()))["config"] | {"tasks": tasks}, {
+        label: {kind: [mean_curve(tasks, kind) for tasks in seeds.values()] for kind in RECOVERY}
+        for label, seeds in found.items()
+    }
+
+
+def check_recovery(found: dict[str, dict[int, dict[str, dict]]]) -> None:
+    """Raises UserError where means would be of different tasks, or of models of different depth."""
+    every = {task for seeds in found.values() for tasks in seeds.values() for task in tasks}
+    depths = set()
+    for label, seeds in found.items():
+        for seed, tasks in seeds.items():
+            if missing := sorted(every - set(tasks)):
+                raise UserError(f"no run of {label} on {missing[0]}, seed {seed}: leave out a task")
+            depths |= {len(recovery[kind]) for recovery in tasks.values() for kind in RECOVERY}
+    if len(depths) > 1:
+        raise UserError(f"these runs are of models with {sorted(depths)} layers: draw one of them")
+
+
+def mean_curve(tasks: dict[str, dict], kind: str) -> list[float]:
+    """Layer by layer, the mean over tasks."""
+    return [statistics.fmean(x) for x in zip(*(row[kind] for row in tasks.values()), strict=True)]
+
+
+def draw_recovery(axes, recovery: tuple[dict, dict]) -> None:
+    """Kim et al. 2022: how far attention is from the teacher's, by layer: a line a loss, its band a
+    standard deviation over seeds; lower is better.
+    """
+    config, curves = recovery
+    losses = [label for label in curves if label.lower() not in COLORS]
+    colors = {label: LOSS_COLORS[i % len(LOSS_COLORS)] for i, label in enumerate(losses)}
+    for panel, (kind, title) in zip(axes, RECOVERY.items(), strict=True):
+        for label, kinds in curves.items():
+            by_layer = [[100 * x for x in layer] for layer in zip(*kinds[kind], strict=True)]
+            means = [statistics.fmean(x) for x in by_layer]
+            deviations = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in by_layer]
+            color = colors.get(label) or COLORS[label.lower()]
+            style = "-" if label in colors else "--"
+            layers = range(1, len(means) + 1)
+            named = label if panel is axes[0] else None
+            panel.plot(layers, means, style, color=color, marker=".", label=named)
+            low = [mean - x for mean, x in zip(means, deviations, strict=True)]
+            high = [mean + x for mean, x in zip(means, deviations, strict=True)]
+            panel.fill_between(layers, low, high, color=color, alpha=0.15, lw=0)
+        panel.set(xlabel="layer", ylabel=title, xticks=list(layers))
+        panel.grid(axis="y", alpha=0.3)
+    seeds = max(len(kinds["ranking"]) for kinds in curves.values())
+    of_seeds = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    width = f"W{config['bits']}A{config['act_bits']}"
+    title = f"Attention against the float32 teacher's, {width}, {of_seeds}"
+    axes[0].figure.suptitle(f"{title}; {', '.join(config['tasks'])}", fontsize=10)
 
 
 # ------------------------------------------------------------------------------------- benchmarks
@@ -350,6 +435,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("errors", "error by layer, of train.py --analyze"),
         ("sweep", "atis or snips: accuracy against size, of several --tt-rank and --bits"),
         ("curves", "accuracy on dev against step, by --order of --distill layerwise"),
+        ("recovery", "order of attention by layer, of train.py --analyze, by --distill"),
     ):
         kinds.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=text)
     parser.add_argument("--out", required=True, metavar="FILE", help="a .png or .svg file")
@@ -362,6 +448,8 @@ def plan(files: list[str], kind: str | None) -> tuple:
         return draw_sweep, read_sweep(files), 2, (9, 4)
     if kind == "curves":
         return draw_curves, read_curves(files), 1, (8, 4)
+    if kind == "recovery":
+        return draw_recovery, read_recovery(files), 2, (9, 4)
     benchmark = read_benchmark(files[0])
     if benchmark:
         draw_benchmark, panels, size = BENCHMARKS[benchmark["benchmark"]]
@@ -386,7 +474,7 @@ def draw(files: list[str], out: str, kind: str | None) -> None:
     matplotlib.use("Agg")  # no window
     from matplotlib import pyplot
 
-    shared = kind != "sweep"  # its panels show different things
+    shared = kind not in ("sweep", "recovery")  # their panels show different things
     figure, axes = pyplot.subplots(1, panels, figsize=size, sharey=shared, layout="constrained")
     draw_it(axes, what)
     if any(panel.get_legend_handles_labels()[0] for panel in figure.axes) and panels > 1:

@@ -147,9 +147,10 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]], observer: str
+    model: nn.Module, batches: Iterable[tuple[Tensor | None, ...]], observer: str
 ) -> None:
-    """Fix the ranges of all static activation quantizers from a few batches (ids, mask).
+    """Fix the ranges of all static activation quantizers from a few batches: (ids, mask), or
+    (ids, mask, types).
 
     While observing, weights are quantized and activations are not. Padded positions would be
     observed too: give batches of equal length.
@@ -160,8 +161,8 @@ def calibrate(
     was_training = model.training
     model.eval()
     try:
-        for ids, mask in batches:
-            model(ids, mask)
+        for ids, mask, *types in batches:
+            model(ids, mask, types=types[0] if types else None)
         for quantizer in quantizers:
             low, high = quantizer.observer.range(quantizer.quant_min, quantizer.quant_max, False)
             scale, zero_point = choose_qparams(

@@ -31,9 +31,10 @@ def write_json(path: str, value: dict) -> None:
 
 def summarize(languages: dict[str, dict], train_language: str) -> dict:
     """Adds what papers report: the training language, and the mean over all others (zero-shot)."""
-    others = [row["accuracy"] for name, row in languages.items() if name != train_language]
+    scores = {name: row.get("score", row.get("accuracy")) for name, row in languages.items()}
+    others = [score for name, score in scores.items() if name != train_language]
     return {
-        "english": languages[train_language]["accuracy"],
+        "english": scores[train_language],
         "zero_shot_mean": statistics.fmean(others) if others else None,
         "languages": languages,
     }

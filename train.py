@@ -1,12 +1,14 @@
 """The recipe: a float32 teacher, then the same model in 8 bits, several ways, in one report.
 
     python train.py --task xnli --bits 8
+    python train.py --task rte --bits 2 --weights ternary --distill logits+map+output
 
     fp32        the teacher: a pretrained encoder fine-tuned on English
     ptq         its weights and activations quantized, no training (ranges found at run time)
     ptq-static  the same with activation ranges fixed from calibration batches
     qat         trained on through the quantizers, with quantization noise and the task's loss alone
-    sdq         qat, distilled from the teacher: logits and every self-attention output
+    sdq         qat, distilled from the teacher: logits and every self-attention output, or what
+                --distill says
 
 Students train fake-quantized, in float32 on the integer grid. What is reported is the integer model
 made of them (int8.py), with the fake-quantized one beside it.
@@ -31,10 +33,11 @@ from dataclasses import asdict, replace
 
 import torch
 
-from analyze import errors_table, layer_errors
+from analyze import attention_recovery, errors_table, layer_errors, recovery_table
 from data import UserError, batches, exit_status, mini
 from data.batches import Dataset, encode_split, evaluation_batches, unpadded_batches
 from data.fetch import MODELS, RAW_DIR
+from data.glue import GLUE
 from data.tasks import find_task, load, task_folder
 from data.tokenizer import Tokenizer, WordTokenizer
 from distill import parse_distill
@@ -81,14 +84,18 @@ MINI = os.path.join(ROOT, "data", "mini", "mini.pt")  # made by data/pretrain_mi
 
 
 # ----------------------------------------------------------------------------------------- models
-def default_model() -> str:
-    """XLM-R base if it was converted, else the built-in miniature."""
+def default_model(task: str) -> str:
+    """MiniLM for GLUE; else XLM-R base if it was converted, else the built-in miniature."""
+    if task in GLUE:
+        return "minilm"
     there = os.path.isfile(os.path.join(WEIGHTS_DIR, "xlmr-base.pt"))
     return "xlmr-base" if there else "mini"
 
 
 def introduce(model: str) -> str:
     """The first line of a run: which model this is, and how to get the other."""
+    if model == "minilm":
+        return "model minilm: all-MiniLM-L6-v2. Any other BERT: python convert.py NAME --from DIR"
     if model == "mini":
         return (
             "model mini: built in, for made-up text in 15 languages. For the real one: "
@@ -157,6 +164,11 @@ class Source:
             self.name = os.path.splitext(os.path.basename(self.path))[0]
             stat = os.stat(self.path)
             self.identity = [os.path.abspath(self.path), stat.st_size, stat.st_mtime_ns]
+        depth = self.model_config.num_layers
+        if any(layer > depth for layer in config.distill_layers):
+            raise UserError(
+                f"--distill-layers {max(config.distill_layers)}: {self.name} has blocks 1 to {depth}"
+            )
         longest = self.model_config.max_tokens
         if config.max_length > longest:
             raise UserError(
@@ -189,15 +201,20 @@ def tt_config(config: TrainConfig) -> TTConfig | None:
 
 
 def quant_config(config: TrainConfig, method: str) -> QuantConfig:
-    static = config.act_range == "static" or method == "ptq-static"
+    act_range = "static" if method == "ptq-static" else config.act_range
+    if act_range == "learned" and method not in TRAINED:
+        act_range = "static"  # which is where learning starts
     return QuantConfig(
         weight_bits=config.bits,
         act_bits=config.act_bits,
         per_channel=not config.per_tensor,
         per_token=not config.per_tensor,
         grid=config.grid,
+        weights=config.weights,
         weight_range=config.weight_range,
-        act_range="static" if static else "dynamic",
+        weight_clip=config.weight_clip,
+        act_range=act_range,
+        attention_bits=config.attention_bits,
         observer=config.observer,
         noise=config.noise if method in TRAINED else 1.0,
         noise_block=config.noise_block,
@@ -219,7 +236,7 @@ def teachers_folder(out: str) -> str:
 def teacher_path(run: Run, source: Source) -> str:
     key = [getattr(run.config, name) for name in TEACHER_OPTIONS] + source.identity
     for dataset in (run.train, run.dev):
-        for part in (dataset.ids, dataset.starts, dataset.labels, dataset.tags):
+        for part in (dataset.ids, dataset.starts, dataset.labels, dataset.tags, dataset.second):
             key.append(part is not None and hashlib.sha256(part.tobytes()).hexdigest())
     key.append(run.device.type)  # bf16 on CUDA
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
@@ -265,11 +282,12 @@ def make_student(run: Run, source: Source, teacher: Model, method: str) -> Model
     set_dropout(student, run.config.student_dropout)
     settings = quant_config(run.config, method)
     summary = prepare(student, settings)
-    if settings.act_range == "static":
+    if settings.act_range != "dynamic":
         torch.manual_seed(run.config.seed)  # the mse observer draws samples
         rows = unpadded_batches(run.train, run.config.calibration, 32, run.config.seed)
         rows = [batch.to(run.device) for batch in rows]
-        calibrate(student, ((batch.ids, batch.mask) for batch in rows), settings.observer)
+        inputs = ((batch.ids, batch.mask, batch.types) for batch in rows)
+        calibrate(student, inputs, settings.observer)
     print(f"{method}: {summary}")
     return student
 
@@ -321,12 +339,12 @@ def evaluate_languages(
 
 
 def dev_curve(run: Run, method: str) -> list[list[float]]:
-    """[step, accuracy on English dev] of each look that a training of this run took."""
+    """[step, score on English dev] of each look that a training of this run took."""
     if not os.path.exists(run.log_file):
         return []
     with open(run.log_file, encoding="utf-8") as file:
         records = [record for record in map(json.loads, file) if record["method"] == method]
-    return [[r["step"], r["dev_accuracy"]] for r in records if "dev_accuracy" in r]
+    return [[r["step"], r["dev_score"]] for r in records if "dev_score" in r]
 
 
 def evaluate_file(config: TrainConfig) -> None:
@@ -359,7 +377,7 @@ def evaluate_file(config: TrainConfig) -> None:
 
 def run_ladder(config: TrainConfig, resume: bool) -> None:
     begun = time.monotonic()
-    config = fill_in(config, default_model())
+    config = fill_in(config, default_model(config.task))
     print(introduce(config.model))
     out = config.out or default_out(config)
     device = choose_device(config)
@@ -392,6 +410,9 @@ def run_ladder(config: TrainConfig, resume: bool) -> None:
             batches_of_dev = evaluation_batches(run.dev, EVAL_TOKENS[device.type])
             moved = (batch.to(device) for batch in batches_of_dev)
             row["errors"] = layer_errors(teacher, model, moved)
+            batches_of_dev = evaluation_batches(run.dev, EVAL_TOKENS[device.type])
+            moved = (batch.to(device) for batch in batches_of_dev)
+            row["recovery"] = attention_recovery(teacher, model, moved)
         if curve := dev_curve(run, method):
             row["dev_curve"] = curve
         results["methods"][method] = row
@@ -400,7 +421,7 @@ def run_ladder(config: TrainConfig, resume: bool) -> None:
             remove(run.state_file)
     write_text(os.path.join(out, "report.md"), markdown(results))
     if any("errors" in row for row in results["methods"].values()):
-        print(f"\n{errors_table(results['methods'])}")
+        print(f"\n{errors_table(results['methods'])}\n\n{recovery_table(results['methods'])}")
     print(f"\n{table(results)}\n\nwrote {out}/results.json and report.md")
     print(f"{clock(time.monotonic() - begun)} in all")
 

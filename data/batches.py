@@ -8,6 +8,9 @@ in file order have 53 %.
 Where every word has a tag (ATIS, SNIPS), tags lie beside the ids, one for each token: the tag's id
 at a word's first piece, IGNORE at its other pieces, the special tokens and the padding.
 
+BERT tells its two texts apart by a type, 0 for every token of the first and 1 for every token of
+the second. One number a row is enough to keep: where the second text begins. XLM-R has no types.
+
 Encodings are cached under .cache/; the key holds task, split, language, length, tokenizer and the
 data files' state.
 """
@@ -16,7 +19,7 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,9 +27,9 @@ import torch
 from torch import Tensor
 
 from data import UserError
-from data.slots import FILES, Names, Sentence
+from data.slots import Names, Sentence
 from data.tasks import find_task, load, task_folder
-from data.tokenizer import PAD, Tokenizer, WordTokenizer
+from data.tokenizer import PAD, Tokenizer, WordPieceTokenizer, WordTokenizer
 
 CACHE_DIR = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".cache")
 # Rows of so many batches are sorted by length together: more means less padding, less shuffling.
@@ -40,9 +43,13 @@ class Dataset:
 
     ids: np.ndarray  # (total tokens,) int32
     starts: np.ndarray  # (N + 1,) int64
-    labels: np.ndarray  # (N,) int64
+    labels: np.ndarray  # (N,) int64; float32 where the task is a regression
     tags: np.ndarray | None = None  # (total tokens,) int64
     slots: tuple[str, ...] = ()  # what the tags mean
+    # (N,) int64: where each row's first token of type 1 is, or the row's length if it has none.
+    second: np.ndarray | None = None
+    pad: int = PAD  # the id that fills a batch up
+    metrics: tuple[str, ...] = ("accuracy",)  # what predictions are scored by (data/metrics.py)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -54,8 +61,9 @@ class Dataset:
 
 @dataclass
 class Batch:
-    """ids (B, T) int64; mask (B, T) bool, None if nothing is padded; labels (B,) int64; tokens: the
-    real ones; tags (B, T) int64, None if the task has none.
+    """ids (B, T) int64; mask (B, T) bool, None if nothing is padded; labels (B,) int64, or float32
+    for a regression; tokens: the real ones; tags (B, T) int64, None if the task has none; types
+    (B, T) int64, 1 in the second text and 0 elsewhere, None if the tokenizer has none.
     """
 
     ids: Tensor
@@ -63,11 +71,13 @@ class Batch:
     labels: Tensor
     tokens: int
     tags: Tensor | None = None
+    types: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         mask = None if self.mask is None else self.mask.to(device)
         tags = None if self.tags is None else self.tags.to(device)
-        return Batch(self.ids.to(device), mask, self.labels.to(device), self.tokens, tags)
+        types = None if self.types is None else self.types.to(device)
+        return Batch(self.ids.to(device), mask, self.labels.to(device), self.tokens, tags, types)
 
 
 # --------------------------------------------------------------------------------------- encoding
@@ -76,7 +86,7 @@ def encode_split(
     split: str,
     language: str,
     folder: str,
-    tokenizer: Tokenizer | WordTokenizer,
+    tokenizer: Tokenizer | WordPieceTokenizer | WordTokenizer,
     max_length: int,
     limit: int | None = None,
 ) -> Dataset:
@@ -84,9 +94,24 @@ def encode_split(
     every language. A joint task's labels are intents, and it has tags.
     """
     path = cache_path(task, split, language, folder, tokenizer, max_length, limit)
-    cached = read_cache(path)
-    if cached is not None:
-        return cached
+    dataset = read_cache(path)
+    if dataset is None:
+        dataset = encode_examples(task, split, language, folder, tokenizer, max_length, limit)
+        write_cache(path, dataset)
+    return replace(dataset, pad=tokenizer.pad_id, metrics=find_task(task).metrics)
+
+
+def encode_examples(
+    task: str,
+    split: str,
+    language: str,
+    folder: str,
+    tokenizer: Tokenizer | WordPieceTokenizer | WordTokenizer,
+    max_length: int,
+    limit: int | None,
+) -> Dataset:
+    """What encode_split() caches."""
+    row = find_task(task)
     examples = load(task, split, language, folder)
     if limit is not None and limit < len(examples):
         # Drawn with a fixed seed: XNLI's rows come in triples of one premise, so the first rows are
@@ -94,22 +119,22 @@ def encode_split(
         # everywhere.
         rows = np.sort(np.random.default_rng(0).permutation(len(examples))[:limit])
         examples = [examples[i] for i in rows]
-    names_of = find_task(task).names
-    if names_of is not None:
-        dataset = encode_sentences(examples, names_of(folder), tokenizer, max_length)
-    else:
-        first = [example.text_a for example in examples]
-        second = None if examples[0].text_b is None else [example.text_b for example in examples]
-        labels = [example.label for example in examples]
-        dataset = dataset_of(tokenizer.encode_batch(first, second, max_length), labels)
-    write_cache(path, dataset)
-    return dataset
+    if row.names is not None:
+        return encode_sentences(examples, row.names(folder), tokenizer, max_length)
+    first = [example.text_a for example in examples]
+    second = None if examples[0].text_b is None else [example.text_b for example in examples]
+    kind = np.float32 if row.regression else np.int64
+    labels = np.array([example.label for example in examples], dtype=kind)
+    if not tokenizer.typed:
+        return dataset_of(tokenizer.encode_batch(first, second, max_length), labels)
+    encoded, begins = tokenizer.encode_typed(first, second, max_length)
+    return replace(dataset_of(encoded, labels), second=np.asarray(begins, dtype=np.int64))
 
 
 def encode_sentences(
     sentences: list[Sentence],
     names: Names,
-    tokenizer: Tokenizer | WordTokenizer,
+    tokenizer: Tokenizer | WordPieceTokenizer | WordTokenizer,
     max_length: int | None,
 ) -> Dataset:
     """Words with tags -> Dataset: labels are ids of names.intents, tags are ids of names.slots."""
@@ -126,13 +151,16 @@ def encode_sentences(
 
 
 def dataset_of(
-    encoded: list[np.ndarray], labels: list[int], tags: list[np.ndarray] | None = None
+    encoded: list[np.ndarray],
+    labels: list[int] | np.ndarray,
+    tags: list[np.ndarray] | None = None,
 ) -> Dataset:
+    """Rows of ids -> Dataset. Labels in a list are ids; an array keeps its type."""
     starts = np.concatenate(([0], np.cumsum([len(row) for row in encoded]))).astype(np.int64)
     return Dataset(
         np.concatenate(encoded),
         starts,
-        np.array(labels, dtype=np.int64),
+        labels if isinstance(labels, np.ndarray) else np.array(labels, dtype=np.int64),
         None if tags is None else np.concatenate(tags),
     )
 
@@ -141,13 +169,16 @@ def cache_path(task, split, language, folder, tokenizer, max_length, limit) -> s
     """Where this encoding is cached. None if a data file is missing: load() will say so."""
     row = find_task(task)
     folder = os.path.abspath(task_folder(row, folder))
-    sources = [os.path.join(folder, *row.files[split].split("/"))]
-    if not os.path.isfile(sources[0]):
+    if not os.path.isfile(os.path.join(folder, *row.files[split].split("/"))):
         return None
-    if row.names is not None:  # three files a split, and the ids depend on every split's names
-        sources = [os.path.join(folder, each, name) for each in row.files for name in FILES]
+    # A joint task's ids depend on the names in every split's files.
+    splits = (split,) if row.names is None else tuple(row.files)
+    names = [name for each in splits for name in row.paths(each)]
+    sources = [os.path.join(folder, *name.split("/")) for name in names]
     key = (task, split, language, [(source, file_state(source)) for source in sources])
     key += (tokenizer.sha256, max_length, limit)
+    if tokenizer.typed:  # said only here, so that older caches keep their names
+        key += ("typed",)
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     return os.path.join(CACHE_DIR, f"{task}-{split}-{language}-{name}.npz")
 
@@ -167,9 +198,11 @@ def read_cache(path: str | None) -> Dataset | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             tags = file["tags"] if "tags" in file else None
-            dataset = Dataset(file["ids"], file["starts"], file["labels"], tags)
+            second = file["second"] if "second" in file else None
+            dataset = Dataset(file["ids"], file["starts"], file["labels"], tags, second=second)
         sound = len(dataset.starts) == len(dataset) + 1 and dataset.starts[-1] == len(dataset.ids)
         sound = sound and (tags is None or len(tags) == len(dataset.ids))
+        sound = sound and (second is None or len(second) == len(dataset))
         return dataset if sound else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # a damaged cache is made again
@@ -182,6 +215,8 @@ def write_cache(path: str | None, dataset: Dataset) -> None:
     arrays = {"ids": dataset.ids, "starts": dataset.starts, "labels": dataset.labels}
     if dataset.tags is not None:
         arrays["tags"] = dataset.tags
+    if dataset.second is not None:
+        arrays["second"] = dataset.second
     try:
         os.makedirs(CACHE_DIR, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -194,18 +229,27 @@ def write_cache(path: str | None, dataset: Dataset) -> None:
 
 # ---------------------------------------------------------------------------------------- batches
 def collate(dataset: Dataset, rows: np.ndarray) -> Batch:
-    """Cut the given rows out of the flat array and pad them to the longest of them."""
+    """Cut the given rows out of the flat array and pad them to the longest of them.
+
+    Two rows, ids [5, 6, 7, 8] with second 2 and [5, 9] with second 2 (its length: one text), give
+    ids [[5, 6, 7, 8], [5, 9, pad, pad]] and types [[0, 0, 1, 1], [0, 0, 0, 0]].
+    """
     lengths = dataset.lengths[rows]
     columns = np.arange(lengths.max())
     real = columns < lengths[:, None]  # (B, T)
     where = np.minimum(dataset.starts[rows][:, None] + columns, len(dataset.ids) - 1)
-    ids = np.where(real, dataset.ids[where], PAD).astype(np.int64)
+    ids = np.where(real, dataset.ids[where], dataset.pad).astype(np.int64)
     mask = None if real.all() else torch.from_numpy(real)
     labels = torch.from_numpy(dataset.labels[rows])
     tags = None
     if dataset.tags is not None:
         tags = torch.from_numpy(np.where(real, dataset.tags[where], IGNORE))
-    return Batch(torch.from_numpy(ids), mask, labels, int(lengths.sum()), tags)
+    types = None
+    if dataset.second is not None:  # padding has type 0
+        types = torch.from_numpy(
+            (real & (columns >= dataset.second[rows][:, None])).astype(np.int64)
+        )
+    return Batch(torch.from_numpy(ids), mask, labels, int(lengths.sum()), tags, types)
 
 
 def training_order(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
     python data/fetch.py xnli           # XNLI dev, test and English training set -> data/raw
     python data/fetch.py atis           # downloads nothing: says where ATIS comes from (or snips)
+    python data/fetch.py glue           # the same for GLUE, and which of its tasks are there
 
 A download goes to NAME.part and is renamed when it is complete and correct. A cut connection leaves
 the .part file, and the next call continues it (HTTP Range); a wrong hash deletes it. Of an archive
@@ -9,6 +10,8 @@ only the files named below are unpacked, each to a temporary name first, and an 
 member that points outside its folder is refused whole.
 
 The values pinned here were published by several independent projects for the same addresses.
+ATIS, SNIPS and GLUE are not downloaded: the command says who publishes them, where to put them, and
+what is there already.
 """
 
 import argparse
@@ -29,8 +32,8 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data import UserError, exit_status
-from data.slots import FILES
-from data.tasks import find_task, task_folder
+from data.glue import GLUE, read_file
+from data.tasks import Task, find_task, task_folder
 
 RAW_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "raw")
 CHUNK = 1 << 20
@@ -57,12 +60,13 @@ class Remote:
 @dataclass(frozen=True)
 class ByHand:
     """A data set that the user brings: what it is, who may use it, who publishes it in the layout
-    of data/slots.py.
+    that data/slots.py or data/glue.py reads, and which tasks it holds.
     """
 
     title: str
     licence: str
     source: str
+    tasks: tuple[str, ...]
 
 
 XNLI = (
@@ -85,6 +89,7 @@ _XLMR_TOKENIZER = Remote(
     5_069_051,
     "cfc8146abe2a0488e9e2a0c56de7952f7c11ab059eca145a0a727afce0db2865",
 )
+_MINILM = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/1110a243fdf4706b3f48f1d95db1a4f5529b4d41/"
 MODELS = {
     "xlmr-base": (
         Remote(
@@ -103,6 +108,29 @@ MODELS = {
         ),
         _XLMR_TOKENIZER,
     ),
+    # BERT's architecture in small: 6 layers, 384 wide, WordPiece. Apache 2.0.
+    "minilm": (
+        Remote(
+            _MINILM + "model.safetensors",
+            90_868_376,
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+        Remote(
+            _MINILM + "config.json",
+            612,
+            "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        ),
+        Remote(
+            _MINILM + "vocab.txt",
+            231_508,
+            "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+        ),
+        Remote(
+            _MINILM + "tokenizer_config.json",
+            350,
+            "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+        ),
+    ),
 }
 _LAYOUT = (
     "in this very layout with https://github.com/monologg/JointBERT (data/{0}), and with "
@@ -113,14 +141,25 @@ ATIS = ByHand(
     "Linguistic Data Consortium user agreement, for LDC93S4B, LDC93S5, LDC94S19 and LDC95S26: "
     "https://catalog.ldc.upenn.edu/LDC95S26",
     _LAYOUT.format("atis"),
+    ("atis",),
 )
 SNIPS = ByHand(
     "SNIPS: 13,084 + 700 + 700 requests to a voice assistant (Coucke et al. 2018, arXiv 1805.10190)",
     "CC0 1.0, published by Snips: https://github.com/sonos/nlu-benchmark "
     "(2017-06-custom-intent-engines)",
     _LAYOUT.format("snips"),
+    ("snips",),
 )
-DATASETS = {"xnli": XNLI, "atis": ATIS, "snips": SNIPS}
+GLUE_TASKS = ByHand(
+    "GLUE: eight tasks of one or two English texts (Wang et al. 2019, arXiv 1804.07461)",
+    "each task has its own, told by its publisher: https://gluebenchmark.com/tasks links them",
+    "https://gluebenchmark.com/tasks, from https://dl.fbaipublicfiles.com/glue/data/NAME.zip, "
+    "NAME being CoLA, SST-2, STS-B, QQP-clean, MNLI, QNLIv2 or RTE. MRPC is Microsoft's, "
+    "https://www.microsoft.com/en-us/download/details.aspx?id=52398, and becomes GLUE's train.tsv "
+    "and dev.tsv by the list https://dl.fbaipublicfiles.com/glue/data/mrpc_dev_ids.tsv",
+    tuple(GLUE),
+)
+DATASETS = {"xnli": XNLI, "atis": ATIS, "snips": SNIPS, "glue": GLUE_TASKS}
 
 
 # ------------------------------------------------------------------------------------ downloading
@@ -317,7 +356,7 @@ def check_member(archive: str, info: zipfile.ZipInfo) -> None:
 
 def fetch_dataset(name: str, folder: str) -> None:
     if isinstance(DATASETS[name], ByHand):
-        explain(name, DATASETS[name], folder)
+        explain(DATASETS[name], folder)
         return
     for remote in DATASETS[name]:
         targets = [os.path.join(folder, *member.split("/")) for member in remote.members]
@@ -330,23 +369,46 @@ def fetch_dataset(name: str, folder: str) -> None:
             print(f"wrote {target}")
 
 
-def explain(name: str, dataset: ByHand, folder: str) -> None:
+def explain(dataset: ByHand, folder: str) -> None:
     """Print where a data set comes from and where to put it, and what is there now."""
-    task = find_task(name)
-    place = task_folder(task, folder)
     print(f"{dataset.title}\nlicence: {dataset.licence}\nfiles:   {dataset.source}")
     print("Nothing is downloaded. Put the files here:")
-    for split in task.files:
-        wanted = [os.path.join(place, split, file) for file in FILES]
-        missing = [path for path in wanted if not os.path.exists(path)]
-        if missing:
-            state = "all missing" if missing == wanted else f"missing: {', '.join(missing)}"
-        else:
-            try:
-                state = f"{len(task.read(folder, split)['en']):,} sentences, readable"
-            except UserError as error:
-                state = f"not usable: {error}"
-        print(f"  {os.path.join(place, split)}/{{{','.join(FILES)}}}: {state}")
+    for task in map(find_task, dataset.tasks):
+        # GLUE's dev is a part of train.tsv (data/glue.py), so one line says it all.
+        lines = [("train", "test")] if task.name in GLUE else [(each,) for each in task.files]
+        for splits in lines:
+            print(f"  {state_of(task, folder, *splits)}")
+
+
+def state_of(task: Task, folder: str, *splits: str) -> str:
+    """One line: which files these splits are read from, and whether they are there and usable."""
+    place = task_folder(task, folder)
+    paths = [os.path.join(place, *path.split("/")) for each in splits for path in task.paths(each)]
+    inside = os.path.dirname(paths[0])
+    names = ",".join(os.path.basename(path) for path in paths)
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        state = "all missing" if missing == paths else f"missing: {', '.join(missing)}"
+    else:
+        try:
+            state = f"{contents(task, folder, splits[0])}, readable"
+        except UserError as error:
+            state = f"not usable: {error}"
+    return f"{inside}/{{{names}}}: {state}"
+
+
+def contents(task: Task, folder: str, split: str) -> str:
+    """How much there is: of all splits of a GLUE task, or of one split of another."""
+    if task.name not in GLUE:
+        return f"{len(task.read(folder, split)[task.train_language]):,} sentences"
+    counts = [
+        f"{len(rows):,} {each}" for each in task.files for rows in task.read(folder, each).values()
+    ]
+    place, left_out = task_folder(task, folder), 0
+    for name in (*task.paths("train"), *task.paths("test")):
+        left_out += len(read_file(task.name, os.path.join(place, name), task.fetch)[1])
+    note = f" ({left_out:,} malformed ones left out)" if left_out else ""
+    return f"{' + '.join(counts)} rows{note}"
 
 
 def fetch_model(name: str, folder: str) -> None:

@@ -2,10 +2,12 @@
 
     load("xnli", "train", "en", folder)   -> list of Example, English (MultiNLI)
     load("xnli", "dev", "sw", folder)     -> list of Example, Swahili
+    load("stsb", "test", "en", folder)    -> list of Example, whose labels are numbers
     load("atis", "train", "en", folder)   -> list of Sentence: words, their tags, an intent
 
 XNLI's protocol is zero-shot transfer: train on English, choose on English dev, test on every
-language. ATIS and SNIPS are English; how their files look, data/slots.py says.
+language. The others are English: GLUE's eight, whose files and splits data/glue.py explains, and
+ATIS and SNIPS, which data/slots.py does. The "languages" of mnli are its two test sets.
 
 XNLI's files are tab-separated with one header line. Quotes are ordinary characters (no CSV quoting),
 lines end with "\\n" alone: some texts hold other characters that Python's splitlines() would take
@@ -14,18 +16,12 @@ for a line end.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import NamedTuple
 
-from data import UserError, readable_text
-from data.slots import SPLITS, Names, Sentence, read_names, read_sentences
-
-
-class Example(NamedTuple):
-    text_a: str
-    text_b: str | None
-    label: int
+from data import UserError
+from data.glue import GLUE, Example, read_glue, read_tsv
+from data.slots import FILES, SPLITS, Names, Sentence, read_names, read_sentences
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,8 @@ class Task:
 
     names(folder): the intents and tags of a joint task, which its files alone know (labels is empty
     then).
+
+    regression: the label is a number and no class; labels has one name, that of the number.
     """
 
     name: str
@@ -44,9 +42,17 @@ class Task:
     read: Callable[[str, str], dict[str, list[Example]] | dict[str, list[Sentence]]]
     files: dict[str, str]  # split -> path under task_folder(task, folder)
     fetch: str  # the command that brings the data, or tells where it comes from
-    metric: str = "accuracy"
+    more_files: dict[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # read besides files[split]
+    metrics: tuple[str, ...] = ("accuracy",)  # of labels, by name in data/metrics.py
+    regression: bool = False
     names: Callable[[str], Names] | None = None
     subfolder: str = ""  # of the data folder, where the files usually are
+
+    def paths(self, split: str) -> tuple[str, ...]:
+        """All files that a split is read from, under task_folder(task, folder)."""
+        return (self.files[split], *self.more_files.get(split, ()))
 
 
 def load(task: str, split: str, language: str, folder: str) -> list[Example] | list[Sentence]:
@@ -58,7 +64,13 @@ def load(task: str, split: str, language: str, folder: str) -> list[Example] | l
     row = find_task(task)
     if language not in row.languages:
         raise UserError(f"{task} has no language {language!r}; it has: {' '.join(row.languages)}")
-    examples = row.read(folder, split).get(language)
+    found = row.read(folder, split)
+    examples = found.get(language)
+    if not examples and found and task in GLUE:
+        raise UserError(
+            f"{task} has no {split} rows that are {language}, only {' '.join(found)}: "
+            f"use --languages {' '.join(found)}"
+        )
     if not examples:
         raise UserError(
             f"{task}: no {split} row in language {language!r} under {folder}; fetch it with '{row.fetch}'"
@@ -73,13 +85,18 @@ def find_task(name: str) -> Task:
 
 
 def task_folder(task: Task, folder: str) -> str:
-    """Where a task's files are: the data folder's own subfolder for it (data/raw/atis), or, where
-    there is none, the data folder itself if it holds them (--data-dir data/atis-sample).
+    """Where a task's files are: the data folder's own subfolder for it (data/raw/glue/RTE); or what
+    is left of that path if the data folder is named further down (--data-dir glue, or glue/RTE).
     """
-    below = os.path.join(folder, task.subfolder)
-    if os.path.isdir(below) or not os.path.exists(os.path.join(folder, task.files["train"])):
-        return below
-    return folder
+    parts = task.subfolder.split("/")
+    for i in range(len(parts)):
+        below = os.path.join(folder, *parts[i:])
+        if os.path.isdir(below):
+            return below
+    if os.path.exists(os.path.join(folder, task.files["train"])):
+        return folder
+    last = os.path.basename(os.path.abspath(folder))  # nothing there: say where it should be
+    return os.path.join(folder, *parts[parts.index(last) + 1 if last in parts else 0 :])
 
 
 # ------------------------------------------------------------------------------------------- XNLI
@@ -135,30 +152,33 @@ def read_xnli(folder: str, split: str) -> dict[str, list[Example]]:
     return found
 
 
-def read_tsv(path: str, columns: tuple[str, ...], fetch: str):
-    """Yield (line number, the wanted columns) of a tab-separated file whose first line names the
-    columns.
-    """
-    if not os.path.isfile(path):
-        raise UserError(
-            f"no file {path}: fetch it with '{fetch}', or name its folder with --data-dir"
-        )
-    again = f"fetch it again with '{fetch}'"
-    with readable_text(path, again), open(path, encoding="utf-8", newline="\n") as file:
-        header = file.readline().rstrip("\r\n").split("\t")
-        missing = [name for name in columns if name not in header]
-        if missing:
-            raise UserError(
-                f"{path}, line 1: no column {missing[0]!r}; it has: {' '.join(header)[:200]}"
-            )
-        wanted = [header.index(name) for name in columns]
-        for number, line in enumerate(file, start=2):
-            cells = line.rstrip("\r\n").split("\t")
-            if len(cells) != len(header):
-                raise UserError(
-                    f"{path}, line {number}: {len(cells)} columns, the header has {len(header)}"
-                )
-            yield number, [cells[i] for i in wanted]
+# ------------------------------------------------------------------------------------------- GLUE
+GLUE_FETCH = "python data/fetch.py glue"
+
+
+def glue_task(name: str) -> Task:
+    """A row of the table in data/glue.py."""
+    layout = GLUE[name]
+    languages = tuple(layout.tests)
+    test, *more = layout.tests.values()
+    return Task(
+        name=name,
+        head="sequence",
+        labels=layout.labels,
+        languages=languages,
+        train_language=languages[0],
+        read=partial(read_glue_split, name),
+        files={"train": "train.tsv", "dev": "train.tsv", "test": test},
+        fetch=GLUE_FETCH,
+        more_files={"test": tuple(more)},
+        metrics=layout.metrics,
+        regression=not layout.in_file,
+        subfolder=f"glue/{layout.folder}",
+    )
+
+
+def read_glue_split(name: str, folder: str, split: str) -> dict[str, list[Example]]:
+    return read_glue(name, task_folder(find_task(name), folder), split, GLUE_FETCH)
 
 
 # --------------------------------------------------------------------------------- ATIS and SNIPS
@@ -171,9 +191,9 @@ def joint_task(name: str) -> Task:
         languages=("en",),
         train_language="en",
         read=partial(read_joint, name),
-        files={split: f"{split}/seq.in" for split in SPLITS},
+        files={split: f"{split}/{FILES[0]}" for split in SPLITS},
         fetch=f"python data/fetch.py {name}",
-        metric="intent accuracy and slot F1",
+        more_files={split: tuple(f"{split}/{each}" for each in FILES[1:]) for split in SPLITS},
         names=partial(joint_names, name),
         subfolder=name,
     )
@@ -202,4 +222,5 @@ TASKS = {
     ),
     "atis": joint_task("atis"),
     "snips": joint_task("snips"),
+    **{name: glue_task(name) for name in GLUE},
 }

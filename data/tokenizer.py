@@ -1,8 +1,9 @@
-"""Text -> ids: with XLM-R's SentencePiece pieces, or with whole words.
+"""Text -> ids: with XLM-R's SentencePiece pieces, with BERT's WordPiece, or with whole words.
 
-Tokenizer is a SentencePiece unigram model with its ids moved by one. SentencePiece numbers its pieces <unk> 0, <s> 1, </s> 2, then the vocabulary from 3. XLM-R was
-trained with fairseq, whose dictionary begins <s> 0, <pad> 1, </s> 2, <unk> 3. So every piece moves
-up by one, <unk> becomes 3, and <mask> comes last:
+Tokenizer is a SentencePiece unigram model with its ids moved by one. SentencePiece numbers its
+pieces <unk> 0, <s> 1, </s> 2, then the vocabulary from 3. XLM-R was trained with fairseq, whose
+dictionary begins <s> 0, <pad> 1, </s> 2, <unk> 3. So every piece moves up by one, <unk> becomes 3,
+and <mask> comes last:
 
     id = 3 if spm_id == 0 else spm_id + 1      <mask> = pieces + 1      V = pieces + 2
 
@@ -12,13 +13,20 @@ up by one, <unk> becomes 3, and <mask> comes last:
 >>> tokenizer.encode("Hello world!")               # with XLM-R's own model
 [0, 35378, 8999, 38, 2]
 
-WordTokenizer has the same four special ids, then one id for each frequent word of a training set:
-for small tasks without a pretrained model, such as ATIS. Both encode single words so that each
+WordPieceTokenizer has the ids of a BERT's vocab.txt, the number of the line. There is one border
+between two texts, and a *token type* says which text a token belongs to:
+
+    two texts    [CLS] a [SEP] b [SEP]
+    types          0   0   0   1   1               (encode_typed: where the ones begin)
+
+WordTokenizer has XLM-R's four special ids, then one id for each frequent word of a training set:
+for small tasks without a pretrained model, such as ATIS. All encode single words so that each
 can carry a tag (encode_words); load_tokenizer tells which of them some bytes are.
 """
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -26,10 +34,14 @@ import numpy as np
 import sentencepiece
 
 from data import UserError
+from data.wordpiece import basic_tokens, word_pieces
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 MAX_MODEL_BYTES = 64 << 20  # XLM-R's file has 5 MB
 WORDS_MAGIC = "sdq-words-1"
+WORDPIECE_MAGIC = "sdq-wordpiece-1"  # then " lower" or " cased"
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # those that BERT's vocab.txt must have
+MAX_CACHED = 1 << 18  # spaceless texts whose pieces are remembered, some 70 MB
 
 
 class Tokenizer:
@@ -37,6 +49,9 @@ class Tokenizer:
 
     model: the bytes of a .model file.  source: what to call it in an error message.
     """
+
+    typed = False  # no token types
+    pad_id = PAD
 
     def __init__(self, model: bytes, source: str = "tokenizer"):
         if not model or len(model) > MAX_MODEL_BYTES:
@@ -74,9 +89,11 @@ class Tokenizer:
             return cls(file.read(), path)
 
     @staticmethod
-    def from_payload(payload: dict, path: str, vocab_size: int) -> "Tokenizer | WordTokenizer":
+    def from_payload(
+        payload: dict, path: str, vocab_size: int
+    ) -> "Tokenizer | WordPieceTokenizer | WordTokenizer":
         """The tokenizer inside a checkpoint's dictionary, which must fit the model's vocabulary.
-        Of either kind.
+        Of any kind.
         """
         stored = payload.get("tokenizer")
         try:
@@ -101,17 +118,13 @@ class Tokenizer:
         A pair too long loses tokens from its longer text first ("longest first"), as in Hugging
         Face tokenizers.
         """
+        refuse_unequal(a, b)
         room_for = 2 if b is None else 4  # special tokens
-        if max_length is not None and max_length < room_for:
-            raise UserError(
-                f"a maximum of {max_length} tokens leaves no room for the {room_for} special ones"
-            )
+        refuse_short(max_length, room_for)
         first = [self._to_xlmr(ids) for ids in self.pieces.encode(list(a))]
         if b is None:
             keep = None if max_length is None else max_length - room_for
             return [np.concatenate(([BOS], ids[:keep], [EOS])).astype(np.int32) for ids in first]
-        if len(a) != len(b):
-            raise ValueError(f"{len(a)} first texts and {len(b)} second texts")
         second = [self._to_xlmr(ids) for ids in self.pieces.encode(list(b))]
         rows = []
         for left, right in zip(first, second, strict=True):
@@ -151,12 +164,148 @@ class Tokenizer:
         return self.pieces.decode([0 if i == UNK else int(i) - 1 for i in ids if UNK <= i < last])
 
 
+class WordPieceTokenizer:
+    """BERT's vocab.txt: the id of a piece is the number of its line, from 0.
+
+    vocabulary: the bytes of UTF-8 text, "sdq-wordpiece-1 lower" or "... cased" in the first line (is
+    the model uncased?), then vocab.txt's lines.  source: what to call it in an error message.
+
+    As in Hugging Face's, "[SEP]" and the other special tokens inside a text become their ids.
+    """
+
+    typed = True  # a second text has token type 1
+
+    def __init__(self, vocabulary: bytes, source: str = "tokenizer"):
+        if len(vocabulary) > MAX_MODEL_BYTES:
+            raise UserError(f"{source}: {len(vocabulary):,} bytes can't be a WordPiece vocabulary")
+        try:
+            first, *pieces, rest = vocabulary.decode("utf-8").split("\n")
+        except ValueError:  # not UTF-8, or not even two lines
+            raise UserError(f"{source} is not a WordPiece vocabulary: convert it again") from None
+        kinds = {f"{WORDPIECE_MAGIC} lower": True, f"{WORDPIECE_MAGIC} cased": False}
+        if first not in kinds or rest:
+            raise UserError(f"{source} is not a whole WordPiece vocabulary: convert it again")
+        # Words have no spaces, so such a piece would never be found: the file is something else.
+        bad = next(
+            (i for i, piece in enumerate(pieces) if not piece or set(piece) & set(" \t\r")), -1
+        )
+        if bad >= 0:
+            raise UserError(
+                f"{source}: line {bad + 1}, {pieces[bad][:40]!r}, is not a piece of a word"
+            )
+        self.ids = {piece: i for i, piece in enumerate(pieces)}
+        if len(self.ids) != len(pieces):
+            twice = next(piece for piece, count in Counter(pieces).items() if count > 1)
+            raise UserError(f"{source} lists {twice[:40]!r} twice: its ids would be ambiguous")
+        missing = [special for special in SPECIALS if special not in self.ids]
+        if missing:
+            raise UserError(f"{source} has no {missing[0]}: it is not the vocab.txt of a BERT")
+        self.pieces, self.lower = pieces, kinds[first]
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
+            self.ids[special] for special in SPECIALS
+        )
+        self.bytes = vocabulary
+        self.vocab_size = len(pieces)
+        self.sha256 = hashlib.sha256(vocabulary).hexdigest()
+        self._borders = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
+        self._known: dict[str, list[int]] = {}
+
+    @classmethod
+    def from_vocab(
+        cls, vocab: bytes, lower: bool, source: str = "vocab.txt"
+    ) -> "WordPieceTokenizer":
+        """From the bytes of a vocab.txt as published. lower: the model is uncased."""
+        first = f"{WORDPIECE_MAGIC} {'lower' if lower else 'cased'}\n".encode()
+        lines = vocab.replace(b"\r\n", b"\n").removesuffix(b"\n")
+        return cls(first + lines + b"\n", source)
+
+    def encode(self, a: str, b: str | None = None, max_length: int | None = None) -> list[int]:
+        """One text or a pair -> ids with [CLS] and [SEP], cut to max_length if given."""
+        return self.encode_batch([a], None if b is None else [b], max_length)[0].tolist()
+
+    def encode_batch(
+        self, a: list[str], b: list[str] | None = None, max_length: int | None = None
+    ) -> list[np.ndarray]:
+        """As Tokenizer.encode_batch, with BERT's special tokens."""
+        return self.encode_typed(a, b, max_length)[0]
+
+    def encode_typed(
+        self, a: list[str], b: list[str] | None = None, max_length: int | None = None
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Many texts, or N pairs -> (int32 arrays, int64 (N,): where in each row type 1 begins).
+
+        Type 1 begins at the second text's first token, or behind the row where there is none.
+        """
+        refuse_unequal(a, b)
+        room_for = 2 if b is None else 3  # special tokens
+        refuse_short(max_length, room_for)
+        rows, begins = [], []
+        for i, text in enumerate(a):
+            left, right = self._text(text), [] if b is None else self._text(b[i])
+            if max_length is not None:
+                kept, kept_right = longest_first(len(left), len(right), max_length - room_for)
+                left, right = left[:kept], right[:kept_right]
+            end = [] if b is None else [*right, self.sep_id]
+            rows.append(np.array([self.cls_id, *left, self.sep_id, *end], dtype=np.int32))
+            begins.append(len(left) + 2)
+        return rows, np.array(begins, dtype=np.int64)
+
+    def encode_words(
+        self, sentences: Sequence[Sequence[str]], max_length: int | None = None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As Tokenizer.encode_words: [UNK] for a word without a piece."""
+        rows = []
+        for words in sentences:
+            own = [self._text(word) or [self.unk_id] for word in words]
+            first = np.cumsum([1, *(len(ids) for ids in own)], dtype=np.int64)[:-1]
+            inner = [i for ids in own for i in ids]
+            rows.append((np.array([self.cls_id, *inner, self.sep_id], dtype=np.int32), first))
+        return refuse_long(rows, max_length)
+
+    def _text(self, text: str) -> list[int]:
+        """The ids of a text, without [CLS] and [SEP].
+
+        A plain space stays a border through both steps of data/wordpiece.py, so what stands between
+        two of them has its ids by itself, and they are remembered: most of a text is words that
+        came before.
+        """
+        ids: list[int] = []
+        for chunk in text.split(" "):
+            known = self._known.get(chunk)
+            if known is None:
+                known = self._chunk(chunk)
+                if len(self._known) < MAX_CACHED and len(chunk) < 50:  # not Chinese sentences
+                    self._known[chunk] = known
+            ids += known
+        return ids
+
+    def _chunk(self, chunk: str) -> list[int]:
+        ids = []
+        for part in self._borders.split(chunk):  # every other part is a special token
+            if part in SPECIALS:
+                ids.append(self.ids[part])
+                continue
+            for token in basic_tokens(part, self.lower):
+                ids += [self.ids[piece] for piece in word_pieces(token, self.ids)]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> words with spaces between them; special tokens are dropped. Spaces, and uncased
+        accents and capitals, are not what they were.
+        """
+        pieces = [self.pieces[int(i)] for i in ids]
+        return " ".join(p for p in pieces if p not in SPECIALS).replace(" ##", "")
+
+
 class WordTokenizer:
     """A list of words: ids 0 to 3 are <s> <pad> </s> <unk>, the first word has id 4.
 
     vocabulary: the bytes of UTF-8 text, WORDS_MAGIC in the first line, then a word a line.
     source: what to call it in an error message.
     """
+
+    typed = False
+    pad_id = PAD
 
     def __init__(self, vocabulary: bytes, source: str = "tokenizer"):
         if len(vocabulary) > MAX_MODEL_BYTES:
@@ -200,10 +349,7 @@ class WordTokenizer:
         """Many texts at once. Returns one int32 array each (not padded)."""
         if b is not None:
             raise UserError("a tokenizer of words takes no pairs of texts: give single texts")
-        if max_length is not None and max_length < 2:
-            raise UserError(
-                f"a maximum of {max_length} tokens leaves no room for the 2 special ones"
-            )
+        refuse_short(max_length, 2)
         keep = None if max_length is None else max_length - 2
         return [self._with_specials(text.split()[:keep]) for text in a]
 
@@ -221,10 +367,27 @@ class WordTokenizer:
         return np.array([BOS, *(self.ids.get(word, UNK) for word in words), EOS], dtype=np.int32)
 
 
-def load_tokenizer(model: bytes, source: str = "tokenizer") -> Tokenizer | WordTokenizer:
-    """The tokenizer that these bytes are: a list of words says so in its first line."""
-    words = model.startswith(WORDS_MAGIC.encode())
-    return WordTokenizer(model, source) if words else Tokenizer(model, source)
+def load_tokenizer(
+    model: bytes, source: str = "tokenizer"
+) -> Tokenizer | WordPieceTokenizer | WordTokenizer:
+    """The tokenizer that these bytes are: one that is text says so in its first line."""
+    if model.startswith(WORDPIECE_MAGIC.encode()):
+        return WordPieceTokenizer(model, source)
+    if model.startswith(WORDS_MAGIC.encode()):
+        return WordTokenizer(model, source)
+    return Tokenizer(model, source)
+
+
+def refuse_short(max_length: int | None, specials: int) -> None:
+    if max_length is not None and max_length < specials:
+        raise UserError(
+            f"a maximum of {max_length} tokens leaves no room for the {specials} special ones"
+        )
+
+
+def refuse_unequal(a: list[str], b: list[str] | None) -> None:
+    if b is not None and len(a) != len(b):
+        raise ValueError(f"{len(a)} first texts and {len(b)} second texts")
 
 
 def refuse_long(
@@ -234,7 +397,7 @@ def refuse_long(
     longest = max((len(ids) for ids, _ in rows), default=0)
     if max_length is not None and longest > max_length:
         raise UserError(
-            f"a sentence has {longest} tokens with <s> and </s>, over --max-length {max_length} "
+            f"a sentence has {longest} tokens with the special ones, over --max-length {max_length} "
             f"its words would lose their tags: give --max-length {longest}"
         )
     return rows

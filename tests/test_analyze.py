@@ -11,7 +11,8 @@ from conftest import random_ids
 from analyze import PLACES, errors_table, layer_errors
 from data.batches import Batch
 from model import build_model
-from quant import QuantConfig, prepare
+from prepare import prepare
+from quant import QuantConfig
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """data/tasks.py and data/batches.py: reading, refusing, encoding, cutting batches."""
 
+import hashlib
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -122,6 +124,77 @@ def test_collate_by_brute_force():
         assert batch.labels.tolist() == dataset.labels[rows].tolist()
         assert batch.tokens == dataset.lengths[rows].sum()
         assert batch.ids.dtype == torch.int64
+
+
+def test_types_and_padding_by_brute_force():
+    plain = make_dataset([3, 7, 1, 5, 7])
+    assert collate(plain, np.array([0, 1])).types is None
+    second = np.array([3, 4, 1, 2, 7])  # rows 0, 2 and 4 are one text
+    dataset = replace(plain, second=second, pad=0)
+    for rows in ([0], [1, 4], [2, 0, 3], [4, 3, 2, 1, 0]):
+        batch = collate(dataset, np.array(rows))
+        longest = max(dataset.lengths[rows])
+        for i, row in enumerate(rows):
+            length = dataset.lengths[row]
+            types = [0] * second[row] + [1] * (length - second[row]) + [0] * (longest - length)
+            assert batch.types[i].tolist() == types
+            ids = dataset.ids[dataset.starts[row] : dataset.starts[row + 1]].tolist()
+            assert batch.ids[i].tolist() == ids + [0] * (longest - length)
+        assert batch.types.dtype == torch.int64 and batch.types.shape == batch.ids.shape
+        moved = batch.to(torch.device("cpu"))
+        assert (moved.types == batch.types).all() and moved.tokens == batch.tokens
+
+
+class TypedTokenizer:
+    """Letters are tokens: [CLS] a [SEP] b [SEP], as BERT has it."""
+
+    typed, pad_id, sha256 = True, 7, "0" * 64
+
+    def encode_typed(self, a, b, max_length):
+        rows = [
+            [101, *map(ord, left), 102, *([] if b is None else [*map(ord, b[i]), 102])][:max_length]
+            for i, left in enumerate(a)
+        ]
+        second = [min(len(left) + 2, len(row)) for left, row in zip(a, rows, strict=True)]
+        return [np.array(row, dtype=np.int32) for row in rows], np.array(second)
+
+
+def test_types_are_encoded_and_cached(folder, monkeypatch):
+    def encode(length=200):
+        return encode_split("xnli", "dev", "en", str(folder), TypedTokenizer(), length)
+
+    first = encode()
+    for i, example in enumerate(load("xnli", "dev", "en", str(folder))):
+        row = first.ids[first.starts[i] : first.starts[i + 1]].tolist()
+        assert bytes(row[1 : first.second[i] - 1]).decode() == example.text_a
+        assert bytes(row[first.second[i] : -1]).decode() == example.text_b
+    with monkeypatch.context() as patched:
+        patched.setattr(batches, "load", lambda *args: pytest.fail("read again"))
+        second = encode()
+    for dataset in (first, second):
+        assert dataset.pad == 7 and dataset.second.dtype == np.int64
+        assert dataset.metrics == ("accuracy",)
+    assert (first.ids == second.ids).all() and (first.second == second.second).all()
+    (name,) = os.listdir(batches.CACHE_DIR)
+    path = os.path.join(batches.CACHE_DIR, name)
+    np.savez(path, ids=first.ids, starts=first.starts, labels=first.labels, second=first.second[1:])
+    assert (encode().second == first.second).all()  # not as many as rows: made again
+
+
+def test_caches_from_before_there_were_types_are_still_read(folder, tokenizer, monkeypatch):
+    first = encode_split("xnli", "dev", "de", str(folder), tokenizer, 32)
+    (name,) = os.listdir(batches.CACHE_DIR)
+    path = folder.joinpath(*find_task("xnli").files["dev"].split("/"))
+    state = os.stat(path)
+    key = ("xnli", "dev", "de", [(str(path), (state.st_size, state.st_mtime_ns))])
+    key += (tokenizer.sha256, 32, None)
+    assert hashlib.sha256(repr(key).encode()).hexdigest()[:24] in name
+    with np.load(os.path.join(batches.CACHE_DIR, name)) as file:
+        assert set(file.files) == {"ids", "starts", "labels"}
+    monkeypatch.setattr(batches, "load", lambda *args: pytest.fail("read again"))
+    second = encode_split("xnli", "dev", "de", str(folder), tokenizer, 32)
+    assert (first.ids == second.ids).all() and second.second is None
+    assert second.pad == tokenizer.pad_id
 
 
 def test_every_row_once_an_epoch_and_little_padding():

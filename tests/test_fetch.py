@@ -288,8 +288,32 @@ def test_data_sets_that_are_not_downloaded(tmp_path, capsys):
     assert f"missing: {tmp_path / 'atis' / 'dev' / 'label'}\n" in text
 
 
+def test_glue_is_explained(tmp_path, capsys):
+    (tmp_path / "glue" / "RTE").mkdir(parents=True)
+    rows = "".join(f"{i}\ta {i}\tb\tentailment\n" for i in range(30))
+    header = "index\tsentence1\tsentence2\tlabel\n"
+    (tmp_path / "glue" / "RTE" / "train.tsv").write_text(header + rows)
+    where = f"{tmp_path / 'glue' / 'RTE'}/{{train.tsv,dev.tsv}}: "
+    missing = where + f"missing: {tmp_path / 'glue' / 'RTE' / 'dev.tsv'}\n"
+    (tmp_path / "glue" / "CoLA").mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "glue" / "CoLA" / name).write_text("not a table\n")
+    for state in (missing, where + "27 train + 3 dev + 2 test rows, readable\n"):
+        assert fetch.main(["glue", "--data-dir", str(tmp_path)]) == 0
+        text = capsys.readouterr().out
+        assert state in text and "https://gluebenchmark.com/tasks" in text
+        assert f"{tmp_path / 'glue' / 'QQP'}/{{train.tsv,dev.tsv}}: all missing\n" in text
+        assert "MNLI/{train.tsv,dev_matched.tsv,dev_mismatched.tsv}: all missing\n" in text
+        assert "CoLA/{train.tsv,dev.tsv}: not usable: " in text
+        (tmp_path / "glue" / "RTE" / "dev.tsv").write_text(
+            header + "0\ta\tb\tentailment\n1\ta\tb\tnot_entailment\n"
+        )
+
+
 def test_pins_are_complete():
     for remotes in (fetch.XNLI, *fetch.MODELS.values()):
         for file in remotes:
             assert file.url.startswith("https://") and re.fullmatch("[0-9a-f]{64}", file.sha256)
-    assert {name for name in fetch.MODELS} == {"xlmr-base", "infoxlm-base"}
+    assert {name for name in fetch.MODELS} == {"xlmr-base", "infoxlm-base", "minilm"}
+    names = {file.name for file in fetch.MODELS["minilm"]}  # what convert.py reads
+    assert names == {"model.safetensors", "config.json", "vocab.txt", "tokenizer_config.json"}

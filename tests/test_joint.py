@@ -99,7 +99,7 @@ class Oracle(torch.nn.Module):
             for i, (a, b) in enumerate(rows)
         }
 
-    def forward(self, ids, mask):
+    def forward(self, ids, mask, types=None):
         B, T = ids.shape
         intents, slots = torch.zeros(B, 100), torch.zeros(B, T, 100)
         lengths = [T] * B if mask is None else mask.sum(dim=1).tolist()
@@ -231,8 +231,8 @@ def test_layer_by_layer(order, tmp_path, capsys):
     steps = [r for r in log_of(tmp_path) if r["method"] == "sdq" and "loss" in r]
     assert len(steps) == 12
     for i, record in enumerate(steps):
-        terms = {"hidden", "cosine", "map"} | ({"logits", "ce"} if i >= 4 else set())
-        assert terms <= set(record) and ("ce" in record) == (i >= 4)
+        terms = {"hidden", "cosine", "map"} | ({"logits", "task"} if i >= 4 else set())
+        assert terms <= set(record) and ("task" in record) == (i >= 4)
         assert record["loss"] == pytest.approx(sum(record[term] for term in terms), rel=1e-4)
     assert steps[3]["lr"] == 1e-3 and steps[4]["lr"] == pytest.approx(1e-3 / 20)
     assert steps[-1]["lr"] == pytest.approx(1e-3 / 20 / 8)

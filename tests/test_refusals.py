@@ -89,7 +89,7 @@ def test_eval_refuses_other_files(tmp_path, capsys):
     _, error = answer(capsys, "--eval", str(tmp_path / "nowhere.pt"))
     assert "no checkpoint at" in error
     _, error = answer(capsys, "--eval", str(teacher))
-    assert "is not a checkpoint of this project (sdq-student-2)" in error
+    assert "is not a checkpoint of this project (sdq-student-3)" in error
 
 
 def test_missing_data(capsys, tmp_path):

@@ -69,7 +69,7 @@ def test_ladder_from_the_command_line(tmp_path):
     assert [r["step"] for r in steps] == list(range(1, 13))
     for record in steps:
         assert record["loss"] == pytest.approx(
-            record["ce"] + record["logits"] + record["context"], rel=1e-4
+            record["task"] + record["logits"] + record["context"], rel=1e-4
         )
 
 
@@ -81,7 +81,7 @@ def test_it_learns(tmp_path):
         records = [json.loads(line) for line in file]
     losses = [r["loss"] for r in records if r["method"] == "fp32" and "loss" in r]
     assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
-    student = [r["ce"] for r in records if r["method"] == "sdq" and "loss" in r]
+    student = [r["task"] for r in records if r["method"] == "sdq" and "loss" in r]
     assert sum(student[-6:]) <= 1.2 * sum(losses[-6:])
 
 
@@ -95,7 +95,7 @@ def test_teacher_is_reused_and_students_reproduce(tmp_path, capsys):
     a, b = results(tmp_path, "a"), results(tmp_path, "b")
     for name in a["methods"]:
         assert a["methods"][name]["languages"] == b["methods"][name]["languages"]
-    students = [read_checkpoint(str(tmp_path / x / "student.pt"), "sdq-student-2") for x in "ab"]
+    students = [read_checkpoint(str(tmp_path / x / "student.pt"), "sdq-student-3") for x in "ab"]
     for name, entry in students[0]["packed"].items():
         assert torch.equal(entry["codes"], students[1]["packed"][name]["codes"]), name
 
@@ -192,7 +192,7 @@ def test_resume_is_bit_exact(method, tmp_path, monkeypatch, capsys):
         logs.append([{k: v for k, v in r.items() if k != "ms"} for r in records])
     assert logs[0] == logs[1]
     a, b = (
-        read_checkpoint(str(tmp_path / x / "run" / "student.pt"), "sdq-student-2")
+        read_checkpoint(str(tmp_path / x / "run" / "student.pt"), "sdq-student-3")
         for x in ("whole", "cut")
     )
     for name, entry in a["packed"].items():

@@ -1,0 +1,138 @@
+"""How good predictions are: the five measures that GLUE's tasks are reported in.
+
+Each takes two arrays of N predictions and N labels and returns a float. Where a measure is not
+defined (a model that always says the same has no correlation with anything) it is 0.0, never NaN:
+a mean over tasks or seeds must not be lost to one collapsed run.
+
+Labels are ids of classes for accuracy, f1 and matthews, and numbers for pearson and spearman. f1 and
+matthews are about two classes; class 1 is the positive one:
+
+                    label 1    label 0
+    predicted 1       tp         fp
+    predicted 0       fn         tn
+"""
+
+import math
+
+import numpy as np
+
+
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The share of right answers: (tp + tn) / N for two classes.
+
+    >>> accuracy(np.array([1, 0, 2, 2]), np.array([1, 1, 2, 0]))
+    0.5
+    """
+    return float((predictions == labels).mean()) if len(labels) else 0.0
+
+
+def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """F1 of class 1, the harmonic mean of precision and recall: 2 tp / (2 tp + fp + fn).
+
+    tp = 2, fp = 1, fn = 1:
+    >>> round(f1(np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 1, 0])), 4)
+    0.6667
+    """
+    tp, fp, fn, _ = counts(predictions, labels)
+    return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
+
+
+def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Matthews correlation coefficient (1975): Pearson's correlation of two rows of zeros and ones.
+
+        (tp tn - fp fn) / sqrt((tp + fp) (tp + fn) (tn + fp) (tn + fn))
+
+    From -1 to 1, and 0 for guessing, however unequal the classes are: 70 % of CoLA is class 1, so
+    that always answering 1 has an accuracy of 70 %, and a Matthews correlation of 0.
+
+    (2 * 1 - 1 * 1) / sqrt(3 * 3 * 2 * 2):
+    >>> round(matthews(np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 1, 0])), 4)
+    0.1667
+    """
+    tp, fp, fn, tn = counts(predictions, labels)
+    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return (tp * tn - fp * fn) / math.sqrt(product) if product else 0.0
+
+
+def counts(predictions: np.ndarray, labels: np.ndarray) -> tuple[int, int, int, int]:
+    """(tp, fp, fn, tn). Python's integers: their product in matthews() doesn't fit into 64 bits."""
+    said, true = predictions == 1, labels == 1
+    tp = int((said & true).sum())
+    fp, fn = int(said.sum()) - tp, int(true.sum()) - tp
+    return tp, fp, fn, len(labels) - tp - fp - fn
+
+
+def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Pearson's correlation: how near to a straight line the points (prediction, label) are.
+
+        sum((p - mean p) (l - mean l)) / sqrt(sum((p - mean p)^2) sum((l - mean l)^2))
+
+    >>> round(pearson(np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0, 5.0])), 4)
+    0.9449
+    """
+    p, q = predictions.astype(np.float64), labels.astype(np.float64)
+    if not has_spread(p) or not has_spread(q):
+        return 0.0
+    # Scaled by the largest first: squares of very small or large numbers would be 0 or infinite.
+    p, q = p / np.abs(p).max(), q / np.abs(q).max()
+    p, q = p - p.mean(), q - q.mean()
+    spread = math.sqrt(p @ p) * math.sqrt(q @ q)
+    return max(-1.0, min(1.0, float(p @ q) / spread)) if spread else 0.0
+
+
+def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Spearman's correlation: Pearson's of the ranks, so that only the order matters.
+
+    1 for predictions that grow with the labels, on a straight line or not:
+    >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0, 5.0]))
+    1.0
+    """
+    if not np.isfinite(predictions).all():
+        return 0.0
+    return pearson(ranks(predictions), ranks(labels))
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """(N,) -> (N,): the rank of each value from 1; equal values share the mean of their ranks.
+
+    >>> ranks(np.array([0.5, 0.1, 0.5, 0.9])).tolist()
+    [2.5, 1.0, 2.5, 4.0]
+    """
+    _, which, times = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(times)  # the highest rank among equal values
+    return (last - (times - 1) / 2)[which]
+
+
+def has_spread(values: np.ndarray) -> bool:
+    return len(values) > 0 and bool(np.isfinite(values).all()) and values.min() < values.max()
+
+
+METRICS = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+REGRESSION = ("pearson", "spearman")
+
+
+def scores(metrics: tuple[str, ...], predictions: np.ndarray, labels: np.ndarray) -> dict:
+    """What a task's results say: each metric in %, and
+
+    score       the mean of the metrics, by which epochs and models are compared (as GLUE's is)
+    total       N
+    correct     how many are right, and accuracy in %: of classes only
+
+    >>> scores(("f1",), np.array([1, 0, 0, 1]), np.array([1, 0, 1, 0]))
+    {'f1': 50.0, 'score': 50.0, 'total': 4, 'correct': 2, 'accuracy': 50.0}
+    """
+    if len(predictions) != len(labels):
+        raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
+    found = {name: 100 * METRICS[name](predictions, labels) for name in metrics}
+    found["score"] = sum(found[name] for name in metrics) / len(metrics)
+    found["total"] = len(labels)
+    if not set(metrics) & set(REGRESSION):
+        found["correct"] = int((predictions == labels).sum())
+        found["accuracy"] = 100 * accuracy(predictions, labels)
+    return found
