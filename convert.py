@@ -4,10 +4,12 @@ tokenizer.
     python convert.py xlmr-base                   # download, verify, convert (1.1 GB)
     python convert.py infoxlm-base
     python convert.py xlmr-base --from DIR        # a Hugging Face folder you already have
+    python convert.py minilm --from DIR           # a BERT, here sentence-transformers' all-MiniLM-L6-v2
     python convert.py my-model --from DIR         # any other size: its config.json gives the shape
 
-DIR holds config.json, sentencepiece.bpe.model, and model.safetensors or pytorch_model.bin. The key
-table below is the whole conversion: every tensor of the source is either mapped or named as
+DIR holds config.json, model.safetensors or pytorch_model.bin, and sentencepiece.bpe.model or, for a
+BERT, vocab.txt (and tokenizer_config.json, where it says whether capitals count). The key tables
+below are the whole conversion: every tensor of the source is either mapped or named as
 skipped, and one that is missing, extra or of the wrong shape is an error that names it.
 Half-precision tensors (InfoXLM's file mixes fp16 and fp32) are cast.
 
@@ -20,14 +22,14 @@ import json
 import os
 import re
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from data import UserError, exit_status
 from data.fetch import MODELS, fetch_model
-from data.tokenizer import Tokenizer
+from data.tokenizer import MAX_MODEL_BYTES, Tokenizer, WordPieceTokenizer, load_tokenizer
 from model import (
     PRESETS,
     Model,
@@ -40,8 +42,9 @@ from model import (
 
 WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 TOKENIZER_FILE = "sentencepiece.bpe.model"
+VOCAB_FILE = "vocab.txt"
 
-# ---------------------------------------------------------------------------------- the key table
+# --------------------------------------------------------------------------------- the key tables
 # Hugging Face name -> name here. {i} is the layer. Both .weight and .bias follow the module's name.
 EMBEDDINGS = {
     "embeddings.word_embeddings.weight": "encoder.embeddings.word.weight",
@@ -60,33 +63,85 @@ LAYER_MODULES = {
     "encoder.layer.{i}.output.dense": "encoder.layers.{i}.ffn.down",
     "encoder.layer.{i}.output.LayerNorm": "encoder.layers.{i}.ffn.norm",
 }
-HEAD_TABLES = {
-    "mlm": {
-        "lm_head.bias": "head.bias",
-        "lm_head.dense.weight": "head.dense.weight",
-        "lm_head.dense.bias": "head.dense.bias",
-        "lm_head.layer_norm.weight": "head.norm.weight",
-        "lm_head.layer_norm.bias": "head.norm.bias",
-    },
-    "sequence": {
-        "classifier.dense.weight": "head.dense.weight",
-        "classifier.dense.bias": "head.dense.bias",
-        "classifier.out_proj.weight": "head.out_proj.weight",
-        "classifier.out_proj.bias": "head.out_proj.bias",
-    },
-    "token": {
-        "classifier.weight": "head.out_proj.weight",
-        "classifier.bias": "head.out_proj.bias",
-    },
-    "none": {},
+TOKEN_HEAD = {
+    "classifier.weight": "head.out_proj.weight",
+    "classifier.bias": "head.out_proj.bias",
 }
-SKIPPED = {  # present in some files, needed in none
-    "embeddings.position_ids": "the constant 0, 1, 2, ...",
-    "pooler.dense.weight": "the RoBERTa heads don't use the pooler",
-    "pooler.dense.bias": "the RoBERTa heads don't use the pooler",
-    "lm_head.decoder.weight": "tied to the word embeddings",
-    "lm_head.decoder.bias": "the same as lm_head.bias",
+POOLER = {
+    "pooler.dense.weight": "head.dense.weight",
+    "pooler.dense.bias": "head.dense.bias",
 }
+
+
+@dataclass(frozen=True)
+class Family:
+    """What RoBERTa's and BERT's files do not share; the encoder's own names are the same.
+
+    prefix: of the encoder's names in a model with a head.  heads: the key table of each head.
+    skipped: a name, or with a dot at its end the beginning of names, present in some files and
+    needed in none -> why.
+    """
+
+    prefix: str
+    heads: dict[str, dict[str, str]]
+    skipped: dict[str, str]
+    next_step: str
+
+    def skips(self, key: str) -> bool:
+        return any(
+            key == name or (name.endswith(".") and key.startswith(name)) for name in self.skipped
+        )
+
+
+ROBERTA = Family(
+    prefix="roberta.",
+    heads={
+        "mlm": {
+            "lm_head.bias": "head.bias",
+            "lm_head.dense.weight": "head.dense.weight",
+            "lm_head.dense.bias": "head.dense.bias",
+            "lm_head.layer_norm.weight": "head.norm.weight",
+            "lm_head.layer_norm.bias": "head.norm.bias",
+        },
+        "sequence": {
+            "classifier.dense.weight": "head.dense.weight",
+            "classifier.dense.bias": "head.dense.bias",
+            "classifier.out_proj.weight": "head.out_proj.weight",
+            "classifier.out_proj.bias": "head.out_proj.bias",
+        },
+        "token": TOKEN_HEAD,
+        "none": {},
+    },
+    skipped={
+        "embeddings.position_ids": "the constant 0, 1, 2, ...",
+        "pooler.dense.weight": "the RoBERTa heads don't use the pooler",
+        "pooler.dense.bias": "the RoBERTa heads don't use the pooler",
+        "lm_head.decoder.weight": "tied to the word embeddings",
+        "lm_head.decoder.bias": "the same as lm_head.bias",
+    },
+    next_step="--task xnli --bits 8",
+)
+BERT = Family(
+    prefix="bert.",
+    heads={
+        "pooler": POOLER,
+        "sequence": POOLER | TOKEN_HEAD,  # one matrix behind the pooler
+        "token": TOKEN_HEAD,  # the same names, but there is no pooler, or none that is used
+        "none": {},
+    },
+    skipped={
+        "embeddings.position_ids": "the constant 0, 1, 2, ...",
+        "pooler.dense.weight": "a label of each token doesn't use the pooler",
+        "pooler.dense.bias": "a label of each token doesn't use the pooler",
+        "cls.": "the heads of pretraining (which word, which next sentence): tasks bring their own",
+    },
+    next_step="--task rte",
+)
+
+
+def family_of(config: ModelConfig) -> Family:
+    """BERT counts positions from 0; RoBERTa from pad_id + 1, which is never 0."""
+    return BERT if config.position_offset == 0 else ROBERTA
 
 
 def key_table(config: ModelConfig) -> dict[str, str]:
@@ -96,7 +151,7 @@ def key_table(config: ModelConfig) -> dict[str, str]:
         for source, target in LAYER_MODULES.items():
             for kind in (".weight", ".bias"):
                 table[source.format(i=i) + kind] = target.format(i=i) + kind
-    return table | HEAD_TABLES[config.head]
+    return table | family_of(config).heads[config.head]
 
 
 # ---------------------------------------------------------------------------------- reading files
@@ -169,38 +224,88 @@ def read_bin(path: str) -> dict[str, Tensor]:
 
 
 def read_folder(folder: str) -> tuple[dict[str, Tensor], dict | None, bytes]:
-    """A Hugging Face folder -> (tensors, config.json or None, tokenizer file)."""
+    """A Hugging Face folder -> (tensors, config.json or None, the tokenizer as checkpoints hold it)."""
     if not os.path.isdir(folder):
         raise UserError(f"no folder {folder}")
     weights = [os.path.join(folder, name) for name in ("model.safetensors", "pytorch_model.bin")]
     found = [path for path in weights if os.path.isfile(path)]
     if not found:
         raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
-    tokenizer = Tokenizer.from_file(os.path.join(folder, TOKENIZER_FILE))
-    settings, path = None, os.path.join(folder, "config.json")
-    if os.path.isfile(path):
-        try:
-            with open(path, encoding="utf-8") as file:
-                settings = json.load(file)
-        except ValueError:
-            settings = None
-        if not isinstance(settings, dict):
-            raise UserError(f"{path} is not a JSON object")
+    settings = read_json(os.path.join(folder, "config.json"))
+    sentencepiece = os.path.join(folder, TOKENIZER_FILE)
+    if settings is None:
+        bert = not os.path.isfile(sentencepiece) and os.path.isfile(
+            os.path.join(folder, VOCAB_FILE)
+        )
+    else:
+        bert = settings.get("model_type") == "bert"
+    tokenizer = read_wordpiece(folder) if bert else Tokenizer.from_file(sentencepiece)
     read = read_safetensors if found[0].endswith(".safetensors") else read_bin
     return read(found[0]), settings, tokenizer.bytes
 
 
+def read_json(path: str) -> dict | None:
+    """The object in a JSON file; None if there is no file."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return settings
+
+
+def read_wordpiece(folder: str) -> WordPieceTokenizer:
+    """vocab.txt, and from tokenizer_config.json whether capitals and accents are dropped."""
+    path = os.path.join(folder, VOCAB_FILE)
+    if not os.path.isfile(path):
+        raise UserError(f"no tokenizer at {path}: a BERT comes with a vocab.txt")
+    if os.path.getsize(path) > MAX_MODEL_BYTES:
+        raise UserError(f"{path}: {os.path.getsize(path):,} bytes can't be a vocabulary")
+    settings = read_json(os.path.join(folder, "tokenizer_config.json")) or {}
+    lower = settings.get("do_lower_case", True)
+    if not isinstance(lower, bool):
+        raise UserError(f"tokenizer_config.json: do_lower_case is {lower!r}; want true or false")
+    check_settings(
+        "tokenizer_config.json",
+        settings,
+        {
+            "tokenizer_class": (
+                "BertTokenizer",
+                "BertTokenizerFast",
+            ),  # others split words otherwise
+            "do_basic_tokenize": (True,),
+            "tokenize_chinese_chars": (True,),
+            "strip_accents": (None, lower),  # None: as do_lower_case
+            "never_split": (None, []),
+        },
+    )
+    with open(path, "rb") as file:
+        return WordPieceTokenizer.from_vocab(file.read(), lower, path)
+
+
 # ------------------------------------------------------------------------------------- conversion
+def check_settings(path: str, settings: dict, expected: dict[str, tuple]) -> None:
+    """Refuse a setting that is there with a value that this code does not compute."""
+    for key, known in expected.items():
+        if key in settings and settings[key] not in known:
+            supported = ", ".join(str(value) for value in known if value not in (None, []))
+            raise UserError(f"{path}: {key} is {settings[key]!r}; supported: {supported or 'none'}")
+
+
 def config_from_json(settings: dict) -> ModelConfig:
     """Hugging Face's config.json -> ModelConfig, refusing what this encoder does not compute."""
     expected = {
-        "model_type": ("xlm-roberta", "roberta"),
+        "model_type": ("xlm-roberta", "roberta", "bert"),
         "hidden_act": ("gelu",),
         "position_embedding_type": ("absolute", None),
+        "is_decoder": (False, None),  # a decoder's tokens look at earlier ones only
     }
-    for key, known in expected.items():
-        if settings.get(key, known[0]) not in known:
-            raise UserError(f"config.json: {key} is {settings[key]!r}; supported: {known[0]}")
+    check_settings("config.json", settings, expected)
+    bert = settings.get("model_type") == "bert"
     names = {
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -213,6 +318,8 @@ def config_from_json(settings: dict) -> ModelConfig:
         "dropout": "hidden_dropout_prob",
         "max_tokens": "max_position_embeddings",
     }
+    if bert:  # BERT's first files leave these two out; Hugging Face then takes the same
+        settings = {"pad_token_id": 0, "layer_norm_eps": 1e-12, **settings}
     missing = [name for name in names.values() if name not in settings]
     if missing:
         raise UserError(f"config.json has no {missing[0]}")
@@ -221,9 +328,8 @@ def config_from_json(settings: dict) -> ModelConfig:
         raise UserError(
             "config.json: pad_token_id and max_position_embeddings must be whole numbers"
         )
-    offset = (
-        values["pad_id"] + 1
-    )  # RoBERTa numbers positions from here, in a table that much longer
+    # RoBERTa numbers positions from here, in a table that much longer. BERT: from 0.
+    offset = 0 if bert else values["pad_id"] + 1
     values["max_tokens"] -= offset
     return ModelConfig(position_offset=offset, **values)
 
@@ -250,14 +356,14 @@ def convert(name: str, tensors: dict[str, Tensor], settings: dict | None, tokeni
             f"no config.json beside the weights, and {name} is not one of: {' '.join(PRESETS)}"
         )
 
-    # In a model with a head the encoder's names have a prefix, in a bare encoder they don't.
-    tensors = {key.removeprefix("roberta."): tensor for key, tensor in tensors.items()}
+    family = family_of(config)
+    tensors = plain_names(tensors, family)
     if "lm_head.bias" not in tensors and "lm_head.decoder.bias" in tensors:  # one tensor, two names
         tensors["lm_head.bias"] = tensors["lm_head.decoder.bias"]
-    config = replace(config, **find_head(tensors))
+    config = replace(config, **find_head(tensors, family, settings or {}))
     table = key_table(config)
 
-    extra = sorted(key for key in tensors if key not in table and key not in SKIPPED)
+    extra = sorted(key for key in tensors if key not in table and not family.skips(key))
     if extra:
         raise UserError(f"the source has a tensor with no place in the key table: {extra[0]}")
     missing = [key for key in table if key not in tensors]
@@ -282,22 +388,54 @@ def convert(name: str, tensors: dict[str, Tensor], settings: dict | None, tokeni
     check_tensors("the source", expected, ours, dtypes=())
     # Copies, because torch.save writes the whole storage behind a view: here, the whole source file.
     ours = {key: tensor.to(torch.float32, copy=True) for key, tensor in ours.items()}
-    vocabulary = Tokenizer(tokenizer, TOKENIZER_FILE).vocab_size
-    if vocabulary != config.vocab_size:
-        raise UserError(f"{TOKENIZER_FILE} has {vocabulary:,} ids, the model {config.vocab_size:,}")
+    file_name = VOCAB_FILE if family is BERT else TOKENIZER_FILE
+    loaded = load_tokenizer(tokenizer, file_name)
+    if loaded.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{file_name} has {loaded.vocab_size:,} ids, the model {config.vocab_size:,}"
+        )
+    if family is BERT and loaded.pad_id != config.pad_id:
+        raise UserError(f"{file_name} has [PAD] at {loaded.pad_id}, the model at {config.pad_id}")
     model.load_state_dict(
         ours, strict=True, assign=True
     )  # assign: a meta model has no storage to copy into
     return checkpoint_payload(model, tokenizer, name=name)
 
 
-def find_head(tensors: dict[str, Tensor]) -> dict:
+def plain_names(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """The names of the key table.
+
+    In a model with a head the encoder's names have a prefix, in a bare encoder they don't; BERT
+    files from TensorFlow's time call a norm's weight and bias gamma and beta.
+    """
+    renamed = {}
+    for key, tensor in tensors.items():
+        key = key.removeprefix(family.prefix)
+        if family is BERT:
+            key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key)
+            key = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
+        if key in renamed:
+            raise UserError(f"the source has two tensors that mean {key}")
+        renamed[key] = tensor
+    return renamed
+
+
+def find_head(tensors: dict[str, Tensor], family: Family, settings: dict) -> dict:
     """Which head the source carries, and its number of labels: the rows of its last matrix."""
-    for head, last in (("sequence", "classifier.out_proj.weight"), ("token", "classifier.weight")):
-        if last in tensors:
-            return {"head": head, "num_labels": (*tensors[last].shape, 0)[0]}
-    has_mlm = any(key.startswith("lm_head.") for key in tensors)
-    return {"head": "mlm" if has_mlm else "none", "num_labels": 0}
+    last, head, bare = "classifier.weight", "token", "none"
+    if family is BERT:
+        pooler = "pooler.dense.weight" in tensors
+        bare = "pooler" if pooler else "none"
+        # Old files with a label for each token hold a pooler too, which nothing uses.
+        if pooler and settings.get("architectures") != ["BertForTokenClassification"]:
+            head = "sequence"
+    elif "classifier.out_proj.weight" in tensors:
+        last, head = "classifier.out_proj.weight", "sequence"
+    elif any(key.startswith("lm_head.") for key in tensors):
+        bare = "mlm"
+    if last in tensors:
+        return {"head": head, "num_labels": (*tensors[last].shape, 0)[0]}
+    return {"head": bare, "num_labels": 0}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -342,7 +480,8 @@ def run(name: str, folder: str | None, out: str | None) -> None:
         f"wrote {out}: {payload['config']['head']} head, {count:,} parameters, {size / 1e6:,.1f} MB"
     )
     standard = os.path.abspath(out) == os.path.join(WEIGHTS_DIR, name + ".pt")
-    print(f"next: python train.py --task xnli --bits 8 --model {name if standard else out}")
+    step = family_of(ModelConfig(**payload["config"])).next_step
+    print(f"next: python train.py {step} --model {name if standard else out}")
 
 
 if __name__ == "__main__":

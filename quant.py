@@ -324,7 +324,7 @@ class QuantConfig:
             raise UserError(f"noise block is {self.noise_block}: choose 1 or more")
         if not 0.0 <= self.weight_clip <= 1e9:
             raise UserError(f"weight clip is {self.weight_clip}: choose 0 (off) or more")
-        if self.weights == "ternary" and self.weight_bits != 2:
+        if self.weights == "ternary" and self.weight_bits not in (2, 32):
             raise UserError(f"ternary weights have 2 bits, not {self.weight_bits}")
         if self.weight_range == "lsq" and self.weights != "lsq":
             raise UserError("weight range lsq is where learned scales start: it needs weights lsq")

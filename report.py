@@ -15,6 +15,7 @@ import statistics
 import sys
 
 from data import UserError, exit_status
+from data.glue import GLUE
 
 
 def write_text(path: str, text: str) -> None:
@@ -86,10 +87,34 @@ def joint_table(results: dict) -> str:
     return markdown_table(["", *JOINT, "student", "MB", "train s"], lines)
 
 
+def is_glue(results: dict) -> bool:
+    return results["config"]["task"] in GLUE
+
+
+def glue_table(results: dict) -> str:
+    """The report of a GLUE task: its metrics, in % ("matched / mismatched" where there are both)."""
+    methods = results["methods"]
+    metrics = GLUE[results["config"]["task"]].metrics
+
+    def cells_of(row: dict) -> list[str]:
+        tests = row["languages"].values()
+        return [" / ".join(f"{found[metric]:.2f}" for found in tests) for metric in metrics]
+
+    lines = []
+    for name, row in methods.items():
+        won = recovered(methods, name)
+        cells = [name, *cells_of(row), "-" if won is None else f"{won:.0f} %"]
+        cells.append(", ".join(cells_of(row["student"])) if "student" in row else "-")
+        lines.append([*cells, f"{row['size_bytes'] / 1e6:.1f}", f"{row['train_seconds']:.0f}"])
+    return markdown_table(["", *metrics, "recovered", "student", "MB", "train s"], lines)
+
+
 def table(results: dict) -> str:
     """The report as a Markdown table, one row a method."""
     if is_joint(results):
         return joint_table(results)
+    if is_glue(results):
+        return glue_table(results)
     methods, languages = results["methods"], results["languages"]
     header = [
         "",
@@ -144,14 +169,17 @@ def markdown(results: dict) -> str:
     run, where = results["config"], results["environment"]
     notes = [
         f"{run['task']}, model {results['model']}, W{run['bits']}A{run['act_bits']}, seed {run['seed']}; "
-        f"accuracy in % on {run['eval_split']}, trained on {results['train_examples']:,} English examples.",
+        f"{'metrics' if is_glue(results) else 'accuracy'} in % on {run['eval_split']}, trained on "
+        f"{results['train_examples']:,} English examples.",
         f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}.",
     ]
     if run["eval_split"] == "dev":
         notes.append("English dev also chose the epoch: these figures flatter every trained row.")
+    if is_glue(results) and run["eval_split"] == "test":
+        notes.append("Test is GLUE's dev.tsv; a part of train.tsv, held out, chose the epoch.")
     notes.append(
         "MB: the checkpoint on disk; quantized rows hold packed integers and scales. "
-        "Accuracy: the integer model; student: the fake-quantized one it was made of, en / zero-shot. "
+        "Figures are the integer model's; student: the fake-quantized one it was made of. "
         "train s: wall time, looks at English dev and saved states included."
     )
     return table(results) + "\n\n" + "\n".join(notes) + "\n"
@@ -163,6 +191,8 @@ def markdown(results: dict) -> str:
 MAY_DIFFER_JOINT = "tt_rank tt_embedding_rank lr epochs weight_range act_range".split()
 MAY_DIFFER_JOINT += "student_dropout student_epochs student_lr".split()
 MAY_DIFFER = "seed bits act_bits out methods threads save_every analyze".split()
+# Of GLUE one table compares what is distilled, on several tasks with recipes of their own.
+MAY_DIFFER_GLUE = ["distill", "gamma", "part_weights"]
 
 
 def expand(patterns: list[str]) -> list[str]:
@@ -182,15 +212,21 @@ def read_results(patterns: list[str]) -> list[dict]:
             with open(path, encoding="utf-8") as file:
                 run = json.load(file)
             may_differ = MAY_DIFFER + (MAY_DIFFER_JOINT if is_joint(run) else [])
-            key = tuple(run["config"][name] for name in ("seed", "bits", "act_bits"))
+            key = tuple(run["config"][name] for name in ("task", "seed", "bits", "act_bits"))
             key += (run["config"].get("tt_rank", 0), run["config"].get("tt_embedding_rank"))
+            if is_glue(run):
+                may_differ = MAY_DIFFER + MAY_DIFFER_GLUE
+                key += tuple(str(run["config"][name]) for name in MAY_DIFFER_GLUE)
             settings = {k: v for k, v in run["config"].items() if k not in may_differ}
             for row in run["methods"].values():
                 row["english"], row["zero_shot_mean"], row["size_bytes"], row["languages"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{path} is not a results.json of train.py") from None
         same_width = [r for r in runs if r["config"]["bits"] == run["config"]["bits"]]
-        first = {k: v for k, v in (runs or [run])[0]["config"].items() if k not in may_differ}
+        same_task = [r for r in runs if r["config"]["task"] == run["config"]["task"]]
+        if runs and not same_task and not (is_glue(run) and is_glue(runs[0])):
+            raise UserError(f"{path} and {paths[0]} differ in --task: put them in separate tables")
+        first = {k: v for k, v in (same_task or [run])[0]["config"].items() if k not in may_differ}
         if "student_lr" in first:
             first["student_lr"] = (same_width or [run])[0]["config"].get("student_lr")
         differs = [k for k in first if settings.get(k) != first[k]]
@@ -292,6 +328,78 @@ def joint_seeds_table(runs: list[dict], latency: dict | None = None) -> str:
     )
 
 
+def glue_seeds_table(runs: list[dict]) -> str:
+    """GLUE: a row for each way to train, a column for each task, and the mean over the tasks.
+
+    A task's figure is the mean of its metrics. What is recovered is told of the means over the tasks
+    (of those where every row has the seed), seed by seed.
+    """
+    found: dict[str, dict[tuple[str, int], float]] = {}  # label -> (task, seed) -> score
+    sizes: dict[str, list[float]] = {}
+    for run in runs:
+        config = run["config"]
+        for name, row in run["methods"].items():
+            label = glue_label(config, name)
+            found.setdefault(label, {}).setdefault(
+                (config["task"], config["seed"]), score_of_tests(row)
+            )
+            sizes.setdefault(label, []).append(row["size_bytes"] / 1e6)
+    tasks = [task for task in GLUE if any(run["config"]["task"] == task for run in runs)]
+    means = {label: seed_means(scores, tasks) for label, scores in found.items()}
+    lines = []
+    for label in sorted(found, key=glue_order):
+        scores = found[label]
+        cells = [label, str(len({seed for _, seed in scores}))]
+        for task in tasks:
+            cells.append(spread([value for (name, _), value in scores.items() if name == task]))
+        if len(tasks) > 1:
+            cells.append(spread(list(means[label].values())))
+        ptq = means.get("ptq" + label[label.rfind(" ") :], {})
+        full = means.get("fp32", {})
+        seeds = [
+            s for s in means[label] if s in ptq and s in full and label[:4] not in ("fp32", "ptq ")
+        ]
+        won = [100 * (means[label][s] - ptq[s]) / (full[s] - ptq[s]) for s in seeds]
+        lines.append([*cells, spread(won, 0), f"{statistics.fmean(sizes[label]):.1f}"])
+    titles = [f"{task} ({', '.join(GLUE[task].metrics)})" for task in tasks]
+    mean = ["mean"] if len(tasks) > 1 else []
+    return markdown_table(["", "seeds", *titles, *mean, "recovered %", "MB"], lines)
+
+
+def glue_label(config: dict, method: str) -> str:
+    """ "fp32", "ptq W2A8", "logits+map W2A8": a distilled row is called by what is distilled."""
+    if method == "fp32":
+        return method
+    name = config["distill"] if method == "sdq" else method
+    if method == "sdq" and config["gamma"] is not None:
+        name += f", gamma {config['gamma']:g}"
+    if method == "sdq" and config["part_weights"]:
+        name += ", " + " ".join(config["part_weights"])
+    return f"{name} W{config['bits']}A{config['act_bits']}"
+
+
+def glue_order(label: str) -> tuple:
+    """Float32, PTQ, QAT, then the losses, from one part to several."""
+    first = label.split(" ")[0]
+    places = ["fp32", "ptq", "qat"]
+    return (places.index(first) if first in places else len(places), label.count("+"), label)
+
+
+def score_of_tests(row: dict) -> float:
+    """A task's figure: the mean over its test sets (MNLI has two)."""
+    return statistics.fmean(found["score"] for found in row["languages"].values())
+
+
+def seed_means(scores: dict[tuple[str, int], float], tasks: list[str]) -> dict[int, float]:
+    """Seed -> the mean over the tasks, for the seeds that have them all."""
+    seeds = sorted({seed for _, seed in scores})
+    return {
+        seed: statistics.fmean(scores[task, seed] for task in tasks)
+        for seed in seeds
+        if all((task, seed) in scores for task in tasks)
+    }
+
+
 def benchmarked_form(config: dict, width: str, latency: dict | None) -> str:
     """The name of a row of bench.py tt that is a run's model, "" if none is."""
     if not config["tt_rank"]:
@@ -338,6 +446,8 @@ def main(argv: list[str] | None = None) -> int:
         runs = read_results(args.files)
         if is_joint(runs[0]):
             print(joint_seeds_table(runs, read_latency(args.latency)))
+        elif is_glue(runs[0]):
+            print(glue_seeds_table(runs))
         else:
             print((languages_table if args.languages else seeds_table)(runs))
 

@@ -370,7 +370,8 @@ def evaluate_file(config: TrainConfig) -> None:
     found = evaluate_languages(config, "student", model, tests, device)
     row = {**found, "size_bytes": os.path.getsize(config.eval), "train_seconds": 0}
     name = f"{read.notes.get('method')} W{quant.weight_bits}A{quant.act_bits}"
-    print(f"\n{table({'methods': {name: row}, 'languages': list(tests)})}\n")
+    results = {"config": asdict(config), "methods": {name: row}, "languages": list(tests)}
+    print(f"\n{table(results)}\n")
     print(f"{kind}, {hardware(device)}, {torch.get_num_threads()} threads; ", end="")
     print(f"{clock(time.monotonic() - begun)} in all")
 

@@ -19,23 +19,19 @@ NOTE: differs from Hugging Face: accents and punctuation marks younger than Unic
 Nothing here knows ids or special tokens: data/tokenizer.py does.
 """
 
+import re
 import unicodedata
 from collections.abc import Container
+from functools import cache
 
 # Cc control, Cf format (such as the zero-width space), Co private use, Cs half a character.
 INVISIBLE = ("Cc", "Cf", "Co", "Cs")
 SPACES = ("Zs", "Zl", "Zp")
 # "CJK" in the sense of Google's code: ideographs, but neither Japanese kana nor Korean hangul, which
 # are written with spaces or cut by their pieces.
-CJK = (
-    (0x4E00, 0x9FFF),
-    (0x3400, 0x4DBF),
-    (0x20000, 0x2A6DF),
-    (0x2A700, 0x2B73F),
-    (0x2B740, 0x2B81F),
-    (0x2B920, 0x2CEAF),  # from 0x2B820 in Google's code
-    (0xF900, 0xFAFF),
-    (0x2F800, 0x2FA1F),
+CJK = re.compile(
+    "([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
+    "\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f])"  # Google's: from 2b820, not 2b920
 )
 LONGEST_WORD = 100  # characters; a longer one is no word of any language, and becomes [UNK]
 
@@ -46,11 +42,12 @@ def basic_tokens(text: str, lower: bool) -> list[str]:
     >>> basic_tokens("Él dijo:\\t没有\\u200b!", lower=True)
     ['el', 'dijo', ':', '没', '有', '!']
     """
-    text = space_cjk(clean(text))
+    if not (text.isascii() and text.isprintable()):  # or there is nothing of all this to do
+        text = space_cjk(clean(text))
+        text = strip_accents(text) if lower else text
     if lower:
-        text = strip_accents(text)
-        # One by one: as a whole word Python would end "ΟΔΟΣ" with another sigma than HF does.
-        text = "".join(char.lower() for char in text)
+        # HF lowers each character by itself; Python would end "ΟΔΟΣ" with another sigma.
+        text = text.replace("Σ", "σ").lower()
     return [token for word in text.split(" ") for token in split_punctuation(word)]
 
 
@@ -68,11 +65,7 @@ def clean(text: str) -> str:
 
 def space_cjk(text: str) -> str:
     """Spaces around every Chinese character: each is a word."""
-    return "".join(f" {char} " if is_cjk(char) else char for char in text)
-
-
-def is_cjk(char: str) -> bool:
-    return any(first <= ord(char) <= last for first, last in CJK)
+    return CJK.sub(r" \1 ", text)
 
 
 def strip_accents(text: str) -> str:
@@ -100,6 +93,7 @@ def split_punctuation(word: str) -> list[str]:
     return tokens
 
 
+@cache
 def is_punctuation(char: str) -> bool:
     """Unicode's punctuation, and every ASCII symbol: $ + < = > ^ ` | ~ are none in Unicode."""
     symbol = "!" <= char <= "~" and not char.isalnum()

@@ -5,7 +5,6 @@ gradients.
 import copy
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from conftest import DEVICES, random_ids
@@ -184,173 +183,6 @@ def test_noise_in_blocks():
         block = mask[:, start : start + 8]
         assert (block.all(dim=1) | ~block.any(dim=1)).all()
     assert abs(mask.float().mean() - 0.3) < 0.06
-
-
-# ---------------------------------------------------------------------------------- learned scales
-LEARNED_BITS = [8, 4, 2]
-
-
-def learned(bits, shape=(20, 30), clipping=0.7):
-    """A LearnedScale in float64, a tensor that it clips on both sides, and the scale."""
-    x = torch.randn(shape, dtype=torch.float64)
-    x.view(-1)[:2] = torch.tensor([4.5, -4.5])
-    module = LearnedScale(bits, x)
-    with torch.no_grad():
-        module.log_scale -= clipping
-    return module, x, float(module.log_scale.detach().exp())
-
-
-def codes_by_hand(x, scale, bits):
-    return np.clip(np.round(x.detach().numpy() / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-
-@pytest.mark.parametrize("bits", LEARNED_BITS)
-def test_learned_scale_by_brute_force(bits):
-    module, x, scale = learned(bits)
-    expected = scale * codes_by_hand(x, scale, bits)
-    np.testing.assert_allclose(module(x).detach().numpy(), expected, rtol=1e-12)
-    clipped = np.isin(codes_by_hand(x, scale, bits), (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1))
-    assert clipped.any() and not clipped.all()
-    # in float32 it is quantize and dequantize, bit for bit: what is packed is what was trained
-    narrow, x = LearnedScale(bits, x.float()), 2 * x.float()
-    grid = (narrow.scale().detach(), torch.zeros(()), narrow.quant_min, narrow.quant_max)
-    codes = quantize(x, *grid)
-    assert torch.equal(narrow(x), dequantize(codes, *grid[:2]))
-
-
-@pytest.mark.parametrize("bits", LEARNED_BITS)
-def test_learned_scale_clips_nothing_at_the_start(bits):
-    x = torch.randn(7, 5, 3)
-    module = LearnedScale(bits, x)
-    most = 2 ** (bits - 1) - 1
-    assert module.log_scale.exp().item() == pytest.approx(float(x.abs().max()) / most, rel=1e-5)
-    codes = quantize(x, module.scale().detach(), torch.zeros(()), -1000, 1000)
-    assert codes.abs().max() == most
-    assert (module(x) - x).abs().max() <= 0.5001 * module.scale()
-    x.requires_grad_()
-    weight = torch.randn(x.shape)
-    (module(x) * weight).sum().backward()
-    # but for rounding, at the ends themselves
-    assert (x.grad == weight).sum() >= x.numel() - 1 and (x.grad == weight)[
-        x.abs() < 0.99 * x.abs().max()
-    ].all()
-
-
-@pytest.mark.parametrize("bits", LEARNED_BITS)
-def test_learned_scale_uses_all_of_twos_complement(bits):
-    x = torch.linspace(-3, 3, 5001)
-    module = LearnedScale(bits, x)
-    with torch.no_grad():
-        module.log_scale -= 0.9
-    codes, _ = module.codes(x)
-    assert codes.unique().tolist() == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
-    found = (module(x) / module.scale()).round().unique()
-    assert found.tolist() == codes.unique().tolist()
-
-
-@pytest.mark.parametrize("bits", LEARNED_BITS)
-def test_gradients_of_a_learned_scale(bits):
-    module, x, scale = learned(bits)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    grad = np.random.randn(*x.shape)
-    x.requires_grad_()
-    module(x).backward(torch.from_numpy(grad))
-    ratio = x.detach().numpy() / scale
-    by_x, by_scale = np.empty_like(grad), 0.0
-    for at in np.ndindex(*grad.shape):
-        if ratio[at] < low:
-            by_x[at], of_one = 0.0, low
-        elif ratio[at] > high:
-            by_x[at], of_one = 0.0, high
-        else:
-            by_x[at], of_one = grad[at], np.round(ratio[at]) - ratio[at]
-        by_scale += grad[at] * of_one
-    by_scale /= np.sqrt(grad.size * high)
-    assert (by_x == 0).any() and (ratio < low).any() and (ratio > high).any()
-    np.testing.assert_array_equal(x.grad.numpy(), by_x)
-    assert float(module.log_scale.grad) == pytest.approx(scale * by_scale, rel=1e-10)  # d log s
-
-
-@pytest.mark.parametrize("bits", LEARNED_BITS)
-def test_gradient_of_a_learned_scale_by_finite_differences(bits):
-    """While no code changes: x held fixed, sum(w Q(x)) moves with s as the codes say. The estimator
-    takes x/s from that inside, as if x moved along.
-    """
-    module, x, scale = learned(bits)
-    weight = torch.randn_like(x)
-    (module(x) * weight).sum().backward()
-    values = []
-    for step in (1e-9, -1e-9):
-        with torch.no_grad():
-            moved = scale + step
-            values.append(
-                float((moved * torch.from_numpy(codes_by_hand(x, moved, bits)) * weight).sum())
-            )
-    slope = (values[0] - values[1]) / 2e-9
-    ratio = x / scale
-    inside = (ratio >= module.quant_min) & (ratio <= module.quant_max)
-    slope -= float((ratio * weight)[inside].sum())
-    expected = slope * scale / (x.numel() * module.quant_max) ** 0.5
-    assert float(module.log_scale.grad) == pytest.approx(expected, rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.parametrize("bits", LEARNED_BITS)
-def test_learned_scale_stays_positive(bits):
-    module, x, _ = learned(bits)
-    module, x = LearnedScale(bits, x.float()), x.float()
-    target = 1e-3 * x  # the scale had best be far smaller: as a number of its own it would pass 0
-    for _ in range(20):
-        (grad,) = torch.autograd.grad((module(x) - target).square().sum(), module.log_scale)
-        with torch.no_grad():
-            module.log_scale -= grad.sign()  # Adam with a learning rate of 1
-        assert module.scale() > 0 and module(x).isfinite().all()
-    assert module.scale() < 0.1 * LearnedScale(bits, x).scale()
-
-
-@pytest.mark.parametrize("bits", [4, 2])
-def test_learned_scale_finds_a_better_grid(bits):
-    """Trained from max|x|, it gives up outliers for finer steps."""
-    x = torch.randn(2000)
-    x[0] = 20.0
-    module = LearnedScale(bits, x)
-    errors = []
-    for _ in range(40):
-        error = (module(x) - x).square().sum()
-        errors.append(float(error.detach()))
-        (grad,) = torch.autograd.grad(error, module.log_scale)
-        with torch.no_grad():
-            module.log_scale -= 0.05 * grad.sign()
-    assert errors[-1] < 0.8 * errors[0]
-
-
-@pytest.mark.parametrize("bits", LEARNED_BITS)
-def test_searched_start_of_a_learned_scale_by_brute_force(bits):
-    x = torch.randn(9, 40)
-    x[0, 0] = 8.0
-    module, largest = LearnedScale(bits, x, start="mse"), float(x.abs().max())
-
-    def error(scale):
-        return np.square(scale * codes_by_hand(x, scale, bits) - x.numpy()).sum()
-
-    full = largest / (2 ** (bits - 1) - 1)
-    errors = [error(full * percent / 100) for percent in range(10, 101, 2)]
-    assert error(module.scale().item()) == pytest.approx(min(errors), rel=1e-3)
-    assert module.scale() <= 1.0001 * full
-    if bits < 8:
-        assert min(errors) < 0.7 * error(full)
-
-
-def test_learned_scale_of_zeros():
-    module = LearnedScale(8, torch.zeros(3, 4))
-    assert module.scale() > 0 and torch.equal(module(torch.zeros(3, 4)), torch.zeros(3, 4))
-
-
-def test_fixed_scale_takes_the_place_of_the_learned_one():
-    module = LearnedScale(4, torch.randn(9))
-    assert set(module.state_dict()) == {"log_scale"}
-    module.fixed_scale = torch.tensor(0.5)
-    assert module(torch.tensor([0.7, -9.0, 9.0])).tolist() == [0.5, -4.0, 3.5]
-    assert module.scale() == 0.5
 
 
 # ----------------------------------------------------------------------------------------- ranges
@@ -751,7 +583,7 @@ def test_prepared_tensor_trains_are_not_prepared_again(bits, keep, train_config)
 
 
 @pytest.mark.parametrize("act_range", ["dynamic", "static"])
-@pytest.mark.parametrize("bits", LEARNED_BITS)
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_prepared_tensor_train_equals_explicit_arithmetic(bits, act_range):
     """y = Q(Q(x) Q(A)^T) Q(B)^T + b in training, and the same in integers in evaluation."""
     layer = TTLinear((4, 4, 3), (3, 4, 4), 6)
@@ -807,9 +639,21 @@ def test_config_refuses_nonsense():
         ({"noise_block": 0}, "noise block is 0"),
         ({"observer": "best"}, "observer is 'best'"),
         ({"act_range": "fixed"}, "act_range is 'fixed'"),
+        ({"attention_bits": 1}, "attention_bits is 1"),
+        ({"attention_bits": 9}, "attention_bits is 9"),
+        ({"weights": "binary"}, "weights is 'binary'"),
+        ({"weights": "ternary"}, "ternary weights have 2 bits, not 8"),
+        ({"weights": "ternary", "weight_bits": 4}, "ternary weights have 2 bits, not 4"),
+        ({"weight_range": "lsq"}, "it needs weights lsq"),
+        ({"weight_range": "lsq", "weights": "ternary", "weight_bits": 2}, "it needs weights lsq"),
+        ({"weight_clip": -0.1}, "weight clip is -0.1"),
+        ({"weight_clip": float("nan")}, "weight clip is nan"),
+        ({"weight_clip": float("inf")}, "weight clip is inf"),
     ):
         with pytest.raises(UserError, match=message):
             QuantConfig(**values)
+    QuantConfig(weight_bits=2, weights="ternary", weight_clip=0.1, attention_bits=2)
+    QuantConfig(weights="lsq", weight_range="lsq", act_range="learned", attention_bits=8)
 
 
 def test_docstring_examples():

@@ -1,0 +1,476 @@
+"""learned.py: scales with gradients of their own, against the formula of LSQ (Esser et al. 2020) in
+loops, finite differences, and autograd on the paper's own pseudocode.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_ids
+from torch import nn
+
+from learned import LearnedActQuantizer, LearnedScale
+from model import build_model
+from prepare import calibrate, prepare
+from quant import ActQuantizer, Codes, QuantConfig, dequantize, quantize
+
+# ---------------------------------------------------------------------------------- learned scales
+LEARNED_BITS = [8, 4, 2]
+
+
+def learned(bits, shape=(20, 30), clipping=0.7):
+    """A LearnedScale in float64, a tensor that it clips on both sides, and the scale."""
+    x = torch.randn(shape, dtype=torch.float64)
+    x.view(-1)[:2] = torch.tensor([4.5, -4.5])
+    module = LearnedScale(bits, x)
+    with torch.no_grad():
+        module.log_scale -= clipping
+    return module, x, float(module.log_scale.detach().exp())
+
+
+def codes_by_hand(x, scale, bits):
+    return np.clip(np.round(x.detach().numpy() / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+@pytest.mark.parametrize("bits", LEARNED_BITS)
+def test_learned_scale_by_brute_force(bits):
+    module, x, scale = learned(bits)
+    expected = scale * codes_by_hand(x, scale, bits)
+    np.testing.assert_allclose(module(x).detach().numpy(), expected, rtol=1e-12)
+    clipped = np.isin(codes_by_hand(x, scale, bits), (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1))
+    assert clipped.any() and not clipped.all()
+    # in float32 it is quantize and dequantize, bit for bit: what is packed is what was trained
+    narrow, x = LearnedScale(bits, x.float()), 2 * x.float()
+    grid = (narrow.scale().detach(), torch.zeros(()), narrow.quant_min, narrow.quant_max)
+    codes = quantize(x, *grid)
+    assert torch.equal(narrow(x), dequantize(codes, *grid[:2]))
+
+
+@pytest.mark.parametrize("bits", LEARNED_BITS)
+def test_learned_scale_clips_nothing_at_the_start(bits):
+    x = torch.randn(7, 5, 3)
+    module = LearnedScale(bits, x)
+    most = 2 ** (bits - 1) - 1
+    assert module.log_scale.exp().item() == pytest.approx(float(x.abs().max()) / most, rel=1e-5)
+    codes = quantize(x, module.scale().detach(), torch.zeros(()), -1000, 1000)
+    assert codes.abs().max() == most
+    assert (module(x) - x).abs().max() <= 0.5001 * module.scale()
+    x.requires_grad_()
+    weight = torch.randn(x.shape)
+    (module(x) * weight).sum().backward()
+    # but for rounding, at the ends themselves
+    assert (x.grad == weight).sum() >= x.numel() - 1 and (x.grad == weight)[
+        x.abs() < 0.99 * x.abs().max()
+    ].all()
+
+
+@pytest.mark.parametrize("bits", LEARNED_BITS)
+def test_learned_scale_uses_all_of_twos_complement(bits):
+    x = torch.linspace(-3, 3, 5001)
+    module = LearnedScale(bits, x)
+    with torch.no_grad():
+        module.log_scale -= 0.9
+    codes, _ = module.codes(x)
+    assert codes.unique().tolist() == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
+    found = (module(x) / module.scale()).round().unique()
+    assert found.tolist() == codes.unique().tolist()
+
+
+@pytest.mark.parametrize("bits", LEARNED_BITS)
+def test_gradients_of_a_learned_scale(bits):
+    module, x, scale = learned(bits)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    grad = np.random.randn(*x.shape)
+    x.requires_grad_()
+    module(x).backward(torch.from_numpy(grad))
+    ratio = x.detach().numpy() / scale
+    by_x, by_scale = np.empty_like(grad), 0.0
+    for at in np.ndindex(*grad.shape):
+        if ratio[at] < low:
+            by_x[at], of_one = 0.0, low
+        elif ratio[at] > high:
+            by_x[at], of_one = 0.0, high
+        else:
+            by_x[at], of_one = grad[at], np.round(ratio[at]) - ratio[at]
+        by_scale += grad[at] * of_one
+    by_scale /= np.sqrt(grad.size * high)
+    assert (by_x == 0).any() and (ratio < low).any() and (ratio > high).any()
+    np.testing.assert_array_equal(x.grad.numpy(), by_x)
+    assert float(module.log_scale.grad) == pytest.approx(scale * by_scale, rel=1e-10)  # d log s
+
+
+@pytest.mark.parametrize("bits", LEARNED_BITS)
+def test_gradient_of_a_learned_scale_by_finite_differences(bits):
+    """While no code changes: x held fixed, sum(w Q(x)) moves with s as the codes say. The estimator
+    takes x/s from that inside, as if x moved along.
+    """
+    module, x, scale = learned(bits)
+    weight = torch.randn_like(x)
+    (module(x) * weight).sum().backward()
+    values = []
+    for step in (1e-9, -1e-9):
+        with torch.no_grad():
+            moved = scale + step
+            values.append(
+                float((moved * torch.from_numpy(codes_by_hand(x, moved, bits)) * weight).sum())
+            )
+    slope = (values[0] - values[1]) / 2e-9
+    ratio = x / scale
+    inside = (ratio >= module.quant_min) & (ratio <= module.quant_max)
+    slope -= float((ratio * weight)[inside].sum())
+    expected = slope * scale / (x.numel() * module.quant_max) ** 0.5
+    assert float(module.log_scale.grad) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("bits", LEARNED_BITS)
+def test_learned_scale_stays_positive(bits):
+    module, x, _ = learned(bits)
+    module, x = LearnedScale(bits, x.float()), x.float()
+    target = 1e-3 * x  # the scale had best be far smaller: as a number of its own it would pass 0
+    for _ in range(20):
+        (grad,) = torch.autograd.grad((module(x) - target).square().sum(), module.log_scale)
+        with torch.no_grad():
+            module.log_scale -= grad.sign()  # Adam with a learning rate of 1
+        assert module.scale() > 0 and module(x).isfinite().all()
+    assert module.scale() < 0.1 * LearnedScale(bits, x).scale()
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_learned_scale_finds_a_better_grid(bits):
+    """Trained from max|x|, it gives up outliers for finer steps."""
+    x = torch.randn(2000)
+    x[0] = 20.0
+    module = LearnedScale(bits, x)
+    errors = []
+    for _ in range(40):
+        error = (module(x) - x).square().sum()
+        errors.append(float(error.detach()))
+        (grad,) = torch.autograd.grad(error, module.log_scale)
+        with torch.no_grad():
+            module.log_scale -= 0.05 * grad.sign()
+    assert errors[-1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("bits", LEARNED_BITS)
+def test_searched_start_of_a_learned_scale_by_brute_force(bits):
+    x = torch.randn(9, 40)
+    x[0, 0] = 8.0
+    module, largest = LearnedScale(bits, x, start="mse"), float(x.abs().max())
+
+    def error(scale):
+        return np.square(scale * codes_by_hand(x, scale, bits) - x.numpy()).sum()
+
+    full = largest / (2 ** (bits - 1) - 1)
+    errors = [error(full * percent / 100) for percent in range(10, 101, 2)]
+    assert error(module.scale().item()) == pytest.approx(min(errors), rel=1e-3)
+    assert module.scale() <= 1.0001 * full
+    if bits < 8:
+        assert min(errors) < 0.7 * error(full)
+
+
+def test_learned_scale_of_zeros():
+    module = LearnedScale(8, torch.zeros(3, 4))
+    assert module.scale() > 0 and torch.equal(module(torch.zeros(3, 4)), torch.zeros(3, 4))
+
+
+def test_fixed_scale_takes_the_place_of_the_learned_one():
+    module = LearnedScale(4, torch.randn(9))
+    assert set(module.state_dict()) == {"log_scale"}
+    module.fixed_scale = torch.tensor(0.5)
+    assert module(torch.tensor([0.7, -9.0, 9.0])).tolist() == [0.5, -4.0, 3.5]
+    assert module.scale() == 0.5
+
+
+# ------------------------------------------------------------------------- a scale a row, and starts
+GRIDS = [(-128, 127), (-64, 64), (-8, 7), (-2, 1), (-1, 1)]
+
+
+def rows_of_all_sizes(rows=6, columns=50):
+    """Rows whose sizes differ by a factor of 1000, in float64."""
+    sizes = torch.logspace(-2, 1, rows, dtype=torch.float64)
+    return torch.randn(rows, columns, dtype=torch.float64) * sizes[:, None]
+
+
+def on_learned_grid(x, scale, low, high):
+    """Q(x) of one number, in Python's own arithmetic (its round takes halves to even as well)."""
+    return scale * min(max(round(x / scale), low), high)
+
+
+def pseudocode(x, log_scale, low, high):
+    """Appendix B of the paper, whose gradients autograd finds: gradscale and roundpass detach."""
+    scale = log_scale.exp()
+    factor = (x.numel() / scale.numel() * high) ** -0.5
+    scale = scale * factor + (scale - scale * factor).detach()
+    ratio = (x / scale).clamp(low, high)
+    return (ratio + (ratio.round() - ratio).detach()) * scale
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("start", ["minmax", "mse", "lsq"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_starts_by_brute_force(grid, start, per_row):
+    x = rows_of_all_sizes()
+    x[:, 3] *= 3  # outliers
+    module = LearnedScale(8, x, start, per_row, grid)
+    assert (module.quant_min, module.quant_max) == grid
+    assert module.log_scale.shape == ((6, 1) if per_row else ())
+    groups = x.tolist() if per_row else [x.flatten().tolist()]
+    factors = []
+    for values, scale in zip(groups, module.scale().flatten().tolist(), strict=True):
+        largest = max(abs(v) for v in values) / grid[1]
+        if start == "minmax":
+            assert scale == pytest.approx(largest, rel=1e-12)
+        elif start == "lsq":
+            mean = sum(abs(v) for v in values) / len(values)
+            assert scale == pytest.approx(2 * mean / grid[1] ** 0.5, rel=1e-12)
+        else:
+            errors = {}
+            for percent in range(10, 101, 2):
+                tried = largest * percent / 100
+                distances = (v - on_learned_grid(v, tried, *grid) for v in values)
+                errors[percent] = sum(distance**2 for distance in distances)
+            best = min(errors, key=errors.get)
+            assert scale == pytest.approx(largest * best / 100, rel=1e-6)
+            factors.append(best)
+    assert not factors or min(factors) < 100 or grid[1] > 7
+
+
+def test_the_grid_of_the_papers_is_the_default():
+    for bits in range(2, 9):
+        module = LearnedScale(bits, torch.ones(3))
+        assert (module.quant_min, module.quant_max) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_codes_stay_on_a_given_grid(grid, per_row):
+    x = rows_of_all_sizes().float()
+    module = LearnedScale(8, x, "lsq", per_row, grid)
+    with torch.no_grad():
+        module.log_scale -= 2.0
+    codes, scale = module.codes(x)
+    assert (codes.min(), codes.max()) == grid  # both ends are reached
+    assert scale.shape == ((6, 1) if per_row else ())
+    assert torch.equal(module(x), codes * scale)
+    scales = scale.expand(6, 1).tolist()
+    for row, [step], found in zip(x.tolist(), scales, module(x).tolist(), strict=True):
+        expected = [on_learned_grid(value, step, *grid) for value in row]
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_gradients_of_a_scale_a_row(grid, per_row):
+    """The formula of the paper in a loop, and autograd on its pseudocode. N is the length of a row
+    where each has its scale.
+    """
+    low, high = grid
+    x = rows_of_all_sizes().requires_grad_()
+    module = LearnedScale(8, x, "minmax", per_row, grid)
+    with torch.no_grad():
+        module.log_scale -= 0.7
+    upstream = torch.randn_like(x)
+    (module(x) * upstream).sum().backward()
+
+    scales = module.scale().detach().expand(6, 1)
+    numbers = x.shape[1] if per_row else x.numel()
+    by_row, clipped = [0.0] * 6, 0
+    for i, k in np.ndindex(*x.shape):
+        ratio = x[i, k].item() / scales[i].item()
+        inside = low <= ratio <= high
+        of_one = round(ratio) - ratio if inside else (low if ratio < low else high)
+        by_row[i] += upstream[i, k].item() * of_one * scales[i].item()  # d s / d log s = s
+        assert x.grad[i, k].item() == (upstream[i, k].item() if inside else 0.0)
+        clipped += not inside
+    assert 0 < clipped < x.numel()
+    expected = np.array(by_row)[:, None] if per_row else np.array(sum(by_row))
+    expected = expected / (numbers * high) ** 0.5
+    np.testing.assert_allclose(module.log_scale.grad.numpy(), expected, rtol=1e-9)
+
+    again = x.detach().clone().requires_grad_()
+    log_scale = module.log_scale.detach().clone().requires_grad_()
+    result = pseudocode(again, log_scale, low, high)
+    torch.testing.assert_close(result, module(x))
+    (result * upstream).sum().backward()
+    torch.testing.assert_close(again.grad, x.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(log_scale.grad, module.log_scale.grad)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_gradient_of_a_scale_a_row_by_finite_differences(grid):
+    """Where everything is clipped Q(x) is s Q_min or s Q_max, and the estimator has nothing to
+    estimate: each row moves with its own scale alone.
+    """
+    x = rows_of_all_sizes().sign() * 1e3
+    module = LearnedScale(8, rows_of_all_sizes(), "minmax", True, grid)
+    weight = torch.randn_like(x)
+    (module(x) * weight).sum().backward()
+    slopes = torch.zeros(6, 1, dtype=torch.float64)
+    with torch.no_grad():
+        for row in range(6):
+            for step in (1e-6, -1e-6):
+                module.log_scale[row] += step
+                slopes[row] += (module(x) * weight).sum() / (2 * step)
+                module.log_scale[row] -= step
+    expected = slopes / (x.shape[1] * grid[1]) ** 0.5
+    torch.testing.assert_close(module.log_scale.grad, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("start", ["minmax", "mse", "lsq"])
+def test_rows_of_zeros(start):
+    x = torch.randn(3, 8)
+    x[1] = 0.0
+    module = LearnedScale(4, x, start, per_row=True)
+    (module(x) - 1).square().sum().backward()
+    assert (module.scale() > 0).all() and module(x)[1].eq(0).all() and module(x)[0].any()
+    assert module.log_scale.grad.isfinite().all()
+
+
+def test_shapes_without_numbers():
+    """What a student's file is checked against has no numbers yet."""
+    x = torch.empty(5, 7, device="meta")
+    for start in ("minmax", "mse", "lsq"):
+        assert LearnedScale(4, x, start, per_row=True).log_scale.shape == (5, 1)
+        assert LearnedScale(4, x, start).log_scale.shape == ()
+
+
+# ---------------------------------------------------------------------------------- learned ranges
+def act_quantizers(x, bits=8, **values):
+    """A learned and a static quantizer, both calibrated on x."""
+    model = nn.Module()
+    model.learned = LearnedActQuantizer(QuantConfig(act_bits=bits, act_range="learned", **values))
+    model.static = ActQuantizer(QuantConfig(act_bits=bits, act_range="static", **values))
+    model.forward = lambda ids, mask, types: [part(x) for part in (model.learned, model.static)]
+    calibrate(model, [(None, None)], "minmax")
+    return model.learned.train(), model.static.train()
+
+
+def skewed(shape=(40, 30)):
+    """Numbers whose zero point is neither 0 nor in the middle."""
+    return torch.randn(shape) * 2 + 3
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_learned_range_starts_at_the_calibrated_one(bits):
+    x = skewed()
+    learned, static = act_quantizers(x, bits)
+    low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
+    scale = (high - low) / (2**bits - 1)
+    assert float(learned.log_step.detach().exp()) == pytest.approx(scale, rel=1e-5)
+    assert float(learned.zero_point) == round(-low / scale) > 0
+    assert dict(learned.named_parameters()).keys() == {"log_step"}
+    assert learned.state_dict().keys() == {"log_step", "zero_point"}
+    for values in (x, 2 * x, x - 6):  # what is beyond the range is clipped
+        found, expected = learned(values), static(values)
+        # exp(log s) may differ from s in the last digit: a code at a border may tip over
+        close = (found - expected).abs() < 1e-4 * scale
+        assert close.float().mean() > 0.995 and (found - expected).abs().max() < 1.001 * scale
+    clipped = learned(4 * x - 6)
+    zero = float(learned.zero_point)
+    assert float(clipped.min()) == pytest.approx(-zero * scale, rel=1e-4)
+    assert float(clipped.max()) == pytest.approx((2**bits - 1 - zero) * scale, rel=1e-4)
+
+
+def test_learned_range_in_evaluation():
+    x = skewed()
+    learned, static = act_quantizers(x)
+    trained = learned(x)
+    found, expected = learned.eval()(x), static.eval()(x)
+    assert isinstance(found, Codes) and not found.values.requires_grad
+    assert (found.values == expected.values).float().mean() > 0.995
+    torch.testing.assert_close(found[1:], expected[1:])
+    torch.testing.assert_close(dequantize(*found), trained.detach(), rtol=0, atol=1e-5)
+    assert found.values.min() >= 0 and found.values.max() == 255
+    # before a product of floats there is nothing to hand on but floats
+    for config, inside in ((QuantConfig(weight_bits=32), False), (QuantConfig(), True)):
+        for kind, act_range in ((LearnedActQuantizer, "learned"), (ActQuantizer, "static")):
+            values = {**vars(config), "act_range": act_range, "attention_bits": 8}
+            quantizer = kind(QuantConfig(**values), inside).eval()
+            with torch.no_grad():
+                quantizer.set_range(torch.tensor(0.5), torch.tensor(3.0))
+            assert quantizer(torch.tensor([-9.0, 0.6])).tolist() == [-1.5, 0.5]
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_gradients_of_a_learned_range_by_brute_force(bits):
+    learned, _ = act_quantizers(skewed(), bits)
+    learned.double()  # forward() takes x to float32, rounded() does not
+    zero = int(learned.zero_point)
+    low, high = -zero, 2**bits - 1 - zero
+    assert low < 0 < high and -low != high
+    x = (1.5 * skewed() - 2).double().requires_grad_()
+    upstream = torch.randn_like(x)
+    (learned.rounded(x) * upstream).sum().backward()
+    step = float(learned.log_step.detach().exp())
+    total, kinds = 0.0, set()
+    for at in np.ndindex(*x.shape):
+        ratio, grad = x[at].item() / step, upstream[at].item()
+        kind = "below" if ratio < low else "above" if ratio > high else "inside"
+        of_one = {"below": low, "above": high, "inside": round(ratio) - ratio}[kind]
+        total += grad * of_one * step
+        assert x.grad[at].item() == (grad if kind == "inside" else 0.0)
+        kinds.add(kind)
+    assert kinds == {"below", "above", "inside"}
+    expected = total / (x.numel() * high) ** 0.5
+    assert float(learned.log_step.grad) == pytest.approx(expected, rel=1e-9)
+
+    again = x.detach().clone().requires_grad_()
+    log_step = learned.log_step.detach().clone().requires_grad_()
+    result = pseudocode(again, log_step, low, high)
+    torch.testing.assert_close(result, learned.rounded(x))
+    (result * upstream).sum().backward()
+    torch.testing.assert_close(again.grad, x.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(log_step.grad, learned.log_step.grad)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_a_learned_range_gives_up_outliers(bits):
+    """A few steps of SGD for the squared error, from the calibrated min-max range."""
+    x = torch.cat([skewed((2000,)), torch.tensor([40.0, -25.0])])
+    learned, static = act_quantizers(x, bits)
+    zero = learned.zero_point.clone()
+    assert 0 < zero < learned.quant_max
+    start = float((static(x) - x).square().sum())
+    for _ in range(30):
+        error = (learned(x) - x).square().mean()
+        (grad,) = torch.autograd.grad(error, learned.log_step)
+        with torch.no_grad():
+            learned.log_step -= grad
+    assert float((learned(x) - x).square().sum()) < 0.7 * start
+    assert learned.log_step.exp() < 0.8 * static.scale
+    assert torch.equal(learned.zero_point, zero) and not learned.zero_point.requires_grad
+    assert learned(torch.zeros(1)).item() == 0.0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_learned_range_of_numbers_of_one_sign(sign):
+    """The zero point is at one end of the grid, and one of Q_min and Q_max is 0."""
+    x = (sign * torch.rand(50, 20)).requires_grad_()
+    learned, _ = act_quantizers(x.detach())
+    assert learned.zero_point == (0 if sign > 0 else 255)
+    y = learned(x)
+    assert (y - x).abs().max() < 0.51 / 255
+    y.square().sum().backward()
+    assert learned.log_step.grad.isfinite() and x.grad.isfinite().all()
+
+
+def test_learned_ranges_in_a_model(tiny_config):
+    model = build_model(tiny_config).eval()
+    static = copy.deepcopy(model)
+    report = prepare(model, QuantConfig(act_range="learned", attention_bits=8))
+    prepare(static, QuantConfig(act_range="static", attention_bits=8))
+    steps = {n: p for n, p in model.named_parameters() if n.endswith("log_step")}
+    assert len(steps) == report.act_quantizers == 2 * (4 + 4) and steps.keys() <= report.kept.keys()
+    assert f"log_step {len(steps)}" in str(report)
+    batches = [random_ids([9, 9], tiny_config.vocab_size) for _ in range(3)]
+    assert model(*batches[0])[0].isnan().all()  # not calibrated: no silent nonsense
+    for both in (model, static):
+        calibrate(both, batches, "minmax")
+    for name, step in steps.items():
+        quantizer = static.get_submodule(name.removesuffix(".log_step"))
+        torch.testing.assert_close(step.detach().exp(), quantizer.scale)
+    found, expected = model(*batches[0])[0], static(*batches[0])[0]
+    assert (found - expected).abs().max() < 0.05 * expected.std()  # a code may tip over
+    model.train()(*batches[0])[0].logsumexp(-1).sum().backward()
+    assert all(step.grad.isfinite() and step.grad != 0 for step in steps.values())

@@ -1,0 +1,287 @@
+"""data/wordpiece.py and WordPieceTokenizer against Hugging Face's ids: those of
+tests/golden_bert/tokens.json, and where transformers and a real vocabulary are at hand many more.
+"""
+
+import itertools
+import json
+import os
+import random
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SAMPLE
+
+from data import UserError
+from data.tokenizer import (
+    SPECIALS,
+    WORDPIECE_MAGIC,
+    Tokenizer,
+    WordPieceTokenizer,
+    WordTokenizer,
+    load_tokenizer,
+)
+from data.wordpiece import basic_tokens, is_punctuation, word_pieces
+
+GOLDEN = os.path.join(ROOT, "tests", "golden_bert")
+with open(os.path.join(GOLDEN, "vocab.txt"), "rb") as _file:
+    VOCAB = _file.read()
+ODD = (
+    *("", " ", "\n", "x" * 100, "x" * 101, "a\u200bb", "İ", "ΟΔΟΣ", "e\u0301", "[SEP]", "[sep]"),
+    *(
+        "don't",
+        "naïve",
+        "没有",
+        "\U00020000",
+        "\U0002b820",
+        "🧑‍🚀",
+        "\u0378",
+        "\x85",
+        "\u2028",
+        "##a",
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def wordpiece():
+    return {lower: WordPieceTokenizer.from_vocab(VOCAB, lower) for lower in (True, False)}
+
+
+def types_of(row, begin):
+    return [0] * int(begin) + [1] * (len(row) - int(begin))
+
+
+# ------------------------------------------------------------------------------- against the golden
+def test_equals_hugging_face(wordpiece):
+    with open(os.path.join(GOLDEN, "tokens.json"), encoding="utf-8") as file:
+        cases = json.load(file)
+    assert len(cases) > 500 and sum(len(ids) == case[3] for *case, ids, _ in cases) > 100
+    for lower, first, second, length, ids, types in cases:
+        b = None if second is None else [second]
+        (row,), (begin,) = wordpiece[lower].encode_typed([first], b, length)
+        assert row.tolist() == ids, (lower, first, second, length)
+        assert types_of(row, begin) == types
+        assert row.dtype == np.int32 and begin.dtype == np.int64
+
+
+def test_remembered_pieces_are_the_same(wordpiece):
+    fresh = WordPieceTokenizer.from_vocab(VOCAB, True)
+    for text in ("The girl reads", "girl [SEP] girl", "", "don't don't"):
+        assert fresh.encode(text) == fresh.encode(text) == wordpiece[True].encode(text)
+    fresh.encode("The girl")[0] = 7  # what is handed out is a copy
+    assert fresh.encode("The girl") == wordpiece[True].encode("The girl")
+
+
+def test_no_more_is_remembered_than_allowed(monkeypatch):
+    monkeypatch.setattr("data.tokenizer.MAX_CACHED", 3)
+    tokenizer = WordPieceTokenizer.from_vocab(VOCAB, True)
+    assert tokenizer.encode("the girl reads a book")[3:] == tokenizer.encode("reads a book")[1:]
+    assert len(tokenizer._known) == 3
+
+
+# ------------------------------------------------------------------------------------- the two steps
+def test_basic_tokens():
+    assert basic_tokens("Él dijo:\t没有\u200b!", lower=True) == ["el", "dijo", ":", "没", "有", "!"]
+    assert basic_tokens("Él dijo", lower=False) == ["Él", "dijo"]
+    assert basic_tokens("ΟΔΟΣ İI", lower=True) == ["οδοσ", "ii"]
+    assert basic_tokens("$5+3~`a`", lower=True) == ["$", "5", "+", "3", "~", "`", "a", "`"]
+    assert basic_tokens("a\x00b\ufffdc\u00add\re\u3000f\x85g", lower=True) == ["abcd", "e", "fg"]
+    assert basic_tokens("カタカナ 한국", lower=False) == ["カタカナ", "한국"]
+    assert basic_tokens(" \n\u200b", lower=True) == []
+
+
+def test_ascii_takes_the_long_way_to_the_same_tokens():
+    """Plain ASCII skips three of the steps; behind an invisible character it goes through them."""
+    random.seed(1)
+    for _ in range(300):
+        text = "".join(random.choices([chr(c) for c in range(32, 127)], k=20))
+        assert basic_tokens(text, True) == basic_tokens(text + "\u200b", True)
+
+
+def test_every_ascii_symbol_is_punctuation():
+    for code in range(128):
+        symbol = 33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126
+        assert is_punctuation(chr(code)) == symbol
+    assert all(map(is_punctuation, "–…¿“。")) and not any(map(is_punctuation, "€±éа中"))
+
+
+def test_word_pieces_by_brute_force():
+    """Of all ways to cut a word into known pieces, greedy takes the one whose first piece is longest,
+    and so on; where greedy gets stuck the word is unknown, even if another cut had worked.
+    """
+    vocabulary = {"a", "ab", "##b", "##ba", "##bab", "b", "##a", "aab", "##c"}
+
+    def greedy(word, mark=""):
+        for end in range(len(word), 0, -1):
+            if mark + word[:end] in vocabulary:
+                return [mark + word[:end], *(greedy(word[end:], "##") if word[end:] else [])]
+        return ["stuck"]
+
+    for length in range(1, 7):
+        for letters in itertools.product("abc", repeat=length):
+            want = greedy("".join(letters))
+            want = ["[UNK]"] if "stuck" in want else want
+            assert word_pieces("".join(letters), vocabulary) == want
+    assert word_pieces("cab", vocabulary) == ["[UNK]"]
+    assert word_pieces("ab", {"a", "ab"}) == ["ab"]
+    assert word_pieces("abc", {"a", "ab", "##bc"}) == ["[UNK]"]
+    assert word_pieces("a" * 100, {"a", "##a"}) == ["a"] + ["##a"] * 99
+    assert word_pieces("a" * 101, {"a", "##a"}) == ["[UNK]"]
+
+
+# ------------------------------------------------------------------------------------- the interface
+def test_layout(wordpiece, tokenizer):
+    for lower, made in wordpiece.items():
+        lines = VOCAB.decode().splitlines()
+        ids = {piece: lines.index(piece) for piece in SPECIALS}
+        assert made.vocab_size == len(lines) and made.lower is lower
+        assert (made.pad_id, made.mask_id) == (ids["[PAD]"], ids["[MASK]"])
+        assert made.typed and len(made.sha256) == 64
+    assert wordpiece[True].sha256 != wordpiece[False].sha256  # encodings are cached by it
+    assert (tokenizer.typed, tokenizer.pad_id) == (False, 1)
+    assert (WordTokenizer.typed, WordTokenizer.pad_id) == (False, 1)
+
+
+def test_pairs_and_their_types(wordpiece):
+    made = wordpiece[True]
+    cls, sep = made.encode("")
+    a, b = made.encode("The girl")[1:-1], made.encode("reads a book.")[1:-1]
+    rows, begins = made.encode_typed(["The girl", ""], ["reads a book.", ""])
+    assert [row.tolist() for row in rows] == [[cls, *a, sep, *b, sep], [cls, sep, sep]]
+    assert begins.tolist() == [len(a) + 2, 2]
+    rows, begins = made.encode_typed(["The girl", ""])
+    assert begins.tolist() == [len(row) for row in rows] == [len(a) + 2, 2]
+    rows, begins = made.encode_typed([])
+    assert rows == [] and begins.shape == (0,)
+    assert made.encode_batch(["The girl"], ["x"])[0].tolist() == made.encode("The girl", "x")
+    with pytest.raises(UserError, match="no room"):
+        made.encode("a", "b", 2)
+    assert made.encode("a", "b", 3) == [cls, sep, sep]
+    with pytest.raises(ValueError, match="2 first texts and 1 second"):
+        made.encode_batch(["a", "b"], ["c"])
+
+
+def test_words_are_encoded_by_themselves(wordpiece):
+    made = wordpiece[True]
+    sentences = [["The", "extraordinarily", "old", "man"], ["\u200b", "don't", "ꙮ"], []]
+    for words, (ids, first) in zip(sentences, made.encode_words(sentences), strict=True):
+        assert ids.dtype == np.int32 and first.dtype == np.int64 and len(first) == len(words)
+        assert (ids[0], ids[-1]) == (made.cls_id, made.sep_id)
+        ends = [*first, len(ids) - 1][1:]
+        for word, begin, end in zip(words, first, ends, strict=True):
+            assert ids[begin:end].tolist() == (made.encode(word)[1:-1] or [made.unk_id])
+    with pytest.raises(UserError, match="give --max-length"):
+        made.encode_words(sentences, 4)
+
+
+def test_decode(wordpiece):
+    made = wordpiece[True]
+    assert made.decode(made.encode("The Girl  reads", "a book.")) == "the girl reads a book ."
+    assert made.decode([]) == ""
+
+
+def test_bytes_tell_the_kind_of_tokenizer(wordpiece):
+    for made in wordpiece.values():
+        again = load_tokenizer(made.bytes)
+        assert isinstance(again, WordPieceTokenizer) and again.sha256 == made.sha256
+        assert again.encode("Él reads") == made.encode("Él reads")
+        payload = {"tokenizer": torch.frombuffer(bytearray(made.bytes), dtype=torch.uint8)}
+        found = Tokenizer.from_payload(payload, "model.pt", made.vocab_size)
+        assert isinstance(found, WordPieceTokenizer) and found.lower == made.lower
+        with pytest.raises(UserError, match="its tokenizer has .* its model 5"):
+            Tokenizer.from_payload(payload, "model.pt", 5)
+    assert wordpiece[True].bytes == b"sdq-wordpiece-1 lower\n" + VOCAB
+    assert wordpiece[False].bytes == b"sdq-wordpiece-1 cased\n" + VOCAB
+    for same in (VOCAB.rstrip(b"\n"), VOCAB.replace(b"\n", b"\r\n")):
+        assert WordPieceTokenizer.from_vocab(same, True).bytes == wordpiece[True].bytes
+
+
+LOWER = f"{WORDPIECE_MAGIC} lower\n".encode()
+FIVE = "".join(f"{special}\n" for special in SPECIALS).encode()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"sdq-wordpiece-1", "is not a WordPiece"),
+        (LOWER + FIVE + b"cut", "is not a whole WordPiece"),
+        (b"sdq-wordpiece-1 upper\n" + FIVE, "is not a whole WordPiece"),
+        (b"sdq-wordpiece-12 lower\n" + FIVE, "is not a whole WordPiece"),
+        (LOWER + FIVE + b"\xff\n", "is not a WordPiece"),
+        (LOWER, r"has no \[PAD\]"),
+        (LOWER + FIVE.replace(b"[MASK]\n", b"a\n"), r"has no \[MASK\]"),
+        (LOWER + FIVE + b"a\nb\na\n", "lists 'a' twice"),
+        (LOWER + FIVE + b"a\n\nb\n", "line 7, '', is not a piece"),
+        (LOWER + FIVE + b"a b\n", "line 6, 'a b', is not a piece"),
+        (LOWER + FIVE + b"a\t1\n", "is not a piece"),
+        (LOWER + FIVE + b"a\r\n", "is not a piece"),
+    ],
+)
+def test_damaged_vocabularies_are_refused(content, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_tokenizer(content, "model.pt")
+    assert "\n" not in str(error.value) and str(error.value).startswith("model.pt")
+
+
+def test_a_vocabulary_too_large_is_refused(monkeypatch):
+    monkeypatch.setattr("data.tokenizer.MAX_MODEL_BYTES", 10)
+    with pytest.raises(UserError, match="can't be a WordPiece vocabulary"):
+        WordPieceTokenizer.from_vocab(VOCAB, True)
+
+
+# ------------------------------------------------------------------------- where there is more at hand
+def test_every_character_as_hugging_face():
+    """Most of Unicode, one character at a time: what is dropped, a space, an accent, a border."""
+    tokenizers = pytest.importorskip("tokenizers", reason="Hugging Face tokenizers not installed")
+    split = tokenizers.pre_tokenizers.BertPreTokenizer()
+    blocks = [(0, 0x3500), (0xA000, 0xAC10), (0xF8F0, 0x11000), (0x1D100, 0x1D800)]
+    blocks += [(0x1F000, 0x20010), (0x2A6D0, 0x2A710), (0x2B730, 0x2B930), (0x2F7F0, 0x2FA30)]
+    characters = [chr(code) for first, last in blocks for code in range(first, last)]
+    differing = set()
+    for lower in (True, False):
+        normal = tokenizers.normalizers.BertNormalizer(lowercase=lower)
+        for char in characters:
+            text = normal.normalize_str(f"a{char}B")
+            theirs = [token for token, _ in split.pre_tokenize_str(text)]
+            if theirs != basic_tokens(f"a{char}B", lower):
+                differing.add(char)
+    # As data/wordpiece.py says: younger than Unicode 8. Python has the tables of 3.2 to tell;
+    # about four older ones (U+166D, U+1734, U+1885, U+1886) Unicode has changed its mind since.
+    old = {c for c in differing if unicodedata.ucd_3_2_0.category(c) != "Cn"}
+    assert len(differing) < 600 and len(old) < 10, sorted(map(hex, map(ord, old)))
+
+
+def sample_lines():
+    """Every line of the committed samples, and what a user has fetched, up to 2,000."""
+    lines = set()
+    for folder in (SAMPLE, os.path.join(ROOT, "data", "mini"), os.path.join(ROOT, "data", "raw")):
+        for path in sorted(os.path.join(p, f) for p, _, files in os.walk(folder) for f in files):
+            if path.endswith((".tsv", ".in")):
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    lines.update(itertools.islice((line.rstrip("\n") for line in file), 5000))
+    lines = sorted(lines)
+    return random.Random(0).sample(lines, min(2000, len(lines)))
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_a_real_vocabulary(lower):
+    folder = os.environ.get("SDQ_MINILM")
+    if not folder:
+        pytest.skip("SDQ_MINILM names no Hugging Face folder of MiniLM")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    path = os.path.join(folder, "vocab.txt")
+    reference = transformers.BertTokenizer(path, do_lower_case=lower)
+    with open(path, "rb") as file:
+        made = WordPieceTokenizer.from_vocab(file.read(), lower)
+    assert made.vocab_size == 30522
+    lines = [*sample_lines(), *ODD, *(f"{a}{b} {a}" for a in ODD for b in ODD)]
+    other = lines[1:] + lines[:1]
+    for b, length in ((None, None), (other, 32)):
+        options = {} if length is None else {"truncation": True, "max_length": length}
+        want = reference(lines, b, **options)
+        rows, begins = made.encode_typed(lines, b, length)
+        for i, (row, begin) in enumerate(zip(rows, begins, strict=True)):
+            assert row.tolist() == want["input_ids"][i], lines[i]
+            assert types_of(row, begin) == want["token_type_ids"][i]
