@@ -356,7 +356,8 @@ def run_steps(
     """The loop: batches, learning rate, step, log, looks at English dev, states to resume from."""
     config, name = run.config, state.name
     per_epoch = -(-len(run.train) // config.batch_size)
-    total = min(epochs * per_epoch, config.steps or epochs * per_epoch)
+    limit = config.steps if name == "fp32" else config.student_steps or config.steps
+    total = min(epochs * per_epoch, limit or epochs * per_epoch)
     schedule = None
     if LAYERWISE in parts:
         schedule = layer_schedule(config, student.config.num_layers, total)

@@ -218,6 +218,7 @@ class TrainConfig:
         None, OPTIM, f"the same for qat and sdq; as --epochs, {by_model('student_epochs')}"
     )
     steps: int | None = option(None, OPTIM, "stop every training after so many steps")
+    student_steps: int | None = option(None, OPTIM, "the same for qat and sdq; as --steps")
     batch_size: int = option(32, OPTIM, "examples a step")
     lr: float | None = option(None, OPTIM, f"peak learning rate; {by_model('lr')}")
     student_lr: float | None = option(
@@ -373,7 +374,7 @@ def check(config: TrainConfig) -> None:
         "tt_table_modes": (2, 8),
         "seed": (0, 2**31),
     }
-    at_least_one = "max_train max_eval layers hidden heads epochs student_epochs steps batch_size"
+    at_least_one = "max_train max_eval layers hidden heads epochs student_epochs steps student_steps batch_size"
     at_least_one += " noise_block calibration threads eval_every save_every stage_steps"
     bounds |= {name: (1, 10**9) for name in at_least_one.split()} | {"max_length": (8, 10**6)}
     for name, (low, high) in bounds.items():

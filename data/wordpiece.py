@@ -7,8 +7,8 @@
 Step one drops control characters, takes Chinese characters one by one (Chinese puts no spaces
 between words), for an uncased model takes accents and capitals away, and splits at spaces and
 around every punctuation mark. Step two is greedy: the longest piece of the vocabulary that begins
-the word, then the longest that continues it; "##" marks a piece that continues. No text is lost in
-SentencePiece; here spaces and, uncased, accents are.
+the word, then the longest that continues it; "##" marks a piece that continues. SentencePiece keeps
+spaces, as part of its pieces; here they are lost, and for an uncased model accents and capitals.
 
 The ids are meant to be Hugging Face's, so the functions follow its BertTokenizer (the one in Rust)
 where that and Google's Python code disagree: characters without a meaning yet stay, one range of

@@ -71,7 +71,7 @@ def student(tiny_config, **values):
     config = QuantConfig(**values)
     model = build_model(tiny_config).eval()
     prepare(model, config)
-    if config.act_range == "static":
+    if config.act_range != "dynamic":
         calibrate(model, [random_ids([9, 9], tiny_config.vocab_size)], config.observer)
     return model, config
 
@@ -312,6 +312,115 @@ def test_kept_layers_have_no_integers(tiny_config, tokenizer_bytes, tmp_path):
     assert torch.equal(model(ids, mask)[0], load_student(path)[0](ids, mask)[0])
     with pytest.raises(UserError, match="every Linear layer of the encoder"):
         load_integer(path)
+
+
+# ----------------------------------------------------------------- few bits, learned and inner ranges
+LEARNED_RANGE = {"act_range": "learned"}
+LOW_BITS = [
+    {"weights": "ternary", "weight_bits": 2},
+    {"weights": "ternary", "weight_bits": 2, "per_channel": False},
+    {"weights": "ternary", "weight_bits": 2, "weight_clip": 0.08, "attention_bits": 8},
+    {"weights": "ternary", "weight_bits": 2, **LEARNED_RANGE, "attention_bits": 4},
+    {"weights": "lsq", "weight_bits": 2},
+    {"weights": "lsq", "weight_bits": 2, "weight_range": "lsq", "per_channel": False},
+    {"weights": "lsq", "weight_bits": 4, "weight_range": "mse", "attention_bits": 8},
+    {"weights": "lsq", "weight_bits": 8, "weight_range": "lsq"},
+    {"weights": "lsq", "weight_bits": 8, "grid": "full", "per_channel": False},
+    {"weights": "lsq", "weight_bits": 8, **LEARNED_RANGE},
+    {"weight_bits": 4, "attention_bits": 8},
+    {"weight_bits": 4, "attention_bits": 8, "act_range": "static"},
+    {"weight_bits": 4, "attention_bits": 8, "per_token": False, "act_bits": 4},
+    {**LEARNED_RANGE},
+    {**LEARNED_RANGE, "act_bits": 5, "observer": "mse", "attention_bits": 8},
+    {"weight_clip": 0.1},
+    {"weight_clip": 0.1, "weight_bits": 4, "weight_range": "mse", **LEARNED_RANGE},
+]
+
+
+def student_of_bert(tiny_config, **values):
+    """Larger weights than at the start, and learned scales that clip some numbers, as after
+    training.
+    """
+    shape = replace(tiny_config, position_offset=0, type_vocab_size=2, pad_id=0)
+    model, config = build_model(shape).eval(), QuantConfig(**values)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+        prepare(model, config)
+        if config.act_range != "dynamic":
+            calibrate(model, [random_ids([9, 9], shape.vocab_size)], config.observer)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("log_scale", "log_step")):
+                parameter -= 0.3
+    return model, config
+
+
+def ids_of_bert(vocab):
+    """Padded with 0, and the first tokens of the second text in each row."""
+    ids, mask = random_ids([9, 5, 1], vocab)
+    types = (torch.arange(9) >= torch.tensor([4, 2, 1])[:, None]) & mask
+    return {"ids": ids * mask, "mask": mask, "types": types.long()}
+
+
+@pytest.mark.parametrize("values", LOW_BITS, ids=str)
+def test_logits_of_few_bits_bit_for_bit(values, tiny_config, tokenizer_bytes, tmp_path):
+    """The student, the student from its file, and the integers of both, whatever the kernel: of
+    BERT's shape, with two token types.
+    """
+    model, config = student_of_bert(tiny_config, **values)
+    batch = ids_of_bert(tiny_config.vocab_size)
+    path = str(tmp_path / "student.pt")
+    save_atomically(student_payload(model, config, tokenizer_bytes), path)
+    with torch.no_grad():
+        expected = model(**batch)[0]
+        again, tokenizer = load_student(path)
+        assert again.config == model.config and tokenizer.bytes == tokenizer_bytes
+        assert torch.equal(again(**batch)[0], expected)
+    assert expected.isfinite().all() and expected.std() > 1e-2
+    assert (model(batch["ids"], batch["mask"])[0] - expected).abs().max() > 1e-3  # types matter
+    read = read_student(path)
+    assert read.quant == config
+    assert torch.equal(convert(model, config)(**batch)[0], expected)
+    for kernel in ["auto", *KERNEL_NAMES]:
+        if kernel == "onednn" and config.grid == "full" and not is_exact("onednn", 127):
+            continue  # this CPU clips full-range products: choose_kernel takes another kernel
+        found = integer_model(read, kernel=kernel)
+        logits, taps = found(**batch, capture=("context", "hidden"))
+        assert torch.equal(logits, expected), kernel
+        assert len(taps["context"]) == tiny_config.num_layers
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [
+        ({"weights": "ternary", "weight_bits": 2}, (-1, 1)),
+        ({"weights": "lsq", "weight_bits": 2}, (-2, 1)),
+        ({"weights": "lsq", "weight_bits": 4}, (-8, 7)),
+        ({"weights": "lsq"}, (-64, 64)),
+        ({"weights": "lsq", "grid": "full"}, (-127, 127)),
+    ],
+    ids=str,
+)
+def test_packed_codes_of_few_bits(values, ends, tiny_config):
+    """Matrices with learned scales are packed as well: integers, a scale a row, and nothing else."""
+    model, config = student_of_bert(tiny_config, **values)
+    payload = student_payload(model, config, b"x")
+    assert len(payload["packed"]) == 2 * 6 + 1
+    assert not any("scale" in name or name in payload["packed"] for name in payload["tensors"])
+    lowest, highest = [], []
+    for name, entry in payload["packed"].items():
+        weight = model.get_parameter(name)
+        assert entry["scale"].shape == (len(weight), 1)
+        assert entry["codes"].nbytes == weight.numel() * config.weight_bits // 8
+        if "word" in name:  # a table's rows are not multiplied: they have the usual grid
+            continue
+        codes = unpack(entry["codes"], config.weight_bits, weight.numel()).view_as(weight)
+        lowest.append(int(codes.min()))
+        highest.append(int(codes.max()))
+        if config.weights == "lsq":
+            by_hand = (weight.detach().double() / entry["scale"].double()).round().clamp(*ends)
+            assert (codes != by_hand).float().mean() < 1e-3  # a tie in float32
+    assert (min(lowest), max(highest)) == ends
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: kernels ran on CPU only")

@@ -368,8 +368,8 @@ def test_learned_range_starts_at_the_calibrated_one(bits):
         assert close.float().mean() > 0.995 and (found - expected).abs().max() < 1.001 * scale
     clipped = learned(4 * x - 6)
     zero = float(learned.zero_point)
-    assert float(clipped.min()) == pytest.approx(-zero * scale, rel=1e-4)
-    assert float(clipped.max()) == pytest.approx((2**bits - 1 - zero) * scale, rel=1e-4)
+    assert clipped.min().item() == pytest.approx(-zero * scale, rel=1e-4)
+    assert clipped.max().item() == pytest.approx((2**bits - 1 - zero) * scale, rel=1e-4)
 
 
 def test_learned_range_in_evaluation():

@@ -593,7 +593,7 @@ def test_prepared_tensor_train_equals_explicit_arithmetic(bits, act_range):
     acts = ActQuantizer(config), ActQuantizer(config)
     x = torch.randn(2, 5, 48)
     model = nn.Sequential(layer.quantized(config, *acts))
-    model.forward = lambda ids, mask: model[0](x)
+    model.forward = lambda ids, mask, types: model[0](x)
     calibrate(model, [(None, None)], "minmax")
     found = model[0]
 

@@ -277,6 +277,9 @@ def test_a_real_vocabulary(lower):
         made = WordPieceTokenizer.from_vocab(file.read(), lower)
     assert made.vocab_size == 30522
     lines = [*sample_lines(), *ODD, *(f"{a}{b} {a}" for a in ODD for b in ODD)]
+    words, rng = [*" ".join(lines).split(" "), *ODD], random.Random(0)
+    while len(lines) < 2000:  # a salad of many scripts
+        lines.append(" ".join(rng.choices(words, k=rng.randrange(1, 40))))
     other = lines[1:] + lines[:1]
     for b, length in ((None, None), (other, 32)):
         options = {} if length is None else {"truncation": True, "max_length": length}
