@@ -42,7 +42,8 @@ class _LearnedStep(torch.autograd.Function):
         ratio, codes = ctx.saved_tensors
         inside = (ratio >= ctx.grid[0]) & (ratio <= ctx.grid[1])
         by_scale = torch.where(inside, codes - ratio, codes).mul_(grad)
-        factor = (ratio.numel() / ctx.shape.numel() * ctx.grid[1]) ** -0.5
+        # Q_max is 0 where an activation is never positive.
+        factor = (ratio.numel() / ctx.shape.numel() * max(ctx.grid[1], 1)) ** -0.5
         return grad * inside, by_scale.sum_to_size(ctx.shape) * factor, None, None
 
 

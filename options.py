@@ -168,7 +168,7 @@ class TrainConfig:
         0.5,
         QUANT,
         "fraction of the weights quantized at a training step; 1 is ordinary QAT "
-        "(cores of tensor trains: always all)",
+        "(where scales are learned, as of tensor trains: always all)",
         "P",
     )
     noise_block: int = option(1, QUANT, "draw the noise in runs of so many weights")
@@ -454,6 +454,8 @@ def check_quantizers(config: TrainConfig) -> None:
         )
     if config.weight_range == "lsq" and config.weights != "lsq":
         raise UserError("--weight-range lsq is where learned scales start: add --weights lsq")
+    if config.weight_clip and (config.weights == "lsq" or config.tt_rank):
+        raise UserError("--weight-clip: learned scales learn where to clip; leave it out")
     if config.act_range == "learned" and config.act_bits == 32:
         raise UserError("--act-range learned needs quantized activations: choose --act-bits 2 to 8")
 

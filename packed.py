@@ -67,7 +67,7 @@ def quantized_weights(student: Model) -> dict[str, WeightQuantizer | LearnedScal
     for name, module in student.named_modules():
         for attribute in ("weight_quantizer", "row_quantizer"):
             quantizer = getattr(module, attribute, None)
-            if isinstance(quantizer, WeightQuantizer):
+            if isinstance(quantizer, (WeightQuantizer, LearnedScale)):
                 found[name + ".weight"] = quantizer
         if isinstance(module, TensorTrain) and module.core_quantizers is not None:
             for k, quantizer in enumerate(module.core_quantizers):

@@ -309,7 +309,7 @@ class QuantConfig:
     act_range: str = "dynamic"  # or "static": fixed by calibrate(); "learned": trained from there
     attention_bits: int = 32  # of what the products inside attention read: Q, K, V and the map
     observer: str = "minmax"  # static ranges: minmax, moving-average, mse
-    noise: float = 1.0  # fraction of the weights quantized at a training step
+    noise: float = 1.0  # fraction of weights quantized at a training step (learned scales: all)
     noise_block: int = 1  # drawn in runs of this many weights
     keep: tuple[str, ...] = ("head",)  # modules left in float32, by the beginning of their names
 
@@ -328,6 +328,8 @@ class QuantConfig:
             raise UserError(f"ternary weights have 2 bits, not {self.weight_bits}")
         if self.weight_range == "lsq" and self.weights != "lsq":
             raise UserError("weight range lsq is where learned scales start: it needs weights lsq")
+        if self.weight_clip and self.weights == "lsq":
+            raise UserError("weights lsq learn where to clip: leave weight clip at 0")
         choices = {
             "grid": ("portable", "full"),
             "weights": ("uniform", "ternary", "lsq"),
@@ -373,7 +375,7 @@ class WeightQuantizer(nn.Module):
 
     def search_clip(self, weight: Tensor, one_factor: bool = False) -> None:
         grid = (self.quant_min, self.quant_max, True)
-        self.clip = best_clip(weight.detach(), *grid, self.per_row, one_factor)
+        self.clip = best_clip(self.cut(weight.detach()), *grid, self.per_row, one_factor)
         self.clips = True
 
     @torch.no_grad()

@@ -394,7 +394,7 @@ def test_logits_of_few_bits_bit_for_bit(values, tiny_config, tokenizer_bytes, tm
     ("values", "ends"),
     [
         ({"weights": "ternary", "weight_bits": 2}, (-1, 1)),
-        ({"weights": "lsq", "weight_bits": 2}, (-2, 1)),
+        ({"weights": "lsq", "weight_bits": 2, "weight_range": "lsq"}, (-2, 1)),
         ({"weights": "lsq", "weight_bits": 4}, (-8, 7)),
         ({"weights": "lsq"}, (-64, 64)),
         ({"weights": "lsq", "grid": "full"}, (-127, 127)),

@@ -437,7 +437,7 @@ def test_a_learned_range_gives_up_outliers(bits):
         (grad,) = torch.autograd.grad(error, learned.log_step)
         with torch.no_grad():
             learned.log_step -= grad
-    assert float((learned(x) - x).square().sum()) < 0.7 * start
+    assert (learned(x) - x).square().sum() < 0.7 * start
     assert learned.log_step.exp() < 0.8 * static.scale
     assert torch.equal(learned.zero_point, zero) and not learned.zero_point.requires_grad
     assert learned(torch.zeros(1)).item() == 0.0
