@@ -202,7 +202,7 @@ def expand(patterns: list[str]) -> list[str]:
 
 def read_results(patterns: list[str]) -> list[dict]:
     """The given results.json files, all of the same experiment but for width and seed. A width has
-    its own --student-lr, as options.MINI_STUDENT_LR says.
+    its own --student-lr, as options.STUDENT_LR says.
 
     """
     paths = expand(patterns)
