@@ -48,7 +48,7 @@ RECIPES = {
     # Chosen for MiniLM on rows of STS-B's train.tsv that were held out (README, "Below 4 bits").
     ON_GLUE: {
         "epochs": 3,
-        "student_epochs": 1,
+        "student_epochs": 2,
         "lr": 1e-4,
         "dropout": 0.1,
         "beta": 600.0,
@@ -112,7 +112,7 @@ class TrainConfig:
         None,
         MODEL,
         "NAME (weights/NAME.pt), a path, mini (built in), or scratch: random weights; "
-        "minilm for GLUE; for others xlmr-base if it was converted, else mini",
+        "minilm for GLUE, else xlmr-base if it was converted, else mini",
         "M",
     )
     layers: int | None = option(None, MODEL, "with --model scratch: number of layers; 4")
@@ -194,7 +194,7 @@ class TrainConfig:
     part_weights: tuple[str, ...] = option(
         (),
         DISTILL,
-        "weights of single parts, such as map=6 output=1.8; --alpha and --beta",
+        "weights of single parts, such as map=600 output=30; --alpha and --beta",
         "PART=W",
     )
     task_weight: float = option(1.0, DISTILL, "weight of the task's own loss beside them; 0 is off")
@@ -237,7 +237,7 @@ class TrainConfig:
     weight_decay: float = option(0.01, OPTIM, "of AdamW, on matrices only")
     clip: float = option(1.0, OPTIM, "largest gradient norm")
     label_smoothing: float | None = option(
-        None, OPTIM, f"of the cross-entropy; {by_model('label_smoothing')}, 0 for others"
+        None, OPTIM, f"of the cross-entropy; {by_model('label_smoothing')}"
     )
     dropout: float | None = option(None, OPTIM, f"while the teacher trains; {by_model('dropout')}")
     student_dropout: float = option(
@@ -248,7 +248,7 @@ class TrainConfig:
         None, RUN, "train nothing: test this student.pt as an integer model", "FILE"
     )
     analyze: bool = option(
-        False, RUN, "also measure each row's error in every layer (on English dev)"
+        False, RUN, "also measure each row's error and attention in every layer (on English dev)"
     )
     seed: int = option(0, RUN, "of weights, batches, dropout and noise")
     device: str = option("auto", RUN, "auto, cpu, cuda")
