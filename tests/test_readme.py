@@ -98,6 +98,7 @@ def test_every_flag_that_is_named_exists():
         "--latency",
         "--sweep",
         "--curves",
+        "--recovery",
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
@@ -116,6 +117,7 @@ def test_figures_come_from_the_committed_files(tmp_path):
         [f"bench-{what}.json" for what in bench.BENCHMARKS]
         + ["xnli-mini/*.json", "xnli-mini/w3-s0.json --errors"]
         + ["atis-sweep/*.json --sweep", "layerwise/*.json --curves"]
+        + ["glue/*.json --recovery"]
     ):
         out = tmp_path / f"{i}.png"
         file, *options = names.split()
@@ -131,7 +133,9 @@ def test_benchmarks_come_from_the_committed_files(what):
     assert result["benchmark"] == what and show(result) in README
 
 
-@pytest.mark.parametrize("options", ["xnli-mini/*.json", "atis/*.json --latency bench-tt.json"])
+@pytest.mark.parametrize(
+    "options", ["xnli-mini/*.json", "atis/*.json --latency bench-tt.json", "glue/*.json"]
+)
 def test_tables_come_from_the_committed_files(options, capsys):
     words = options.split()
     paths = [w if w.startswith("--") else os.path.join(ROOT, "results", w) for w in words]
