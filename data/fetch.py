@@ -2,7 +2,8 @@
 
     python data/fetch.py xnli           # XNLI dev, test and English training set -> data/raw
     python data/fetch.py atis           # downloads nothing: says where ATIS comes from (or snips)
-    python data/fetch.py glue           # the same for GLUE, and which of its tasks are there
+    python data/fetch.py rte            # a task of GLUE: also cola sst2 stsb qqp mnli qnli
+    python data/fetch.py glue           # downloads nothing: which of GLUE's tasks are there
 
 A download goes to NAME.part and is renamed when it is complete and correct. A cut connection leaves
 the .part file, and the next call continues it (HTTP Range); a wrong hash deletes it. Of an archive
@@ -10,8 +11,8 @@ only the files named below are unpacked, each to a temporary name first, and an 
 member that points outside its folder is refused whole.
 
 The values pinned here were published by several independent projects for the same addresses.
-ATIS, SNIPS and GLUE are not downloaded: the command says who publishes them, where to put them, and
-what is there already.
+ATIS, SNIPS and GLUE's MRPC are not downloaded: the command says who publishes them, where to put
+them, and what is there already.
 """
 
 import argparse
@@ -150,16 +151,71 @@ SNIPS = ByHand(
     _LAYOUT.format("snips"),
     ("snips",),
 )
-GLUE_TASKS = ByHand(
+MRPC = ByHand(
+    "MRPC: 3,668 + 408 pairs of sentences from the news (Dolan and Brockett 2005)",
+    "Microsoft's, shown with the download",
+    "https://www.microsoft.com/en-us/download/details.aspx?id=52398, which becomes GLUE's train.tsv "
+    "and dev.tsv by the list https://dl.fbaipublicfiles.com/glue/data/mrpc_dev_ids.tsv",
+    ("mrpc",),
+)
+ALL_OF_GLUE = ByHand(
     "GLUE: eight tasks of one or two English texts (Wang et al. 2019, arXiv 1804.07461)",
     "each task has its own, told by its publisher: https://gluebenchmark.com/tasks links them",
-    "https://gluebenchmark.com/tasks, from https://dl.fbaipublicfiles.com/glue/data/NAME.zip, "
-    "NAME being CoLA, SST-2, STS-B, QQP-clean, MNLI, QNLIv2 or RTE. MRPC is Microsoft's, "
-    "https://www.microsoft.com/en-us/download/details.aspx?id=52398, and becomes GLUE's train.tsv "
-    "and dev.tsv by the list https://dl.fbaipublicfiles.com/glue/data/mrpc_dev_ids.tsv",
+    "'python data/fetch.py TASK' downloads any of them but mrpc, of which it says where it is",
     tuple(GLUE),
 )
-DATASETS = {"xnli": XNLI, "atis": ATIS, "snips": SNIPS, "glue": GLUE_TASKS}
+# Task of GLUE -> archive under _GLUE, bytes, SHA-256; its files are what the task is read from.
+_GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
+_ARCHIVES = {
+    "cola": (
+        "CoLA.zip",
+        376_971,
+        "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff",
+    ),
+    "sst2": (
+        "SST-2.zip",
+        7_439_277,
+        "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa",
+    ),
+    "stsb": (
+        "STS-B.zip",
+        802_872,
+        "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85",
+    ),
+    "qqp": (
+        "QQP-clean.zip",
+        41_696_084,
+        "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0",
+    ),
+    "mnli": (
+        "MNLI.zip",
+        312_783_507,
+        "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633",
+    ),
+    "qnli": (
+        "QNLIv2.zip",
+        10_627_589,
+        "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5",
+    ),
+    "rte": (
+        "RTE.zip",
+        697_150,
+        "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee",
+    ),
+}
+
+
+def glue_archive(task: str) -> Remote:
+    """Where a task of GLUE is downloaded from, and which of its files are unpacked."""
+    name, size, sha256 = _ARCHIVES[task]
+    row = find_task(task)
+    files = (*row.paths("train"), *row.paths("test"))
+    members = tuple(f"{GLUE[task].folder}/{file}" for file in files)
+    return Remote(_GLUE + name, size, sha256, members)
+
+
+DATASETS = {"xnli": XNLI, "atis": ATIS, "snips": SNIPS, "glue": ALL_OF_GLUE, "mrpc": MRPC}
+DATASETS |= {task: (glue_archive(task),) for task in _ARCHIVES}
 
 
 # ------------------------------------------------------------------------------------ downloading
@@ -358,6 +414,7 @@ def fetch_dataset(name: str, folder: str) -> None:
     if isinstance(DATASETS[name], ByHand):
         explain(DATASETS[name], folder)
         return
+    folder = os.path.join(folder, "glue") if name in GLUE else folder
     for remote in DATASETS[name]:
         targets = [os.path.join(folder, *member.split("/")) for member in remote.members]
         if all(os.path.exists(target) for target in targets):
@@ -372,7 +429,7 @@ def fetch_dataset(name: str, folder: str) -> None:
 def explain(dataset: ByHand, folder: str) -> None:
     """Print where a data set comes from and where to put it, and what is there now."""
     print(f"{dataset.title}\nlicence: {dataset.licence}\nfiles:   {dataset.source}")
-    print("Nothing is downloaded. Put the files here:")
+    print("Nothing is downloaded now. This is where the files belong:")
     for task in map(find_task, dataset.tasks):
         # GLUE's dev is a part of train.tsv (data/glue.py), so one line says it all.
         lines = [("train", "test")] if task.name in GLUE else [(each,) for each in task.files]

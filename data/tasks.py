@@ -153,9 +153,6 @@ def read_xnli(folder: str, split: str) -> dict[str, list[Example]]:
 
 
 # ------------------------------------------------------------------------------------------- GLUE
-GLUE_FETCH = "python data/fetch.py glue"
-
-
 def glue_task(name: str) -> Task:
     """A row of the table in data/glue.py."""
     layout = GLUE[name]
@@ -169,7 +166,7 @@ def glue_task(name: str) -> Task:
         train_language=languages[0],
         read=partial(read_glue_split, name),
         files={"train": "train.tsv", "dev": "train.tsv", "test": test},
-        fetch=GLUE_FETCH,
+        fetch=f"python data/fetch.py {name}",
         more_files={"test": tuple(more)},
         metrics=layout.metrics,
         regression=not layout.in_file,
@@ -178,7 +175,8 @@ def glue_task(name: str) -> Task:
 
 
 def read_glue_split(name: str, folder: str, split: str) -> dict[str, list[Example]]:
-    return read_glue(name, task_folder(find_task(name), folder), split, GLUE_FETCH)
+    task = find_task(name)
+    return read_glue(name, task_folder(task, folder), split, task.fetch)
 
 
 # --------------------------------------------------------------------------------- ATIS and SNIPS

@@ -15,6 +15,8 @@ from conftest import ROOT
 
 from data import UserError, fetch
 from data.fetch import Remote, download, unpack
+from data.glue import GLUE
+from data.tasks import find_task
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 
@@ -310,8 +312,32 @@ def test_glue_is_explained(tmp_path, capsys):
         )
 
 
+def test_a_task_of_glue_is_where_it_is_read(tmp_path, capsys, monkeypatch):
+    """Downloaded, unpacked and read by the task; all archives name the files that their tasks want."""
+    for task in GLUE:
+        if task == "mrpc":
+            continue
+        (file,) = fetch.DATASETS[task]
+        wanted = {name for split in ("train", "test") for name in find_task(task).paths(split)}
+        assert set(file.members) == {f"{GLUE[task].folder}/{name}" for name in wanted}
+    header = "index\tsentence1\tsentence2\tlabel\n"
+    text = header + "".join(f"{i}\ta {i}\tb\tentailment\n" for i in range(30))
+    archive = tmp_path / "RTE.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for name in ("train.tsv", "dev.tsv", "test.tsv"):
+            file.writestr("RTE/" + name, text)
+    monkeypatch.setattr(fetch, "download", lambda remote, folder: str(archive))
+    assert fetch.main(["rte", "--data-dir", str(tmp_path / "raw")]) == 0
+    assert sorted(os.listdir(tmp_path / "raw" / "glue" / "RTE")) == ["dev.tsv", "train.tsv"]
+    task = find_task("rte")
+    assert len(task.read(str(tmp_path / "raw"), "test")["en"]) == 30
+    assert fetch.main(["rte", "--data-dir", str(tmp_path / "raw")]) == 0
+    assert "already there" in capsys.readouterr().out
+
+
 def test_pins_are_complete():
-    for remotes in (fetch.XNLI, *fetch.MODELS.values()):
+    glue = [fetch.DATASETS[task] for task in GLUE if task != "mrpc"]
+    for remotes in (fetch.XNLI, *fetch.MODELS.values(), *glue):
         for file in remotes:
             assert file.url.startswith("https://") and re.fullmatch("[0-9a-f]{64}", file.sha256)
     assert {name for name in fetch.MODELS} == {"xlmr-base", "infoxlm-base", "minilm"}

@@ -149,7 +149,7 @@ def test_malformed_rows_are_named(tmp_path, task, row, message):
 
 
 def test_other_refusals(tmp_path):
-    assert "fetch it with 'python data/fetch.py glue'" in refusal("rte", tmp_path)
+    assert "fetch it with 'python data/fetch.py rte'" in refusal("rte", tmp_path)
     place = write_all(tmp_path, "rte")
     assert "no column '#1 String'" in refusal("mrpc", place, "train")  # another task's folder
     (place / "dev.tsv").write_bytes(b"")

@@ -114,6 +114,21 @@ def test_every_row(tmp_path, bert, task, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--bits 4 --weights lsq --weight-range lsq --act-range learned",
+        "--bits 4 --attention-bits 4 --act-range static --distill score --distill-layers 2",
+        "--bits 2 --weights ternary --weight-clip 2.5 --per-tensor --distill output --output-tap residual",
+        "--distill map+hidden --part-weights map=2 --task-weight 0",
+    ],
+)
+def test_other_quantizers_and_losses(tmp_path, bert, options):
+    assert run(tmp_path, bert, "rte", "--methods", "ptq", "sdq", *options.split()) == 0
+    for row in results(tmp_path)["methods"].values():
+        assert row["languages"] == row["student"]["languages"]
+
+
 def test_a_saved_student_is_tested_again(tmp_path, bert, capsys):
     assert run(tmp_path, bert, "rte", *TERNARY) == 0
     row = results(tmp_path)["methods"]["sdq"]
