@@ -49,12 +49,14 @@ def make_optimizers(model: nn.Module, weight_decay: float) -> list[torch.optim.O
     """
     matrices, vectors, tables = [], [], []
     sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
-    for parameter in model.parameters():
-        kind = tables if id(parameter) in sparse else matrices if parameter.dim() > 1 else vectors
+    for name, parameter in model.named_parameters():
+        # learned.py's scales of rows are a matrix by their shape; decay would pull them to 1.
+        is_matrix = parameter.dim() > 1 and not name.endswith("log_scale")
+        kind = tables if id(parameter) in sparse else matrices if is_matrix else vectors
         kind.append(parameter)
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},  # biases and norms
+        {"params": vectors, "weight_decay": 0.0},  # biases, norms and scales
     ]
     optimizers = [torch.optim.AdamW(groups, fused=True)]
     if tables:

@@ -194,6 +194,23 @@ def test_types_reach_teacher_and_student():
     assert not torch.equal(wanted, teacher(ids)[0])
 
 
+def test_scales_do_not_decay():
+    """One scale a row is a matrix by its shape; weight decay would pull its logarithm to 0."""
+    from loop import make_optimizers
+    from prepare import prepare
+    from quant import QuantConfig
+
+    model = build_model(TINY)
+    prepare(model, QuantConfig(weights="lsq", weight_bits=4, act_range="learned"))
+    dense, _ = make_optimizers(model, weight_decay=0.1)
+    scales = [p for n, p in model.named_parameters() if n.endswith(("log_scale", "log_step"))]
+    assert len(scales) == 2 * (6 + 4)  # of weights, and of what they read
+    decayed = {
+        id(p) for group in dense.param_groups if group["weight_decay"] for p in group["params"]
+    }
+    assert decayed and not any(id(scale) in decayed for scale in scales)
+
+
 def test_recipe_of_glue():
     config = fill_in(TrainConfig(task="cola"), train.default_model("cola"))
     assert config.model == "minilm" and config.output_tap == "normed"
