@@ -45,7 +45,7 @@ from data.tokenizer import Tokenizer
 from int8 import IntLinear, choose_kernel
 from loop import EVAL_TOKENS
 from model import PRESETS, build_model, config_of, read_checkpoint, set_dropout
-from options import OneLineParser, TrainConfig, flag
+from options import OneLineParser, TrainConfig, fill_in, flag
 from packed import Weight
 from prepare import prepare
 from quant import ActQuantizer, QuantConfig, WeightQuantizer, choose_qparams
@@ -266,7 +266,7 @@ def bench_train(args: argparse.Namespace, device: torch.device) -> dict:
     """
     base = model_shape(args)
     torch.manual_seed(0)
-    config = TrainConfig(noise=args.noise)
+    config = fill_in(TrainConfig(noise=args.noise), "xlmr-base")
     teacher = build_model(base).to(device).eval().requires_grad_(False)
 
     def variant(quantized: bool, parts: tuple[str, ...]) -> Callable[[], object]:
