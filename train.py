@@ -92,10 +92,10 @@ def default_model(task: str) -> str:
     return "xlmr-base" if there else "mini"
 
 
-def introduce(model: str) -> str:
+def introduce(model: str, task: str) -> str:
     """The first line of a run: which model this is, and how to get the other."""
-    if model == "minilm":
-        return "model minilm: all-MiniLM-L6-v2. Any other BERT: python convert.py NAME --from DIR"
+    if task in GLUE:
+        return f"model {model}. Any BERT will do: python convert.py NAME --from DIR, --model NAME"
     if model == "mini":
         return (
             "model mini: built in, for made-up text in 15 languages. For the real one: "
@@ -379,7 +379,7 @@ def evaluate_file(config: TrainConfig) -> None:
 def run_ladder(config: TrainConfig, resume: bool) -> None:
     begun = time.monotonic()
     config = fill_in(config, default_model(config.task))
-    print(introduce(config.model))
+    print(introduce(config.model, config.task))
     out = config.out or default_out(config)
     device = choose_device(config)
     check_folder(out)
