@@ -409,10 +409,8 @@ def run_ladder(config: TrainConfig, resume: bool) -> None:
         row |= test_row(run, method, model, tests)
         if config.analyze and method != "fp32":
             batches_of_dev = evaluation_batches(run.dev, EVAL_TOKENS[device.type])
-            moved = (batch.to(device) for batch in batches_of_dev)
+            moved = [batch.to(device) for batch in batches_of_dev]
             row["errors"] = layer_errors(teacher, model, moved)
-            batches_of_dev = evaluation_batches(run.dev, EVAL_TOKENS[device.type])
-            moved = (batch.to(device) for batch in batches_of_dev)
             row["recovery"] = attention_recovery(teacher, model, moved)
         if curve := dev_curve(run, method):
             row["dev_curve"] = curve

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import random
@@ -56,6 +57,22 @@ def tiny_config():
         head="sequence",
         num_labels=3,
     )
+
+
+@pytest.fixture
+def models(tiny_config):
+    """(teacher, student): a model that is far from its start, and its copy in 3 bits."""
+    from model import build_model
+    from prepare import prepare
+    from quant import QuantConfig
+
+    teacher = build_model(tiny_config).eval()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    student = copy.deepcopy(teacher)
+    prepare(student, QuantConfig(weight_bits=3))
+    return teacher, student.eval()
 
 
 def random_ids(lengths, vocab, device="cpu"):

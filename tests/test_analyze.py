@@ -10,20 +10,6 @@ from conftest import random_ids
 
 from analyze import PLACES, errors_table, layer_errors
 from data.batches import Batch
-from model import build_model
-from prepare import prepare
-from quant import QuantConfig
-
-
-@pytest.fixture
-def models(tiny_config):
-    teacher = build_model(tiny_config).eval()
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    student = copy.deepcopy(teacher)
-    prepare(student, QuantConfig(weight_bits=3))
-    return teacher, student.eval()
 
 
 def batch(lengths):

@@ -3,6 +3,7 @@
 import json
 import random
 import string
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,8 +162,6 @@ def test_the_loss_of_a_regression_is_the_squared_error():
 
 
 def test_task_weight_zero_leaves_the_labels_out():
-    from dataclasses import replace
-
     teacher = build_model(replace(TINY, head="sequence", num_labels=1, dropout=0.0))
     student = build_model(replace(TINY, head="sequence", num_labels=1, dropout=0.0))
     config = fill_in(TrainConfig(task="stsb", task_weight=0.0), "minilm")
@@ -176,8 +175,6 @@ def test_task_weight_zero_leaves_the_labels_out():
 
 def test_types_reach_teacher_and_student():
     """Other types, other loss: neither model may be run without them."""
-    from dataclasses import replace
-
     shape = replace(TINY, head="sequence", num_labels=2, dropout=0.0)
     teacher, student = build_model(shape), build_model(shape)
     ids, labels = torch.tensor([[2, 5, 3, 6, 3]]), torch.tensor([1])

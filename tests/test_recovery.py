@@ -22,8 +22,6 @@ from analyze import (
 from data.batches import Batch
 from distill import map_loss, masked_mse
 from model import build_model
-from prepare import prepare
-from quant import QuantConfig
 
 
 def flips_of(student: list[float], teacher: list[float]) -> tuple[float, int]:
@@ -113,17 +111,6 @@ def test_by_hand():
 
 
 # ---------------------------------------------------------------------------------------- of models
-@pytest.fixture
-def models(tiny_config):
-    teacher = build_model(tiny_config).eval()
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    student = copy.deepcopy(teacher)
-    prepare(student, QuantConfig(weight_bits=3))
-    return teacher, student
-
-
 def batch(lengths):
     ids, mask = random_ids(lengths, 442)
     return Batch(ids, None if mask.all() else mask, torch.zeros(len(lengths)), sum(lengths))
