@@ -82,6 +82,14 @@ def random_ids(lengths, vocab, device="cpu"):
     return ids.to(device), mask.to(device)
 
 
+def batch(lengths):
+    """A Batch of rows with the given lengths for tiny_config, without a mask if none is padded."""
+    from data.batches import Batch
+
+    ids, mask = random_ids(lengths, 442)
+    return Batch(ids, None if mask.all() else mask, torch.zeros(len(lengths)), sum(lengths))
+
+
 # ----------------------------------------------------------------------------- train.py on a sample
 SCRATCH = f"--model scratch --layers 1 --hidden 32 --heads 2 --tokenizer {TOKENIZER}".split()
 SMALL = [*SCRATCH, "--data-dir", SAMPLE, *"--max-length 32 --languages de zh --device cpu".split()]

@@ -6,15 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import random_ids
+from conftest import batch
 
 from analyze import PLACES, errors_table, layer_errors
-from data.batches import Batch
-
-
-def batch(lengths):
-    ids, mask = random_ids(lengths, 442)
-    return Batch(ids, None if mask.all() else mask, torch.zeros(len(lengths)), sum(lengths))
 
 
 def test_a_copy_has_no_error(models):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import random_ids
+from conftest import batch
 
 import analyze
 import plot
@@ -19,7 +19,6 @@ from analyze import (
     real_rows,
     recovery_table,
 )
-from data.batches import Batch
 from distill import map_loss, masked_mse
 from model import build_model
 
@@ -111,11 +110,6 @@ def test_by_hand():
 
 
 # ---------------------------------------------------------------------------------------- of models
-def batch(lengths):
-    ids, mask = random_ids(lengths, 442)
-    return Batch(ids, None if mask.all() else mask, torch.zeros(len(lengths)), sum(lengths))
-
-
 @torch.no_grad()
 def test_recovery_against_text_by_text(models):
     """Padded batches give what one text at a time gives."""
