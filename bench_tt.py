@@ -27,9 +27,10 @@ from bench_common import (
     summarize,
     training_step,
 )
+from checkpoint import checkpoint_payload
 from data.batches import IGNORE, Batch
 from int8 import MergedTable, convert
-from model import Model, ModelConfig, build_model, checkpoint_payload
+from model import Model, ModelConfig, build_model
 from options import TrainConfig
 from packed import bytes_on_disk, student_payload
 from prepare import calibrate, prepare

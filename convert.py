@@ -27,18 +27,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from checkpoint import check_tensors, checkpoint_payload, load_untrusted, save_atomically
 from data import UserError, exit_status
 from data.fetch import MODELS, fetch_model
 from data.tokenizer import MAX_MODEL_BYTES, Tokenizer, WordPieceTokenizer, load_tokenizer
-from model import (
-    PRESETS,
-    Model,
-    ModelConfig,
-    check_tensors,
-    checkpoint_payload,
-    load_untrusted,
-    save_atomically,
-)
+from model import PRESETS, Model, ModelConfig
 
 WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 TOKENIZER_FILE = "sentencepiece.bpe.model"
@@ -335,7 +328,7 @@ def config_from_json(settings: dict) -> ModelConfig:
 
 
 def convert(name: str, tensors: dict[str, Tensor], settings: dict | None, tokenizer: bytes) -> dict:
-    """Source tensors -> the payload of weights/NAME.pt (see model.checkpoint_payload).
+    """Source tensors -> the payload of weights/NAME.pt (see checkpoint.checkpoint_payload).
 
     Raises UserError naming the first tensor that is missing, extra, of the wrong shape or not a
     float.

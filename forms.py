@@ -20,16 +20,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from checkpoint import checkpoint_payload, load_checkpoint, save_atomically
 from convert import key_table
 from int8 import integer_model
-from model import (
-    Model,
-    ModelConfig,
-    build_model,
-    checkpoint_payload,
-    load_checkpoint,
-    save_atomically,
-)
+from model import Model, ModelConfig, build_model
 from packed import float_model, read_student, student_payload
 from prepare import calibrate, prepare
 from quant import QuantConfig

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoint import read_checkpoint, save_atomically
 from data import UserError
 from data.batches import IGNORE, Batch, Dataset, collate, evaluation_batches, training_order
 from data.metrics import METRICS, scores
@@ -31,7 +32,7 @@ from distill import (
     part_weights,
     taps_of,
 )
-from model import Model, read_checkpoint, save_atomically
+from model import Model
 from options import TrainConfig
 from report import write_text
 

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from checkpoint import check_tensors, config_of, holds_its_numbers, read_checkpoint
 from data import UserError
 from data.tokenizer import Tokenizer
 from learned import LearnedScale
-from model import Model, ModelConfig, check_tensors, config_of, holds_its_numbers, read_checkpoint
+from model import Model, ModelConfig
 from prepare import prepare
 from quant import QuantConfig, WeightQuantizer, dequantize
 from tt import TensorTrain, TTConfig

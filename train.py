@@ -34,6 +34,13 @@ from dataclasses import asdict, replace
 import torch
 
 from analyze import attention_recovery, errors_table, layer_errors, recovery_table
+from checkpoint import (
+    checkpoint_payload,
+    config_of,
+    load_checkpoint,
+    read_checkpoint,
+    save_atomically,
+)
 from data import UserError, batches, exit_status, mini
 from data.batches import Dataset, encode_split, evaluation_batches, unpadded_batches
 from data.fetch import MODELS, RAW_DIR
@@ -43,19 +50,7 @@ from data.tokenizer import Tokenizer, WordTokenizer
 from distill import parse_distill
 from int8 import convert, integer_model
 from loop import EVAL_TOKENS, Run, clock, describe, evaluate, print_live, train
-from model import (
-    PRESETS,
-    Model,
-    ModelConfig,
-    build_model,
-    checkpoint_payload,
-    config_of,
-    load_checkpoint,
-    read_checkpoint,
-    save_atomically,
-    set_dropout,
-    with_head,
-)
+from model import PRESETS, Model, ModelConfig, build_model, set_dropout, with_head
 from options import (
     NOT_THE_RESULT,
     TRAINED,

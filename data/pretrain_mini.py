@@ -45,10 +45,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoint import checkpoint_payload, save_atomically
 from data import exit_status, mini
 from data.tokenizer import BOS, EOS, PAD, Tokenizer
 from loop import Progress, clip_gradients, learning_rate, make_optimizers
-from model import PRESETS, Model, build_model, checkpoint_payload, save_atomically
+from model import PRESETS, Model, build_model
 from report import write_json
 from train import check_folder, hardware
 

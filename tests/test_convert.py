@@ -13,8 +13,9 @@ import torch
 from conftest import GOLDEN, ROOT, TOKENIZER
 
 import convert
+from checkpoint import load_checkpoint, read_checkpoint
 from data.tokenizer import Tokenizer
-from model import PRESETS, load_checkpoint, read_checkpoint
+from model import PRESETS
 
 
 @pytest.fixture

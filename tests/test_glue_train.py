@@ -10,11 +10,12 @@ import torch
 
 import report
 import train
+from checkpoint import checkpoint_payload, load_checkpoint, save_atomically
 from data.batches import Batch
 from data.glue import GLUE
 from data.tokenizer import WordPieceTokenizer
 from loop import describe, dev_score, loss_terms, task_loss
-from model import ModelConfig, build_model, checkpoint_payload, load_checkpoint, save_atomically
+from model import ModelConfig, build_model
 from options import COMMON, ON_GLUE, RECIPES, TrainConfig, fill_in
 from packed import load_student
 

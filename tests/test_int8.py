@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TOKENIZER, random_ids
 
+from checkpoint import save_atomically
 from data import UserError
 from int8 import (
     KERNELS,
@@ -22,7 +23,7 @@ from int8 import (
     load_integer,
 )
 from learned import LearnedScale
-from model import build_model, save_atomically
+from model import build_model
 from packed import (
     bytes_on_disk,
     default_keep,

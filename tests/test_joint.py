@@ -11,6 +11,7 @@ from conftest import ROOT, SAMPLE, SCRATCH, results, run
 
 import report
 import train
+from checkpoint import load_checkpoint
 from data.batches import IGNORE, Batch, Dataset, encode_split
 from data.slots import slot_scores
 from data.tasks import find_task
@@ -18,7 +19,7 @@ from data.tokenizer import WordTokenizer
 from distill import LayerSchedule
 from learned import LearnedScale
 from loop import dev_score, evaluate, layerwise_rate, stage_terms, task_loss, train_step
-from model import build_model, load_checkpoint
+from model import build_model
 from options import RECIPES, fill_in, parse_args
 from tt import TensorTrain, TTConfig
 

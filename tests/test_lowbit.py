@@ -13,17 +13,10 @@ from conftest import TOKENIZER, random_ids
 from torch import nn
 
 import model as model_module
+from checkpoint import checkpoint_payload, load_checkpoint, save_atomically
 from data import UserError
 from learned import LearnedActQuantizer, LearnedScale
-from model import (
-    Attention,
-    build_model,
-    checkpoint_payload,
-    load_checkpoint,
-    save_atomically,
-    set_dropout,
-    with_head,
-)
+from model import Attention, build_model, set_dropout, with_head
 from packed import pack, read_student, student_payload
 from prepare import calibrate, prepare
 from quant import ActQuantizer, QuantConfig, TernaryQuantizer, WeightQuantizer, best_clip

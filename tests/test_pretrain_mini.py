@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint import load_checkpoint, read_checkpoint
 from data import mini, pretrain_mini
 from data.pretrain_mini import Batches, Corpus, train_tokenizer
 from data.tokenizer import EOS, PAD, Tokenizer
-from model import load_checkpoint, read_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import torch
 from conftest import SAMPLE, SCRATCH, SMALL, TOKENIZER, run
 
 import train
-from model import build_model, checkpoint_payload
+from checkpoint import checkpoint_payload
+from model import build_model
 
 
 def answer(capsys, *command):

@@ -13,7 +13,8 @@ from conftest import GOLDEN, ROOT, SAMPLE, SCRATCH, TOKENIZER, results, run
 import convert
 import loop
 import train
-from model import build_model, load_checkpoint, read_checkpoint
+from checkpoint import load_checkpoint, read_checkpoint
+from model import build_model
 from options import RECIPES, build_parser, default_out, fill_in, parse_args
 from packed import load_student
 

@@ -15,18 +15,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tt
+from checkpoint import checkpoint_payload, load_checkpoint, save_atomically
 from data import UserError
-from model import (
-    TAPS,
-    Model,
-    ModelConfig,
-    build_model,
-    checkpoint_payload,
-    load_checkpoint,
-    save_atomically,
-    set_dropout,
-    with_head,
-)
+from model import TAPS, Model, ModelConfig, build_model, set_dropout, with_head
 from tt import (
     TensorTrain,
     TTConfig,
