@@ -134,7 +134,13 @@ def test_benchmarks_come_from_the_committed_files(what):
 
 
 @pytest.mark.parametrize(
-    "options", ["xnli-mini/*.json", "atis/*.json --latency bench-tt.json", "glue/*.json"]
+    "options",
+    [
+        "xnli-mini/*.json",
+        "xnli-minilm/*.json",
+        "atis/*.json --latency bench-tt.json",
+        "glue/*.json",
+    ],
 )
 def test_tables_come_from_the_committed_files(options, capsys):
     words = options.split()
