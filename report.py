@@ -349,7 +349,9 @@ def glue_seeds_table(runs: list[dict]) -> str:
     lines = []
     for label in sorted(found, key=glue_order):
         scores = found[label]
-        cells = [label, str(len({seed for _, seed in scores}))]
+        counts = [sum(name == task for name, _ in scores) for task in tasks]
+        least, most = min(counts), max(counts)
+        cells = [label, str(most) if least == most else f"{least} to {most}"]
         for task in tasks:
             cells.append(spread([value for (name, _), value in scores.items() if name == task]))
         if len(tasks) > 1:

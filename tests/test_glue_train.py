@@ -267,6 +267,9 @@ def test_table_over_tasks_and_seeds(tmp_path, capsys):
     assert rows["fp32"] == ["2", "91.00 ± 1.41", "71.00 ± 1.41", "81.00 ± 1.41", "-", "8.0"]
     # means of the tasks: fp32 80, ptq 50, logits 75: 25 of 30 points
     assert rows["logits W2A8"][4] == "83 ± 0" and rows["logits+map W2A8"][4] == "90 ± 0"
+    assert report.main(write_runs(tmp_path, runs[:-1])) == 0  # rte's second seed of the last row
+    last = capsys.readouterr().out.splitlines()[-1].split("|")
+    assert last[1:3] == [" logits+map W2A8 ", " 1 to 2 "]
 
 
 def test_a_table_compares_like_with_like(tmp_path, capsys):
