@@ -75,6 +75,12 @@ def models(tiny_config):
     return teacher, student.eval()
 
 
+@pytest.fixture(scope="session")
+def tokenizer_bytes():
+    with open(TOKENIZER, "rb") as file:
+        return file.read()
+
+
 def random_ids(lengths, vocab, device="cpu"):
     """(ids, mask) of rows with the given lengths, padded on the right with 1."""
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
