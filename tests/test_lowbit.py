@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOKENIZER, random_ids
+from conftest import random_ids
 from torch import nn
 
 import model as model_module
@@ -469,12 +469,6 @@ def test_gradients_inside_attention(bits, least, tiny_config):
 
 
 # ------------------------------------------------------------------------------------------ files
-@pytest.fixture(scope="module")
-def tokenizer_bytes():
-    with open(TOKENIZER, "rb") as file:
-        return file.read()
-
-
 def test_size_of_a_ternary_student(tiny_config, tokenizer_bytes, tmp_path):
     shape = replace(tiny_config, hidden_size=128, ffn_size=512, vocab_size=2000)
     original, model, _ = prepared(TERNARY, shape)
