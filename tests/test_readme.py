@@ -140,7 +140,6 @@ def test_benchmarks_come_from_the_committed_files(what):
         "xnli-minilm/*.json",
         "atis/*.json --latency bench-tt.json",
         "glue/*.json",
-        "glue-sst2/*.json",
     ],
 )
 def test_tables_come_from_the_committed_files(options, capsys):
