@@ -10,7 +10,9 @@ of its own:
 
 which is summed over the tensor and divided by sqrt(N Q_max), N numbers sharing one scale, so that it
 is of the size of a weight's gradient (LSQ, sec. 2.1-2.2). A scale can so trade what it clips for
-finer steps, for the sake of the loss instead of the squared error.
+finer steps, for the sake of the loss instead of the squared error. NOTE: differs for activations: N
+counts the numbers of the batch, not of one example, so this gradient shrinks as batches grow (by
+their square root); Adam divides that out again.
 
     LearnedScale          weights, and cores of tensor trains (Yang et al. 2023)
     LearnedActQuantizer   activations: a calibrated range, trained from there

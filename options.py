@@ -73,6 +73,13 @@ def by_model(name: str) -> str:
     )
 
 
+def by_bits() -> str:
+    """STUDENT_LR in words: "with 2 bits 0.001 for mini, 0.0003 for GLUE, with 3 ..."."""
+    widths = sorted({bits for rates in STUDENT_LR.values() for bits in rates})
+    named = {b: [f"{r[b]:g} for {m}" for m, r in STUDENT_LR.items() if b in r] for b in widths}
+    return ", ".join(f"with {bits} bits {', '.join(rates)}" for bits, rates in named.items())
+
+
 def fill_in(config: "TrainConfig", default_model: str) -> "TrainConfig":
     """The options of a run, with nothing left open that its result depends on."""
     config = replace(config, model=config.model or default_model)
@@ -82,6 +89,7 @@ def fill_in(config: "TrainConfig", default_model: str) -> "TrainConfig":
     if config.task in GLUE:
         kind = ON_GLUE
     recipe = {**COMMON, **RECIPES.get(kind, RECIPES["others"])}
+    recipe["weight_range"] = "lsq" if config.weights == "lsq" else "minmax"
     if config.bits in STUDENT_LR.get(kind, {}):
         recipe = {**recipe, "student_lr": STUDENT_LR[kind][config.bits]}
     missing = {name: value for name, value in recipe.items() if getattr(config, name) is None}
@@ -157,10 +165,11 @@ class TrainConfig:
         QUANT,
         "uniform, ternary (needs --bits 2), or lsq: scales of matrices are trained",
     )
-    weight_range: str = option(
-        "minmax",
+    weight_range: str | None = option(
+        None,
         QUANT,
-        "minmax; mse: clip outliers where it pays; or, with --weights lsq, lsq's start",
+        "minmax; mse: clip outliers where it pays; lsq: 2 mean|w| / sqrt(Q_max), where learned scales "
+        "start; minmax, lsq with --weights lsq",
     )
     weight_clip: float = option(0.0, QUANT, "cut weights at +-X before quantizing; 0 is off")
     act_range: str = option(
@@ -231,7 +240,7 @@ class TrainConfig:
     student_lr: float | None = option(
         None,
         OPTIM,
-        f"the same for qat and sdq; as --lr, {by_model('student_lr')} (more below 5 bits)",
+        f"the same for qat and sdq; as --lr, {by_model('student_lr')}, {by_bits()}",
     )
     warmup: float = option(0.1, OPTIM, "fraction of the steps in which the rate rises")
     weight_decay: float = option(0.01, OPTIM, "of AdamW, on matrices only")
@@ -343,7 +352,7 @@ def check(config: TrainConfig) -> None:
         "eval_split": ("test", "dev"),
         "grid": ("portable", "full"),
         "weights": ("uniform", "ternary", "lsq"),
-        "weight_range": ("minmax", "mse", "lsq"),
+        "weight_range": (None, "minmax", "mse", "lsq"),
         "act_range": ("dynamic", "static", "learned"),
         "output_tap": (None, *OUTPUT_TAPS),
         "observer": tuple(OBSERVERS),
@@ -388,6 +397,11 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:  # also refuses NaN
             raise UserError(f"{flag(name)} {value}: choose a value from {low:g} to {high:g}")
+    if task.regression and (config.label_smoothing or config.temperature != 1.0):
+        name = "label_smoothing" if config.label_smoothing else "temperature"
+        raise UserError(
+            f"{flag(name)} is for classes: {config.task} predicts a number, leave it out"
+        )
     check_methods(config)
     check_distill(config)
     check_quantizers(config)
@@ -401,16 +415,20 @@ def check_methods(config: TrainConfig) -> None:
         raise UserError(f"--methods: {what}; choose from {' '.join(METHODS)}")
     quantized = [name for name in config.methods if name != "fp32"]
     compressed = config.tt_rank and config.model != "scratch"
-    if config.bits == config.act_bits == 32 and quantized and not compressed:
+    left_alone = config.act_bits == config.attention_bits == 32
+    if config.bits == 32 and left_alone and quantized and not compressed:
         raise UserError(
             f"--bits 32 --act-bits 32 quantizes nothing, so {quantized[0]} would be fp32 again: "
             "use --methods fp32"
         )
-    static = config.act_range == "static"
+    static = config.act_range != "dynamic"  # learned ranges start as static ones
     if static and "ptq-static" in config.methods:
-        raise UserError("--act-range static makes ptq static: drop ptq-static from --methods")
-    if config.act_bits == 32 and (static or "ptq-static" in config.methods):
-        raise UserError("static ranges need quantized activations: choose --act-bits 2 to 8")
+        raise UserError(
+            f"--act-range {config.act_range} makes ptq static: drop ptq-static from --methods"
+        )
+    if left_alone and (static or "ptq-static" in config.methods):
+        kind = "learned" if config.act_range == "learned" else "static"
+        raise UserError(f"{kind} ranges need quantized activations: choose --act-bits 2 to 8")
 
 
 def check_distill(config: TrainConfig) -> None:
@@ -439,6 +457,10 @@ def check_distill(config: TrainConfig) -> None:
             f"--distill {config.distill} with weights of 0 makes sdq the same as qat: use "
             "--methods fp32 ptq qat"
         )
+    if config.output_tap and "output" not in parts:
+        raise UserError(f"--output-tap: {config.distill} has no output; add it, or leave this out")
+    if config.temperature != 1.0 and "logits" not in parts:
+        raise UserError("--temperature softens the logits: distil them, too, or leave it out")
     if any(layer < 1 for layer in config.distill_layers):
         raise UserError(f"--distill-layers {min(config.distill_layers)}: blocks count from 1")
     if len(set(config.distill_layers)) < len(config.distill_layers):
@@ -448,6 +470,7 @@ def check_distill(config: TrainConfig) -> None:
 
 
 NOT_LAYERWISE = {"gamma": None, "part_weights": (), "task_weight": 1.0, "distill_layers": ()}
+NOT_LAYERWISE |= {"beta": None, "output_tap": None}
 
 
 def check_quantizers(config: TrainConfig) -> None:
@@ -459,12 +482,15 @@ def check_quantizers(config: TrainConfig) -> None:
         raise UserError(
             f"--weights {config.weights} is for matrices: cores of tensor trains have learned scales"
         )
+    if config.weights == "ternary" and config.weight_range:
+        raise UserError("--weights ternary has a range of its own: leave out --weight-range")
     if config.weight_range == "lsq" and config.weights != "lsq":
         raise UserError("--weight-range lsq is where learned scales start: add --weights lsq")
     if config.weight_clip and (config.weights == "lsq" or config.tt_rank):
         raise UserError("--weight-clip: learned scales learn where to clip; leave it out")
-    if config.act_range == "learned" and config.act_bits == 32:
-        raise UserError("--act-range learned needs quantized activations: choose --act-bits 2 to 8")
+    if config.bits == 32 and (config.weight_clip or config.weight_range):
+        name = "weight_clip" if config.weight_clip else "weight_range"
+        raise UserError(f"{flag(name)} is for quantized weights: choose --bits 2 to 8")
 
 
 def check_model(config: TrainConfig) -> None:

@@ -17,7 +17,8 @@ import sys
 from collections.abc import Callable
 
 from data import UserError, exit_status
-from report import expand, over_seeds, read_results
+from data.glue import GLUE
+from report import THE_LOSS, expand, is_glue, loss_label, over_seeds, read_results
 
 COLORS = {
     "fp32": "#555555",
@@ -36,7 +37,7 @@ def draw_bits(axes, runs: list[dict]) -> None:
     """Accuracy against the bits of the weights: a line a method, an error bar a standard deviation."""
     values = over_seeds(runs)
     some = next(iter(values.values()))
-    figure = "zero-shot" if some["zero-shot"] else "en"
+    figure = "zero-shot" if some["zero-shot"] and not is_glue(runs[0]) else "en"  # MNLI: matched
     widths = sorted({width for width, _ in values if width}, key=lambda w: int(w[1 : w.index("A")]))
     if ("", "fp32") in values:
         teacher = statistics.fmean(values[("", "fp32")][figure])
@@ -52,8 +53,8 @@ def draw_bits(axes, runs: list[dict]) -> None:
             shifted, means, deviations, label=name, color=COLORS[name], marker="o", capsize=3
         )
     axes.set_xticks(range(len(widths)), widths)
-    what = "English" if figure == "en" else "zero-shot mean"
-    axes.set(xlabel="bits of weights and activations", ylabel=f"{what} accuracy, %")
+    what = "zero-shot mean " if figure == "zero-shot" else "" if is_glue(runs[0]) else "English "
+    axes.set(xlabel="bits of weights and activations", ylabel=what + measure(runs[0]))
     seeds = max(len(entry["en"]) for entry in values.values())
     config = runs[0]["config"]
     axes.set_title(f"{config['task']} {config['eval_split']}, {runs[0]['model']}, {seeds} seeds")
@@ -61,17 +62,24 @@ def draw_bits(axes, runs: list[dict]) -> None:
     axes.legend(frameon=False)
 
 
+def measure(run: dict) -> str:
+    """What a task's figure is: "accuracy, %", or "mean of pearson and spearman, %"."""
+    metrics = GLUE[run["config"]["task"]].metrics if is_glue(run) else ("accuracy",)
+    return ("mean of " if len(metrics) > 1 else "") + " and ".join(metrics) + ", %"
+
+
 def draw_languages(axes, run: dict) -> None:
-    """One run: a group of bars a language, a bar a method."""
+    """One run: a group of bars a language (a test set), a bar a method."""
     methods, languages = run["methods"], run["languages"]
     width = 0.8 / len(methods)
     for i, (name, row) in enumerate(methods.items()):
-        heights = [row["languages"][language]["accuracy"] for language in languages]
+        tests = [row["languages"][language] for language in languages]
+        heights = [test.get("score", test.get("accuracy")) for test in tests]
         places = [k - 0.4 + width * (i + 0.5) for k in range(len(languages))]
         axes.bar(places, heights, width, label=name, color=COLORS[name])
     axes.set_xticks(range(len(languages)), languages)
     config = run["config"]
-    axes.set(ylabel="accuracy, %")
+    axes.set(ylabel=measure(run))
     axes.set_title(
         f"{config['task']} {config['eval_split']}, {run['model']}, W{config['bits']}A{config['act_bits']}"
     )
@@ -105,10 +113,8 @@ def draw_errors(axes, run: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------- tensor trains
-def read_runs(
-    patterns: list[str], same: tuple[str, ...] = ("task", "eval_split")
-) -> dict[str, dict]:
-    """Path -> results.json, of runs that have the settings `same` in common."""
+def read_runs(patterns: list[str]) -> dict[str, dict]:
+    """Path -> results.json, of runs of one task and split."""
     paths = expand(patterns)
     runs = {}
     for path in paths:
@@ -121,7 +127,7 @@ def read_runs(
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{path} is not a results.json of train.py") from None
         first = next(iter(runs.values()), run)["config"]
-        for name in same:
+        for name in ("task", "eval_split"):
             if config.get(name) != first.get(name):
                 raise UserError(f"{path} and {paths[0]} differ in --{name.replace('_', '-')}")
         runs[path] = run
@@ -237,24 +243,25 @@ def read_recovery(patterns: list[str]) -> tuple[dict, dict[str, dict[str, list[l
 
     The label is "PTQ", "QAT" or what was distilled. A seed's curve is the mean over its tasks.
     """
-    runs = read_runs(patterns, ("eval_split", "model", "bits", "act_bits"))
+    runs = read_results(patterns, losses=True)
     found = {}  # label -> seed -> task -> recovery
-    for path, run in runs.items():
+    for path, run in zip(expand(patterns), runs, strict=True):
         config = run["config"]
         seed, task = config["seed"], config["task"]
+        for name in ("bits", "act_bits"):
+            if config[name] != runs[0]["config"][name]:
+                other = expand(patterns)[0]
+                raise UserError(f"{path} and {other} differ in --{name.replace('_', '-')}")
         measured = {name: row for name, row in run["methods"].items() if "recovery" in row}
         if not measured:
             raise UserError(f"{path}: no recovery in this file: run train.py with --analyze")
         for name, row in measured.items():
-            label = config.get("distill", "sdq") if name == "sdq" else name.upper()
-            tasks = found.setdefault(label, {}).setdefault(seed, {})
+            label = loss_label(config, name) if name == "sdq" else name.upper()
             # PTQ and QAT distil nothing: the runs of all losses have them, and they are the same
-            if task in tasks and name == "sdq":
-                raise UserError(f"{path}: a second run of {label} on {task}, seed {seed}")
-            tasks.setdefault(task, row["recovery"])
+            found.setdefault(label, {}).setdefault(seed, {}).setdefault(task, row["recovery"])
     check_recovery(found)
-    tasks = sorted({run["config"]["task"] for run in runs.values()})
-    return next(iter(runs.values()))["config"] | {"tasks": tasks}, {
+    tasks = sorted({run["config"]["task"] for run in runs})
+    return runs[0]["config"] | {"tasks": tasks}, {
         label: {kind: [mean_curve(tasks, kind) for tasks in seeds.values()] for kind in RECOVERY}
         for label, seeds in found.items()
     }
@@ -462,6 +469,10 @@ def plan(files: list[str], kind: str | None) -> tuple:
         return draw_errors, runs[0], panels, (2.4 * panels, 3.2)
     if len(runs) == 1:
         return draw_languages, runs[0], 1, (8, 4)
+    for name in ("task", *THE_LOSS):  # report.py tells those of GLUE apart; a line a method can't
+        if any(run["config"].get(name) != runs[0]["config"].get(name) for run in runs):
+            wanted = f"--{name.replace('_', '-')}"
+            raise UserError(f"these runs differ in {wanted}: draw those of one, or --recovery")
     return draw_bits, runs, 1, (8, 4)
 
 
@@ -485,6 +496,8 @@ def draw(files: list[str], out: str, kind: str | None) -> None:
         figure.savefig(out, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write --out {out}: {error}") from None
+    finally:
+        pyplot.close(figure)
     print(f"wrote {out}")
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Callable
 
 from data import UserError, exit_status
 from data.glue import GLUE
@@ -46,17 +47,26 @@ def score(row: dict) -> float:
     return row["english"] if row["zero_shot_mean"] is None else row["zero_shot_mean"]
 
 
-def recovered(methods: dict[str, dict], name: str) -> float | None:
+def score_of_tests(row: dict) -> float:
+    """A GLUE task's figure: the mean over its test sets (MNLI has two)."""
+    return statistics.fmean(found["score"] for found in row["languages"].values())
+
+
+def won_back(own: float, ptq: float, full: float) -> float | None:
     """How much of what PTQ lost a method won back, in %: (method - PTQ) / (FP32 - PTQ).
 
-    None where it means nothing: PTQ lost less than two points, or a row is missing.
+    None where it means nothing: PTQ lost less than two points.
     """
+    return 100 * (own - ptq) / (full - ptq) if full - ptq >= 2.0 else None
+
+
+def recovered(
+    methods: dict[str, dict], name: str, figure: Callable[[dict], float] = score
+) -> float | None:
+    """What the method `name` won back of a row's figure; None also where a row is missing."""
     if name in ("fp32", "ptq") or not {"fp32", "ptq"} <= set(methods):
         return None
-    full, lost = score(methods["fp32"]), score(methods["ptq"])
-    if full - lost < 2.0:
-        return None
-    return 100 * (score(methods[name]) - lost) / (full - lost)
+    return won_back(*(figure(methods[row]) for row in (name, "ptq", "fp32")))
 
 
 def is_joint(results: dict) -> bool:
@@ -102,7 +112,7 @@ def glue_table(results: dict) -> str:
 
     lines = []
     for name, row in methods.items():
-        won = recovered(methods, name)
+        won = recovered(methods, name, score_of_tests)
         cells = [name, *cells_of(row), "-" if won is None else f"{won:.0f} %"]
         cells.append(", ".join(cells_of(row["student"])) if "student" in row else "-")
         lines.append([*cells, f"{row['size_bytes'] / 1e6:.1f}", f"{row['train_seconds']:.0f}"])
@@ -192,7 +202,7 @@ MAY_DIFFER_JOINT = "tt_rank tt_embedding_rank lr epochs weight_range act_range".
 MAY_DIFFER_JOINT += "student_dropout student_epochs student_lr".split()
 MAY_DIFFER = "seed bits act_bits out methods threads save_every analyze".split()
 # Of GLUE one table compares what is distilled, on several tasks with recipes of their own.
-MAY_DIFFER_GLUE = ["distill", "gamma", "part_weights"]
+THE_LOSS = ["distill", "gamma", "part_weights"]
 
 
 def expand(patterns: list[str]) -> list[str]:
@@ -200,10 +210,11 @@ def expand(patterns: list[str]) -> list[str]:
     return [path for pattern in patterns for path in (sorted(glob.glob(pattern)) or [pattern])]
 
 
-def read_results(patterns: list[str]) -> list[dict]:
+def read_results(patterns: list[str], losses: bool = False) -> list[dict]:
     """The given results.json files, all of the same experiment but for width and seed. A width has
     its own --student-lr, as options.STUDENT_LR says.
 
+    losses: also for what is distilled (of GLUE always).
     """
     paths = expand(patterns)
     runs, seen = [], {}
@@ -214,9 +225,9 @@ def read_results(patterns: list[str]) -> list[dict]:
             may_differ = MAY_DIFFER + (MAY_DIFFER_JOINT if is_joint(run) else [])
             key = tuple(run["config"][name] for name in ("task", "seed", "bits", "act_bits"))
             key += (run["config"].get("tt_rank", 0), run["config"].get("tt_embedding_rank"))
-            if is_glue(run):
-                may_differ = MAY_DIFFER + MAY_DIFFER_GLUE
-                key += tuple(str(run["config"][name]) for name in MAY_DIFFER_GLUE)
+            if losses or is_glue(run):
+                may_differ = MAY_DIFFER + THE_LOSS
+                key += tuple(str(run["config"].get(name)) for name in THE_LOSS)
             settings = {k: v for k, v in run["config"].items() if k not in may_differ}
             for row in run["methods"].values():
                 row["english"], row["zero_shot_mean"], row["size_bytes"], row["languages"]
@@ -261,7 +272,10 @@ def over_seeds(runs: list[dict]) -> dict[tuple[str, str], dict[str, list[float]]
             values = {"en": row["english"], "zero-shot": row["zero_shot_mean"]}
             values["recovered"] = recovered(run["methods"], name)
             values["MB"] = row["size_bytes"] / 1e6
-            values |= {language: x["accuracy"] for language, x in row["languages"].items()}
+            values |= {
+                language: x.get("score", x.get("accuracy"))
+                for language, x in row["languages"].items()
+            }
             entry = found.setdefault((width, name), {key: [] for key in values})
             for key, value in values.items():
                 if value is not None:
@@ -358,26 +372,29 @@ def glue_seeds_table(runs: list[dict]) -> str:
             cells.append(spread(list(means[label].values())))
         ptq = means.get("ptq" + label[label.rfind(" ") :], {})
         full = means.get("fp32", {})
-        seeds = [
-            s for s in means[label] if s in ptq and s in full and label[:4] not in ("fp32", "ptq ")
-        ]
-        won = [100 * (means[label][s] - ptq[s]) / (full[s] - ptq[s]) for s in seeds]
+        seeds = [] if label[:4] in ("fp32", "ptq ") else set(means[label]) & set(ptq) & set(full)
+        won = [won_back(means[label][s], ptq[s], full[s]) for s in sorted(seeds)]
+        won = [percent for percent in won if percent is not None]
         lines.append([*cells, spread(won, 0), f"{statistics.fmean(sizes[label]):.1f}"])
     titles = [f"{task} ({', '.join(GLUE[task].metrics)})" for task in tasks]
     mean = ["mean"] if len(tasks) > 1 else []
     return markdown_table(["", "seeds", *titles, *mean, "recovered %", "MB"], lines)
 
 
-def glue_label(config: dict, method: str) -> str:
-    """ "fp32", "ptq W2A8", "logits+map W2A8": a distilled row is called by what is distilled."""
-    if method == "fp32":
+def loss_label(config: dict, method: str) -> str:
+    """ "ptq", "logits+map": a distilled row is called by what is distilled."""
+    if method != "sdq":
         return method
-    name = config["distill"] if method == "sdq" else method
-    if method == "sdq" and config["gamma"] is not None:
+    name = config.get("distill", method)
+    if config.get("gamma") is not None:
         name += f", gamma {config['gamma']:g}"
-    if method == "sdq" and config["part_weights"]:
-        name += ", " + " ".join(config["part_weights"])
-    return f"{name} W{config['bits']}A{config['act_bits']}"
+    return ", ".join(filter(None, [name, " ".join(config.get("part_weights") or ())]))
+
+
+def glue_label(config: dict, method: str) -> str:
+    """ "fp32", "ptq W2A8", "logits+map W2A8"."""
+    width = "" if method == "fp32" else f" W{config['bits']}A{config['act_bits']}"
+    return loss_label(config, method) + width
 
 
 def glue_order(label: str) -> tuple:
@@ -385,11 +402,6 @@ def glue_order(label: str) -> tuple:
     first = label.split(" ")[0]
     places = ["fp32", "ptq", "qat"]
     return (places.index(first) if first in places else len(places), label.count("+"), label)
-
-
-def score_of_tests(row: dict) -> float:
-    """A task's figure: the mean over its test sets (MNLI has two)."""
-    return statistics.fmean(found["score"] for found in row["languages"].values())
 
 
 def seed_means(scores: dict[tuple[str, int], float], tasks: list[str]) -> dict[int, float]:
@@ -446,6 +458,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def job() -> None:
         runs = read_results(args.files)
+        if args.languages and (is_joint(runs[0]) or is_glue(runs[0])):
+            raise UserError(f"{runs[0]['config']['task']} has no languages: leave out --languages")
         if is_joint(runs[0]):
             print(joint_seeds_table(runs, read_latency(args.latency)))
         elif is_glue(runs[0]):

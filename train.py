@@ -388,8 +388,8 @@ def run_ladder(config: TrainConfig, resume: bool) -> None:
     rows = sum(map(len, tests.values()))
     print(f"{len(train_set):,} training examples, {rows:,} test examples in {len(tests)} languages")
     run = Run(config, out, device, train_set, dev)
-    start_folder(run, resume)
     results = load_results(run, source, list(tests), resume)
+    start_folder(run, resume)
     teacher, teacher_bytes, teacher_seconds = get_teacher(run, source, resume)
     quantized = [method for method in config.methods if method != "fp32"]
     for method in config.methods:
@@ -530,6 +530,12 @@ def load_results(run: Run, source: Source, languages: list[str], resume: bool) -
     if resume and os.path.exists(run.results_file):
         with open(run.results_file, encoding="utf-8") as file:
             results["methods"] = json.load(file)["methods"]
+    done = [name for name in results["methods"] if name != "fp32"]
+    if run.config.analyze and any("errors" not in results["methods"][name] for name in done):
+        raise UserError(
+            f"--analyze: {run.out} has rows that were not analyzed, and their models are gone: "
+            "resume without it, or start anew with --analyze and another --out"
+        )
     return results
 
 

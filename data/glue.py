@@ -28,8 +28,10 @@ reported:
     dev     10 % of train.tsv, at most 1,000 rows, drawn once and for all: chooses the epoch
     test    the official dev.tsv (of MNLI dev_matched.tsv and dev_mismatched.tsv): reported
 
-No text is in both train and dev: what is in dev is taken out of train wherever it occurs.
-NOTE: SST-2's train.tsv holds phrases of the sentences it holds, so there dev is easier than test.
+No example is in both train and dev: a text (a pair, in its order) of dev is taken out of train
+wherever it occurs. NOTE: parts of it may be there. SST-2's train.tsv holds phrases of the sentences
+it holds, and single sentences of STS-B, MRPC and RTE stand in several pairs, so dev may be easier
+than test.
 """
 
 import os

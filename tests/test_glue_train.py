@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import plot
 import report
 import train
 from checkpoint import checkpoint_payload, load_checkpoint, save_atomically
@@ -129,6 +130,18 @@ def test_other_quantizers_and_losses(tmp_path, bert, options):
     assert run(tmp_path, bert, "rte", "--methods", "ptq", "sdq", *options.split()) == 0
     for row in results(tmp_path)["methods"].values():
         assert row["languages"] == row["student"]["languages"]
+
+
+@pytest.mark.parametrize("options", ["--bits 32", "--bits 4 --act-range static"])
+def test_attention_alone_is_quantized(tmp_path, bert, options):
+    """Nothing to multiply in integers: the student itself is tested."""
+    words = ["--act-bits", "32", "--attention-bits", "4", *options.split()]
+    assert run(tmp_path, bert, "rte", "--methods", "fp32", "ptq", "sdq", *words) == 0
+    assert "student" not in results(tmp_path)["methods"]["sdq"]
+    student, _ = load_student(str(tmp_path / "run" / "student.pt"))
+    attention = student.encoder.layers[0].attention
+    assert attention.query_quantizer.static == ("static" in options)
+    assert isinstance(attention.input_quantizer, torch.nn.Identity)
 
 
 def test_a_saved_student_is_tested_again(tmp_path, bert, capsys):
@@ -270,6 +283,48 @@ def test_table_over_tasks_and_seeds(tmp_path, capsys):
     assert report.main(write_runs(tmp_path, runs[:-1])) == 0  # rte's second seed of the last row
     last = capsys.readouterr().out.splitlines()[-1].split("|")
     assert last[1:3] == [" logits+map W2A8 ", " 1 to 2 "]
+
+
+def test_what_ptq_did_not_lose_is_not_recovered(tmp_path, capsys):
+    """At 8 bits, say: a difference of a few examples is no share of anything."""
+    for ptq in (70.0, 69.0, 71.0):
+        rows = {"fp32": 70.0, "ptq": ptq, "qat": 70.5, "sdq": 70.0}
+        assert report.main(write_runs(tmp_path, [made_up("rte", 0, "logits", rows)])) == 0
+        for line in capsys.readouterr().out.splitlines()[2:]:
+            assert line.split("|")[4].strip() == "-"
+
+
+def test_recovered_counts_both_test_sets_of_mnli():
+    def row(matched, mismatched):
+        tests = {"matched": {"score": matched}, "mismatched": {"score": mismatched}}
+        return {"english": matched, "zero_shot_mean": mismatched, "languages": tests}
+
+    rows = {"fp32": row(80.0, 80.0), "ptq": row(40.0, 70.0), "sdq": row(60.0, 79.0)}
+    won = report.recovered(rows, "sdq", report.score_of_tests)
+    assert won == pytest.approx(100 * (69.5 - 55) / 25)
+
+
+def test_figure_of_a_regression(tmp_path, capsys):
+    """Drawn by its score; several losses or tasks are no line of one method."""
+    pytest.importorskip("matplotlib")
+    made = [
+        made_up("stsb", seed, distill, {"fp32": 80.0, "sdq": 70.0 + seed}, eval_split="test")
+        for distill in ("logits", "logits+map")
+        for seed in (0, 1)
+    ]
+    for one in made:
+        one["model"] = "m"
+        del one["methods"]["sdq"]["languages"]["en"]["accuracy"]
+    paths = write_runs(tmp_path, made)
+    out = tmp_path / "x.png"
+    assert plot.main([paths[0], "--out", str(out)]) == 0
+    assert plot.main([*paths[:2], "--out", str(out)]) == 0 and out.stat().st_size > 5000
+    assert plot.measure(made[0]) == "mean of pearson and spearman, %"
+    capsys.readouterr()
+    assert plot.main([*paths, "--out", str(out)]) == 2
+    assert "differ in --distill" in capsys.readouterr().err
+    assert report.main([paths[0], "--languages"]) == 2
+    assert "leave out --languages" in capsys.readouterr().err
 
 
 def test_a_table_compares_like_with_like(tmp_path, capsys):

@@ -186,14 +186,16 @@ def test_both_read_the_token_types(tiny_config):
 # --------------------------------------------------------------------------------------- the figure
 def write(folder, recoveries, **config):
     """A results.json with what --recovery reads. recoveries: method -> ranking of each layer."""
-    methods = {
-        name: {"recovery": {"ranking": ranking, "cover": [2 * x for x in ranking]}}
+    found = {"english": 1.0, "zero_shot_mean": None, "size_bytes": 1, "languages": {}}
+    methods = {"fp32": found} | {
+        name: found | {"recovery": {"ranking": ranking, "cover": [2 * x for x in ranking]}}
         for name, ranking in recoveries.items()
     }
     settings = {"task": "cola", "eval_split": "dev", "model": "m", "bits": 2, "act_bits": 8}
-    value = {"config": settings | {"seed": 0, "distill": "logits+map"} | config}
+    settings |= {"seed": 0, "noise": 1.0, "distill": "logits+map", "gamma": None}
+    settings |= {"part_weights": []}
     path = folder / f"{len(list(folder.iterdir()))}.json"
-    path.write_text(json.dumps(value | {"model": "bert", "methods": {"fp32": {}} | methods}))
+    path.write_text(json.dumps({"config": settings | config, "model": "bert", "methods": methods}))
     return str(path)
 
 
@@ -214,6 +216,13 @@ def test_what_is_drawn(tmp_path):
     assert curves["logits+output"]["cover"][1] == pytest.approx([0.34, 0.64])
 
 
+def test_weights_of_parts_are_told_apart(tmp_path):
+    for weights in ([], ["map=30.0"]):
+        write(tmp_path, {"sdq": [0.1, 0.2]}, part_weights=weights)
+    _, curves = plot.read_recovery([str(tmp_path / "*.json")])
+    assert set(curves) == {"logits+map", "logits+map, map=30.0"}
+
+
 def test_what_cannot_be_drawn(tmp_path, capsys):
     def refused(*files):
         assert plot.main([*files, "--recovery", "--out", str(tmp_path / "x.png")]) == 2
@@ -221,7 +230,8 @@ def test_what_cannot_be_drawn(tmp_path, capsys):
 
     first = write(tmp_path, {"sdq": [0.1, 0.2]})
     assert "no recovery" in refused(write(tmp_path, {}))
-    assert "a second run" in refused(first, write(tmp_path, {"sdq": [0.3, 0.2]}))
+    assert "the same seed" in refused(first, write(tmp_path, {"sdq": [0.3, 0.2]}))
+    assert "--noise" in refused(first, write(tmp_path, {"sdq": [0.3, 0.2]}, seed=1, noise=0.5))
     assert "--bits" in refused(first, write(tmp_path, {"sdq": [0.3, 0.2]}, bits=4, seed=1))
     assert "layers" in refused(first, write(tmp_path, {"sdq": [0.3]}, seed=1))
     assert "rte" in refused(first, write(tmp_path, {"sdq": [0.3, 0.1]}, seed=1, task="rte"))

@@ -285,6 +285,15 @@ def test_resume_refuses_other_options(tmp_path, capsys):
     assert run(tmp_path, "--steps", "2", "--methods", "fp32", "--resume") == 0  # nothing left to do
 
 
+def test_finished_rows_are_not_analyzed_later(tmp_path, capsys):
+    options = ["--steps", "2", "--methods", "fp32", "ptq"]
+    assert run(tmp_path, *options) == 0
+    before = (tmp_path / "run" / "config.json").read_text()
+    assert run(tmp_path, *options, "--resume", "--analyze") == 2
+    assert "rows that were not analyzed" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.json").read_text() == before
+
+
 def test_nan_stops_with_the_last_state_kept(tmp_path, capsys, monkeypatch):
     real = loop.train_step
 
