@@ -10,7 +10,8 @@ zero point z:
 model). *Affine* grids spend their integers on [min, max] wherever that lies (activations: a GELU
 output is never below -0.17). One scale may serve a whole tensor, each output channel of a weight,
 or each token of an activation: finer is more exact and costs a vector of scales. 2 bits, symmetric,
-is the ternary grid {-1, 0, 1}, for which there is a rule of its own (TernaryQuantizer).
+is the ternary grid {-1, 0, 1}, for which there is a rule of its own (TernaryQuantizer); the fourth
+value that two bits have room for, -2, is used by scales that are learned (learned.py).
 
 Training. round() has derivative 0 almost everywhere, so nothing would learn. The straight-through
 estimator (Bengio et al. 2013) pretends that rounding is the identity, except where x was clipped:

@@ -87,6 +87,16 @@ def default_model(task: str) -> str:
     return "xlmr-base" if there else "mini"
 
 
+def coarse(config: TrainConfig) -> str | None:
+    """What to try instead where the scale spends the few steps of the grid on the largest weight."""
+    usual = (config.bits, config.weights, config.weight_range) == (2, "uniform", "minmax")
+    if not usual or config.methods == ("fp32",):
+        return None
+    if config.tt_rank:
+        return "2 bits: with max|G| as a scale most numbers of a core round to 0; --weight-range mse"
+    return "2 bits: with max|w| as a scale most weights round to 0; --weights lsq keeps far more"
+
+
 def introduce(model: str, task: str) -> str:
     """The first line of a run: which model this is, and how to get the other."""
     if task in GLUE:
@@ -375,6 +385,8 @@ def run_ladder(config: TrainConfig, resume: bool) -> None:
     begun = time.monotonic()
     config = fill_in(config, default_model(config.task))
     print(introduce(config.model, config.task))
+    if hint := coarse(config):
+        print(hint)
     out = config.out or default_out(config)
     device = choose_device(config)
     check_folder(out)

@@ -430,7 +430,8 @@ def test_report_is_of_the_integer_model(tmp_path, monkeypatch):
 
 def test_analyze_adds_errors_of_each_layer(tmp_path, capsys):
     assert run(tmp_path, "--analyze", "--steps", "1", "--bits", "2") == 0
-    assert "error of context" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "--weights lsq keeps far more" in printed and "error of context" in printed
     found = results(tmp_path)["methods"]
     assert "errors" not in found["fp32"]
     for name in ("ptq", "qat", "sdq"):
