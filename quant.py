@@ -327,6 +327,8 @@ class QuantConfig:
             raise UserError(f"weight clip is {self.weight_clip}: choose 0 (off) or more")
         if self.weights == "ternary" and self.weight_bits not in (2, 32):
             raise UserError(f"ternary weights have 2 bits, not {self.weight_bits}")
+        if self.weights == "ternary" and self.weight_range != "minmax":
+            raise UserError("ternary weights have a range of their own: leave weight range alone")
         if self.weight_range == "lsq" and self.weights != "lsq":
             raise UserError("weight range lsq is where learned scales start: it needs weights lsq")
         if self.weight_clip and self.weights == "lsq":

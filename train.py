@@ -93,7 +93,9 @@ def coarse(config: TrainConfig) -> str | None:
     if not usual or config.methods == ("fp32",):
         return None
     if config.tt_rank:
-        return "2 bits: with max|G| as a scale most numbers of a core round to 0; --weight-range mse"
+        return (
+            "2 bits: with max|G| as a scale most numbers of a core round to 0; --weight-range mse"
+        )
     return "2 bits: with max|w| as a scale most weights round to 0; --weights lsq keeps far more"
 
 
