@@ -469,7 +469,7 @@ def plan(files: list[str], kind: str | None) -> tuple:
         return draw_errors, runs[0], panels, (2.4 * panels, 3.2)
     if len(runs) == 1:
         return draw_languages, runs[0], 1, (8, 4)
-    for name in ("task", *THE_LOSS):  # report.py tells those of GLUE apart; a line a method can't
+    for name in ("task", *THE_LOSS):  # a line is a method here: it would mix what these tell apart
         if any(run["config"].get(name) != runs[0]["config"].get(name) for run in runs):
             wanted = f"--{name.replace('_', '-')}"
             raise UserError(f"these runs differ in {wanted}: draw those of one, or --recovery")
