@@ -137,6 +137,7 @@ def test_benchmarks_come_from_the_committed_files(what):
     "options",
     [
         "xnli-mini/*.json",
+        "xnli-mini-lsq/*.json",
         "xnli-minilm/*.json",
         "atis/*.json --latency bench-tt.json",
         "glue/*.json",
