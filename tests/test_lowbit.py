@@ -519,20 +519,6 @@ def test_codes_that_are_not_ternary_are_refused(name, at, tiny_config, tmp_path)
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"weights": "ternary", "weight_range": "mse"}, "leave weight range alone"),
-        ({"weights": "ternary", "weight_bits": 3}, "ternary weights have 2 bits, not 3"),
-        ({"weight_range": "lsq"}, "it needs weights lsq"),
-        ({"weights": "lsq", "weight_clip": 1.0}, "leave weight clip at 0"),
-    ],
-)
-def test_settings_that_contradict_each_other(settings, message):
-    with pytest.raises(UserError, match=message):
-        QuantConfig(**{"weight_bits": 2} | settings)
-
-
 def test_a_ternary_file_names_two_bits(tiny_config, tmp_path):
     _, model, _ = prepared(TERNARY, tiny_config)
     payload = student_payload(model, TERNARY, b"x")

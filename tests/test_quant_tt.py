@@ -8,7 +8,6 @@ from conftest import random_ids
 from test_quant import prepared
 from torch import nn
 
-import quant
 from data import UserError
 from learned import LearnedScale
 from prepare import calibrate, prepare
@@ -210,34 +209,3 @@ def test_every_parameter_of_quantized_tensor_trains_learns(train_config):
     for name, parameter in model.named_parameters():
         if "attention.key.bias" not in name:  # softmax cancels it
             assert parameter.grad is not None and parameter.grad.any(), name
-
-
-def test_config_refuses_nonsense():
-    for values, message in (
-        ({"weight_bits": 1}, "weight_bits is 1"),
-        ({"act_bits": 16}, "act_bits is 16"),
-        ({"noise": 1.5}, "noise is 1.5"),
-        ({"noise_block": 0}, "noise block is 0"),
-        ({"observer": "best"}, "observer is 'best'"),
-        ({"act_range": "fixed"}, "act_range is 'fixed'"),
-        ({"attention_bits": 1}, "attention_bits is 1"),
-        ({"attention_bits": 9}, "attention_bits is 9"),
-        ({"weights": "binary"}, "weights is 'binary'"),
-        ({"weights": "ternary"}, "ternary weights have 2 bits, not 8"),
-        ({"weights": "ternary", "weight_bits": 4}, "ternary weights have 2 bits, not 4"),
-        ({"weight_range": "lsq"}, "it needs weights lsq"),
-        ({"weight_range": "lsq", "weights": "ternary", "weight_bits": 2}, "it needs weights lsq"),
-        ({"weight_clip": -0.1}, "weight clip is -0.1"),
-        ({"weight_clip": float("nan")}, "weight clip is nan"),
-        ({"weight_clip": float("inf")}, "weight clip is inf"),
-    ):
-        with pytest.raises(UserError, match=message):
-            QuantConfig(**values)
-    QuantConfig(weight_bits=2, weights="ternary", weight_clip=0.1, attention_bits=2)
-    QuantConfig(weights="lsq", weight_range="lsq", act_range="learned", attention_bits=8)
-
-
-def test_docstring_examples():
-    import doctest
-
-    assert doctest.testmod(quant, extraglobs={"torch": torch}).failed == 0
