@@ -39,14 +39,14 @@ from bench_common import (
 )
 from bench_tt import bench_tt, tt_table
 from checkpoint import config_of, read_checkpoint
-from data import UserError, exit_status, mini
+from data import UserError, exit_status, flag, mini
 from data.batches import CACHE_DIR, Batch, Dataset, collate, dataset_of, evaluation_batches
 from data.tasks import find_task, load
 from data.tokenizer import Tokenizer
 from int8 import IntLinear, choose_kernel
 from loop import EVAL_TOKENS
 from model import PRESETS, build_model, set_dropout
-from options import OneLineParser, TrainConfig, fill_in, flag
+from options import OneLineParser, TrainConfig, fill_in
 from packed import Weight
 from prepare import prepare
 from quant import ActQuantizer, QuantConfig, WeightQuantizer, choose_qparams

@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import dataclass, field, fields, replace
 
-from data import UserError
+from data import UserError, flag
 from data.glue import GLUE
 from data.tasks import TASKS, find_task
 from distill import LAYERWISE, ORDERS, OUTPUT_TAPS, PARTS, parse_distill, part_weights
@@ -469,8 +469,14 @@ def check_distill(config: TrainConfig) -> None:
         raise UserError("--distill-layers: logits have no layers; distil map or output, say")
 
 
-NOT_LAYERWISE = {"gamma": None, "part_weights": (), "task_weight": 1.0, "distill_layers": ()}
-NOT_LAYERWISE |= {"beta": None, "output_tap": None}
+NOT_LAYERWISE = {
+    "beta": None,
+    "gamma": None,
+    "part_weights": (),
+    "task_weight": 1.0,
+    "output_tap": None,
+    "distill_layers": (),
+}
 
 
 def check_quantizers(config: TrainConfig) -> None:
@@ -505,10 +511,6 @@ def check_model(config: TrainConfig) -> None:
         for name in ("layers", "hidden", "heads", "tokenizer"):
             if getattr(config, name) is not None:
                 raise UserError(f"{flag(name)} shapes a new model: it needs --model scratch")
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 NOT_THE_RESULT = (

@@ -16,9 +16,9 @@ import statistics
 import sys
 from collections.abc import Callable
 
-from data import UserError, exit_status
+from data import UserError, exit_status, flag
 from data.glue import GLUE
-from report import THE_LOSS, expand, is_glue, loss_label, over_seeds, read_results
+from report import THE_LOSS, expand, is_glue, loss_label, over_seeds, read_results, score_of_test
 
 COLORS = {
     "fp32": "#555555",
@@ -73,8 +73,7 @@ def draw_languages(axes, run: dict) -> None:
     methods, languages = run["methods"], run["languages"]
     width = 0.8 / len(methods)
     for i, (name, row) in enumerate(methods.items()):
-        tests = [row["languages"][language] for language in languages]
-        heights = [test.get("score", test.get("accuracy")) for test in tests]
+        heights = [score_of_test(row["languages"][language]) for language in languages]
         places = [k - 0.4 + width * (i + 0.5) for k in range(len(languages))]
         axes.bar(places, heights, width, label=name, color=COLORS[name])
     axes.set_xticks(range(len(languages)), languages)
@@ -129,7 +128,7 @@ def read_runs(patterns: list[str]) -> dict[str, dict]:
         first = next(iter(runs.values()), run)["config"]
         for name in ("task", "eval_split"):
             if config.get(name) != first.get(name):
-                raise UserError(f"{path} and {paths[0]} differ in --{name.replace('_', '-')}")
+                raise UserError(f"{path} and {paths[0]} differ in {flag(name)}")
         runs[path] = run
     return runs
 
@@ -243,15 +242,15 @@ def read_recovery(patterns: list[str]) -> tuple[dict, dict[str, dict[str, list[l
 
     The label is "PTQ", "QAT" or what was distilled. A seed's curve is the mean over its tasks.
     """
-    runs = read_results(patterns, losses=True)
+    paths = expand(patterns)
+    runs = read_results(paths, losses=True)
     found = {}  # label -> seed -> task -> recovery
-    for path, run in zip(expand(patterns), runs, strict=True):
+    for path, run in zip(paths, runs, strict=True):
         config = run["config"]
         seed, task = config["seed"], config["task"]
         for name in ("bits", "act_bits"):
             if config[name] != runs[0]["config"][name]:
-                other = expand(patterns)[0]
-                raise UserError(f"{path} and {other} differ in --{name.replace('_', '-')}")
+                raise UserError(f"{path} and {paths[0]} differ in {flag(name)}")
         measured = {name: row for name, row in run["methods"].items() if "recovery" in row}
         if not measured:
             raise UserError(f"{path}: no recovery in this file: run train.py with --analyze")
@@ -471,8 +470,7 @@ def plan(files: list[str], kind: str | None) -> tuple:
         return draw_languages, runs[0], 1, (8, 4)
     for name in ("task", *THE_LOSS):  # a line is a method here: it would mix what these tell apart
         if any(run["config"].get(name) != runs[0]["config"].get(name) for run in runs):
-            wanted = f"--{name.replace('_', '-')}"
-            raise UserError(f"these runs differ in {wanted}: draw those of one, or --recovery")
+            raise UserError(f"these runs differ in {flag(name)}: draw those of one, or --recovery")
     return draw_bits, runs, 1, (8, 4)
 
 

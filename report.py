@@ -15,7 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable
 
-from data import UserError, exit_status
+from data import UserError, exit_status, flag
 from data.glue import GLUE
 
 
@@ -31,9 +31,14 @@ def write_json(path: str, value: dict) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def score_of_test(found: dict) -> float:
+    """The figure of one test set: the mean of the task's measures, or the accuracy."""
+    return found["score"] if "score" in found else found["accuracy"]
+
+
 def summarize(languages: dict[str, dict], train_language: str) -> dict:
     """Adds what papers report: the training language, and the mean over all others (zero-shot)."""
-    scores = {name: row.get("score", row.get("accuracy")) for name, row in languages.items()}
+    scores = {name: score_of_test(row) for name, row in languages.items()}
     others = [score for name, score in scores.items() if name != train_language]
     return {
         "english": scores[train_language],
@@ -49,7 +54,7 @@ def score(row: dict) -> float:
 
 def score_of_tests(row: dict) -> float:
     """A GLUE task's figure: the mean over its test sets (MNLI has two)."""
-    return statistics.fmean(found["score"] for found in row["languages"].values())
+    return statistics.fmean(score_of_test(found) for found in row["languages"].values())
 
 
 def won_back(own: float, ptq: float, full: float) -> float | None:
@@ -203,6 +208,7 @@ MAY_DIFFER_JOINT += "student_dropout student_epochs student_lr".split()
 MAY_DIFFER = "seed bits act_bits out methods threads save_every analyze".split()
 # Of GLUE one table compares what is distilled, on several tasks with recipes of their own.
 THE_LOSS = ["distill", "gamma", "part_weights"]
+EVERY_TASK = ["model", "eval_split"]  # what tasks must share for a mean over them
 
 
 def expand(patterns: list[str]) -> list[str]:
@@ -241,9 +247,13 @@ def read_results(patterns: list[str], losses: bool = False) -> list[dict]:
         if "student_lr" in first:
             first["student_lr"] = (same_width or [run])[0]["config"].get("student_lr")
         differs = [k for k in first if settings.get(k) != first[k]]
+        differs += [
+            k for k in EVERY_TASK if run["config"].get(k) != (runs or [run])[0]["config"].get(k)
+        ]
         if differs:
-            flag = "--" + differs[0].replace("_", "-")
-            raise UserError(f"{path} and {paths[0]} differ in {flag}: put them in separate tables")
+            raise UserError(
+                f"{path} and {paths[0]} differ in {flag(differs[0])}: put them in separate tables"
+            )
         if key in seen:
             raise UserError(
                 f"{path} and {seen[key]} have the same seed, width and rank: give one of them"
@@ -272,10 +282,7 @@ def over_seeds(runs: list[dict]) -> dict[tuple[str, str], dict[str, list[float]]
             values = {"en": row["english"], "zero-shot": row["zero_shot_mean"]}
             values["recovered"] = recovered(run["methods"], name)
             values["MB"] = row["size_bytes"] / 1e6
-            values |= {
-                language: x.get("score", x.get("accuracy"))
-                for language, x in row["languages"].items()
-            }
+            values |= {language: score_of_test(x) for language, x in row["languages"].items()}
             entry = found.setdefault((width, name), {key: [] for key in values})
             for key, value in values.items():
                 if value is not None:

@@ -41,7 +41,7 @@ from checkpoint import (
     read_checkpoint,
     save_atomically,
 )
-from data import UserError, batches, exit_status, mini
+from data import UserError, batches, exit_status, flag, mini
 from data.batches import Dataset, encode_split, evaluation_batches, unpadded_batches
 from data.fetch import MODELS, RAW_DIR
 from data.glue import GLUE
@@ -57,7 +57,6 @@ from options import (
     TrainConfig,
     default_out,
     fill_in,
-    flag,
     parse_args,
 )
 from packed import (

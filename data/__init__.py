@@ -1,12 +1,17 @@
 """Everything about text: tasks, tokenizers, downloads.
 
-What every program shares stands here too, because every file imports downwards to it: how a user's
-mistake is told.
+What every program shares stands here too, because every file imports downwards to it: how an option is
+spelled, and how a user's mistake is told.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+
+def flag(name: str) -> str:
+    """An option's field -> how it is typed: "act_bits" -> "--act-bits"."""
+    return "--" + name.replace("_", "-")
 
 
 class UserError(Exception):

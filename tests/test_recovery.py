@@ -234,6 +234,8 @@ def test_what_cannot_be_drawn(tmp_path, capsys):
     assert "--noise" in refused(first, write(tmp_path, {"sdq": [0.3, 0.2]}, seed=1, noise=0.5))
     assert "--bits" in refused(first, write(tmp_path, {"sdq": [0.3, 0.2]}, bits=4, seed=1))
     assert "layers" in refused(first, write(tmp_path, {"sdq": [0.3]}, seed=1))
+    other = write(tmp_path, {"sdq": [0.3, 0.1]}, task="rte", model="other")
+    assert "--model" in refused(first, other)  # no mean over tasks of different models
     assert "rte" in refused(first, write(tmp_path, {"sdq": [0.3, 0.1]}, seed=1, task="rte"))
     assert "is not a results.json" in refused(str(tmp_path / "none.json"))
 
