@@ -32,10 +32,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from common import markdown_table
 from data.batches import Batch
-from distill import map_loss, masked_mse, real_pairs
+from distill import map_loss, real_pairs, vector_loss
 from model import Model
-from report import markdown_table
 
 PLACES = ("query", "key", "value", "context", "output")
 KINDS = ("accumulated", "local")
@@ -214,7 +214,7 @@ def attention_recovery(teacher: Model, student: Model, batches: Iterable[Batch])
             means["ranking"][i].add(*ranking_loss(*rows))
             means["cover"][i].add(float(cover_length(*rows).double().mean()), len(rows[0]))
             means["map_kl"][i].add(float(map_loss(*maps, mask)), batch.tokens)
-            mse = masked_mse(found["normed"][i], target["normed"][i], mask)
+            mse = vector_loss(found["normed"][i], target["normed"][i], mask)
             means["output_mse"][i].add(float(mse), batch.tokens)
     return {name: [mean.value() for mean in row] for name, row in means.items()}
 

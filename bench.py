@@ -23,6 +23,9 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from loop import EVAL_TOKENS
+from options import OneLineParser, TrainConfig, fill_in
+from packed import Weight
 from torch import Tensor
 
 import forms
@@ -44,10 +47,7 @@ from data.batches import CACHE_DIR, Batch, Dataset, collate, dataset_of, evaluat
 from data.tasks import find_task, load
 from data.tokenizer import Tokenizer
 from int8 import IntLinear, choose_kernel
-from loop import EVAL_TOKENS
 from model import PRESETS, build_model, set_dropout
-from options import OneLineParser, TrainConfig, fill_in
-from packed import Weight
 from prepare import prepare
 from quant import ActQuantizer, QuantConfig, WeightQuantizer, choose_qparams
 from report import markdown_table, write_json

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 
 import torch
+from loop import clock, make_optimizers, train_step
+from options import TrainConfig
 from torch import Tensor
 
 from data import UserError
 from data.batches import Batch
-from loop import clock, make_optimizers, train_step
 from model import Model, ModelConfig
-from options import TrainConfig
 from train import hardware
 
 

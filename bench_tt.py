@@ -13,6 +13,8 @@ from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
+from options import TrainConfig
+from packed import bytes_on_disk, student_payload
 from torch import Tensor, nn
 from torch.backends import opt_einsum
 
@@ -31,8 +33,6 @@ from checkpoint import checkpoint_payload
 from data.batches import IGNORE, Batch
 from int8 import MergedTable, convert
 from model import Model, ModelConfig, build_model
-from options import TrainConfig
-from packed import bytes_on_disk, student_payload
 from prepare import calibrate, prepare
 from quant import QuantConfig
 from report import markdown_table

@@ -1,55 +1,78 @@
-"""Float32 checkpoints: weights/NAME.pt and the teachers, written whole or not at all, read with distrust.
+"""Checkpoints: float32 (weights/NAME.pt, teachers) and packed students (student.pt). Atomic save,
+validated weights-only load.
 
-A checkpoint is a dictionary of plain numbers, strings and tensors, so that PyTorch can read it with
-weights_only=True, which runs no code of the file:
+A checkpoint is a dictionary of plain numbers, strings and tensors, which PyTorch reads with
+weights_only=True, so that nothing in the file is executed:
 
-    format     "sdq-checkpoint-1"
+    format     "sdq-checkpoint-1", or "sdq-student-4" of a student
     config     the fields of ModelConfig
-    tensors    the parameters by name, float32 (or float16, to be small)
-    tokenizer  the bytes of the tokenizer's file: a model without its words is of no use
+    tensors    parameters by name, float32 (or float16, to save space)
+    tokenizer  the bytes of the tokenizer's file
     notes      where it came from
 
-A file may come from anywhere. Each tensor is checked against the shape that the config asks for,
-and must hold its numbers, before a model is filled with it. packed.py (integer students) uses the same
-checks.
+A student also has "quant", the fields of QuantConfig, and "packed": each quantized weight as integers
+of b bits and a float32 scale per row, or one scale for a core of a tensor train. Fake quantization
+trains in float32, and a checkpoint of that would be full-size. Packed, 8 bits take one byte per
+weight, 4 bits two weights per byte, 2 bits four (3, 5, 6 and 7 bits likewise without gaps).
+
+Files may come from anywhere. Every config is checked, and every tensor is compared with the shape
+that the config requires and must store its elements, before a model is filled with it.
+
+    model = load_checkpoint("weights/NAME.pt")
+    student, tokenizer = load_student("out/NAME/student.pt")     # fake-quantized; as integers: int8.py
 """
 
 import os
 import pickle
 from dataclasses import asdict, fields
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from data import UserError
-from model import Model, ModelConfig
-from tt import TTConfig
+from common import UserError, atomic_write
+from data.tokenizer import Tokenizer
+from lsq import LearnedScale
+from model import HEADS, Model, ModelConfig
+from prepare import prepare
+from quant import FixedQuantizer, QuantConfig, WeightQuantizer, dequantize
+from tt import TensorTrain, TTConfig, tensorize
 
-CHECKPOINT_FORMAT = "sdq-checkpoint-1"
+WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")  # of convert.py
+CHECKPOINT_FORMAT, STUDENT_FORMAT = "sdq-checkpoint-1", "sdq-student-4"
+WORDS = "encoder.embeddings.word.weight"
+CHUNK = 1 << 22  # weights packed at a time: XLM-R's embedding table alone has 192 million
+LIMITS = {  # of each number in a ModelConfig
+    "vocab_size": (1, 10**7),
+    "hidden_size": (1, 2**14),
+    "num_layers": (1, 200),
+    "num_heads": (1, 2**10),
+    "ffn_size": (1, 2**17),
+    "max_tokens": (1, 2**17),
+    "type_vocab_size": (1, 16),
+    "position_offset": (0, 16),
+    "pad_id": (0, 10**7),
+    "num_labels": (0, 10**5),
+    "num_slots": (0, 10**5),
+    "norm_eps": (0.0, 0.1),
+    "dropout": (0.0, 0.99),
+}
 
 
+# --------------------------------------------------------------------------------- float32 models
 def save_atomically(payload: dict, path: str) -> int:
-    """torch.save into a temporary neighbour, then rename: a reader never sees half a file. Returns
-    the bytes.
+    """torch.save, atomically. Returns the bytes of the file.
+
+    Into an open file: given a path, torch.save would write the temporary name into the archive.
     """
-    path = os.fspath(path)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.part"
-    try:
-        torch.save(payload, temporary)
-        size = os.path.getsize(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
-    return size
+    with atomic_write(path) as file:
+        torch.save(payload, file)
+        return file.tell()
 
 
 def checkpoint_payload(model: Model, tokenizer: bytes, **notes: str) -> dict:
-    """What a float32 checkpoint holds: plain numbers, strings and tensors only, so that
-    weights_only can read it.
-    """
+    """The dictionary of a float32 checkpoint."""
     return {
         "format": CHECKPOINT_FORMAT,
         "config": asdict(model.config),
@@ -59,8 +82,44 @@ def checkpoint_payload(model: Model, tokenizer: bytes, **notes: str) -> dict:
     }
 
 
+def meta_model(config: ModelConfig) -> Model:
+    """A model without storage, its layers replaced by tensor trains if the config says so."""
+    with torch.device("meta"):
+        model = Model(config)
+        if config.tt:
+            tensorize(model, config.tt)
+    return model
+
+
+def check_config(config: ModelConfig) -> ModelConfig:
+    """Raises UserError for a shape that can't be built: configs may come from strangers' files."""
+    for name, (least, most) in LIMITS.items():
+        value, kinds = getattr(config, name), (int, float) if isinstance(most, float) else int
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+            kind = "number" if isinstance(most, float) else "integer"
+            raise UserError(
+                f"model config: {name} is {value!r}, not an {kind} from {least} to {most}"
+            )
+    if config.hidden_size % config.num_heads:
+        raise UserError(
+            f"model config: hidden size {config.hidden_size} is not divisible by "
+            f"{config.num_heads} heads"
+        )
+    if config.pad_id >= config.vocab_size:
+        raise UserError(f"model config: pad_id {config.pad_id} is outside the vocabulary")
+    if config.head not in HEADS:
+        raise UserError(f"model config: unknown head {config.head!r}; known: {', '.join(HEADS)}")
+    if config.head in ("sequence", "token", "joint") and config.num_labels < 1:
+        raise UserError(f"model config: a {config.head} head needs num_labels >= 1")
+    if config.head == "joint" and config.num_slots < 1:
+        raise UserError("model config: a joint head needs num_slots >= 1")
+    if config.head == "mlm" and config.tt:
+        raise UserError("model config: an mlm head needs the whole embedding table, not its cores")
+    return config
+
+
 def load_untrusted(path: str, advice: str, mmap: bool = False) -> object:
-    """torch.load that runs no code of the file. Raises UserError with the advice if there is any, or damage."""
+    """torch.load that executes nothing. Raises UserError with the advice for pickled code or damage."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
@@ -71,10 +130,9 @@ def load_untrusted(path: str, advice: str, mmap: bool = False) -> object:
 
 
 def read_checkpoint(path: str, expected_format: str = CHECKPOINT_FORMAT) -> dict:
-    """The raw dictionary of a checkpoint, tensors mapped from disk. Never executes anything in the
-    file.
+    """The raw dictionary of a checkpoint, with tensors mapped from disk.
 
-    Raises UserError for a missing, truncated, foreign or code-carrying file.
+    Raises UserError for a missing, truncated or foreign file, or one that holds pickled code.
     """
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}: make one with 'python convert.py xlmr-base'")
@@ -101,20 +159,19 @@ def config_of(payload: dict, path: str) -> ModelConfig:
         raise UserError(
             f"{path}: the model config is damaged or of another version; convert it again"
         ) from None
-    return ModelConfig(**{**config, "tt": tt})
+    return check_config(ModelConfig(**{**config, "tt": tt}))
 
 
 def load_checkpoint(path: str) -> Model:
-    """The model that convert.py wrote, on CPU, in eval mode; every tensor accounted for. It is
-    float32, also where the file holds float16.
+    """The float32 model of a checkpoint (also of one in float16), on CPU, in eval mode. Every tensor
+    is accounted for.
     """
     payload = read_checkpoint(path)
     config = config_of(payload, path)
     tensors = payload.get("tensors")
     if not isinstance(tensors, dict):
         raise UserError(f"{path} is damaged: it holds no tensors; convert it again")
-    with torch.device("meta"):
-        model = Model(config)
+    model = meta_model(config)
     check_tensors(
         path, {name: tensor.shape for name, tensor in model.state_dict().items()}, tensors
     )
@@ -129,7 +186,7 @@ def check_tensors(
     tensors: dict,
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16),
 ) -> None:
-    """Refuse, by name, the first tensor that is missing, extra, misshapen or of another type."""
+    """Raises UserError naming the first tensor that is missing, unexpected, or of a wrong shape or type."""
     for name, shape in shapes.items():
         tensor = tensors.get(name)
         if not isinstance(tensor, Tensor):
@@ -141,16 +198,244 @@ def check_tensors(
         if dtypes and tensor.dtype not in dtypes:
             known = " or ".join(map(str, dtypes))
             raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected {known}")
-        if not holds_its_numbers(tensor):
-            raise UserError(f"{path}: tensor {name} claims more numbers than the file holds")
+        if not stores_its_elements(tensor):
+            raise UserError(f"{path}: tensor {name} claims more elements than the file holds")
     extra = sorted(map(str, set(tensors) - set(shapes)))
     if extra:
         more = f" and {len(extra) - 1} more" if extra[1:] else ""
         raise UserError(f"{path}: unexpected tensor {extra[0]}{more}")
 
 
-def holds_its_numbers(tensor: Tensor) -> bool:
-    """False for a tensor that repeats a few stored numbers (stride 0): a small file could ask for
-    any amount of memory with it.
+def stores_its_elements(tensor: Tensor) -> bool:
+    """False for a tensor that repeats few stored elements (stride 0), with which a small file could
+    request any amount of memory.
     """
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
+# ---------------------------------------------------------------------------------------- packing
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Integers -2^(b-1) .. 2^(b-1) - 1 -> bytes, b bits each, the first one in the lowest bits
+    (uint8, flat).
+
+    >>> pack(torch.tensor([-1, 0, 1, 1]), bits=2)      # + 2: 1, 2, 3, 3 = 0b11_11_10_01
+    tensor([249], dtype=torch.uint8)
+    """
+    unsigned = (codes.flatten().to(torch.int16) + 2 ** (bits - 1)).numpy().astype(np.uint8)
+    if bits == 8:
+        return torch.from_numpy(unsigned)
+    planes = (unsigned[:, None] >> np.arange(bits, dtype=np.uint8)) & 1  # (number of codes, bits)
+    return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of pack: `count` integers, int16."""
+    unsigned = packed.numpy()
+    if bits != 8:
+        planes = np.unpackbits(unsigned, count=count * bits, bitorder="little").reshape(count, bits)
+        unsigned = planes @ (1 << np.arange(bits)).astype(np.uint8)
+    return torch.from_numpy(unsigned.astype(np.int16)) - 2 ** (bits - 1)
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    return -(-count * bits // 8)
+
+
+# --------------------------------------------------------------------------------------- students
+def quantized_weights(student: Model) -> dict[str, str]:
+    """Name of each quantized weight -> name of the quantizer that it goes through."""
+    found = {}
+    for name, module in student.named_modules():
+        for attribute in ("weight_quantizer", "row_quantizer"):
+            if isinstance(getattr(module, attribute, None), (WeightQuantizer, LearnedScale)):
+                found[f"{name}.weight"] = f"{name}.{attribute}"
+        if isinstance(module, TensorTrain) and module.core_quantizers is not None:
+            for k in range(len(module.cores)):
+                found[f"{name}.cores.{k}"] = f"{name}.core_quantizers.{k}"
+    return found
+
+
+def left_out(name: str) -> bool:
+    """Whether a tensor only says how a weight was rounded: the codes and their scale replace it."""
+    return name.endswith(("_quantizer.clip", ".log_scale"))
+
+
+class Weight(NamedTuple):
+    """A quantized matrix, codes int8 (rows, N) and scale float32 (rows, 1) or (); or a core."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def weight_of(quantizer: WeightQuantizer | LearnedScale, weight: Tensor) -> Weight:
+    codes, scale = quantizer.codes(weight)
+    return Weight(codes.to(torch.int8), scale)
+
+
+@torch.no_grad()
+def weight_codes(student: Model) -> dict[str, Weight]:
+    """The integers of every quantized weight of a fake-quantized student, on CPU."""
+    found, parameters = {}, dict(student.named_parameters())
+    for name, quantizer_name in quantized_weights(student).items():
+        weight, quantizer = parameters[name].detach(), student.get_submodule(quantizer_name)
+        if name != WORDS:
+            found[name] = Weight(*(part.cpu() for part in weight_of(quantizer, weight)))
+            continue
+        # Each row of the table has its own scale: work in pieces, to bound the memory.
+        pieces = [
+            weight_of(quantizer, rows) for rows in weight.split(max(1, CHUNK // len(weight[0])))
+        ]
+        codes, scales = ([part.cpu() for part in parts] for parts in zip(*pieces, strict=True))
+        found[name] = Weight(torch.cat(codes), torch.cat(scales))
+    return found
+
+
+def float_tensors(student: Model) -> dict[str, Tensor]:
+    """All tensors of a student that are not quantized, on CPU."""
+    quantized = quantized_weights(student)
+    return {
+        name: tensor.detach().cpu()
+        for name, tensor in student.state_dict().items()
+        if name not in quantized and not left_out(name)
+    }
+
+
+def student_payload(student: Model, config: QuantConfig, tokenizer: bytes, **notes: str) -> dict:
+    """The dictionary of a student.pt: packed integers and scales, and float32 tensors."""
+    packed = {
+        name: {
+            "codes": pack(weight.codes, config.weight_bits),
+            "shape": list(weight.codes.shape),
+            "scale": weight.scale,
+        }
+        for name, weight in weight_codes(student).items()
+    }
+    settings = asdict(config)
+    settings["keep"] = list(config.keep)
+    return {
+        "format": STUDENT_FORMAT,
+        "config": asdict(student.config),
+        "quant": settings,
+        "tensors": float_tensors(student),
+        "packed": packed,
+        "tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8),
+        "notes": notes,
+    }
+
+
+class Student(NamedTuple):
+    """The parts of a student, as they are on disk and as the integer model needs them.
+
+    weights: all quantized ones.  tensors: all others.  vocabulary: the bytes of its tokenizer.
+    """
+
+    config: ModelConfig
+    quant: QuantConfig
+    weights: dict[str, Weight]
+    tensors: dict[str, Tensor]
+    notes: dict[str, str]
+    vocabulary: Tensor | None
+
+
+def read_student(path: str) -> Student:
+    """The parts of a student.pt, checked.
+
+    Raises UserError for a missing, truncated, tampered or foreign file; nothing in it is executed.
+    """
+    payload = read_checkpoint(path, STUDENT_FORMAT)
+    config = config_of(payload, path)
+    try:
+        quant = QuantConfig(**{**payload["quant"], "keep": tuple(payload["quant"]["keep"])})
+        tensors, packed = dict(payload["tensors"]), dict(payload["packed"])
+        notes = {str(name): str(text) for name, text in payload["notes"].items()}
+        empty = meta_model(config)
+        prepare(empty, quant)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(f"{path}: the student checkpoint is damaged") from None
+    wanted = quantized_weights(empty)
+    shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
+    weights = {}
+    for name, entry in packed.items():
+        if name not in wanted:
+            raise UserError(f"{path}: packed tensor {name} has no place in the model")
+        quantizer = empty.get_submodule(wanted[name])
+        weights[name] = unpack_weight(path, name, entry, shapes[name], quantizer)
+    missing = sorted(set(wanted) - set(weights))
+    if missing:
+        raise UserError(f"{path}: packed tensor {missing[0]} is missing")
+    expected = {
+        name: shape for name, shape in shapes.items() if name not in wanted and not left_out(name)
+    }
+    check_tensors(path, expected, tensors, (torch.float32,))
+    return Student(config, quant, weights, tensors, notes, payload.get("tokenizer"))
+
+
+def unpack_weight(
+    path: str,
+    name: str,
+    entry: dict,
+    shape: torch.Size,
+    quantizer: WeightQuantizer | LearnedScale,
+) -> Weight:
+    """The integers of a packed weight, after checking its parts against what the model requires."""
+    if not isinstance(entry, dict) or set(entry) != {"codes", "shape", "scale"}:
+        raise UserError(f"{path}: packed tensor {name} is damaged")
+    packed, scale, bits = entry["codes"], entry["scale"], quantizer.bits
+    sound = (
+        list(shape) == entry["shape"]
+        and isinstance(packed, Tensor)
+        and packed.dtype == torch.uint8
+        and packed.shape == (packed_bytes(shape.numel(), bits),)
+        and stores_its_elements(packed)
+        and isinstance(scale, Tensor)
+        and scale.dtype == torch.float32
+        and scale.shape == ((shape[0], 1) if quantizer.per_row else ())
+    )
+    if not sound:
+        raise UserError(
+            f"{path}: packed tensor {name} does not have the shape {tuple(shape)} at {bits} bits"
+        )
+    codes = torch.empty(shape, dtype=torch.int8)
+    flat, step = codes.view(-1), CHUNK // 8 * 8  # a multiple of 8 codes fills whole bytes
+    for start in range(0, flat.numel(), step):
+        count = min(step, flat.numel() - start)
+        piece = packed[start * bits // 8 : start * bits // 8 + packed_bytes(count, bits)]
+        flat[start : start + count] = unpack(piece, bits, count)
+    if codes.numel() and (codes.min() < quantizer.quant_min or codes.max() > quantizer.quant_max):
+        raise UserError(
+            f"{path}: packed tensor {name} has codes outside the grid that the file names"
+        )
+    return Weight(codes, scale)
+
+
+def default_keep(tt: TTConfig | None) -> tuple[str, ...]:
+    """What stays in float32: the head. Beside tensor trains it would be large, so it is quantized."""
+    return () if tt else QuantConfig.keep
+
+
+def load_student(path: str) -> tuple[Model, Tokenizer]:
+    """A packed student, fake-quantized as it was trained, on CPU; and its tokenizer."""
+    read = read_student(path)
+    return float_model(read), tokenizer_of(path, read)
+
+
+def tokenizer_of(path: str, read: Student) -> Tokenizer:
+    return Tokenizer.from_payload({"tokenizer": read.vocabulary}, path, read.config.vocab_size)
+
+
+def float_model(read: Student) -> Model:
+    """The fake-quantized model of the parts of a student.pt."""
+    with torch.device("meta"):
+        student = meta_model(read.config)
+        prepare(student, read.quant)
+    student.to_empty(device="cpu")
+    tensors = dict(read.tensors)
+    for name, quantizer in quantized_weights(student).items():
+        codes, scale = read.weights[name]
+        tensors[name] = dequantize(codes, scale, torch.zeros(()))
+        fixed = FixedQuantizer(student.get_submodule(quantizer), scale)
+        # The word table lies on its grid and is only looked up.
+        student.set_submodule(quantizer, nn.Identity() if name == WORDS else fixed)
+    # Not strict: read_student has checked the names except those of left_out(), which are not used.
+    student.load_state_dict(tensors, strict=False)
+    return student.eval()

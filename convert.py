@@ -1,20 +1,19 @@
-"""Published checkpoints -> weights/NAME.pt, one file with config, float32 tensors and the
-tokenizer.
+"""Published checkpoints -> weights/NAME.pt: one file with the config, float32 tensors and the tokenizer.
 
     python convert.py xlmr-base                   # download, verify, convert (1.1 GB)
     python convert.py infoxlm-base
-    python convert.py xlmr-base --from DIR        # a Hugging Face folder you already have
+    python convert.py xlmr-base --from DIR        # a Hugging Face folder that you already have
     python convert.py minilm --from DIR           # a BERT, here sentence-transformers' all-MiniLM-L6-v2
-    python convert.py my-model --from DIR         # any other size: its config.json gives the shape
+    python convert.py my-model --from DIR         # any other size: config.json gives the shape
 
 DIR holds config.json, model.safetensors or pytorch_model.bin, and sentencepiece.bpe.model or, for a
-BERT, vocab.txt (and tokenizer_config.json, where it says whether capitals count). The key tables
-below are the whole conversion: every tensor of the source is either mapped or named as
-skipped, and one that is missing, extra or of the wrong shape is an error that names it.
-Half-precision tensors (InfoXLM's file mixes fp16 and fp32) are cast.
+BERT, vocab.txt (and tokenizer_config.json if the model is cased). The key tables below are the whole
+conversion: every tensor of the source is either mapped or named as skipped, and one that is missing,
+unexpected or of a wrong shape is an error that names it. Half-precision tensors (InfoXLM's file mixes
+fp16 and fp32) are cast.
 
-Nothing in a source file is executed: safetensors is parsed here (it is a JSON header and raw
-numbers), .bin files are read with weights_only=True.
+Nothing in a source file is executed: safetensors is parsed here (a JSON header and raw tensors), .bin
+files are read with weights_only=True.
 """
 
 import argparse
@@ -27,13 +26,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from checkpoint import check_tensors, checkpoint_payload, load_untrusted, save_atomically
-from data import UserError, exit_status
+from checkpoint import (
+    WEIGHTS_DIR,
+    check_config,
+    check_tensors,
+    checkpoint_payload,
+    load_untrusted,
+    save_atomically,
+)
+from common import UserError, exit_status
 from data.fetch import MODELS, fetch_model
 from data.tokenizer import MAX_MODEL_BYTES, Tokenizer, WordPieceTokenizer, load_tokenizer
 from model import PRESETS, Model, ModelConfig
 
-WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
 TOKENIZER_FILE = "sentencepiece.bpe.model"
 VOCAB_FILE = "vocab.txt"
 
@@ -68,11 +73,10 @@ POOLER = {
 
 @dataclass(frozen=True)
 class Family:
-    """What RoBERTa's and BERT's files do not share; the encoder's own names are the same.
+    """What differs between RoBERTa's and BERT's files; the encoder's names are the same.
 
     prefix: of the encoder's names in a model with a head.  heads: the key table of each head.
-    skipped: a name, or with a dot at its end the beginning of names, present in some files and
-    needed in none -> why.
+    skipped: tensors of some files that are not needed -> why; a name that ends with a dot is a prefix.
     """
 
     prefix: str
@@ -119,14 +123,14 @@ BERT = Family(
     heads={
         "pooler": POOLER,
         "sequence": POOLER | TOKEN_HEAD,  # one matrix behind the pooler
-        "token": TOKEN_HEAD,  # the same names, but there is no pooler, or none that is used
+        "token": TOKEN_HEAD,  # the same names, without a pooler, or with one that is not used
         "none": {},
     },
     skipped={
         "embeddings.position_ids": "the constant 0, 1, 2, ...",
-        "pooler.dense.weight": "a label of each token doesn't use the pooler",
-        "pooler.dense.bias": "a label of each token doesn't use the pooler",
-        "cls.": "the heads of pretraining (which word, which next sentence): tasks bring their own",
+        "pooler.dense.weight": "the token head doesn't use the pooler",
+        "pooler.dense.bias": "the token head doesn't use the pooler",
+        "cls.": "the heads of pretraining; tasks have their own",
     },
     next_step="--task rte",
 )
@@ -138,7 +142,7 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def key_table(config: ModelConfig) -> dict[str, str]:
-    """Every source name that must be there -> the name it gets."""
+    """Every source name that must be present -> its name here."""
     table = dict(EMBEDDINGS)
     for i in range(config.num_layers):
         for source, target in LAYER_MODULES.items():
@@ -162,11 +166,10 @@ MAX_HEADER = 100 << 20  # bytes; the format's own limit
 
 
 def read_safetensors(path: str) -> dict[str, Tensor]:
-    """Parse a .safetensors file: 8 bytes little-endian header length, a JSON header, then the raw
-    tensors.
+    """The tensors of a .safetensors file: 8 bytes of little-endian header length, a JSON header, then
+    the raw tensors.
 
-    The tensors are views of the file, mapped into memory. Every offset and shape is checked before
-    use.
+    They are views of the file, mapped into memory. Every offset and shape is checked before use.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -209,7 +212,7 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
 
 
 def read_bin(path: str) -> dict[str, Tensor]:
-    """A pytorch_model.bin, without running any code in it."""
+    """The tensors of a pytorch_model.bin, without executing anything in it."""
     tensors = load_untrusted(path, "use model.safetensors, or fetch it again")
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{path} is not a dictionary of tensors")
@@ -217,7 +220,7 @@ def read_bin(path: str) -> dict[str, Tensor]:
 
 
 def read_folder(folder: str) -> tuple[dict[str, Tensor], dict | None, bytes]:
-    """A Hugging Face folder -> (tensors, config.json or None, the tokenizer as checkpoints hold it)."""
+    """A Hugging Face folder -> (tensors, config.json or None, the bytes of the tokenizer)."""
     if not os.path.isdir(folder):
         raise UserError(f"no folder {folder}")
     weights = [os.path.join(folder, name) for name in ("model.safetensors", "pytorch_model.bin")]
@@ -238,7 +241,7 @@ def read_folder(folder: str) -> tuple[dict[str, Tensor], dict | None, bytes]:
 
 
 def read_json(path: str) -> dict | None:
-    """The object in a JSON file; None if there is no file."""
+    """The object in a JSON file; None if there is no such file."""
     if not os.path.isfile(path):
         return None
     try:
@@ -252,7 +255,7 @@ def read_json(path: str) -> dict | None:
 
 
 def read_wordpiece(folder: str) -> WordPieceTokenizer:
-    """vocab.txt, and from tokenizer_config.json whether capitals and accents are dropped."""
+    """vocab.txt, and whether capitals and accents are dropped (tokenizer_config.json)."""
     path = os.path.join(folder, VOCAB_FILE)
     if not os.path.isfile(path):
         raise UserError(f"no tokenizer at {path}: a BERT comes with a vocab.txt")
@@ -282,7 +285,7 @@ def read_wordpiece(folder: str) -> WordPieceTokenizer:
 
 # ------------------------------------------------------------------------------------- conversion
 def check_settings(path: str, settings: dict, expected: dict[str, tuple]) -> None:
-    """Refuse a setting that is there with a value that this code does not compute."""
+    """Raises UserError for a setting with a value that this code does not implement."""
     for key, known in expected.items():
         if key in settings and settings[key] not in known:
             supported = ", ".join(str(value) for value in known if value not in (None, []))
@@ -290,12 +293,12 @@ def check_settings(path: str, settings: dict, expected: dict[str, tuple]) -> Non
 
 
 def config_from_json(settings: dict) -> ModelConfig:
-    """Hugging Face's config.json -> ModelConfig, refusing what this encoder does not compute."""
+    """Hugging Face's config.json -> ModelConfig. Raises UserError for what is not implemented."""
     expected = {
         "model_type": ("xlm-roberta", "roberta", "bert"),
         "hidden_act": ("gelu",),
         "position_embedding_type": ("absolute", None),
-        "is_decoder": (False, None),  # a decoder's tokens look at earlier ones only
+        "is_decoder": (False, None),  # a decoder attends to earlier tokens only
     }
     check_settings("config.json", settings, expected)
     bert = settings.get("model_type") == "bert"
@@ -311,26 +314,26 @@ def config_from_json(settings: dict) -> ModelConfig:
         "dropout": "hidden_dropout_prob",
         "max_tokens": "max_position_embeddings",
     }
-    if bert:  # BERT's first files leave these two out; Hugging Face then takes the same
+    if bert:  # BERT's first files lack these two; Hugging Face assumes the same
         settings = {"pad_token_id": 0, "layer_norm_eps": 1e-12, **settings}
     missing = [name for name in names.values() if name not in settings]
     if missing:
         raise UserError(f"config.json has no {missing[0]}")
     values = {ours: settings[theirs] for ours, theirs in names.items()}
     if not isinstance(values["pad_id"], int) or not isinstance(values["max_tokens"], int):
-        raise UserError(
-            "config.json: pad_token_id and max_position_embeddings must be whole numbers"
-        )
-    # RoBERTa numbers positions from here, in a table that much longer. BERT: from 0.
+        raise UserError("config.json: pad_token_id and max_position_embeddings must be integers")
+    # RoBERTa counts positions from pad_id + 1, in a table that much longer; BERT from 0.
     offset = 0 if bert else values["pad_id"] + 1
     values["max_tokens"] -= offset
-    return ModelConfig(position_offset=offset, **values)
+    return check_config(ModelConfig(position_offset=offset, **values))
 
 
-def convert(name: str, tensors: dict[str, Tensor], settings: dict | None, tokenizer: bytes) -> dict:
-    """Source tensors -> the payload of weights/NAME.pt (see checkpoint.checkpoint_payload).
+def convert_tensors(
+    name: str, tensors: dict[str, Tensor], settings: dict | None, tokenizer: bytes
+) -> dict:
+    """Source tensors -> the dictionary of weights/NAME.pt (see checkpoint.checkpoint_payload).
 
-    Raises UserError naming the first tensor that is missing, extra, of the wrong shape or not a
+    Raises UserError naming the first tensor that is missing, unexpected, of a wrong shape or not a
     float.
     """
     preset = PRESETS.get(name)
@@ -353,7 +356,7 @@ def convert(name: str, tensors: dict[str, Tensor], settings: dict | None, tokeni
     tensors = plain_names(tensors, family)
     if "lm_head.bias" not in tensors and "lm_head.decoder.bias" in tensors:  # one tensor, two names
         tensors["lm_head.bias"] = tensors["lm_head.decoder.bias"]
-    config = replace(config, **find_head(tensors, family, settings or {}))
+    config = check_config(replace(config, **find_head(tensors, family, settings or {})))
     table = key_table(config)
 
     extra = sorted(key for key in tensors if key not in table and not family.skips(key))
@@ -367,9 +370,8 @@ def convert(name: str, tensors: dict[str, Tensor], settings: dict | None, tokeni
         raise UserError(f"tensor {not_float[0]} is {tensors[not_float[0]].dtype}, not a float")
     tied = tensors.get("lm_head.decoder.weight")
     words = tensors["embeddings.word_embeddings.weight"]
-    if tied is not None and not torch.equal(
-        tied, words.to(tied.dtype)
-    ):  # the two may differ in precision
+    # The two may differ in precision.
+    if tied is not None and not torch.equal(tied, words.to(tied.dtype)):
         raise UserError(
             "lm_head.decoder.weight differs from the word embeddings: untied models are not supported"
         )
@@ -379,7 +381,7 @@ def convert(name: str, tensors: dict[str, Tensor], settings: dict | None, tokeni
         model = Model(config)
     expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
     check_tensors("the source", expected, ours, dtypes=())
-    # Copies, because torch.save writes the whole storage behind a view: here, the whole source file.
+    # Copies, because torch.save writes the whole storage behind a view: the whole source file.
     ours = {key: tensor.to(torch.float32, copy=True) for key, tensor in ours.items()}
     file_name = VOCAB_FILE if family is BERT else TOKENIZER_FILE
     loaded = load_tokenizer(tokenizer, file_name)
@@ -391,15 +393,15 @@ def convert(name: str, tensors: dict[str, Tensor], settings: dict | None, tokeni
         raise UserError(f"{file_name} has [PAD] at {loaded.pad_id}, the model at {config.pad_id}")
     model.load_state_dict(
         ours, strict=True, assign=True
-    )  # assign: a meta model has no storage to copy into
+    )  # a meta model has no storage to copy into
     return checkpoint_payload(model, tokenizer, name=name)
 
 
 def plain_names(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """The names of the key table.
+    """Tensors by the names of the key table.
 
-    In a model with a head the encoder's names have a prefix, in a bare encoder they don't; BERT
-    files from TensorFlow's time call a norm's weight and bias gamma and beta.
+    In a model with a head the encoder's names have a prefix, in a bare encoder they don't. BERT files
+    that came from TensorFlow name a norm's weight and bias gamma and beta.
     """
     renamed = {}
     for key, tensor in tensors.items():
@@ -414,12 +416,12 @@ def plain_names(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]
 
 
 def find_head(tensors: dict[str, Tensor], family: Family, settings: dict) -> dict:
-    """Which head the source carries, and its number of labels: the rows of its last matrix."""
+    """The head of the source and its number of classes, which is the rows of its last matrix."""
     last, head, bare = "classifier.weight", "token", "none"
     if family is BERT:
         pooler = "pooler.dense.weight" in tensors
         bare = "pooler" if pooler else "none"
-        # Old files with a label for each token hold a pooler too, which nothing uses.
+        # Old files with a token head hold an unused pooler, too.
         if pooler and settings.get("architectures") != ["BertForTokenClassification"]:
             head = "sequence"
     elif "classifier.out_proj.weight" in tensors:
@@ -463,7 +465,7 @@ def run(name: str, folder: str | None, out: str | None) -> None:
             )
         folder = os.path.join(WEIGHTS_DIR, "downloads", name)
         fetch_model(name, folder)
-    payload = convert(name, *read_folder(folder))
+    payload = convert_tensors(name, *read_folder(folder))
     try:
         size = save_atomically(payload, out)
     except OSError as error:

@@ -18,13 +18,13 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from packed import float_model, read_student, student_payload
 from torch import Tensor
 
 from checkpoint import checkpoint_payload, load_checkpoint, save_atomically
 from convert import key_table
 from int8 import integer_model
 from model import Model, ModelConfig, build_model
-from packed import float_model, read_student, student_payload
 from prepare import calibrate, prepare
 from quant import QuantConfig
 

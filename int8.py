@@ -1,27 +1,27 @@
-"""What is deployed: the student in integers, in memory. On disk: packed.py.
+"""The integer model: what is deployed, in memory. On disk: checkpoint.py.
 
-An activation is x = s_x (q_x - z_x), q_x in 0..255, a weight is w = s_w q_w. So a Linear layer is a
-product of small integers, summed in 32 bits, and a correction afterwards, quant.rescale:
+An activation is x = s_x (q_x - z_x), q_x in 0..255, a weight is w = s_w q_w. A Linear layer is then a
+product of 8-bit integers, accumulated in 32 bits, and a correction, quant.rescale:
 
-    y = s_x s_w (sum_k q_x q_w  -  z_x sum_k q_w) + b            s_x, z_x: of each token, or of all
+    y = s_x s_w (sum_k q_x q_w  -  z_x sum_k q_w) + b            s_x, z_x: per token or per tensor
 
-The student does the same in evaluation, so on CPU both give the same bits, whatever the kernel.
+The student computes the same in evaluation, so on CPU both give the same bits, whatever the kernel.
 
-Weights of fewer than 8 bits are unpacked to 8 and multiplied the same way. Query, key and value are
-one product, for they read one activation; a tensor train is merged to two thin matrices, and is two
-products. Word embeddings are looked up in int8. Norms, softmax, GELU and the head stay float32 (the
-head of a model of tensor trains is quantized, too). With static ranges the whole feed-forward step
-stays in 8 bits: the kernel applies GELU to its 32-bit sums and hands 8-bit integers to the next one.
+Weights of fewer than 8 bits are unpacked to 8 and multiplied in the same way. Query, key and value are
+one product, since they read one activation; a tensor train is merged to two thin matrices and is two
+products. Word embeddings are looked up in int8. Norms, softmax, GELU and the head stay in float32
+(beside tensor trains the head is quantized, too). With static ranges the feed-forward network stays in
+8 bits: the kernel applies GELU to its 32-bit sums and passes 8-bit integers to the next product.
 
-Saturation, or why a grid is a contract. CPUs with AVX2 or AVX-512 but without VNNI multiply 8 bits
-with the instruction vpmaddubsw, which adds *two* products in 16 bits and clips the sum to 32,767.
-Full-range operands give 255 * 127 * 2 = 64,770: silently wrong, by half. With weights in -64..64
-the sum is at most 32,640 and every CPU is right. So QuantConfig.grid is part of training and of the
-checkpoint: "portable" weights are what they will be multiplied as, everywhere. A "full" student
-(-127..127) is exact on VNNI and CUDA; where a CPU would clip, choose_kernel notices, by trying, and
-multiplies its integers in float32: right, at float32 speed.
+Saturation. CPUs with AVX2 or AVX-512 but without VNNI multiply 8 bits with the instruction vpmaddubsw,
+which adds *two* products in 16 bits and saturates at 32,767. Full-range operands give 255 * 127 * 2 =
+64,770: silently wrong, by half. With weights in -64..64 the sum is at most 32,640 and every CPU is
+right. So QuantConfig.grid is part of training and of the checkpoint: "portable" weights are trained
+on the grid on which they are multiplied everywhere. A "full" student (-127..127) is exact on VNNI and
+CUDA; choose_kernel finds out by trying whether a CPU would saturate, and then multiplies integers in
+float32: exact, at float32 speed.
 
-    model, tokenizer = load_integer("out/NAME/student.pt")       # or packed.load_student: fake-quantized
+    model, tokenizer = load_integer("out/NAME/student.pt")       # fake-quantized: checkpoint.load_student
     logits, _ = model(ids, mask)
 """
 
@@ -33,10 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import UserError
-from data.tokenizer import Tokenizer
-from model import Attention, FeedForward, Model
-from packed import (
+from checkpoint import (
     WORDS,
     Student,
     Weight,
@@ -48,38 +45,39 @@ from packed import (
     weight_codes,
     weight_of,
 )
+from common import UserError
+from data.tokenizer import Tokenizer
+from model import Attention, FeedForward, Model
 from prepare import prepare
-from quant import ActQuantizer, Codes, QuantConfig, QuantLinear, WeightQuantizer, rescale
+from quant import ActQuantizer, Codes, QuantConfig, QuantLinear, rescale
 from tt import QuantTTLinear, TTLinear, TTMEmbedding, lookup
 
 # --------------------------------------------------------------------------------------- kernels
-# Between 2^23 and 2^24 the float32 numbers are the whole numbers: adding this rounds a small number to
-# the nearest integer, halves to even, and leaves it in the lowest bits.
+# Between 2^23 and 2^24 the float32 numbers are the integers: adding this rounds a small number to the
+# nearest integer, halves to even, and leaves it in the lowest bits.
 TO_INTEGER = 1.5 * 2**23
 
 
 def activation_codes(quantizer: ActQuantizer, x: Tensor) -> Codes:
-    """The integers that the student's quantizer rounds x to, in one byte each (uint8).
+    """The integers that the student's quantizer rounds x to, one byte each (uint8), also with fewer
+    than 8 bits.
 
-    It is quantize() and .to(torch.uint8), in fewer passes over memory, which is what takes the time
-    here. (Codes of less than 8 bits take a byte, too.)
+    The same as quantize(...).to(torch.uint8) in fewer passes over memory, which take the time here.
     """
     scale, zero_point = quantizer.qparams(x)
     q = torch.mul(x, scale.reciprocal()).add_(zero_point)
-    # A range of x's own is missed at its upper end alone, by a tie.
+    # With a dynamic range only a rounding tie at the upper end can overflow.
     q.clamp_(quantizer.quant_min if quantizer.static else None, quantizer.quant_max)
     low_bytes = q.add_(TO_INTEGER).view(torch.uint8)[..., ::4]
     return Codes(low_bytes.contiguous(), scale, zero_point)
 
 
-# A kernel packs an int8 matrix (N, K) once, and multiplies uint8 activations (M, K) by it many
-# times: sums(q_x) = sum_k (q_x - offset) q_w, float32 (M, N). A `fused` kernel can do a whole layer
-# in one call where the activation's range is fixed: see OneDNNKernel.
+# A kernel packs an int8 matrix (N, K) once and multiplies uint8 activations (M, K) by it many times:
+# sums(q_x) = sum_k (q_x - offset) q_w, float32 (M, N). A `fused` kernel computes a whole layer in one
+# call if the activation's range is static: see OneDNNKernel.
 class FloatKernel:
-    """The integers multiplied in float32, or in float64, where every sum is exact: the reference.
-
-    float32 sums are exact below 2^24 and rounded in the seventh digit above, as everywhere else in
-    the model.
+    """Integers multiplied in float32, whose sums are exact below 2^24 and rounded in the seventh digit
+    above; or in float64, where every sum is exact (ReferenceKernel).
     """
 
     offset, fused = 0, False
@@ -97,8 +95,8 @@ class ReferenceKernel(FloatKernel):
 
 
 class OneDNNKernel:
-    """oneDNN's u8 x s8 product on CPU. It packs plain int8 tensors and warns of nothing, but it is
-    an operator that PyTorch made for its own compiler: choose_kernel tries it before it is used.
+    """oneDNN's u8 x s8 product on CPU. The operator is undocumented, made for PyTorch's compiler:
+    choose_kernel tries it before it is used.
     """
 
     offset, fused = 0, True
@@ -122,8 +120,8 @@ class OneDNNKernel:
     ) -> Tensor:
         """post(scale * sum_k (q_x - zero_point) q_w + bias) in one call.
 
-        scale: s_x s_w (N). oneDNN would multiply by s_x itself, but in an order that depends on the
-        CPU.  post: "none" or "gelu".  out: scale and zero point of results in uint8, else float32.
+        scale: s_x s_w (N). oneDNN could multiply by s_x, but in an order that depends on the CPU.
+        post: "none" or "gelu".  out: scale and zero point of a uint8 result; None: float32.
         """
         out_scale, out_zero_point = out or (1.0, 0)
         return torch.ops.onednn.qlinear_pointwise(
@@ -133,9 +131,9 @@ class OneDNNKernel:
 
 
 class CudaKernel:
-    """cuBLAS's s8 x s8 product, torch._int_mm: activations are shifted by 128 to be signed.
+    """cuBLAS's s8 x s8 product, torch._int_mm, with activations shifted by 128 to be signed.
 
-    It wants M > 16 and K, N in multiples of 8: smaller ones are padded with zeros.
+    It requires M > 16 and K, N in multiples of 8: operands are padded with zeros.
     """
 
     offset, fused = 128, False
@@ -164,7 +162,7 @@ KERNELS: dict[str, Callable] = {
 
 @cache
 def is_exact(kernel: str, largest: int) -> bool:
-    """Whether a CPU kernel gets the largest products of a grid right: tried, not looked up."""
+    """Whether a CPU kernel computes the largest products of a grid exactly: found out by trying."""
     weight = torch.full((32, 256), largest, dtype=torch.int8)
     weight[1::2] = -largest
     values = torch.full((17, 256), 255, dtype=torch.uint8)
@@ -176,7 +174,7 @@ def is_exact(kernel: str, largest: int) -> bool:
 
 
 def choose_kernel(device: str, largest: int) -> str:
-    """The fastest kernel that is right for weights up to `largest`."""
+    """The fastest kernel that is exact for weights up to `largest`."""
     if torch.device(device).type == "cuda":
         return "cuda"
     return "onednn" if is_exact("onednn", largest) else "float"
@@ -194,7 +192,7 @@ class IntLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.to(device))
         self.register_buffer("column", codes.sum(dim=1, dtype=torch.float32))
         self.register_buffer("scale", weight.scale.to(device).flatten().expand(N).contiguous())
-        self.constants = None  # of a static range: s_x s_w and z_x
+        self.constants = None  # s_x s_w and z_x of a static range
         if act.static:
             scale, zero_point = act.static_range()
             self.constants = scale.to(device) * self.scale, int(zero_point)
@@ -204,7 +202,7 @@ class IntLinear(nn.Module):
 
     def forward(self, x: Tensor | Codes) -> Tensor:
         x = self.codes(x)
-        if self.kernel.fused and not x.scale.dim():  # one range for all tokens
+        if self.kernel.fused and not x.scale.dim():  # per tensor
             return self.fused(x)
         sums = self.kernel.sums(x.values.flatten(0, -2)).view(*x.values.shape[:-1], -1)
         if self.kernel.offset:
@@ -212,7 +210,7 @@ class IntLinear(nn.Module):
         return rescale(sums, self.column, x, self.scale, self.bias)
 
     def fused(self, x: Codes, post: str = "none", out: tuple[float, int] | None = None) -> Tensor:
-        """post(the layer), in one call of the kernel; in uint8 if `out` has their scale and zero."""
+        """post(the layer) in one call of the kernel; uint8 if `out` has scale and zero point."""
         scale, zero_point = self.constants or (x.scale * self.scale, int(x.zero_point))
         y = self.kernel.layer(x.values.flatten(0, -2), zero_point, scale, self.bias, post, out)
         return y.view(*x.values.shape[:-1], -1)
@@ -222,7 +220,7 @@ class IntLinear(nn.Module):
 
 
 def act_of(model: nn.Module, name: str) -> ActQuantizer:
-    """The quantizer of what a layer reads: its own; of query, key and value, their attention's."""
+    """The quantizer of a layer's input: its own, or for query, key and value that of the attention."""
     own = model.get_submodule(name).act_quantizer
     if isinstance(own, ActQuantizer):
         return own
@@ -230,7 +228,7 @@ def act_of(model: nn.Module, name: str) -> ActQuantizer:
 
 
 def range_to_stay_in(kernel: FloatKernel | OneDNNKernel, act: ActQuantizer):
-    """Scale and zero point at which a kernel can hand its result on in 8 bits; None if it can't."""
+    """Scale and zero point with which a kernel can pass its result on in 8 bits; None if it can't."""
     if kernel.fused and act.static and act.quant_max == 255:
         scale, zero_point = act.static_range()
         return float(scale), int(zero_point)
@@ -240,7 +238,7 @@ def range_to_stay_in(kernel: FloatKernel | OneDNNKernel, act: ActQuantizer):
 class IntTTLinear(nn.Module):
     """A tensor train merged to A (r, K) and B (N, r), two integer layers: (..., K) -> (..., N).
 
-    It is called as an IntLinear is. With static ranges what is between the two never leaves 8 bits.
+    Called like an IntLinear. With static ranges the activation between the two stays in 8 bits.
     """
 
     def __init__(self, layer: QuantTTLinear, act: ActQuantizer, kernel: str, device: str):
@@ -266,7 +264,7 @@ class IntTTLinear(nn.Module):
 
 
 class MergedTable(nn.Module):
-    """A table as a tensor train, its cores merged to two halves once: (B, T) -> (B, T, C)."""
+    """A tensor-train table with its cores merged to two halves once: (B, T) -> (B, T, C)."""
 
     def __init__(self, table: TTMEmbedding):
         super().__init__()
@@ -304,7 +302,7 @@ class IntAttention(Attention):
 
 
 class IntSharedAttention(Attention):
-    """Attention whose query, key and value are layers of their own, which read the same integers."""
+    """Attention whose query, key and value are separate layers that read the same integers."""
 
     def __init__(self, attention: Attention):
         nn.Module.__init__(self)
@@ -316,10 +314,10 @@ class IntSharedAttention(Attention):
 
 
 class IntFeedForward(FeedForward):
-    """Feed-forward whose inner activation never leaves 8 bits, where ranges and kernel allow it.
+    """Feed-forward whose inner activation stays in 8 bits if ranges and kernel allow it.
 
-    Where they don't, it is float32 and the largest tensor of the model: a CPU then works on PIECE
-    tokens at a time, whose memory is used again (1.5 times as fast on 32 x 64 tokens; same bits).
+    Otherwise it is in float32, the largest tensor of the model: a CPU then works on PIECE tokens at a
+    time and reuses their memory (1.5 times as fast on 32 x 64 tokens, with the same bits).
     """
 
     PIECE = 512
@@ -345,10 +343,10 @@ class IntFeedForward(FeedForward):
 
 
 @torch.no_grad()
-def convert(
+def to_integer(
     student: Model, config: QuantConfig, device: str | torch.device = "cpu", kernel: str = "auto"
 ) -> Model:
-    """A fake-quantized student -> the integer model that gives the same logits."""
+    """The integer model of a fake-quantized student; it gives the same logits."""
     weights, tensors = weight_codes(student), float_tensors(student)
     parts = Student(student.config, config, weights, tensors, notes={}, vocabulary=None)
     return integer_model(parts, device, kernel)
@@ -358,9 +356,9 @@ def convert(
 def integer_model(
     student: Student, device: str | torch.device = "cpu", kernel: str = "auto"
 ) -> Model:
-    """The integer model of a student.  kernel: a name of KERNELS, or "auto".
+    """The integer model of the parts of a student.  kernel: a key of KERNELS, or "auto".
 
-    Raises UserError if there is nothing to multiply in integers.
+    Raises UserError if weights or activations are not quantized.
     """
     config, quant, weights, tensors = student[:4]
     if quant.weight_bits == 32 or quant.act_bits == 32:
@@ -373,12 +371,12 @@ def integer_model(
         raise UserError(f"integers need every Linear layer of the encoder: keep is {quant.keep}")
     with torch.device("meta"):
         model = Model(config)
-        prepare(model, replace(quant, weight_bits=32))
+        prepare(model, replace(quant, weight_bits=32, weights="uniform", weight_range="minmax"))
     matrices = [w.codes for name, w in weights.items() if "word" not in name]
     largest = max(int(codes.abs().max()) for codes in matrices)
     kernel = choose_kernel(device, largest) if kernel == "auto" else kernel
 
-    # Not strict: what is missing are the quantized weights, whose modules are replaced below.
+    # Not strict: the quantized weights are missing, and their modules are replaced below.
     there = {name: tensor.to(device) for name, tensor in tensors.items()}
     model.load_state_dict(there, strict=False, assign=True)
 
@@ -404,7 +402,7 @@ def integer_model(
 
 @torch.no_grad()
 def integer_trains(student: Student, device: str | torch.device, kernel: str) -> Model:
-    """integer_model for tensor trains: small enough to be made of the fake-quantized model's parts."""
+    """integer_model for tensor trains, which are small enough to go through the fake-quantized model."""
     model = float_model(student)
     if any(type(module) in (nn.Linear, TTLinear) for module in model.encoder.modules()):
         keep = student.quant.keep
@@ -413,7 +411,9 @@ def integer_trains(student: Student, device: str | torch.device, kernel: str) ->
         n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantTTLinear))
     }
     if kernel == "auto":
-        quantizers = (q for q in model.modules() if isinstance(q, WeightQuantizer))
+        quantizers = (
+            getattr(m, "B_quantizer", None) or m.weight_quantizer for m in linears.values()
+        )
         kernel = choose_kernel(device, max(quantizer.quant_max for quantizer in quantizers))
     for name, linear in linears.items():
         act = act_of(model, name)

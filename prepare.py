@@ -1,11 +1,12 @@
-"""quant.py and learned.py put into a model: which tensor gets which quantizer.
+"""Quantizers into a model: which tensor gets which quantizer, in one table and one walk.
 
 `prepare(model, QuantConfig())` replaces the encoder's Linear layers by QuantLinear and gives the word
-embeddings a row quantizer. Embedding rows are quantized after they are gathered: with one scale a row
-the numbers are the same as for the whole table, and XLM-R's table is 250,002 rows of which a batch
-uses a few hundred. `calibrate` fixes the ranges of static activation quantizers.
+embeddings a row quantizer. Embedding rows are quantized after they are gathered: with one scale per
+row the result is the same as for the whole table, and XLM-R's table has 250,002 rows, of which a
+batch uses a few hundred. `calibrate` sets the ranges of static activation quantizers.
 
-In float32: biases, norms, position and type embeddings, the head (together 0.4 % of XLM-R base).
+Biases, norms, position and type embeddings and the head stay in float32 (together 0.4 % of XLM-R
+base).
 
     student = copy.deepcopy(teacher)
     print(prepare(student, QuantConfig(weight_bits=2, weights="ternary")))
@@ -17,23 +18,81 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from data import UserError
-from learned import LearnedActQuantizer, LearnedScale
+from lsq import LearnedActQuantizer, LearnedScale
 from quant import (
     OBSERVERS,
     ActQuantizer,
     QuantConfig,
     QuantLinear,
     TernaryQuantizer,
+    UniformQuantizer,
     WeightQuantizer,
     choose_qparams,
-    integer_limits,
 )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A row of WEIGHTS: the quantizer of matrices, that of tables, and what QuantConfig may ask of it."""
+
+    matrix: type[nn.Module]  # called with the arguments of quant.WeightQuantizer
+    table: type[nn.Module]
+    help: str
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    ranges: tuple[str, ...] = ("minmax", "mse")  # of weight_range; the first is the default
+
+
+def table_quantizer(config: QuantConfig, *arguments) -> WeightQuantizer:
+    """The rows of a table keep a scale of their own range, also where those of matrices are learned."""
+    return (TernaryQuantizer if config.weight_bits == 2 else UniformQuantizer)(config, *arguments)
+
+
+WEIGHTS = {  # QuantConfig.weights
+    "uniform": Weights(UniformQuantizer, UniformQuantizer, "equal steps up to the largest weight"),
+    "ternary": Weights(
+        TernaryQuantizer, TernaryQuantizer, "-a, 0, a with 2 bits", bits=(2,), ranges=("minmax",)
+    ),
+    "lsq": Weights(
+        LearnedScale, table_quantizer, "scales are trained", ranges=("lsq", "minmax", "mse")
+    ),
+}
+CHOICES = {
+    "grid": ("portable", "full"),
+    "weights": tuple(WEIGHTS),
+    "act_range": ("dynamic", "static", "learned"),
+    "observer": tuple(OBSERVERS),
+}
+
+
+def check_quant(config: QuantConfig) -> None:
+    """Raises ValueError for a QuantConfig that can't be computed, with its fields as name=value."""
+    for name in ("weight_bits", "act_bits", "attention_bits"):
+        bits = getattr(config, name)
+        if not isinstance(bits, int) or (bits != 32 and not 2 <= bits <= 8):
+            raise ValueError(f"{name}={bits}: choose 2 to 8, or 32 for no quantization")
+    for name, known in CHOICES.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name}={getattr(config, name)!r}: choose from {', '.join(known)}")
+    if not 0.0 <= config.noise <= 1.0:
+        raise ValueError(f"noise={config.noise}: choose a fraction from 0 to 1")
+    if config.noise_block < 1:
+        raise ValueError(f"noise_block={config.noise_block}: choose 1 or more")
+    row, bits = WEIGHTS[config.weights], config.weight_bits
+    if bits == 32 and config.weights != "uniform":
+        raise ValueError(f"weights={config.weights} needs quantized weights: weight_bits=2 to 8")
+    if bits not in (*row.bits, 32):
+        known = " or ".join(map(str, row.bits))
+        raise ValueError(f"weights={config.weights} has {known} bits, not weight_bits={bits}")
+    if config.weight_range not in row.ranges:
+        raise ValueError(
+            f"weight_range={config.weight_range!r}: weights={config.weights} has "
+            f"{', '.join(row.ranges)}"
+        )
 
 
 @dataclass
 class PrepareReport:
-    """What prepare did: names with their number of weights."""
+    """What prepare did: names of weights with their number of parameters."""
 
     replaced: dict[str, int]
     kept: dict[str, int]
@@ -47,7 +106,7 @@ class PrepareReport:
             kind = next((word for word in known if word in name), name)
             kinds[kind] = kinds.get(kind, 0) + count
         return (
-            f"{len(self.replaced)} weight tensors quantized ({done:,} numbers, "
+            f"{len(self.replaced)} weight tensors quantized ({done:,} parameters, "
             f"{100 * done / (done + left):.2f} %), {self.act_quantizers} activation quantizers; "
             "float32: " + ", ".join(f"{kind} {count:,}" for kind, count in kinds.items())
         )
@@ -55,23 +114,24 @@ class PrepareReport:
 
 @torch.no_grad()
 def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
-    """Make a float32 model fake-quantized, in place, and report what was replaced and what was
-    left.
+    """Make a float32 model fake-quantized, in place. Reports what was replaced and what was kept.
 
-    Every nn.Linear outside config.keep becomes a QuantLinear that shares its weight and bias. A
-    module that has an attribute `input_quantizer` feeds one tensor to several Linears (query, key,
-    value): that tensor is quantized once, there. What the two products inside it read is quantized
-    with config.attention_bits. A module that has a `row_quantizer` is a table of embeddings. A
-    module that has `cores` is a tensor train: each core gets a learned scale.
+    What a module has decides what becomes of it, if its name does not begin with one in config.keep:
 
-    Raises UserError if the model was prepared before.
+        nn.Linear        becomes a QuantLinear, which shares weight and bias
+        row_quantizer    a table of embeddings: its rows are quantized
+        input_quantizer  an attention: query, key and value read one tensor, which is quantized once,
+                         here; with config.attention_bits what its two products read is quantized, too
+        cores            a tensor train (tt.py): each core gets a learned scale; one that multiplies
+                         (`quantized`) becomes two quantized products
+
+    Raises ValueError for a config that can't be computed and for a model that was prepared before.
     """
-    if any(
-        isinstance(module, (WeightQuantizer, LearnedScale, ActQuantizer))
-        or hasattr(module, "act_quantizer")
-        for module in model.modules()
-    ):
-        raise UserError("this model is already prepared: quantize a copy of the float32 model")
+    check_quant(config)
+    kinds = (WeightQuantizer, LearnedScale, ActQuantizer)
+    if any(isinstance(m, kinds) or hasattr(m, "act_quantizer") for m in model.modules()):
+        raise ValueError("this model is already prepared: quantize a copy of the float32 model")
+    row, quantizes = WEIGHTS[config.weights], config.weight_bits != 32
     replaced: dict[str, int] = {}
     act_quantizers = 0
 
@@ -83,63 +143,43 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
         kind = LearnedActQuantizer if config.act_range == "learned" else ActQuantizer
         return kind(config, inside)
 
-    def new_weight(weight: Tensor, is_table: bool) -> nn.Module:
-        if config.weight_bits == 32:
+    def new_weight(name: str, weight: Tensor, is_table: bool) -> nn.Module:
+        if not quantizes:
             return nn.Identity()
-        per_row = is_table or config.per_channel
-        if config.weights == "lsq" and not is_table:
-            grid = integer_limits(config, multiplied=True) if config.weight_bits == 8 else None
-            return LearnedScale(config.weight_bits, weight, config.weight_range, per_row, grid)
-        # NOTE: a table's rows keep scales of their own, also where those of matrices are learned.
-        if config.weights == "ternary" or (config.weights == "lsq" and config.weight_bits == 2):
-            return TernaryQuantizer(config, per_row, not is_table).to(weight.device)
-        quantizer = WeightQuantizer(config, per_row, not is_table)
-        if config.weight_range == "mse" and is_table:
-            # One factor for all rows, found on some: which rows a batch brings is not known here.
-            quantizer.search_clip(weight[:: max(1, len(weight) // 4096)], one_factor=True)
-        elif config.weight_range == "mse":
-            quantizer.search_clip(weight)
-        return quantizer.to(weight.device)
+        replaced[name + ".weight"] = weight.numel()
+        if is_table:
+            return row.table(config, weight, True, False)
+        return row.matrix(config, weight, config.per_channel, True)
 
-    def visit(module: nn.Module, prefix: str) -> None:
-        shared = hasattr(module, "input_quantizer")
-        if shared:
-            if any((prefix + name).startswith(config.keep) for name in ("query", "key", "value")):
-                raise UserError(f"keep all of {prefix[:-1]}: its projections share their input")
-            device = next(module.parameters()).device
+    for name, module in list(model.named_modules()):
+        if not name or name.startswith(config.keep):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        parts = ("query", "key", "value")
+        shares = leaf in parts and hasattr(model.get_submodule(parent), "input_quantizer")
+        device = next((p.device for p in module.parameters()), None)
+        if hasattr(module, "input_quantizer"):
+            if any(f"{name}.{part}".startswith(config.keep) for part in parts):
+                raise ValueError(f"keep all of {name}: its projections share their input")
             module.input_quantizer = new_act().to(device)
-            for part in ("query", "key", "value", "map"):
+            for part in (*parts, "map"):
                 setattr(module, part + "_quantizer", new_act(inside=True).to(device))
-        for name, child in list(module.named_children()):
-            full = prefix + name
-            if full.startswith(config.keep):
-                continue
-            if isinstance(child, nn.Linear):
-                reads_shared = shared and name in ("query", "key", "value")
-                act = nn.Identity() if reads_shared else new_act().to(child.weight.device)
-                weight = new_weight(child.weight, is_table=False)
-                setattr(module, name, QuantLinear(child, act, weight))
-                if config.weight_bits != 32:
-                    replaced[full + ".weight"] = child.weight.numel()
-            elif hasattr(child, "row_quantizer"):
-                child.row_quantizer = new_weight(child.weight, is_table=True)
-                if config.weight_bits != 32:
-                    replaced[full + ".weight"] = child.weight.numel()
-            elif hasattr(child, "cores"):  # a tensor train
-                if hasattr(child, "quantized"):  # that multiplies
-                    reads_shared = shared and name in ("query", "key", "value")
-                    acts = [nn.Identity() if reads_shared else new_act(), new_act()]
-                    child = child.quantized(config, *acts).to(child.cores[0].device)
-                    setattr(module, name, child)
-                elif config.weight_bits != 32:
-                    child.quantize_cores(config)
-                if config.weight_bits != 32:
-                    for k, core in enumerate(child.cores):
-                        replaced[f"{full}.cores.{k}"] = core.numel()
-            else:
-                visit(child, full + ".")
-
-    visit(model, "")
+        elif isinstance(module, nn.Linear):
+            act = nn.Identity() if shares else new_act().to(device)
+            weight = new_weight(name, module.weight, is_table=False).to(device)
+            model.set_submodule(name, QuantLinear(module, act, weight))
+        elif hasattr(module, "row_quantizer"):
+            module.row_quantizer = new_weight(name, module.weight, is_table=True).to(device)
+        elif hasattr(module, "cores"):
+            if hasattr(module, "quantized"):
+                acts = [nn.Identity() if shares else new_act(), new_act()]
+                module = module.quantized(config, *acts).to(device)
+                model.set_submodule(name, module)
+            elif quantizes:
+                module.quantize_cores(config)
+            if quantizes:
+                cores = enumerate(module.cores)
+                replaced |= {f"{name}.cores.{k}": core.numel() for k, core in cores}
     model.train(model.training)  # new modules start in training mode: follow the model
     kept = {n: p.numel() for n, p in model.named_parameters() if n not in replaced}
     return PrepareReport(replaced, kept, act_quantizers)
@@ -149,8 +189,8 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
 def calibrate(
     model: nn.Module, batches: Iterable[tuple[Tensor | None, ...]], observer: str
 ) -> None:
-    """Fix the ranges of all static activation quantizers from a few batches: (ids, mask), or
-    (ids, mask, types).
+    """Set the ranges of all static activation quantizers from batches of (ids, mask) or (ids, mask,
+    types).
 
     While observing, weights are quantized and activations are not. Padded positions would be
     observed too: give batches of equal length.
@@ -164,11 +204,8 @@ def calibrate(
         for ids, mask, *types in batches:
             model(ids, mask, types=types[0] if types else None)
         for quantizer in quantizers:
-            low, high = quantizer.observer.range(quantizer.quant_min, quantizer.quant_max, False)
-            scale, zero_point = choose_qparams(
-                low, high, quantizer.quant_min, quantizer.quant_max, symmetric=False
-            )
-            quantizer.set_range(scale, zero_point)
+            limits = (quantizer.quant_min, quantizer.quant_max, False)
+            quantizer.set_range(*choose_qparams(*quantizer.observer.range(*limits), *limits))
     finally:
         for quantizer in quantizers:
             quantizer.observer = None

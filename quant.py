@@ -6,28 +6,27 @@ zero point z:
     q = clamp(round(x / s + z), quant_min, quant_max)            quantize
     x ~ (q - z) * s                                              dequantize
 
-*Symmetric* grids have z = 0 (weights, which lie around 0: one multiplication less in the integer
-model). *Affine* grids spend their integers on [min, max] wherever that lies (activations: a GELU
-output is never below -0.17). One scale may serve a whole tensor, each output channel of a weight,
-or each token of an activation: finer is more exact and costs a vector of scales. 2 bits, symmetric,
-is the ternary grid {-1, 0, 1}, for which there is a rule of its own (TernaryQuantizer); the fourth
-value that two bits have room for, -2, is used by scales that are learned (learned.py).
+*Symmetric* grids have z = 0. Weights use them: they lie around 0, and the integer model saves a
+correction. *Affine* grids cover [min, max] wherever it lies. Activations use them: the output of GELU
+is never below -0.17. A scale may serve a whole tensor (per tensor), each output channel of a weight
+(per channel) or each token of an activation (per token): finer is more exact and costs a vector of
+scales. The symmetric 2-bit grid is ternary, {-1, 0, 1}, and has a rule of its own
+(TernaryQuantizer); the fourth value of two bits, -2, is used by scales that are trained (lsq.py).
 
 Training. round() has derivative 0 almost everywhere, so nothing would learn. The straight-through
-estimator (Bengio et al. 2013) pretends that rounding is the identity, except where x was clipped:
-there, moving x changes nothing. The result, `fake_quantize`, is a float tensor that lies on the
-grid: what the integer model will compute, but differentiable. *Quantization noise* (Fan et al.
-2020, arXiv 2004.07320) quantizes only a random fraction p of the weights at each step; the others
-pass exactly and get an exact gradient. p = 1 is ordinary quantization-aware training; in evaluation
-everything is quantized.
+estimator (Bengio et al. 2013) treats rounding as the identity, except where x was clipped: there,
+moving x changes nothing. The result of `fake_quantize` is a float tensor that lies on the grid: what
+an integer model will compute, but differentiable. *Quantization noise* (Fan et al. 2020, arXiv
+2004.07320) quantizes only a random fraction p of the weights at each step; the others pass unchanged
+and get an exact gradient. p = 1 is ordinary quantization-aware training. In evaluation everything is
+quantized.
 
-Evaluation. The same numbers in the integer model's own order: a Linear layer multiplies integers, sums
-them exactly, and applies the scales after (`rescale`). In exact arithmetic that is what fake
-quantization computes; in floats the last digits differ, and one digit is enough to push the next
-activation over a rounding border. So a student is tested as what it will be deployed as, bit for bit.
+Evaluation. A Linear layer of a student in evaluation computes as the integer model does: it
+multiplies integers, accumulates them exactly and applies the scales afterwards (`rescale`). In exact
+arithmetic that equals fake quantization. In floats the last digits differ, and one digit is enough to
+flip the rounding of the next activation. So student and integer model agree bit for bit.
 
-Where it goes on: learned.py has scales that are trained with the weights, prepare.py puts all of this
-into a model.
+Next: lsq.py trains scales together with the weights, prepare.py puts quantizers into a model.
 
 >>> x = torch.tensor([0.26, -9.0])
 >>> fake_quantize(x, torch.tensor(0.5), torch.tensor(0.0), -4, 3)
@@ -41,25 +40,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import UserError
+from model import random_mask
 
-# CPUs without VNNI instructions add two products of 8 bits in 16 bits and clip the sum: 255 * 127 * 2
-# is too much, 255 * 64 * 2 is not. int8.py tells the story. Fewer than 8 bits never get there.
+# CPUs without VNNI instructions add two 8-bit products in 16 bits, which saturates: 255 * 127 * 2 is
+# too large, 255 * 64 * 2 is not (see int8.py). Fewer than 8 bits never saturate.
 PORTABLE = 64
 SMALLEST_SCALE = 1e-12  # an all-zero tensor has the range [0, 0]; its scale must still divide
 
 
 # --------------------------------------------------------------------------------------- the grid
 def quant_range(bits: int, symmetric: bool) -> tuple[int, int]:
-    """The integers of a grid: (quant_min, quant_max).
+    """The smallest and largest integer of a grid: (quant_min, quant_max).
 
-    Symmetric grids leave out the most negative integer, so that -x is on the grid whenever x is.
+    Symmetric grids leave out the most negative integer: -x is on the grid whenever x is.
 
     >>> quant_range(8, symmetric=True), quant_range(8, symmetric=False), quant_range(2, symmetric=True)
     ((-127, 127), (0, 255), (-1, 1))
     """
     if not 2 <= bits <= 8:
-        raise UserError(f"{bits} bits: choose from 2 to 8 (or 32 to leave a tensor alone)")
+        raise ValueError(f"{bits} bits: choose 2 to 8, or 32 to leave a tensor alone")
     if symmetric:
         largest = 2 ** (bits - 1) - 1
         return -largest, largest
@@ -71,8 +70,8 @@ def choose_qparams(
 ) -> tuple[Tensor, Tensor]:
     """The scale (> 0) and zero point that cover [x_min, x_max] (Jacob et al. 2018, eq. 1-3).
 
-    x_min, x_max: float32, any one shape.  Returns two float32 tensors of that shape; the zero point
-    is a whole number. The range is first widened to hold 0, because padding, ReLU and dropout make
+    x_min, x_max: float32, of equal shape.  Returns two float32 tensors of that shape; the zero point
+    is an integer. The range is first widened to include 0, because padding, ReLU and dropout make
     exact zeros.
     """
     x_min, x_max = x_min.clamp(max=0.0), x_max.clamp(min=0.0)
@@ -89,41 +88,51 @@ def quantize(
 ) -> Tensor:
     """Real numbers -> integers, halves to even. scale, zero_point: broadcastable to x.
 
-    The integers stay in float32, which holds whole numbers below 2^24 exactly. x is multiplied by
-    1 / scale and the zero point added before rounding, as oneDNN's kernels do: three other orders
-    round differently once in a great while.
+    The integers stay in float32, which is exact for integers below 2^24. x is multiplied by 1 / scale
+    and the zero point is added before rounding, as in oneDNN's kernels: other orders round
+    differently in rare cases.
     """
     return torch.mul(x, scale.reciprocal()).add_(zero_point).round_().clamp_(quant_min, quant_max)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Integers -> the real numbers they stand for (float32)."""
+    """Integers -> the real numbers that they represent (float32)."""
     return (q - zero_point) * scale
 
 
 class _StraightThrough(torch.autograd.Function):
-    """See fake_quantize. A Function, since the sum in `x + (q - x).detach()` is not exactly q."""
+    """Forward: `rounded`.  Backward: the gradient passes to x where `passes` is True (None: everywhere).
+
+    A Function, because x + (rounded - x).detach() is not exactly `rounded`.
+    """
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, clips, where):
-        # quantize and dequantize in place. Four passes over x with the range as plain numbers are
-        # twice as fast on CPU as two with clamp(x / s, quant_min - z, quant_max - z), whose bounds
-        # would be tensors.
-        codes = torch.mul(x, scale.reciprocal()).add_(zero_point).round_()
-        if clips:
-            inside = (codes >= quant_min) & (codes <= quant_max)
-            ctx.save_for_backward(inside if where is None else inside.logical_or_(~where))
-        result = codes.clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
-        if where is not None:
-            # lerp with a weight of 0 or 1 is exactly one of its ends, and faster than torch.where
-            result.lerp_(x, (~where).to(x.dtype))
-        return result
+    def forward(ctx, x, rounded, passes):
+        if passes is not None:
+            ctx.save_for_backward(passes)
+        return rounded
 
     @staticmethod
     def backward(ctx, grad):
         if ctx.saved_tensors:
             grad = grad * ctx.saved_tensors[0]
-        return grad, None, None, None, None, None, None
+        return grad, None, None
+
+
+def straight_through(
+    x: Tensor, rounded: Tensor, inside: Tensor | None, where: Tensor | None
+) -> Tensor:
+    """`rounded`, with the gradient of the identity.
+
+    rounded: x on its grid; it is overwritten.  inside: bool, False where x was clipped, which gets no
+    gradient; None if nothing was clipped.  where: bool, True where to quantize at all (quantization
+    noise); elsewhere x passes unchanged. None: everywhere.
+    """
+    if where is not None:
+        # lerp with a weight of 0 or 1 gives exactly one of its ends, and is faster than torch.where.
+        rounded.lerp_(x.detach(), (~where).to(x.dtype))
+        inside = None if inside is None else inside.logical_or_(~where)
+    return _StraightThrough.apply(x, rounded, inside)
 
 
 def fake_quantize(
@@ -143,18 +152,23 @@ def fake_quantize(
     estimator: the gradient passes unchanged where x fell inside [quant_min, quant_max] and is zero
     where it was clipped (Jacob et al. 2018, sec. 3).
 
-    clips=False says that the range was taken from x itself, so that nothing can be clipped: the
-    same numbers, without the cost of remembering where.
-    where: bool, of x's shape. Only these elements are quantized, the others pass exactly
-    (quantization noise).
+    clips=False: the range was taken from x itself, so nothing can be clipped, and the time and memory
+    to record where are saved.  where: see straight_through.
     """
-    return _StraightThrough.apply(x, scale, zero_point, quant_min, quant_max, clips, where)
+    with torch.no_grad():
+        # quantize and dequantize in place: four passes over x with the range as plain numbers are
+        # twice as fast on CPU as two with clamp(x / s, quant_min - z, quant_max - z), whose bounds
+        # would be tensors.
+        codes = torch.mul(x, scale.reciprocal()).add_(zero_point).round_()
+        inside = (codes >= quant_min) & (codes <= quant_max) if clips else None
+        rounded = codes.clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
+    return straight_through(x, rounded, inside, where)
 
 
 class Codes(NamedTuple):
     """A quantized activation x = scale * (values - zero_point).
 
-    values: (..., K), whole numbers, float32 or uint8.  scale, zero_point: float32, (..., 1) or ().
+    values: (..., K), integers in float32 or uint8.  scale, zero_point: float32, (..., 1) or ().
     """
 
     values: Tensor
@@ -163,15 +177,15 @@ class Codes(NamedTuple):
 
 
 def rescale(sums: Tensor, column: Tensor, x: Codes, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """What is left to do after a product of integers, in place: (..., N) -> (..., N).
+    """Dequantize integer accumulators, in place: (..., N) -> (..., N).
 
         y = s_x s_w (sum_k q_x q_w  -  z_x sum_k q_w) + b
 
-    sums: the first sum, column (N): the second; whole numbers in float32, so their difference is
-    exact below 2^24.  x: scale and zero point of the activation.  scale: s_w, (N) or ().
+    sums: the first sum, column (N): the second; integers in float32, so their difference is exact
+    below 2^24.  x: scale and zero point of the activation.  scale: s_w, (N) or ().
     """
     sums = sums.addcmul_(x.zero_point, column, value=-1)
-    if x.scale.dim():  # a scale a token: their products with s_w would be a matrix
+    if x.scale.dim():  # per token: the products with s_w would be a matrix
         sums = sums.mul_(x.scale).mul_(scale)
     else:
         sums = sums.mul_(x.scale * scale)
@@ -180,7 +194,7 @@ def rescale(sums: Tensor, column: Tensor, x: Codes, scale: Tensor, bias: Tensor 
 
 # ----------------------------------------------------------------------------------------- ranges
 def min_max(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
-    """The range of x: two scalars, or per row of the last dimension (..., 1)."""
+    """The smallest and largest value of x: two scalars, or (..., 1) per row of the last dimension."""
     if per_row:
         # amin and amax are vectorized on CPU, aminmax along a dimension is not: 13 times faster
         return x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
@@ -196,11 +210,11 @@ def best_clip(
     per_row: bool,
     one_factor: bool = False,
 ) -> Tensor:
-    """By how much to shrink the min-max range of x for the least squared quantization error.
+    """The factor on the min-max range of x with the least squared quantization error.
 
-    Clipping a few outliers buys finer steps for all the rest; the fewer bits, the more it pays.
-    Searched over 0.10, 0.12 .. 1.00. Returns factors: (..., 1) per row; a scalar where the range is
-    one, and where one_factor asks for a common one to all rows' ranges.
+    Clipping a few outliers makes the steps finer for all other values; it pays more with fewer bits.
+    Searched over 0.10, 0.12 .. 1.00. Returns factors (..., 1) per row, or a scalar: of a single range,
+    or with one_factor common to the ranges of all rows.
 
     >>> best_clip(torch.tensor([[0.1, -0.1, 0.1, -0.1, 0.12]]), -1, 1, True, per_row=True)
     tensor([[0.8600]])
@@ -221,7 +235,7 @@ def best_clip(
 
 
 class MinMax:
-    """Observer: the smallest and largest value ever seen."""
+    """Observer: the smallest and largest value of all batches."""
 
     def __init__(self):
         self.low = self.high = None
@@ -236,7 +250,7 @@ class MinMax:
 
 
 class MovingAverage(MinMax):
-    """Observer: an exponential average of each batch's extremes: one odd batch counts little."""
+    """Observer: exponential moving average of the extremes of each batch."""
 
     momentum = 0.1
 
@@ -247,9 +261,9 @@ class MovingAverage(MinMax):
 
 
 class MSESearch(MinMax):
-    """Observer: the range with the least squared error on a sample of the values seen."""
+    """Observer: the range with the least squared error on a random sample of all values."""
 
-    sample_size = 8192  # values of each batch
+    sample_size = 8192  # values per batch
 
     def __init__(self):
         super().__init__()
@@ -271,21 +285,8 @@ OBSERVERS = {"minmax": MinMax, "moving-average": MovingAverage, "mse": MSESearch
 
 
 # ------------------------------------------------------------------------------------------ noise
-def random_mask(shape: torch.Size, p: float, device: torch.device) -> Tensor:
-    """A bool tensor, each element True with probability p (to the nearest 1/65536).
-
-    Compares 16 random bits with a threshold. Each 64-bit draw serves four elements, which makes
-    this 2-3 times faster on CPU than torch.rand and 8 times faster than bernoulli_: noise is drawn
-    for every weight at every step.
-    """
-    count = shape.numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
-    threshold = min(round(p * 65536) - 32768, 32767)
-    return (words.view(torch.int16)[:count] < threshold).view(shape)
-
-
 def noise_mask(weight: Tensor, p: float, block: int) -> Tensor:
-    """Which elements of a weight (..., N) to quantize now: a fraction p, drawn in runs."""
+    """Which elements of a weight (..., N) to quantize at this step: a fraction p, in runs of `block`."""
     if block == 1:
         return random_mask(weight.shape, p, weight.device)
     *rows, size = weight.shape
@@ -297,60 +298,29 @@ def noise_mask(weight: Tensor, p: float, block: int) -> Tensor:
 # ---------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class QuantConfig:
-    """What to quantize and how. 32 bits means "left alone"."""
+    """What to quantize and how. 32 bits means "left alone". prepare.check_quant has the rules."""
 
-    weight_bits: int = 8  # Linear weights and word embeddings
-    act_bits: int = 8  # the input of every quantized Linear
-    per_channel: bool = True  # weights: a scale an output channel (embeddings always: one a row)
-    per_token: bool = True  # dynamic activations: a scale a token; else one for the batch
+    weight_bits: int = 8  # of Linear weights and word embeddings
+    act_bits: int = 8  # of the input of every quantized Linear
+    per_channel: bool = (
+        True  # weights: a scale per output channel (word embeddings: always per row)
+    )
+    per_token: bool = True  # dynamic activations: a scale per token, else one per batch
     grid: str = "portable"  # 8-bit Linear weights in -64..64, see PORTABLE; or "full": -127..127
-    weights: str = "uniform"  # or "ternary" (2 bits), or "lsq": scales that are trained
-    weight_range: str = "minmax"  # or "mse": shrink it once; or "lsq": 2 mean|w| / sqrt(Q_max)
-    weight_clip: float = 0.0  # weights are cut at +-clip before anything else; 0: they are not
-    act_range: str = "dynamic"  # or "static": fixed by calibrate(); "learned": trained from there
-    attention_bits: int = 32  # of what the products inside attention read: Q, K, V and the map
-    observer: str = "minmax"  # static ranges: minmax, moving-average, mse
-    noise: float = 1.0  # fraction of weights quantized at a training step (learned scales: all)
-    noise_block: int = 1  # drawn in runs of this many weights
+    weights: str = "uniform"  # a key of prepare.WEIGHTS
+    weight_range: str = "minmax"  # or "mse": clip outliers; or "lsq": where learned scales start
+    act_range: str = "dynamic"  # or "static": set by calibrate(); or "learned": trained from there
+    attention_bits: int = 32  # of Q, K, V and the attention probabilities
+    observer: str = "minmax"  # of static ranges, a key of OBSERVERS
+    noise: float = 1.0  # fraction of the weights quantized at a training step (learned scales: all)
+    noise_block: int = 1  # draw the noise in runs of this many weights
     keep: tuple[str, ...] = ("head",)  # modules left in float32, by the beginning of their names
 
-    def __post_init__(self):
-        for name in ("weight_bits", "act_bits", "attention_bits"):
-            bits = getattr(self, name)
-            if not isinstance(bits, int) or (bits != 32 and not 2 <= bits <= 8):
-                raise UserError(f"{name} is {bits}: choose from 2 to 8, or 32 to leave them alone")
-        if not 0.0 <= self.noise <= 1.0:
-            raise UserError(f"noise is {self.noise}: choose a fraction from 0 to 1")
-        if self.noise_block < 1:
-            raise UserError(f"noise block is {self.noise_block}: choose 1 or more")
-        if not 0.0 <= self.weight_clip <= 1e9:
-            raise UserError(f"weight clip is {self.weight_clip}: choose 0 (off) or more")
-        if self.weights == "ternary" and self.weight_bits not in (2, 32):
-            raise UserError(f"ternary weights have 2 bits, not {self.weight_bits}")
-        if self.weights == "ternary" and self.weight_range != "minmax":
-            raise UserError("ternary weights have a range of their own: leave weight range alone")
-        if self.weight_range == "lsq" and self.weights != "lsq":
-            raise UserError("weight range lsq is where learned scales start: it needs weights lsq")
-        if self.weight_clip and self.weights == "lsq":
-            raise UserError("weights lsq learn where to clip: leave weight clip at 0")
-        choices = {
-            "grid": ("portable", "full"),
-            "weights": ("uniform", "ternary", "lsq"),
-            "weight_range": ("minmax", "mse", "lsq"),
-            "act_range": ("dynamic", "static", "learned"),
-            "observer": tuple(OBSERVERS),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"{name} is {getattr(self, name)!r}: choose from {', '.join(known)}"
-                )
 
-
-# ---------------------------------------------------------------------------------------- modules
+# ---------------------------------------------------------------------------------------- weights
 def integer_limits(config: QuantConfig, multiplied: bool) -> tuple[int, int]:
-    """The symmetric grid of a weight. multiplied: a matrix, which integer kernels multiply by
-    activations; a table is only looked up.
+    """The symmetric grid of a weight. multiplied: whether it is a matrix, which integer kernels
+    multiply by activations, and not a table, which is only looked up.
     """
     low, high = quant_range(config.weight_bits, symmetric=True)
     if multiplied and config.grid == "portable" and config.act_bits == 8:
@@ -359,133 +329,139 @@ def integer_limits(config: QuantConfig, multiplied: bool) -> tuple[int, int]:
 
 
 class WeightQuantizer(nn.Module):
-    """Fake-quantizes a weight (rows, N) on a symmetric grid, with noise in training.
+    """Fake-quantizes a weight (rows, N) with noise in training. Subclasses define `codes`.
 
-    multiplied: see integer_limits.
-    clip: factors on the min-max range, 1 unless the range was searched; (rows, 1) or a scalar.
+    weight: the tensor to be quantized, for subclasses that choose something from it.  per_row: a
+    scale per row, else one for all.  multiplied: see integer_limits.
     """
 
-    def __init__(self, config: QuantConfig, per_row: bool, multiplied: bool):
+    def __init__(self, config: QuantConfig, weight: Tensor, per_row: bool, multiplied: bool):
         super().__init__()
         self.bits, self.per_row = config.weight_bits, per_row
         self.noise, self.noise_block = config.noise, config.noise_block
-        self.weight_clip = config.weight_clip
         self.quant_min, self.quant_max = integer_limits(config, multiplied)
-        self.clips = False
-        self.register_buffer("clip", torch.ones(()))
-        # Set for weights from a file, which lie on their grid already: see packed.float_model.
-        self.register_buffer("fixed_scale", None, persistent=False)
 
-    def search_clip(self, weight: Tensor, one_factor: bool = False) -> None:
-        grid = (self.quant_min, self.quant_max, True)
-        self.clip = best_clip(self.cut(weight.detach()), *grid, self.per_row, one_factor)
-        self.clips = True
-
-    @torch.no_grad()
-    def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        if self.fixed_scale is not None:
-            return self.fixed_scale, torch.zeros_like(self.fixed_scale)
-        low, high = min_max(weight, self.per_row)
-        if self.clips:
-            low, high = low * self.clip, high * self.clip
-        return choose_qparams(low, high, self.quant_min, self.quant_max, symmetric=True)
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The integers of a weight, in float32, and their scale, (rows, 1) or (). Without gradient."""
+        raise NotImplementedError
 
     def forward(self, weight: Tensor) -> Tensor:
-        weight = self.cut(weight)
         if not self.training or self.noise == 1.0:
             return self.rounded(weight, None)
         if self.noise == 0.0:
             return weight
         return self.rounded(weight, noise_mask(weight, self.noise, self.noise_block))
 
-    def cut(self, weight: Tensor) -> Tensor:
-        """The weight within +-weight_clip: outside there is no gradient."""
-        return weight.clamp(-self.weight_clip, self.weight_clip) if self.weight_clip else weight
-
     def rounded(self, weight: Tensor, where: Tensor | None) -> Tensor:
-        """The weight on its grid, there where `where` is True (None: everywhere)."""
-        grid = (*self.qparams(weight), self.quant_min, self.quant_max)
-        return fake_quantize(weight, *grid, clips=self.clips, where=where)
+        """The weight on its grid where `where` is True (None: everywhere), differentiable."""
+        with torch.no_grad():
+            codes, scale = self.codes(weight)
+            inside = self.inside(weight, scale)
+        return straight_through(weight, codes * scale, inside, where)
 
-    @torch.no_grad()
-    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The integers of a weight, in float32, and their scale: (rows, 1) or ()."""
-        weight = self.cut(weight)
-        scale, zero_point = self.qparams(weight)
-        return quantize(weight, scale, zero_point, self.quant_min, self.quant_max), scale
+    def inside(self, weight: Tensor, scale: Tensor) -> Tensor | None:
+        """Where the weight is not clipped and gets a gradient. None: everywhere."""
+        ratio = weight * scale.reciprocal()
+        return (ratio > self.quant_min - 0.5) & (ratio < self.quant_max + 0.5)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, per_row={self.per_row}, noise={self.noise}"
 
 
-class _Ternary(torch.autograd.Function):
-    """See TernaryQuantizer: the straight-through estimator, never clipped."""
-
-    @staticmethod
-    def forward(ctx, weight, scale, threshold, where):
-        result = ternary_codes(weight, threshold).mul_(scale)
-        return result if where is None else result.lerp_(weight, (~where).to(weight.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None, None, None
-
-
-def ternary_codes(weight: Tensor, threshold: Tensor) -> Tensor:
-    """sign(w) where |w| > threshold, else 0.
-
-    That is w in steps of twice the threshold, rounded: half a step goes to 0, more to 1.
+class UniformQuantizer(WeightQuantizer):
+    """Equal steps. The scale covers the largest weight (min-max), or with weight_range="mse" that
+    range times the factor of least squared error, chosen once from the weight at the start.
     """
-    return torch.mul(weight, (2 * threshold).reciprocal()).round_().clamp_(-1, 1)
+
+    def __init__(self, config: QuantConfig, weight: Tensor, per_row: bool, multiplied: bool):
+        super().__init__(config, weight, per_row, multiplied)
+        self.register_buffer("clip", torch.ones((), device=weight.device))
+        self.searched = config.weight_range == "mse"
+        if self.searched and not weight.is_meta:
+            limits = (self.quant_min, self.quant_max, True)
+            if multiplied:
+                self.clip = best_clip(weight.detach(), *limits, per_row)
+            else:  # one factor for all rows, from some: which rows a batch brings is not known here
+                some = weight.detach()[:: max(1, len(weight) // 4096)]
+                self.clip = best_clip(some, *limits, per_row, one_factor=True)
+
+    @torch.no_grad()
+    def scale(self, weight: Tensor) -> Tensor:
+        low, high = min_max(weight, self.per_row)
+        if self.searched:
+            low, high = low * self.clip, high * self.clip
+        return choose_qparams(low, high, self.quant_min, self.quant_max, symmetric=True)[0]
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.scale(weight)
+        return quantize(weight, scale, scale.new_zeros(()), self.quant_min, self.quant_max), scale
+
+    def rounded(self, weight: Tensor, where: Tensor | None) -> Tensor:
+        # Only the min-max scale of this very class is known to clip nothing: a subclass with a scale
+        # of its own is checked.
+        clips = self.searched or type(self).scale is not UniformQuantizer.scale
+        scale = self.scale(weight)
+        limits = (scale.new_zeros(()), self.quant_min, self.quant_max)
+        return fake_quantize(weight, scale, *limits, clips=clips, where=where)
 
 
 class TernaryQuantizer(WeightQuantizer):
     """Weights as {-alpha, 0, alpha}, by the rule of Ternary Weight Networks (Li et al. 2016,
-    arXiv 1605.04711, eq. 5-6), which TernaryBERT and Kim et al. 2022 train with:
+    arXiv 1605.04711, eq. 5-6), with which TernaryBERT and Kim et al. 2022 train:
 
-        delta = 0.7 mean|w|         alpha = mean of |w| over those above delta
+        delta = 0.7 mean|w|         alpha = mean of |w| over the weights above delta
 
-    For Gaussian or uniform weights this is close to the least squared error. Min-max would take
-    alpha = max|w|, and with it nearly every weight would round to 0. One alpha a row, or one for
-    the whole matrix.
+    For Gaussian or uniform weights this is close to the least squared error. Min-max would choose
+    alpha = max|w|, which rounds nearly all weights to 0. Nothing is clipped: every weight gets a
+    gradient.
 
-    >>> quantizer = TernaryQuantizer(QuantConfig(weight_bits=2, weights="ternary"), True, True)
-    >>> quantizer(torch.tensor([[0.1, -0.4, 0.6, 0.05]]))       # delta = 0.7 * 0.2875 = 0.2
+    >>> weight = torch.tensor([[0.1, -0.4, 0.6, 0.05]])       # delta = 0.7 * 0.2875 = 0.2
+    >>> TernaryQuantizer(QuantConfig(weight_bits=2), weight, True, True)(weight)
     tensor([[ 0.0000, -0.5000,  0.5000,  0.0000]])
     """
 
     @torch.no_grad()
-    def scale_and_threshold(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and delta: (rows, 1), or () for the whole matrix."""
-        if self.fixed_scale is not None:  # the weights are alpha times -1, 0 or 1 already
-            return self.fixed_scale, self.fixed_scale / 2
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         size = weight.abs()
         over = {"dim": -1, "keepdim": True} if self.per_row else {}
-        # A row of zeros has no weight above its threshold: the floors keep 0 / 0 away.
+        # A row of zeros has no weight above its threshold: the floors prevent 0 / 0.
         threshold = size.mean(**over).mul_(0.7).clamp_(min=SMALLEST_SCALE)
         large = (size > threshold).to(size.dtype)
         count = large.sum(**over).clamp_(min=1.0)
         scale = large.mul_(size).sum(**over).div_(count).clamp_(min=SMALLEST_SCALE)
-        return scale, threshold
+        # In steps of 2 delta, rounded: half a step goes to 0, more to 1.
+        return torch.mul(weight, (2 * threshold).reciprocal()).round_().clamp_(-1, 1), scale
 
-    def rounded(self, weight: Tensor, where: Tensor | None) -> Tensor:
-        return _Ternary.apply(weight, *self.scale_and_threshold(weight), where)
+    def inside(self, weight: Tensor, scale: Tensor) -> None:
+        return None
+
+
+class FixedQuantizer(WeightQuantizer):
+    """The scale of a weight from a file, which lies on its grid already."""
+
+    def __init__(self, quantizer: nn.Module, scale: Tensor):
+        nn.Module.__init__(self)
+        self.bits, self.per_row, self.noise = quantizer.bits, quantizer.per_row, 1.0
+        self.quant_min, self.quant_max = quantizer.quant_min, quantizer.quant_max
+        self.register_buffer("scale", scale, persistent=False)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        weight = self.cut(weight)
-        scale, threshold = self.scale_and_threshold(weight)
-        return ternary_codes(weight, threshold), scale
+        zero = self.scale.new_zeros(())
+        return quantize(weight, self.scale, zero, self.quant_min, self.quant_max), self.scale
 
 
+# ------------------------------------------------------------------------- activations and layers
 class ActQuantizer(nn.Module):
     """Fake-quantizes an activation (..., C) on an affine grid.
 
-    Dynamic: the range is that of the tensor at hand, per token or for all of it.
-    Static: one range, fixed by calibrate(); values outside are clipped.
+    Dynamic: the range is that of the tensor itself, per token or per tensor.
+    Static: one range, set by calibrate(); values outside are clipped.
 
-    In evaluation it returns the Codes themselves, if it stands before a product with quantized
-    weights.  inside: before a product inside attention, of two activations, which stays in floats.
+    In evaluation it returns the Codes themselves if it stands before a product with quantized
+    weights.  inside: whether it stands before a product inside attention, of two activations, which
+    is computed in floats.
     """
 
     def __init__(self, config: QuantConfig, inside: bool = False):
@@ -511,7 +487,7 @@ class ActQuantizer(nn.Module):
         return self.scale, self.zero_point
 
     def forward(self, x: Tensor) -> Tensor | Codes:
-        x = x.float()  # under autocast it may come in bf16, too coarse for 256 steps
+        x = x.float()  # under autocast x may be bf16, too coarse for 256 steps
         if self.observer is not None:
             self.observer.observe(x.detach())
             return x
@@ -528,7 +504,7 @@ class ActQuantizer(nn.Module):
 
     @torch.no_grad()
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point for x: scalars, or (..., 1) with one a token."""
+        """Scale and zero point for x: scalars, or (..., 1) per token."""
         if self.static:
             return self.static_range()
         low, high = min_max(x, self.per_token)
@@ -542,7 +518,7 @@ class ActQuantizer(nn.Module):
 class QuantLinear(nn.Linear):
     """y = Q(x) Q(W)^T + b. Weight and bias keep their float32 values and their names.
 
-    Evaluation has no gradient: it computes with integers.
+    In evaluation it computes with integers, without gradient.
     """
 
     def __init__(self, linear: nn.Linear, act: nn.Module, weight: nn.Module):
@@ -556,7 +532,7 @@ class QuantLinear(nn.Linear):
 
 
 def product(x: Tensor | Codes, weight: Tensor, quantizer: nn.Module, bias: Tensor | None) -> Tensor:
-    """x Q(W)^T + b: of floats on their grids, or of integers if x comes as Codes."""
+    """x Q(W)^T + b, in floats on their grids, or in integers if x is given as Codes."""
     if not isinstance(x, Codes):
         return F.linear(x, quantizer(weight), bias)
     with torch.no_grad(), torch.autocast(x.values.device.type, enabled=False):

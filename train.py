@@ -1,126 +1,398 @@
-"""The recipe: a float32 teacher, then the same model in 8 bits, several ways, in one report.
+"""The recipe and the loop: a float32 teacher, then the same model quantized in several ways.
 
     python train.py --task xnli --bits 8
-    python train.py --task rte --bits 2 --weights ternary --distill logits+map+output
+    python train.py --task stsb --recipe kd
+    python train.py --task atis --recipe tt
 
-    fp32        the teacher: a pretrained encoder fine-tuned on English
-    ptq         its weights and activations quantized, no training (ranges found at run time)
-    ptq-static  the same with activation ranges fixed from calibration batches
-    qat         trained on through the quantizers, with quantization noise and the task's loss alone
-    sdq         qat, distilled from the teacher: logits and every self-attention output, or what
-                --distill says
+    fp32        the teacher: a pretrained encoder fine-tuned on the task
+    ptq         its weights and activations quantized, without training
+    ptq-static  the same with activation ranges from calibration batches
+    qat         trained on through the quantizers, with quantization noise and the loss of the task
+    sdq         qat, distilled from the teacher: logits and every self-attention output, or --distill
 
-Students train fake-quantized, in float32 on the integer grid. What is reported is the integer model
-made of them (int8.py), with the fake-quantized one beside it.
+Students train fake-quantized, in float32 on the integer grid. The integer model made of them (int8.py)
+is what is evaluated; on CPU the fake-quantized student gives the same bits.
 
-Training sees English only; every language is tested (zero-shot transfer). The best epoch is chosen
-on English dev.
-
-A run writes to --out: config.json, log.jsonl (one line a step), results.json, report.md and
-student.pt (packed integers, of the last row). The teacher is kept beside the run in teachers/ and
-used again by every run that would train the same one. A run that was stopped goes on with --resume
-as if nothing had happened.
+Training sees one language (English), every language is tested (zero-shot transfer), and the best epoch
+is selected on dev in the training language. run.py says what a run writes; a stopped run continues
+with --resume.
 """
 
 import copy
-import hashlib
-import json
 import os
-import platform
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from analyze import attention_recovery, errors_table, layer_errors, recovery_table
 from checkpoint import (
+    WEIGHTS_DIR,
+    check_config,
     checkpoint_payload,
     config_of,
-    load_checkpoint,
-    read_checkpoint,
-    save_atomically,
-)
-from data import UserError, batches, exit_status, flag, mini
-from data.batches import Dataset, encode_split, evaluation_batches, unpadded_batches
-from data.fetch import MODELS, RAW_DIR
-from data.glue import GLUE
-from data.tasks import find_task, load, task_folder
-from data.tokenizer import Tokenizer, WordTokenizer
-from distill import parse_distill
-from int8 import convert, integer_model
-from loop import EVAL_TOKENS, Run, clock, describe, evaluate, print_live, train
-from model import PRESETS, Model, ModelConfig, build_model, set_dropout, with_head
-from options import (
-    NOT_THE_RESULT,
-    TRAINED,
-    TrainConfig,
-    default_out,
-    fill_in,
-    parse_args,
-)
-from packed import (
-    bytes_on_disk,
-    default_keep,
     float_model,
+    load_checkpoint,
+    meta_model,
+    read_checkpoint,
     read_student,
+    save_atomically,
     student_payload,
     tokenizer_of,
 )
+from common import Progress, UserError, clock, exit_status, hardware, remove, write_text
+from config import TRAINED, TrainConfig, default_out, parse_args, quant_config, tt_config
+from data.batches import (
+    IGNORE,
+    Batch,
+    Dataset,
+    encode_split,
+    evaluation_batches,
+    unpadded_batches,
+)
+from data.fetch import MODELS
+from data.metrics import scores
+from data.slots import slot_scores
+from data.tasks import RAW_DIR, Task, file_paths, find_data, find_task, languages_of, load
+from data.tokenizer import Tokenizer, WordTokenizer
+from distill import (
+    LAYERWISE,
+    LOSSES,
+    LayerSchedule,
+    Logits,
+    layer_mean,
+    layerwise_terms,
+    logits_loss,
+)
+from int8 import integer_model, to_integer
+from model import PRESETS, Model, ModelConfig, initialize, set_dropout, with_head
 from prepare import calibrate, prepare
-from quant import QuantConfig
-from report import markdown, summarize, table, write_json, write_text
-from tt import TTConfig, tensorize
+from run import (
+    Data,
+    Run,
+    Training,
+    report,
+    report_table,
+    summarize_languages,
+    teacher_path,
+    total_steps,
+)
+from tt import tensorize
 
-ROOT = os.path.dirname(os.path.abspath(__file__))
-WEIGHTS_DIR = os.path.join(ROOT, "weights")
-MINI = os.path.join(ROOT, "data", "mini", "mini.pt")  # made by data/pretrain_mini.py
+WARMUP = 0.1  # fraction of the steps in which the learning rate rises
+WEIGHT_DECAY = 0.01  # of AdamW, on matrices only
+CLIP_NORM = 1.0  # largest norm of all gradients
+CALIBRATION = 256  # training examples that set static activation ranges
+LAST_STAGE_LR = 1 / 20  # of the last stage of layer-by-layer distillation, relative to the peak
+EVAL_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens per evaluation batch, padding included
+MINI = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "mini", "mini.pt")
 
 
-# ----------------------------------------------------------------------------------------- models
-def default_model(task: str) -> str:
-    """MiniLM for GLUE; else XLM-R base if it was converted, else the built-in miniature."""
-    if task in GLUE:
-        return "minilm"
-    there = os.path.isfile(os.path.join(WEIGHTS_DIR, "xlmr-base.pt"))
-    return "xlmr-base" if there else "mini"
+# --------------------------------------------------------------------------------------- the loss
+def forward(
+    model: Model, batch: Batch, capture: tuple[str, ...] = (), depth: int | None = None
+) -> tuple[Logits, dict[str, list[Tensor]]]:
+    """Logits and taps of a batch. On CUDA matrix products run in bf16, which takes half the time.
+
+    NOTE: bf16 also rounds the quantized values (8 bits of mantissa). Losses and evaluation are always
+    in float32.
+    """
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=batch.ids.is_cuda):
+        return model(batch.ids, batch.mask, capture, batch.types, depth)
 
 
-def coarse(config: TrainConfig) -> str | None:
-    """What to try instead where the scale spends the few steps of the grid on the largest weight."""
-    usual = (config.bits, config.weights, config.weight_range) == (2, "uniform", "minmax")
-    if not usual or config.methods == ("fp32",):
-        return None
-    if config.tt_rank:
-        return (
-            "2 bits: with max|G| as a scale most numbers of a core round to 0; --weight-range mse"
+def task_loss(logits: Logits, batch: Batch, smoothing: float) -> Tensor:
+    """Cross-entropy with the labels; of a joint head, that of the sequence plus that of its words. In
+    a regression (STS-B), the squared error.
+    """
+    if batch.labels.is_floating_point():
+        return F.mse_loss(logits[:, 0].float(), batch.labels)
+    if batch.tags is None:
+        return F.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing)
+    intents, slots = logits
+    words = batch.tags != IGNORE
+    of_words = F.cross_entropy(slots[words].float(), batch.tags[words], label_smoothing=smoothing)
+    return F.cross_entropy(intents.float(), batch.labels, label_smoothing=smoothing) + of_words
+
+
+def sdq_loss(
+    student: Model, teacher: Model | None, batch: Batch, config: TrainConfig, step: int
+) -> dict[str, Tensor]:
+    """L = CE + alpha tau^2 KL(teacher || student) + beta mean_lh MSE(A_lh^s, A_lh^t), term by term
+    (arXiv 2307.05972); or the losses of --distill. Without a teacher: CE alone.
+    """
+    weights = config.loss_weights if teacher is not None else {}
+    taps = tuple(tap for tap, _ in map(LOSSES.get, weights) if tap)
+    logits, student_taps = forward(student, batch, taps)
+    terms = {"task": task_loss(logits, batch, config.label_smoothing)}
+    if teacher is None:
+        return terms
+    terms["task"] = config.task_weight * terms["task"]
+    with torch.no_grad():
+        teacher_logits, teacher_taps = forward(teacher, batch, taps)
+    for name, weight in weights.items():
+        tap, loss = LOSSES[name]
+        if tap is None:
+            cost = logits_loss(logits, teacher_logits, config.temperature, batch.mask)
+        else:
+            cost = layer_mean(loss, student_taps[tap], teacher_taps[tap], batch.mask)
+        terms[name] = weight * cost
+    return terms
+
+
+def layerwise_loss(
+    student: Model,
+    teacher: Model,
+    batch: Batch,
+    config: TrainConfig,
+    step: int,
+    schedule: LayerSchedule,
+) -> dict[str, Tensor]:
+    """Layer-by-layer distillation (arXiv 2306.01076): hidden states and attention maps of the layers
+    that are active at this step; in the last stage also the logits and the task.
+    """
+    layers, last = schedule.active(step), schedule.is_last(step)
+    depth = None if last else max(layers)  # the layers above have no loss yet and don't run
+    logits, student_taps = forward(student, batch, ("hidden", "map"), depth)
+    with torch.no_grad():
+        teacher_logits, teacher_taps = forward(teacher, batch, ("hidden", "map"), depth)
+    terms = layerwise_terms(student_taps, teacher_taps, layers, batch.mask)
+    if last:
+        cost = logits_loss(logits, teacher_logits, config.temperature, batch.mask)
+        terms["logits"] = config.alpha * cost
+        terms["task"] = task_loss(logits, batch, config.label_smoothing)
+    return terms
+
+
+# --------------------------------------------------------------------------------------- the loop
+def train(run: Run, name: str, model: Model, teacher: Model | None, data: Data) -> float:
+    """Train in place and restore the best parameters on dev. Returns the seconds.
+
+    name: a row of the report.  teacher: None trains on the labels alone.
+
+    Raises UserError if the loss or a parameter is no longer finite.
+    """
+    config = run.config
+    optimizers = make_optimizers(model)
+    training = Training(run, name, model, optimizers, data.train)
+    peak = config.student_lr if name in TRAINED else config.lr
+    learning_rate, loss_fn = partial(linear_rate, total=training.total_steps, peak=peak), sdq_loss
+    if teacher is not None and config.distill in LAYERWISE:
+        schedule = layer_schedule(config, model.config.num_layers, training.total_steps)
+        learning_rate = partial(layerwise_rate, **learning_rate.keywords, schedule=schedule)
+        loss_fn = partial(layerwise_loss, schedule=schedule)
+    for step, batch in training.steps():  # continues where a stopped run was
+        lr = learning_rate(step)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        terms = loss_fn(model.train(), teacher, batch, config, step)
+        loss = sum(terms.values())
+        loss.backward()
+        norm = clip_gradients(model, CLIP_NORM)
+        values = training.check_finite(loss=loss, **terms, norm=norm)  # before anything is updated
+        for optimizer in optimizers:
+            optimizer.step()
+        training.log(values, lr, batch.tokens)
+        if training.should_evaluate():
+            evaluation = evaluate(model, data.dev, run.device)
+            training.select(evaluation, in_words(evaluation, data.dev))
+    return training.finish()
+
+
+def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """AdamW, and SparseAdam for the word embeddings, whose gradient is sparse.
+
+    SparseAdam updates only the rows of the batch, which is 30 times as fast on XLM-R's table as a step
+    through 250,002 rows. NOTE: differs: a row's moments decay only when its token occurs, and
+    embeddings have no weight decay.
+    """
+    matrices, vectors, tables = [], [], []
+    sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
+    for name, parameter in model.named_parameters():
+        # The per-row scales of lsq.py have the shape of a matrix; decay would pull them to 1.
+        is_matrix = parameter.dim() > 1 and not name.endswith("log_scale")
+        kind = tables if id(parameter) in sparse else matrices if is_matrix else vectors
+        kind.append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": vectors, "weight_decay": 0.0},  # biases, norms and scales
+    ]
+    optimizers = [torch.optim.AdamW(groups, fused=True)]
+    if tables:
+        optimizers.append(torch.optim.SparseAdam(tables))
+    return optimizers
+
+
+def linear_rate(step: int, total: int, peak: float) -> float:
+    """Linear warm-up to the peak, then linear decay to zero. step counts from 0."""
+    rising = max(1, round(total * WARMUP))
+    if step < rising:
+        return peak * (step + 1) / rising
+    return peak * (total - step) / max(1, total - rising)
+
+
+def layerwise_rate(step: int, total: int, peak: float, schedule: LayerSchedule) -> float:
+    """Learning rate for layer-by-layer distillation: warm-up, then constant while layers are added;
+    in the last stage from a lower rate linearly to zero.
+    """
+    first = schedule.last_stage_start
+    if schedule.is_last(step):
+        return LAST_STAGE_LR * peak * (total - step) / (total - first)
+    return peak * min(1.0, (step + 1) / max(1, round(first * WARMUP)))
+
+
+def layer_schedule(config: TrainConfig, layers: int, total: int) -> LayerSchedule:
+    """Half of the steps for the stages, half for the last one. Raises UserError if they are too few."""
+    schedule = LayerSchedule(layers, max(1, total // 2 // layers), LAYERWISE[config.distill])
+    if schedule.last_stage_start >= total:
+        raise UserError(
+            f"--distill {config.distill} needs more than {layers} steps for {layers} layers, not "
+            f"{total}: raise --student-epochs or --student-steps"
         )
-    return "2 bits: with max|w| as a scale most weights round to 0; --weights lsq keeps far more"
+    return schedule
 
 
-def introduce(model: str, task: str) -> str:
-    """The first line of a run: which model this is, and how to get the other."""
-    if task in GLUE:
-        return f"model {model}. Any BERT will do: python convert.py NAME --from DIR, --model NAME"
-    if model == "mini":
-        return (
-            "model mini: built in, for made-up text in 15 languages. For the real one: "
-            "python convert.py xlmr-base, then python data/fetch.py xnli"
-        )
-    return f"model {model}. The built-in miniature, which needs no download: --model mini"
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Scale all gradients so that their common norm is at most `limit`. Returns the norm before."""
+    gradients = []
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:  # coalesced, its values can be scaled in place
+            parameter.grad = parameter.grad.coalesce()
+            gradients.append(parameter.grad.values())
+        else:
+            gradients.append(parameter.grad)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+@torch.no_grad()
+def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
+    """The metrics of the dataset in %, "score" (their mean) and the counts behind them.
+
+    With tags: accuracy is that of the intents; the scores of the slots, and "exact", the sentences
+    with everything correct, stand beside it.
+    """
+    model.eval()
+    predictions, labels = [], []  # of sequences
+    tags, slots = [], []  # labels and predictions of words, one array per sequence
+    for batch in evaluation_batches(dataset, EVAL_TOKENS[device.type]):
+        batch = batch.to(device)
+        logits, _ = model(batch.ids, batch.mask, types=batch.types)
+        if batch.tags is not None:
+            logits, slot_logits = logits
+            words = batch.tags != IGNORE
+            borders = words.sum(dim=1).cumsum(dim=0)[:-1].cpu()
+            tags += np.split(batch.tags[words].cpu().numpy(), borders)
+            slots += np.split(slot_logits.argmax(dim=-1)[words].cpu().numpy(), borders)
+        is_class = not batch.labels.is_floating_point()
+        predictions.append((logits.argmax(dim=-1) if is_class else logits[:, 0]).cpu())
+        labels.append(batch.labels.cpu())
+    predictions, labels = torch.cat(predictions).numpy(), torch.cat(labels).numpy()
+    if not tags:
+        return scores(dataset.metrics, predictions, labels)
+    found = scores(("accuracy",), predictions, labels)
+    names = ([[dataset.slots[i] for i in row] for row in rows] for rows in (tags, slots))
+    found |= slot_scores(*names)
+    whole = (np.array_equal(a, b) for a, b in zip(tags, slots, strict=True))
+    exact = sum(bool(a and b) for a, b in zip(predictions == labels, whole, strict=True))
+    found |= {"exact": 100 * exact / len(dataset), "exact_correct": exact}
+    found["score"] = sum(found[name] for name in dataset.metrics) / len(dataset.metrics)
+    return found
+
+
+def in_words(evaluation: dict, dataset: Dataset) -> str:
+    return ", ".join(f"{name} {evaluation[name]:.2f}" for name in dataset.metrics)
+
+
+def evaluate_languages(
+    name: str, model: Model, tests: dict[str, Dataset], task: Task, device: torch.device
+) -> dict:
+    progress, found = Progress(name + ", languages", len(tests)), {}
+    for i, (language, dataset) in enumerate(tests.items()):
+        found[language] = evaluate(model, dataset, device)
+        text = f"{language} {in_words(found[language], dataset)}"
+        progress.update(i + 1, text)
+    progress.clear()
+    return summarize_languages(found, task.train_language)
+
+
+# ------------------------------------------------------------------------------------- the recipe
+class Source:
+    """What fine-tuning starts from: a converted checkpoint, or random weights."""
+
+    def __init__(self, config: TrainConfig, folder: str):
+        task = find_task(config.task)
+        self.seed, self.path = config.seed, None
+        self.labels, self.slots = class_names(task, folder)
+        head = {"num_labels": len(self.labels), "num_slots": len(self.slots)}
+        self.head = {"head": task.head, **head}
+        if config.model == "scratch":
+            if config.tokenizer:
+                self.tokenizer = Tokenizer.from_file(config.tokenizer)
+            else:
+                sentences = load(config.task, "train", task.train_language, folder)
+                self.tokenizer = WordTokenizer.build(sentence.words for sentence in sentences)
+            self.config = check_config(
+                ModelConfig(
+                    vocab_size=self.tokenizer.vocab_size,
+                    hidden_size=config.hidden,
+                    num_layers=config.layers,
+                    num_heads=max(1, config.hidden // 64),
+                    ffn_size=4 * config.hidden,
+                    max_tokens=512,
+                    tt=tt_config(config),
+                    **self.head,
+                )
+            )
+            self.name = f"scratch-{config.layers}x{config.hidden}"
+            self.name += f"-tt{config.tt_rank}" if config.tt_rank else ""
+            self.identity = [repr(self.config), self.tokenizer.sha256]
+        else:
+            self.path = find_model(config.model)
+            payload = read_checkpoint(self.path)
+            self.config = config_of(payload, self.path)
+            vocab_size = self.config.vocab_size
+            self.tokenizer = Tokenizer.from_payload(payload, self.path, vocab_size)
+            self.name = os.path.splitext(os.path.basename(self.path))[0]
+            stat = os.stat(self.path)
+            self.identity = [os.path.abspath(self.path), stat.st_size, stat.st_mtime_ns]
+        longest = self.config.max_tokens
+        if config.max_length > longest:
+            raise UserError(
+                f"--max-length {config.max_length}: {self.name} has {longest} positions; use "
+                f"{longest} or less"
+            )
+
+    def build(self) -> Model:
+        """A model to fine-tune: the encoder with a new head. One seed, one model."""
+        torch.manual_seed(self.seed)
+        if self.path is None:
+            return initialize(meta_model(self.config))
+        model = with_head(load_checkpoint(self.path), **self.head)
+        if model.config.tt:
+            tensorize(model, model.config.tt)  # the new head
+        return model
 
 
 def find_model(name: str) -> str:
     """The checkpoint that --model means. Raises UserError saying how to get one."""
     if name == "mini":
         return MINI
-    if name.endswith(".pt") or os.sep in name or "/" in name:
-        path = name
-    else:
-        path = os.path.join(WEIGHTS_DIR, name + ".pt")
+    is_path = name.endswith(".pt") or os.sep in name or "/" in name
+    path = name if is_path else os.path.join(WEIGHTS_DIR, name + ".pt")
     if os.path.isfile(path):
         return path
-    if path == name or name not in PRESETS:
+    if is_path or name not in PRESETS:
         known = " ".join(PRESETS)
         raise UserError(
             f"no model {name!r}: give a .pt file of convert.py, 'scratch', or one of: {known}"
@@ -129,141 +401,28 @@ def find_model(name: str) -> str:
     raise UserError(f"no weights for {name} yet: make them with 'python convert.py {how}'")
 
 
-class Source:
-    """Where models come from: a converted checkpoint, or random weights."""
-
-    def __init__(self, config: TrainConfig, folder: str):
-        self.config, task = config, find_task(config.task)
-        self.path = None if config.model == "scratch" else find_model(config.model)
-        self.labels, self.slots = label_names(config.task, folder)
-        self.head = {
-            "head": task.head,
-            "num_labels": len(self.labels),
-            "num_slots": len(self.slots),
-        }
-        if self.path is None:
-            if config.tokenizer:
-                self.tokenizer = Tokenizer.from_file(config.tokenizer)
-            else:
-                sentences = load(config.task, "train", task.train_language, folder)
-                self.tokenizer = WordTokenizer.build(sentence.words for sentence in sentences)
-            hidden = config.hidden or 256
-            self.model_config = ModelConfig(
-                vocab_size=self.tokenizer.vocab_size,
-                hidden_size=hidden,
-                num_layers=config.layers or 4,
-                num_heads=config.heads or max(1, hidden // 64),
-                ffn_size=4 * hidden,
-                max_tokens=512,
-                tt=tt_config(config),
-                **self.head,
-            )
-            shape = self.model_config
-            self.name = f"scratch-{shape.num_layers}x{hidden}"
-            self.name += f"-tt{config.tt_rank}" if config.tt_rank else ""
-            self.identity = [repr(shape), self.tokenizer.sha256]
-        else:
-            payload = read_checkpoint(self.path)
-            self.model_config = config_of(payload, self.path)
-            vocab_size = self.model_config.vocab_size
-            self.tokenizer = Tokenizer.from_payload(payload, self.path, vocab_size)
-            self.name = os.path.splitext(os.path.basename(self.path))[0]
-            stat = os.stat(self.path)
-            self.identity = [os.path.abspath(self.path), stat.st_size, stat.st_mtime_ns]
-        depth = self.model_config.num_layers
-        if any(layer > depth for layer in config.distill_layers):
-            raise UserError(
-                f"--distill-layers {max(config.distill_layers)}: {self.name} has blocks 1 to {depth}"
-            )
-        longest = self.model_config.max_tokens
-        if config.max_length > longest:
-            raise UserError(
-                f"--max-length {config.max_length}: {self.name} has {longest} positions; use {longest} or less"
-            )
-
-    def build(self) -> Model:
-        """A model to fine-tune: the source's encoder under a fresh head. One seed, one model."""
-        torch.manual_seed(self.config.seed)
-        if self.path is None:
-            return build_model(self.model_config)
-        return with_head(load_checkpoint(self.path), **self.head)
-
-
-def label_names(task: str, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a model of this task can answer: labels of a text, and of a word (slots) if it has any."""
-    row = find_task(task)
-    if row.names is None:
-        return row.labels, ()
-    names = row.names(folder)
+def class_names(task: Task, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The classes that a model of this task can predict: of a sequence, and of a word (slots)."""
+    if task.names is None:
+        return task.labels, ()
+    names = task.names(folder)
     return names.intents[: names.known_intents], names.slots[: names.known_slots]
 
 
-def tt_config(config: TrainConfig) -> TTConfig | None:
-    if not config.tt_rank:
-        return None
-    return TTConfig(
-        config.tt_rank, config.tt_embedding_rank, config.tt_modes, config.tt_table_modes
-    )
-
-
-def quant_config(config: TrainConfig, method: str) -> QuantConfig:
-    act_range = "static" if method == "ptq-static" else config.act_range
-    if act_range == "learned" and method not in TRAINED:
-        act_range = "static"  # which is where learning starts
-    return QuantConfig(
-        weight_bits=config.bits,
-        act_bits=config.act_bits,
-        per_channel=not config.per_tensor,
-        per_token=not config.per_tensor,
-        grid=config.grid,
-        weights=config.weights,
-        weight_range=config.weight_range,
-        weight_clip=config.weight_clip,
-        act_range=act_range,
-        attention_bits=config.attention_bits,
-        observer=config.observer,
-        noise=config.noise if method in TRAINED else 1.0,
-        noise_block=config.noise_block,
-        keep=default_keep(tt_config(config)),
-    )
-
-
-# ------------------------------------------------------------------------------------- the ladder
-TEACHER_OPTIONS = (  # all that the teacher's weights depend on, besides model and data
-    "task max_train max_eval max_length epochs steps batch_size lr warmup weight_decay clip dropout "
-    "seed eval_every label_smoothing"
-).split()
-
-
-def teachers_folder(out: str) -> str:
-    return os.path.join(os.path.dirname(os.path.abspath(out)), "teachers")
-
-
-def teacher_path(run: Run, source: Source) -> str:
-    key = [getattr(run.config, name) for name in TEACHER_OPTIONS] + source.identity
-    for dataset in (run.train, run.dev):
-        for part in (dataset.ids, dataset.starts, dataset.labels, dataset.tags, dataset.second):
-            key.append(part is not None and hashlib.sha256(part.tobytes()).hexdigest())
-    key.append(run.device.type)  # bf16 on CUDA
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-    return os.path.join(teachers_folder(run.out), f"{run.config.task}-{source.name}-{digest}.pt")
-
-
-def get_teacher(run: Run, source: Source, resume: bool) -> tuple[Model, int, float]:
+def get_teacher(run: Run, source: Source, data: Data) -> tuple[Model, int, float]:
     """The float32 teacher, trained now or before: (model, bytes on disk, seconds of training)."""
-    path = teacher_path(run, source)
+    path = teacher_path(run, source.name, source.identity, data)
     if not os.path.exists(path):
-        if resume and os.path.exists(run.results_file):
+        if run.resume and os.path.exists(run.path("results.json")):
             raise UserError(
                 f"this run's teacher, {path}, is gone (or --lr changed): start with another --out"
             )
         model = source.build()
         set_dropout(model, run.config.dropout)
-        model.to(run.device)
-        seconds = train(run, "fp32", model, None, (), run.config.epochs, run.config.lr, resume)
+        seconds = train(run, "fp32", model.to(run.device), None, data)
         payload = checkpoint_payload(model, source.tokenizer.bytes, seconds=f"{seconds:.1f}")
         save_atomically(payload, path)
-        remove(run.state_file)
+        remove(run.path("state.pt"))
         del model, payload
     else:
         print(f"fp32: teacher from {path}")
@@ -272,93 +431,134 @@ def get_teacher(run: Run, source: Source, resume: bool) -> tuple[Model, int, flo
     return teacher, os.path.getsize(path), seconds
 
 
-def make_student(run: Run, source: Source, teacher: Model, method: str) -> Model:
-    """The teacher's copy (or a fresh one from the source), fake-quantized and calibrated."""
-    if method in TRAINED and run.config.student_init == "pretrained":
-        student = source.build().to(run.device)
-    else:
-        student = copy.deepcopy(teacher)
-    trains = tt_config(run.config)
-    if trains and not student.config.tt:
-        torch.manual_seed(run.config.seed)
-        report = tensorize(student, trains, from_weights=run.config.tt_init == "svd")
-        student.config = replace(student.config, tt=trains)
-        print(f"{method}: {report}")
+def make_student(run: Run, teacher: Model, method: str, data: Data) -> Model:
+    """The teacher's copy, as tensor trains if wanted, fake-quantized and calibrated."""
+    config = run.config
+    student = copy.deepcopy(teacher)
+    if config.tt_rank and not student.config.tt:
+        torch.manual_seed(config.seed)
+        print(f"{method}: {tensorize(student, tt_config(config), from_weights=True)}")
     student.requires_grad_(True).eval()
-    set_dropout(student, run.config.student_dropout)
-    settings = quant_config(run.config, method)
-    summary = prepare(student, settings)
-    if settings.act_range != "dynamic":
-        torch.manual_seed(run.config.seed)  # the mse observer draws samples
-        rows = unpadded_batches(run.train, run.config.calibration, 32, run.config.seed)
-        rows = [batch.to(run.device) for batch in rows]
-        inputs = ((batch.ids, batch.mask, batch.types) for batch in rows)
-        calibrate(student, inputs, settings.observer)
+    set_dropout(student, config.student_dropout)
+    quant = quant_config(config, method)
+    summary = prepare(student, quant)
+    if quant.act_range != "dynamic":
+        torch.manual_seed(config.seed)  # the mse observer draws samples
+        batches = unpadded_batches(data.train, CALIBRATION, 32, config.seed)
+        batches = [batch.to(run.device) for batch in batches]
+        calibrate(student, ((b.ids, b.mask, b.types) for b in batches), quant.observer)
     print(f"{method}: {summary}")
     return student
 
 
-def run_method(
-    run: Run, source: Source, teacher: Model, method: str, save: bool, resume: bool
-) -> tuple[Model, int, float]:
-    """One quantized row: (student, bytes on disk, seconds of training)."""
-    config = run.config
-    student = make_student(run, source, teacher, method)
+def run_student(run: Run, source: Source, teacher: Model, method: str, data: Data) -> dict:
+    """One quantized row of the report. Writes student.pt."""
+    config, task = run.config, find_task(run.config.task)
+    student = make_student(run, teacher, method, data)
     seconds = 0.0
     if method in TRAINED:
-        parts = parse_distill(config.distill) if method == "sdq" else ()
-        epochs = config.student_epochs or config.epochs
-        lr = config.lr if config.student_lr is None else config.student_lr
-        seconds = train(run, method, student, teacher, parts, epochs, lr, resume)
+        seconds = train(run, method, student, teacher if method == "sdq" else None, data)
+    quant = quant_config(config, method)
     notes = dict(task=config.task, model=source.name, method=method)
     notes |= {"labels": " ".join(source.labels), "slots": " ".join(source.slots)}
-    settings = quant_config(config, method)
-    payload = student_payload(student, settings, source.tokenizer.bytes, **notes)
-    if save:
-        return student, save_atomically(payload, os.path.join(run.out, "student.pt")), seconds
-    return student, bytes_on_disk(payload), seconds
+    payload = student_payload(student, quant, source.tokenizer.bytes, **notes)
+    size = save_atomically(payload, run.path("student.pt"))
+    floats = 32 in (config.bits, config.act_bits)  # there are no integers to multiply
+    model = student if floats else to_integer(student, quant, run.device)
+    row = {"size_bytes": size, "train_seconds": seconds}
+    row |= evaluate_languages(method, model, data.tests, task, run.device)
+    if not floats and (config.check_student or run.device.type == "cuda"):
+        name = f"{method}, fake-quantized"
+        row["student"] = evaluate_languages(name, student, data.tests, task, run.device)
+    if config.analyze:
+        batches = evaluation_batches(data.dev, EVAL_TOKENS[run.device.type])
+        moved = [batch.to(run.device) for batch in batches]
+        row["errors"] = layer_errors(teacher, student, moved)
+        row["recovery"] = attention_recovery(teacher, student, moved)
+    return row
 
 
-def test_row(run: Run, method: str, model: Model, tests: dict[str, Dataset]) -> dict:
-    """The figures of one row: the integer model's where there is one, the student's beside them."""
-    config = run.config
-    found = evaluate_languages(config, method, model, tests, run.device)
-    if method == "fp32" or 32 in (config.bits, config.act_bits):
-        return found
-    integer = convert(model, quant_config(config, method), run.device)
-    deployed = evaluate_languages(config, f"{method} in int8", integer, tests, run.device)
-    return {**deployed, "student": found}
+def run_recipe(config: TrainConfig, resume: bool) -> None:
+    """All rows of the report."""
+    started = time.monotonic()
+    task, device = find_task(config.task), choose_device(config.device, config.threads)
+    folder = find_data(task, config.data_dir, config.model)
+    print(introduction(config, task, folder))
+    source = Source(config, folder)
+    run = Run(config.out or default_out(config), config, device, resume)
+    print(f"{hardware(device)}, {torch.get_num_threads()} threads, out {run.out}")
+    data = load_data(config, task, folder, source.tokenizer)
+    rows = sum(map(len, data.tests.values()))
+    print(
+        f"{len(data.train):,} training examples, {rows:,} test examples in {len(data.tests)} sets"
+    )
+    if config.distill in LAYERWISE and "sdq" in config.methods:  # too few steps? before training
+        steps = total_steps(config, len(data.train), student=True)
+        layer_schedule(config, source.config.num_layers, steps)
+    run.start(source.name, data)
+    teacher, teacher_bytes, teacher_seconds = get_teacher(run, source, data)
+    for method in config.methods:
+        if method in run.results["methods"]:
+            continue
+        if method == "fp32":
+            row = {"size_bytes": teacher_bytes, "train_seconds": teacher_seconds}
+            row |= evaluate_languages(method, teacher, data.tests, task, device)
+        else:
+            row = run_student(run, source, teacher, method, data)
+        run.finish_row(method, row)
+    write_text(run.path("report.md"), report(run.results))
+    methods = run.results["methods"]
+    if any("errors" in row for row in methods.values()):
+        print(f"\n{errors_table(methods)}\n\n{recovery_table(methods)}")
+    print(f"\n{report_table(run.results)}\n\nwrote {run.out}/results.json, report.md")
+    print(f"{clock(time.monotonic() - started)} in all")
 
 
-def evaluate_languages(
-    config: TrainConfig, name: str, model: Model, tests: dict[str, Dataset], device: torch.device
-) -> dict:
-    live, found = sys.stdout.isatty(), {}
-    for i, (language, dataset) in enumerate(tests.items()):
-        found[language] = evaluate(model, dataset, device)
-        line = f"{name}: {config.eval_split} {i + 1}/{len(tests)} {language}"
-        if live or i + 1 == len(tests):
-            print_live(f"{line} {describe(found[language])}", live)
-    if live:
-        print()
-    return summarize(found, find_task(config.task).train_language)
+def introduction(config: TrainConfig, task: Task, folder: str) -> str:
+    """The first lines of a run: which model and data these are, how to get the real ones, and what
+    to try instead of a setting that is known to lose.
+    """
+    text = f"model {config.model}, data {os.path.relpath(folder)}"
+    if folder != RAW_DIR and not config.data_dir:
+        text += f": built in. For the real thing: {task.real_thing}"
+    if (config.bits, config.weights, config.weight_range) != (2, "uniform", "minmax"):
+        return text
+    if config.tt_rank:
+        return f"{text}\n2 bits: most elements of a core round to 0; try --weight-range mse"
+    return f"{text}\n2 bits: most weights round to 0; --weights lsq keeps far more"
 
 
-def dev_curve(run: Run, method: str) -> list[list[float]]:
-    """[step, score on English dev] of each look that a training of this run took."""
-    if not os.path.exists(run.log_file):
-        return []
-    with open(run.log_file, encoding="utf-8") as file:
-        records = [record for record in map(json.loads, file) if record["method"] == method]
-    return [[r["step"], r["dev_score"]] for r in records if "dev_score" in r]
+def load_data(config: TrainConfig, task: Task, folder: str, tokenizer: Tokenizer) -> Data:
+    """Encoded training and dev set in the training language, and the test set of each language."""
+    for split in (config.eval_split, "train"):
+        missing = [p for p in file_paths(task, folder, split) if not os.path.exists(p)]
+        if missing:
+            hint = " --eval-split dev needs no test file." if split == "test" else ""
+            raise UserError(
+                f"no file {missing[0]}: fetch it with '{task.fetch}', or name its folder with "
+                f"--data-dir.{hint}"
+            )
+
+    def encode(split: str, language: str, limit: int | None) -> Dataset:
+        length = config.max_length
+        return encode_split(task.name, split, language, folder, tokenizer, length, limit)
+
+    source = task.train_language
+    chosen = config.languages and {source, *config.languages}
+    tests = {
+        language: encode(config.eval_split, language, config.max_eval)
+        for language in languages_of(task, folder, config.eval_split)
+        if not chosen or language in chosen
+    }
+    dev = encode("dev", source, config.max_eval)
+    return Data(encode("train", source, config.max_train), dev, tests)
 
 
 def evaluate_file(config: TrainConfig) -> None:
-    """--eval: a packed student, loaded as an integer model and tested."""
-    begun = time.monotonic()
-    device = choose_device(config)
+    """--eval: load a packed student as an integer model and evaluate it."""
+    started = time.monotonic()
+    device, task = choose_device(config.device, config.threads), find_task(config.task)
     read = read_student(config.eval)
-    task = find_task(config.task)
     if read.config.head != task.head or read.notes.get("task") != config.task:
         raise UserError(f"{config.eval} was not trained for {config.task}: name its --task")
     quant = read.quant
@@ -367,216 +567,26 @@ def evaluate_file(config: TrainConfig) -> None:
     else:
         model = integer_model(read, device)
         kind = f"integers, {type(model.encoder.layers[0].ffn.up.kernel).__name__}"
-    config = replace(config, model=read.notes.get("model"))
-    folder = data_folder(config)
-    tests = load_tests(config, folder, tokenizer_of(config.eval, read))
-    labels = " ".join(label_names(config.task, folder)[0])
-    if read.notes.get("labels") != labels:
-        raise UserError(f"{config.eval} knows other labels than {folder}: name its --data-dir")
-    found = evaluate_languages(config, "student", model, tests, device)
-    row = {**found, "size_bytes": os.path.getsize(config.eval), "train_seconds": 0}
+    folder = find_data(task, config.data_dir, read.notes.get("model", "").split("-")[0])
+    data = load_data(config, task, folder, tokenizer_of(config.eval, read))
+    if read.notes.get("labels") != " ".join(class_names(task, folder)[0]):
+        raise UserError(f"{config.eval} has other labels than {folder}: name its --data-dir")
+    row = evaluate_languages("student", model, data.tests, task, device)
+    row |= {"size_bytes": os.path.getsize(config.eval), "train_seconds": 0}
     name = f"{read.notes.get('method')} W{quant.weight_bits}A{quant.act_bits}"
-    results = {"config": asdict(config), "methods": {name: row}, "languages": list(tests)}
-    print(f"\n{table(results)}\n")
+    results = {"config": asdict(config), "methods": {name: row}, "languages": list(data.tests)}
+    print(f"\n{report_table(results)}\n")
     print(f"{kind}, {hardware(device)}, {torch.get_num_threads()} threads; ", end="")
-    print(f"{clock(time.monotonic() - begun)} in all")
+    print(f"{clock(time.monotonic() - started)} in all")
 
 
-def run_ladder(config: TrainConfig, resume: bool) -> None:
-    begun = time.monotonic()
-    config = fill_in(config, default_model(config.task))
-    print(introduce(config.model, config.task))
-    if hint := coarse(config):
-        print(hint)
-    out = config.out or default_out(config)
-    device = choose_device(config)
-    check_folder(out)
-    check_folder(teachers_folder(out))
-    folder = data_folder(config)
-    source = Source(config, folder)
-    check_run(out, config, resume)
-    print(f"{hardware(device)}, {torch.get_num_threads()} threads, out {out}")
-    tests = load_tests(config, folder, source.tokenizer)
-    train_set, dev = load_training(config, folder, source.tokenizer)
-    rows = sum(map(len, tests.values()))
-    print(f"{len(train_set):,} training examples, {rows:,} test examples in {len(tests)} languages")
-    run = Run(config, out, device, train_set, dev)
-    results = load_results(run, source, list(tests), resume)
-    start_folder(run, resume)
-    teacher, teacher_bytes, teacher_seconds = get_teacher(run, source, resume)
-    quantized = [method for method in config.methods if method != "fp32"]
-    for method in config.methods:
-        if method in results["methods"]:
-            continue
-        if method == "fp32":
-            model, size, seconds = teacher, teacher_bytes, teacher_seconds
-        else:
-            save = method == quantized[-1]
-            model, size, seconds = run_method(run, source, teacher, method, save, resume)
-        row = {"size_bytes": size, "train_seconds": seconds}
-        row |= test_row(run, method, model, tests)
-        if config.analyze and method != "fp32":
-            batches_of_dev = evaluation_batches(run.dev, EVAL_TOKENS[device.type])
-            moved = [batch.to(device) for batch in batches_of_dev]
-            row["errors"] = layer_errors(teacher, model, moved)
-            row["recovery"] = attention_recovery(teacher, model, moved)
-        if curve := dev_curve(run, method):
-            row["dev_curve"] = curve
-        results["methods"][method] = row
-        write_json(run.results_file, results)
-        if method in TRAINED:
-            remove(run.state_file)
-    write_text(os.path.join(out, "report.md"), markdown(results))
-    if any("errors" in row for row in results["methods"].values()):
-        print(f"\n{errors_table(results['methods'])}\n\n{recovery_table(results['methods'])}")
-    print(f"\n{table(results)}\n\nwrote {out}/results.json and report.md")
-    print(f"{clock(time.monotonic() - begun)} in all")
-
-
-def data_folder(config: TrainConfig) -> str:
-    """Where the task's files are; made now for mini, whose vocabulary is that of mini-XNLI."""
-    if config.data_dir or config.model != "mini" or config.task != "xnli":
-        return config.data_dir or RAW_DIR
-    return mini.cached(batches.CACHE_DIR)
-
-
-def load_tests(config: TrainConfig, folder: str, tokenizer: Tokenizer) -> dict[str, Dataset]:
-    """The encoded test set of each language asked for."""
-    task = find_task(config.task)
-    there = os.path.join(task_folder(task, folder), *task.files[config.eval_split].split("/"))
-    if not os.path.exists(there):
-        hint = "" if config.eval_split == "dev" else ", or report on dev with --eval-split dev"
-        raise UserError(
-            f"no {task.files[config.eval_split]} in {folder}: fetch it with '{task.fetch}', "
-            f"name its folder with --data-dir{hint}"
-        )
-    chosen = config.languages and (task.train_language, *config.languages)
-    return {
-        language: encode(config, folder, tokenizer, config.eval_split, language, config.max_eval)
-        for language in task.languages
-        if not chosen or language in chosen
-    }
-
-
-def load_training(
-    config: TrainConfig, folder: str, tokenizer: Tokenizer
-) -> tuple[Dataset, Dataset]:
-    """Encoded English train and dev."""
-    english = find_task(config.task).train_language
-    train_set = encode(config, folder, tokenizer, "train", english, config.max_train)
-    return train_set, encode(config, folder, tokenizer, "dev", english, config.max_eval)
-
-
-def encode(
-    config: TrainConfig,
-    folder: str,
-    tokenizer: Tokenizer,
-    split: str,
-    language: str,
-    limit: int | None,
-) -> Dataset:
-    task = config.task
-    dataset = encode_split(task, split, language, folder, tokenizer, config.max_length, limit)
-    names = find_task(task).names
-    return dataset if names is None else replace(dataset, slots=names(folder).slots)
-
-
-# ------------------------------------------------------------------------------- the run's folder
-def check_folder(folder: str) -> None:
-    """Refuse a folder that can't be written, before anything is computed or touched."""
-    there = os.path.abspath(folder)
-    while not os.path.exists(there) and os.path.dirname(there) != there:
-        there = os.path.dirname(there)
-    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {folder}: choose another --out")
-
-
-def check_run(out: str, config: TrainConfig, resume: bool) -> None:
-    """Refuse to mix runs: to resume one with other options, or to write over another or a stopped one."""
-    settings = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
-    try:
-        with open(os.path.join(out, "config.json"), encoding="utf-8") as file:
-            before = json.load(file)
-    except FileNotFoundError:
-        if resume:
-            raise UserError(f"no run to resume in {out}: leave out --resume") from None
-        return
-    except ValueError:
-        before = None
-    if not isinstance(before, dict) or "task" not in before:
-        raise UserError(f"{out}/config.json is not of a run of train.py: choose another --out")
-    may_differ = {*NOT_THE_RESULT, "lr", "student_lr"} if resume else set(NOT_THE_RESULT)
-    differs = [k for k in settings if before.get(k) != settings[k] and k not in may_differ]
-    if differs:
-        name = differs[0]
-        advice = "resume with the same options" if resume else "choose another --out, or delete it"
-        raise UserError(
-            f"{out} holds a run with {flag(name)} {before.get(name)}, not {settings[name]}: {advice}"
-        )
-    if not resume and os.path.exists(os.path.join(out, "state.pt")):
-        raise UserError(f"{out} holds a stopped run: go on with --resume, or delete it")
-
-
-def start_folder(run: Run, resume: bool) -> None:
-    """Write config.json; a run that starts afresh removes what the same run left before."""
-    os.makedirs(run.out, exist_ok=True)
-    if not resume:
-        for name in ("log.jsonl", "results.json", "report.md", "student.pt"):
-            remove(os.path.join(run.out, name))
-    write_json(os.path.join(run.out, "config.json"), asdict(run.config))
-
-
-def load_results(run: Run, source: Source, languages: list[str], resume: bool) -> dict:
-    """A fresh results.json, or when resuming the one with the rows that are done."""
-    results = {
-        "config": asdict(run.config),
-        "model": source.name,
-        "languages": languages,
-        "train_examples": len(run.train),
-        "environment": {
-            "hardware": hardware(run.device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
-        "methods": {},
-    }
-    if resume and os.path.exists(run.results_file):
-        with open(run.results_file, encoding="utf-8") as file:
-            results["methods"] = json.load(file)["methods"]
-    done = [name for name in results["methods"] if name != "fp32"]
-    if run.config.analyze and any("errors" not in results["methods"][name] for name in done):
-        raise UserError(
-            f"--analyze: {run.out} has rows that were not analyzed, and their models are gone: "
-            "resume without it, or start anew with --analyze and another --out"
-        )
-    return results
-
-
-def remove(path: str) -> None:
-    if os.path.exists(path):
-        os.unlink(path)
-
-
-def choose_device(config: TrainConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
+def choose_device(name: str, threads: int | None) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device here; use --device cpu")
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    if threads:
+        torch.set_num_threads(threads)
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(auto if config.device == "auto" else config.device)
-
-
-def hardware(device: torch.device) -> str:
-    """The name of the processor that does the work."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(
-                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return torch.device(auto if name == "auto" else name)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -586,13 +596,13 @@ def main(argv: list[str] | None = None) -> int:
             if config.eval:
                 evaluate_file(config)
             else:
-                run_ladder(config, resume)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's has no type
+                run_recipe(config, resume)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type
             if "out of memory" in str(error) or "allocate memory" in str(error):
                 raise UserError("out of memory: use a smaller --batch-size, --max-length") from None
             raise
 
-    return exit_status(job, ": the same command with --resume goes on")
+    return exit_status(job, ": the same command with --resume continues")
 
 
 if __name__ == "__main__":

@@ -1,38 +1,37 @@
-"""Tensor trains: a large matrix as a chain of small cores, trained without ever being written out.
+"""Tensor trains: a large matrix as a chain of small cores, trained without ever building the matrix.
 
-A matrix W (out, in) has as many numbers as it has entries. Fold both sides into d factors each,
-out = o_1 ... o_d and in = i_1 ... i_d, and write an entry as a product of small matrices, one for
-each digit of its row and of its column (Oseledets 2011; Novikov et al. 2015):
+A matrix W (out, in) has out * in parameters. Factor both sides into d factors each, out = o_1 ... o_d
+and in = i_1 ... i_d, and write an entry as a product of small matrices, one per digit of its row and
+of its column (Oseledets 2011; Novikov et al. 2015):
 
     W[(a_1..a_d), (b_1..b_d)] = G_1[a_1] ... G_d[a_d] G_d+1[b_1] ... G_2d[b_d]
 
-    core k     (r_k-1, n_k, r_k): for each digit a matrix r_k-1 x r_k          r_0 = r_2d = 1
-    ranks r_k  how much the two sides of the cut at k may know of each other; full rank is exact
+    core k     (r_k-1, n_k, r_k): a matrix r_k-1 x r_k for each digit          r_0 = r_2d = 1
+    ranks r_k  bound how much the two sides of the cut at k can share; full rank is exact
 
-768 x 768 = (12 8 8) x (8 8 12) at rank 20 has 10,528 numbers instead of 589,824. Its *product* has
-as many entries as before, but they are tied to each other: that is what is learnt.
+768 x 768 = (12 8 8) x (8 8 12) at rank 20 has 10,528 parameters instead of 589,824.
 
-TTLinear. Contract the output cores to B (out, r) and the input cores to A (r, in), r being the rank
-in the middle: once a step, for they don't depend on the tokens. Then
+TTLinear. Contract the output cores to B (out, r) and the input cores to A (r, in), where r is the
+rank in the middle: once per step, since neither depends on the tokens. Then
 
-    y = (x A^T) B^T + b                  2 r (in + out) operations a token instead of 2 in out
+    y = (x A^T) B^T + b                  2 r (in + out) operations per token instead of 2 in out
 
-so beside x only (tokens, r) numbers are kept for the backward pass. Gradients of the cores come from
-autograd: the contractions are a few small products, and a hand-written backward would do the same.
+and only x and a (tokens, r) tensor are kept for the backward pass. Autograd differentiates the few
+small products of the contraction; a hand-written backward pass was no faster (docs/log.md).
 
 TTMEmbedding. A table (V, C) whose cores have two digits, (r_k-1, n_k, m_k, r_k): row i is the
 product over k of G_k[digit k of i]. The first half of the cores is contracted to L (V_1, C_1, r),
-the second to R (V_2, r, C_2), and row i = (i_1, i_2) is the one product L[i_1] R[i_2]. Neither half
-has more than about sqrt(V) rows; the table itself is never built.
+the second to R (V_2, r, C_2), and row i = (i_1, i_2) is the product L[i_1] R[i_2]. Each half has about
+sqrt(V) rows; the table itself is never built.
 
-Quantized cores (Yang et al. 2023, arXiv 2306.01076): each core goes through learned.LearnedScale, a
-grid whose scale is trained. To compute in integers, A and B merged from quantized cores are rounded
-to 8 bits a row, like any other weight, in training as in deployment.
+Quantized cores (Yang et al. 2023, arXiv 2306.01076): each core goes through lsq.LearnedScale, a grid
+whose scale is trained. To compute in integers, A and B, merged from quantized cores, are rounded to 8
+bits per row like any other weight, in training as in deployment.
 
-    python train.py --task atis --model scratch --layers 2 --hidden 768 --tt-rank 20 --bits 8
+    python train.py --recipe tt
 
-Simplified: one rank for all cuts of all layers (`ranks` of a single layer can be given), modes as
-equal as they can be. Where a layer would have more numbers as a tensor train, it stays as it is.
+Simplified: all cuts of all layers have one rank (`ranks` of a single layer can be given), and the
+modes are as equal as possible. A layer that would have more parameters as a tensor train is kept.
 """
 
 import math
@@ -43,22 +42,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import UserError
-from learned import LearnedScale
-from quant import Codes, QuantConfig, WeightQuantizer, product
+from lsq import LearnedScale
+from quant import Codes, QuantConfig, UniformQuantizer, product
 
 
 # ---------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class TTConfig:
-    """Which tensor trains take the place of a model's layers."""
+    """Which tensor trains replace the layers of a model."""
 
     rank: int = 20  # of Linear layers and of the position table
-    embedding_rank: int = 0  # of the word table; 0 leaves it a table
+    embedding_rank: int = 0  # of the word table; 0 keeps the table
     modes: int = 3  # d: factors of each side of a Linear layer
     table_modes: int = 2  # the same for tables
-    # Left as they are, by the beginning of their names. A class is a row of the last matrix, few
-    # and each its own; as rows of a tensor train they are learnt slowly.
+    # Kept as they are, by the beginning of their names: the last matrices. Each of their few rows is
+    # a class, which is learned slowly as a row of a tensor train.
     keep: tuple[str, ...] = ("head.out_proj", "head.intent.out_proj")
 
     def __post_init__(self):
@@ -66,14 +64,14 @@ class TTConfig:
         for name, (least, most) in {**limits, "modes": (1, 8), "table_modes": (2, 8)}.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise UserError(f"tensor train: {name} is {value!r}; want {least} to {most}")
+                raise ValueError(f"tensor train: {name} is {value!r}; choose {least} to {most}")
         if not all(isinstance(name, str) for name in self.keep):
-            raise UserError(f"tensor train: keep is {self.keep}; want names of modules")
+            raise ValueError(f"tensor train: keep is {self.keep}; give names of modules")
 
 
 # --------------------------------------------------------------------------------- modes and ranks
 def factorize(n: int, d: int) -> tuple[int, ...]:
-    """n as a product of d whole numbers, as equal as they can be (least sum), ascending.
+    """n as a product of d integers, as equal as possible (least sum), ascending.
 
     >>> factorize(768, 3), factorize(3072, 3), factorize(7, 2)
     ((8, 8, 12), (12, 16, 16), (1, 7))
@@ -90,8 +88,8 @@ def factorize(n: int, d: int) -> tuple[int, ...]:
 
 
 def pad_factors(n: int, d: int) -> tuple[int, ...]:
-    """d nearly equal factors whose product is n or a little more: for a vocabulary, whose size may
-    be prime. Rows that are not needed cost nothing but a few numbers of the cores.
+    """d nearly equal factors whose product is n or slightly more: for a vocabulary, whose size may be
+    prime. Unused rows cost only a few parameters of the cores.
 
     >>> pad_factors(867, 4), pad_factors(250002, 4)
     ((6, 6, 5, 5), (23, 23, 22, 22))
@@ -102,7 +100,7 @@ def pad_factors(n: int, d: int) -> tuple[int, ...]:
 
 
 def clip_ranks(modes: Sequence[int], rank: int | Sequence[int]) -> tuple[int, ...]:
-    """The ranks (r_0 .. r_N) of N cores: at most `rank`, and no more than either side can use.
+    """The ranks (r_0 .. r_N) of N cores: at most `rank`, and no larger than either side of the cut.
 
     >>> clip_ranks((12, 8, 8, 8, 8, 12), 20)
     (1, 12, 20, 20, 20, 12, 1)
@@ -117,14 +115,14 @@ def clip_ranks(modes: Sequence[int], rank: int | Sequence[int]) -> tuple[int, ..
 
 
 def count_parameters(modes: Sequence[int], ranks: Sequence[int]) -> int:
-    """sum_k r_k-1 n_k r_k. Cores with two digits: their products are the modes."""
+    """sum_k r_k-1 n_k r_k. For cores with two digits the modes are their products."""
     return sum(ranks[k] * n * ranks[k + 1] for k, n in enumerate(modes))
 
 
 def count_flops(
     tokens: int, out_modes: Sequence[int], in_modes: Sequence[int], rank: int | Sequence[int]
 ) -> int:
-    """Floating-point operations of a TTLinear's forward pass: building A and B, and two products."""
+    """Floating-point operations of the forward pass of a TTLinear: A and B, and the two products."""
     ranks = clip_ranks((*out_modes, *in_modes), rank)
     d, total = len(out_modes), 0
     middle = ranks[d]
@@ -157,7 +155,7 @@ def contract_table(cores: Sequence[Tensor]) -> Tensor:
 
 
 def product_rms(left: Tensor, right: Tensor) -> Tensor:
-    """Root of the mean square of the entries of (m, r) @ (r, n), without that product:
+    """Root mean square of the entries of (m, r) @ (r, n), without computing the product:
     |L R|^2 = <L^T L, R R^T>.
     """
     squares = ((left.T @ left) * (right @ right.T)).sum()
@@ -165,7 +163,7 @@ def product_rms(left: Tensor, right: Tensor) -> Tensor:
 
 
 def balanced(cores: list[Tensor]) -> list[Tensor]:
-    """The same product, with the size spread evenly: an optimizer moves all cores at one rate."""
+    """Cores of equal norm with the same product: an optimizer moves all cores at one rate."""
     norms = [core.norm().clamp(min=1e-30) for core in cores]
     mean = torch.stack(norms).log().mean().exp()
     return [core * (mean / norm) for core, norm in zip(cores, norms, strict=True)]
@@ -173,12 +171,12 @@ def balanced(cores: list[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def tt_svd(dense: Tensor, shape: Sequence[int], ranks: int | Sequence[int]):
-    """A tensor -> cores of the given ranks, by one singular value decomposition a cut.
+    """A tensor -> cores of the given ranks, by one singular value decomposition per cut.
 
-    dense: any tensor with prod(shape) numbers, folded to `shape`.  Returns (cores, error): cores
-    (r_k-1, n_k, r_k) float32, error: the Frobenius norm of what was lost, which is the root of the
-    sum of all discarded sigma^2 (each cut's loss is orthogonal to the others'). Full ranks lose
-    nothing (Oseledets 2011, algorithm 1).
+    dense: any tensor with prod(shape) elements, folded to `shape`.  Returns (cores, error): cores
+    (r_k-1, n_k, r_k) in float32; error: the Frobenius norm of the difference, which is the root of
+    the sum of all discarded sigma^2 (the losses of the cuts are orthogonal). Full ranks lose nothing
+    (Oseledets 2011, algorithm 1).
     """
     ranks = clip_ranks(shape, ranks)
     rest, lost, cores, left = dense.double().reshape(1, -1), 0.0, [], 1
@@ -195,7 +193,7 @@ def tt_svd(dense: Tensor, shape: Sequence[int], ranks: int | Sequence[int]):
 class TensorTrain(nn.Module):
     """What TTLinear and TTMEmbedding share: cores, and their quantizers if there are any.
 
-    cut: so many of the cores make the first half.
+    cut: number of cores in the first half.
     """
 
     cut: int
@@ -203,7 +201,7 @@ class TensorTrain(nn.Module):
     def __init__(self, shapes: Sequence[tuple[int, ...]]):
         super().__init__()
         self.cores = nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in shapes)
-        self.core_quantizers = None  # or one learned.LearnedScale a core
+        self.core_quantizers = None  # or one lsq.LearnedScale per core
 
     def quantized_cores(self) -> list[Tensor]:
         if self.core_quantizers is None:
@@ -212,19 +210,19 @@ class TensorTrain(nn.Module):
         return [quantizer(core) for core, quantizer in pairs]
 
     def quantize_cores(self, config: QuantConfig) -> None:
-        bits, start = config.weight_bits, config.weight_range
-        self.core_quantizers = nn.ModuleList(LearnedScale(bits, c, start) for c in self.cores)
+        self.core_quantizers = nn.ModuleList(LearnedScale(config, core) for core in self.cores)
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Random orthogonal cores, whose product has entries of mean 0 and this standard deviation.
+        """Random orthogonal cores; the entries of their product have mean 0 and this standard
+        deviation.
 
-        NOTE: differs from the paper, which draws Gaussian cores of variance sigma^(2/N) / r_k-1.
-        Their product has the right size too, on average over draws; but a product of Gaussian
-        matrices is nearly singular, and is learnt more slowly. Here all cores before the cut have
-        orthonormal columns and all after it orthonormal rows: the r singular values are equal.
+        NOTE: differs from the paper, which draws Gaussian cores of variance sigma^(2/N) / r_k-1. Their
+        product has the right scale on average, but a product of Gaussian matrices is nearly singular
+        and learns more slowly. Here all cores before the cut have orthonormal columns and all after
+        it orthonormal rows: the r singular values are equal.
         """
-        if self.cores[0].is_meta:  # only shapes are wanted
+        if self.cores[0].is_meta:  # only shapes are needed
             return
         for k, core in enumerate(self.cores):
             nn.init.orthogonal_(core.flatten(0, -2) if k < self.cut else core.flatten(1))
@@ -259,8 +257,8 @@ class TTLinear(TensorTrain):
 
     @classmethod
     def like(cls, linear: nn.Linear, config: TTConfig) -> "TTLinear":
-        """A layer of the same size: large output modes first, large input modes last, so that the
-        cores at the ends, whose rank is 1 on one side, take the large ones.
+        """A layer of the same size. Large output modes come first and large input modes last: the
+        cores at the ends have rank 1 on one side.
         """
         out_modes = factorize(linear.out_features, config.modes)[::-1]
         in_modes = factorize(linear.in_features, config.modes)
@@ -278,7 +276,7 @@ class TTLinear(TensorTrain):
         return F.linear(F.linear(x, A), B, self.bias)
 
     def entries_rms(self) -> Tensor:
-        """Of W, without W."""
+        """Root mean square of the entries of W, without W."""
         A, B = self.halves()
         return product_rms(B, A)
 
@@ -290,7 +288,7 @@ class TTLinear(TensorTrain):
 
     @torch.no_grad()
     def set_dense(self, linear: nn.Linear) -> float:
-        """Become the best approximation of a Linear layer; returns the relative error."""
+        """Take over a Linear layer by TT-SVD; returns the relative error."""
         cores, error = tt_svd(linear.weight, self.modes, self.ranks)
         self.set_cores(cores)
         if self.bias is not None:
@@ -309,8 +307,8 @@ class TTLinear(TensorTrain):
 class QuantTTLinear(TTLinear):
     """A TTLinear with quantized cores, and two quantized products: y = Q(Q(x) Q(A)^T) Q(B)^T + b.
 
-    A and B, merged from the cores, are rounded to 8 bits a row, as they are deployed, whatever the
-    cores' bits. With float32 activations (weight-only quantization) they stay as they are.
+    A and B, merged from the cores, are rounded to 8 bits per row, as they are deployed, whatever the
+    bits of the cores. With float32 activations (weight-only quantization) they are not rounded.
     """
 
     def __init__(self, layer: TTLinear, config: QuantConfig, act: nn.Module, middle: nn.Module):
@@ -325,8 +323,8 @@ class QuantTTLinear(TTLinear):
         self.quantize_cores(config)
         if config.act_bits != 32:
             merged = replace(config, weight_bits=8, weight_range="minmax", noise=1.0)
-            self.A_quantizer = WeightQuantizer(merged, per_row=True, multiplied=True)
-            self.B_quantizer = WeightQuantizer(merged, per_row=True, multiplied=True)
+            one, two = (UniformQuantizer(merged, self.cores[0], True, True) for _ in range(2))
+            self.A_quantizer, self.B_quantizer = one, two
 
     def forward(self, x: Tensor | Codes) -> Tensor:
         A, B = self.halves()
@@ -376,14 +374,14 @@ class TTMEmbedding(TensorTrain):
         return lookup(ids, *self.halves(), self.num_embeddings)
 
     def entries_rms(self) -> Tensor:
-        """Of the padded table, without it."""
+        """Root mean square of the entries of the padded table, without the table."""
         left, right = self.halves()
         rank = left.shape[-1]
         return product_rms(left.reshape(-1, rank), right.transpose(0, 1).reshape(rank, -1))
 
     @torch.no_grad()
     def set_dense(self, table: nn.Embedding) -> float:
-        """Become the best approximation of a table; returns the relative error."""
+        """Take over a table by TT-SVD; returns the relative error."""
         d = len(self.row_modes)
         padded = table.weight.new_zeros(math.prod(self.row_modes), self.embedding_dim)
         padded[: self.num_embeddings] = table.weight
@@ -400,9 +398,9 @@ class TTMEmbedding(TensorTrain):
 
 
 def lookup(ids: Tensor, left: Tensor, right: Tensor, num_embeddings: int) -> Tensor:
-    """Rows of the table that L (V_1, C_1, r) and R (V_2, r, C_2) stand for: (...) -> (..., C).
+    """Rows of the table with the halves L (V_1, C_1, r) and R (V_2, r, C_2): (...) -> (..., C).
 
-    Raises IndexError for an id outside the table, also where the padded table has it.
+    Raises IndexError for an id outside the table, also if the padded table has it.
     """
     distinct, where = torch.unique(ids, return_inverse=True)  # sorted (U,); each is built once
     if distinct.numel() and (distinct[0] < 0 or distinct[-1] >= num_embeddings):
@@ -416,47 +414,44 @@ def lookup(ids: Tensor, left: Tensor, right: Tensor, num_embeddings: int) -> Ten
 # ---------------------------------------------------------------------------------------- a model
 @dataclass
 class TensorizeReport:
-    """What tensorize did: name -> numbers before, numbers after, relative error (None: random)."""
+    """What tensorize did: name -> (parameters before, parameters after, relative error or None)."""
 
     replaced: dict[str, tuple[int, int, float | None]]
 
     def __str__(self) -> str:
         before, after = (sum(row[i] for row in self.replaced.values()) for i in (0, 1))
-        text = f"{len(self.replaced)} tensor trains, {after:,} numbers for {before:,}"
+        text = f"{len(self.replaced)} tensor trains, {after:,} parameters instead of {before:,}"
         errors = [row[2] for row in self.replaced.values() if row[2] is not None]
         return text + (f", relative error {min(errors):.2f} to {max(errors):.2f}" if errors else "")
 
 
 @torch.no_grad()
 def tensorize(model: nn.Module, config: TTConfig, from_weights: bool = False) -> TensorizeReport:
-    """Replace Linear layers and tables by tensor trains, in place, where that saves numbers.
+    """Replace Linear layers and tables by tensor trains, in place, where that has fewer parameters;
+    model.config.tt then says so.
 
-    from_weights: by TT-SVD of what is there; else with random cores.
-    A table is a module that has a `row_quantizer` (word embeddings), or that is named "position".
+    from_weights: by TT-SVD of the weights; else with random cores.  A table is a module that has a
+    `row_quantizer` (word embeddings) or that is named "position".
     """
     report = TensorizeReport({})
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        for name, child in list(module.named_children()):
-            full = prefix + name
-            if full.startswith(config.keep):
+    for full, child in list(model.named_modules()):
+        name = full.rpartition(".")[2]
+        if not full or full.startswith(config.keep):
+            continue
+        if isinstance(child, nn.Linear):
+            new = TTLinear.like(child, config)
+        elif hasattr(child, "row_quantizer"):
+            if not config.embedding_rank:
                 continue
-            if isinstance(child, nn.Linear):
-                new = TTLinear.like(child, config)
-            elif hasattr(child, "row_quantizer"):
-                if not config.embedding_rank:
-                    continue
-                new = TTMEmbedding.like(child, config.table_modes, config.embedding_rank)
-            elif name == "position" and isinstance(child, nn.Embedding):
-                new = TTMEmbedding.like(child, config.table_modes, config.rank)
-            else:
-                visit(child, full + ".")
-                continue
-            before, after = (sum(p.numel() for p in m.parameters()) for m in (child, new))
-            if after < before:
-                error = new.set_dense(child) if from_weights else None
-                report.replaced[full] = before, after, error
-                setattr(module, name, new.to(child.weight.device))
-
-    visit(model, "")
+            new = TTMEmbedding.like(child, config.table_modes, config.embedding_rank)
+        elif name == "position" and isinstance(child, nn.Embedding):
+            new = TTMEmbedding.like(child, config.table_modes, config.rank)
+        else:
+            continue
+        before, after = (sum(p.numel() for p in m.parameters()) for m in (child, new))
+        if after < before:
+            error = new.set_dense(child) if from_weights else None
+            report.replaced[full] = before, after, error
+            model.set_submodule(full, new.to(child.weight.device))
+    model.config = replace(model.config, tt=config)
     return report

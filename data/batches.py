@@ -1,22 +1,22 @@
 """Examples -> token ids -> batches, without a Python loop over samples and with little padding.
 
-A Dataset holds all token ids of a split in one flat array, as a compressed sparse matrix would. A
-batch is cut out of it by one index computation, and padded to its own longest row. Rows of similar
-length go into one batch: on XNLI's English training text this leaves 2.5 % padding, where batches
-in file order have 53 %.
+A Dataset holds all token ids of a split in one flat array, like a compressed sparse matrix. A batch is
+cut out of it by one index computation and padded to its longest row. Rows of similar length share a
+batch: on XNLI's English training set this leaves 2.5 % padding, where batches in file order have 53 %.
 
-Where every word has a tag (ATIS, SNIPS), tags lie beside the ids, one for each token: the tag's id
-at a word's first piece, IGNORE at its other pieces, the special tokens and the padding.
+If every word has a tag (ATIS, SNIPS), the tags lie beside the ids: the tag's id at the first piece of
+a word, IGNORE at its other pieces, the special tokens and the padding.
 
-BERT tells its two texts apart by a type, 0 for every token of the first and 1 for every token of
-the second. One number a row is enough to keep: where the second text begins. XLM-R has no types.
+BERT has token types, 0 for the tokens of the first text and 1 for those of the second. One number per
+row says where the second text begins. XLM-R has no types.
 
 Encodings are cached under .cache/; the key holds task, split, language, length, tokenizer and the
-data files' state.
+state of the data files.
 """
 
 import hashlib
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,15 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import UserError
+from common import atomic_write
 from data.slots import Names, Sentence
-from data.tasks import find_task, load, task_folder
+from data.tasks import file_paths, find_task, load
 from data.tokenizer import PAD, Tokenizer, WordPieceTokenizer, WordTokenizer
 
 CACHE_DIR = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".cache")
-# Rows of so many batches are sorted by length together: more means less padding, less shuffling.
-POOL = 50
-IGNORE = -100  # instead of a tag where there is none; cross_entropy leaves it out by default
+POOL = 50  # batches whose rows are sorted by length together: more gives less padding and shuffling
+IGNORE = -100  # the tag of a token that has none; cross_entropy ignores it by default
 
 
 @dataclass
@@ -43,13 +42,13 @@ class Dataset:
 
     ids: np.ndarray  # (total tokens,) int32
     starts: np.ndarray  # (N + 1,) int64
-    labels: np.ndarray  # (N,) int64; float32 where the task is a regression
+    labels: np.ndarray  # (N,) int64; float32 in a regression
     tags: np.ndarray | None = None  # (total tokens,) int64
-    slots: tuple[str, ...] = ()  # what the tags mean
-    # (N,) int64: where each row's first token of type 1 is, or the row's length if it has none.
+    slots: tuple[str, ...] = ()  # the names of the tags
+    # (N,) int64: index of each row's first token of type 1, or the length of a row that has none.
     second: np.ndarray | None = None
-    pad: int = PAD  # the id that fills a batch up
-    metrics: tuple[str, ...] = ("accuracy",)  # what predictions are scored by (data/metrics.py)
+    pad: int = PAD  # the id of padding
+    metrics: tuple[str, ...] = ("accuracy",)  # see data.tasks.Task
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -62,8 +61,8 @@ class Dataset:
 @dataclass
 class Batch:
     """ids (B, T) int64; mask (B, T) bool, None if nothing is padded; labels (B,) int64, or float32
-    for a regression; tokens: the real ones; tags (B, T) int64, None if the task has none; types
-    (B, T) int64, 1 in the second text and 0 elsewhere, None if the tokenizer has none.
+    in a regression; tokens: the number of real ones; tags (B, T) int64, None if the task has none;
+    types (B, T) int64, 1 in the second text and 0 elsewhere, None if the tokenizer has none.
     """
 
     ids: Tensor
@@ -74,10 +73,8 @@ class Batch:
     types: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        mask = None if self.mask is None else self.mask.to(device)
-        tags = None if self.tags is None else self.tags.to(device)
-        types = None if self.types is None else self.types.to(device)
-        return Batch(self.ids.to(device), mask, self.labels.to(device), self.tokens, tags, types)
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 # --------------------------------------------------------------------------------------- encoding
@@ -90,15 +87,17 @@ def encode_split(
     max_length: int,
     limit: int | None = None,
 ) -> Dataset:
-    """Load and encode one split in one language; `limit` examples of it, drawn the same way for
-    every language. A joint task's labels are intents, and it has tags.
+    """Load and encode a split in one language; at most `limit` examples, the same rows in every
+    language. The labels of a joint task are intents, and it has tags.
     """
+    row = find_task(task)
     path = cache_path(task, split, language, folder, tokenizer, max_length, limit)
     dataset = read_cache(path)
     if dataset is None:
         dataset = encode_examples(task, split, language, folder, tokenizer, max_length, limit)
         write_cache(path, dataset)
-    return replace(dataset, pad=tokenizer.pad_id, metrics=find_task(task).metrics)
+    slots = row.names(folder).slots if row.names else ()
+    return replace(dataset, pad=tokenizer.pad_id, metrics=row.metrics, slots=slots)
 
 
 def encode_examples(
@@ -110,13 +109,12 @@ def encode_examples(
     max_length: int,
     limit: int | None,
 ) -> Dataset:
-    """What encode_split() caches."""
+    """What encode_split caches."""
     row = find_task(task)
     examples = load(task, split, language, folder)
     if limit is not None and limit < len(examples):
-        # Drawn with a fixed seed: XNLI's rows come in triples of one premise, so the first rows are
-        # no sample, and the languages are translations of each other, so the same rows are compared
-        # everywhere.
+        # Drawn with a fixed seed: XNLI's rows come in triples of one premise, so the first rows are not
+        # a sample; and its languages are translations of each other, so all get the same rows.
         rows = np.sort(np.random.default_rng(0).permutation(len(examples))[:limit])
         examples = [examples[i] for i in rows]
     if row.names is not None:
@@ -166,25 +164,25 @@ def dataset_of(
 
 
 def cache_path(task, split, language, folder, tokenizer, max_length, limit) -> str | None:
-    """Where this encoding is cached. None if a data file is missing: load() will say so."""
+    """The file of an encoding. None if a data file is missing: load() will say so."""
     row = find_task(task)
-    folder = os.path.abspath(task_folder(row, folder))
-    if not os.path.isfile(os.path.join(folder, *row.files[split].split("/"))):
+    # The ids of a joint task depend on the names in the files of every split.
+    sources = [
+        os.path.abspath(path)
+        for each in ((split,) if row.names is None else row.files)
+        for path in file_paths(row, folder, each)
+    ]
+    if not all(map(os.path.isfile, file_paths(row, folder, split))):
         return None
-    # A joint task's ids depend on the names in every split's files.
-    splits = (split,) if row.names is None else tuple(row.files)
-    names = [name for each in splits for name in row.paths(each)]
-    sources = [os.path.join(folder, *name.split("/")) for name in names]
     key = (task, split, language, [(source, file_state(source)) for source in sources])
-    key += (tokenizer.sha256, max_length, limit)
-    if tokenizer.typed:  # said only here, so that older caches keep their names
-        key += ("typed",)
-    name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
-    return os.path.join(CACHE_DIR, f"{task}-{split}-{language}-{name}.npz")
+    key += (tokenizer.sha256, max_length, limit, tokenizer.typed)
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
+    safe = re.sub(r"[^A-Za-z0-9-]", "_", language)[:20]  # it may come from a file
+    return os.path.join(CACHE_DIR, f"{task}-{split}-{safe}-{digest}.npz")
 
 
 def file_state(path: str) -> tuple[int, int] | None:
-    """What changes when a file does: its size and time. None if there is no file."""
+    """Size and modification time of a file; None if there is none."""
     try:
         state = os.stat(path)
     except OSError:
@@ -205,31 +203,24 @@ def read_cache(path: str | None) -> Dataset | None:
         sound = sound and (second is None or len(second) == len(dataset))
         return dataset if sound else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # a damaged cache is made again
+        return None  # damaged: it is made again
 
 
 def write_cache(path: str | None, dataset: Dataset) -> None:
     if path is None:
         return
-    temporary = f"{path}.{os.getpid()}.part"
-    arrays = {"ids": dataset.ids, "starts": dataset.starts, "labels": dataset.labels}
-    if dataset.tags is not None:
-        arrays["tags"] = dataset.tags
-    if dataset.second is not None:
-        arrays["second"] = dataset.second
+    names = ("ids", "starts", "labels", "tags", "second")
+    arrays = {name: getattr(dataset, name) for name in names if getattr(dataset, name) is not None}
     try:
-        os.makedirs(CACHE_DIR, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with atomic_write(path) as file:
             np.savez(file, **arrays)
-        os.replace(temporary, path)
-    except OSError:  # a read-only checkout works too, only slower the next time
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+    except OSError:
+        pass  # a read-only checkout works as well, only slower next time
 
 
 # ---------------------------------------------------------------------------------------- batches
 def collate(dataset: Dataset, rows: np.ndarray) -> Batch:
-    """Cut the given rows out of the flat array and pad them to the longest of them.
+    """The given rows, cut out of the flat array and padded to the longest of them.
 
     Two rows, ids [5, 6, 7, 8] with second 2 and [5, 9] with second 2 (its length: one text), give
     ids [[5, 6, 7, 8], [5, 9, pad, pad]] and types [[0, 0, 1, 1], [0, 0, 0, 0]].
@@ -253,10 +244,9 @@ def collate(dataset: Dataset, rows: np.ndarray) -> Batch:
 
 
 def training_order(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The rows of every batch of one epoch: shuffled, then sorted by length within pools of 50
-    batches.
+    """The rows of every batch of an epoch: shuffled, then sorted by length within pools of batches.
 
-    A function of (seed, epoch) alone, so that a resumed run sees the same batches.
+    A function of (seed, epoch) alone, so that a resumed run gets the same batches.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(dataset))
@@ -270,7 +260,7 @@ def training_order(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> 
 
 
 def evaluation_batches(dataset: Dataset, max_tokens: int) -> Iterator[Batch]:
-    """All rows once, longest first, as many in a batch as fit into max_tokens with their padding."""
+    """All rows once, longest first, as many per batch as fit into max_tokens with their padding."""
     order = np.argsort(-dataset.lengths, kind="stable")
     start = 0
     while start < len(order):
@@ -280,9 +270,7 @@ def evaluation_batches(dataset: Dataset, max_tokens: int) -> Iterator[Batch]:
 
 
 def unpadded_batches(dataset: Dataset, examples: int, batch_size: int, seed: int) -> list[Batch]:
-    """Batches of rows of equal length: for calibration, where padding would be observed as well."""
-    if examples < 1:
-        raise UserError("calibration needs at least one example")
+    """Batches of rows of equal length, for calibration, where padding would be observed as well."""
     rows = np.random.default_rng(seed).permutation(len(dataset))[:examples]
     lengths = dataset.lengths[rows]
     batches = []

@@ -32,11 +32,10 @@ from dataclasses import dataclass
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from data import UserError, exit_status
+from common import Progress, UserError, exit_status
 from data.glue import GLUE, read_file
-from data.tasks import Task, find_task, task_folder
+from data.tasks import RAW_DIR, Task, file_paths, find_task
 
-RAW_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "raw")
 CHUNK = 1 << 20
 MAX_UNPACKED = 4 << 30  # bytes; the largest file unpacked here is under 100 MB
 TIMEOUT = 30  # seconds without a byte
@@ -209,7 +208,7 @@ def glue_archive(task: str) -> Remote:
     """Where a task of GLUE is downloaded from, and which of its files are unpacked."""
     name, size, sha256 = _ARCHIVES[task]
     row = find_task(task)
-    files = (*row.paths("train"), *row.paths("test"))
+    files = (*row.files["train"], *row.files["test"])
     members = tuple(f"{GLUE[task].folder}/{file}" for file in files)
     return Remote(_GLUE + name, size, sha256, members)
 
@@ -300,7 +299,8 @@ def receive(remote: Remote, part: str) -> bool:
             )
         limit = remote.size or total or MAX_UNPACKED
         with open(part, "ab" if have else "wb") as file:
-            progress = Progress(remote.name, have, remote.size or total)
+            started, megabytes = time.monotonic(), (remote.size or total or 0) / 1e6 or None
+            progress = Progress(f"{remote.name}, MB:", megabytes, have / 1e6)
             while True:
                 try:
                     chunk = response.read(CHUNK)
@@ -311,10 +311,11 @@ def receive(remote: Remote, part: str) -> bool:
                     break
                 file.write(chunk)
                 have += len(chunk)
-                progress.show(have)
+                speed = (have / 1e6 - progress.first) / max(time.monotonic() - started, 1e-9)
+                progress.update(have / 1e6, f"{speed:.1f} MB/s")
                 if have > limit:
                     break
-            progress.done()
+            progress.clear()
     if have > limit:
         os.unlink(part)
         raise UserError(
@@ -330,33 +331,6 @@ def sha256_of(path: str) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-class Progress:
-    """One line on the terminal: how much, how fast, how long still. Silent unless it lasts over a
-    second.
-    """
-
-    def __init__(self, name: str, start: int, total: int | None):
-        self.name, self.start, self.total = name, start, total
-        self.begun = self.last = time.monotonic()
-        self.shown = False
-
-    def show(self, have: int) -> None:
-        now = time.monotonic()
-        if now - self.last < (1.0 if sys.stderr.isatty() else 10.0):
-            return
-        self.last, self.shown = now, True
-        speed = (have - self.start) / (now - self.begun)
-        text = f"{self.name}: {have / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s"
-        if self.total:
-            left = (self.total - have) / max(speed, 1.0)
-            text += f", {100 * have / self.total:.0f} %, {left:.0f} s left"
-        print("\r" + text + " " * 8, end="", file=sys.stderr, flush=True)
-
-    def done(self) -> None:
-        if self.shown:
-            print(file=sys.stderr)
 
 
 # -------------------------------------------------------------------------------------- unpacking
@@ -439,8 +413,7 @@ def explain(dataset: ByHand, folder: str) -> None:
 
 def state_of(task: Task, folder: str, *splits: str) -> str:
     """One line: which files these splits are read from, and whether they are there and usable."""
-    place = task_folder(task, folder)
-    paths = [os.path.join(place, *path.split("/")) for each in splits for path in task.paths(each)]
+    paths = [path for split in splits for path in file_paths(task, folder, split)]
     inside = os.path.dirname(paths[0])
     names = ",".join(os.path.basename(path) for path in paths)
     missing = [path for path in paths if not os.path.exists(path)]
@@ -461,9 +434,8 @@ def contents(task: Task, folder: str, split: str) -> str:
     counts = [
         f"{len(rows):,} {each}" for each in task.files for rows in task.read(folder, each).values()
     ]
-    place, left_out = task_folder(task, folder), 0
-    for name in (*task.paths("train"), *task.paths("test")):
-        left_out += len(read_file(task.name, os.path.join(place, name), task.fetch)[1])
+    paths = [*file_paths(task, folder, "train"), *file_paths(task, folder, "test")]
+    left_out = sum(len(read_file(task.name, path, task.fetch)[1]) for path in paths)
     note = f" ({left_out:,} malformed ones left out)" if left_out else ""
     return f"{' + '.join(counts)} rows{note}"
 

@@ -1,55 +1,51 @@
 """GLUE: eight English tasks, read from the official files (Wang et al. 2019, arXiv 1804.07461).
 
-    cola   is this a sentence of English?       a text       2 labels   Matthews correlation
-    sst2   does this like the film?             a text       2 labels   accuracy
-    mrpc   do these say the same?               two texts    2 labels   accuracy, F1
-    stsb   how alike are these, from 0 to 5?    two texts    a number   Pearson, Spearman
-    qqp    do these ask the same?               two texts    2 labels   accuracy, F1
-    mnli   does the first imply the second?     two texts    3 labels   accuracy
-    qnli   does the second answer the first?    two texts    2 labels   accuracy
-    rte    does the first imply the second?     two texts    2 labels   accuracy
+    cola   linguistic acceptability             one text    2 classes   Matthews correlation
+    sst2   sentiment                            one text    2 classes   accuracy
+    mrpc   paraphrase                           two texts   2 classes   accuracy, F1
+    stsb   similarity from 0 to 5               two texts   regression  Pearson, Spearman
+    qqp    same question                        two texts   2 classes   accuracy, F1
+    mnli   entailment                           two texts   3 classes   accuracy
+    qnli   does the text answer the question    two texts   2 classes   accuracy
+    rte    entailment                           two texts   2 classes   accuracy
 
-What makes them eight readers elsewhere is one row each of the table GLUE below: tab-separated text,
-one example a line, columns found by their name in the first line.
-
-What to know about the files:
-  - A quote is an ordinary character, as in XNLI's: a CSV reader would swallow half of MRPC.
-  - CoLA has no first line with names, and MRPC's begins with a byte order mark.
+One row of the table GLUE describes each: tab-separated text, one example per line, columns found by
+their name in the first line. About the files:
+  - A quote is an ordinary character, as in XNLI's: a CSV reader would lose half of MRPC.
+  - CoLA has no header line, and MRPC's begins with a byte order mark.
   - Some texts end with a space, which is cut, and some files have Windows line ends.
-  - QQP as first published has a few rows with columns missing, and this alone is tolerated: such a
-    row is left out, and counted ('python data/fetch.py glue' says how many). Of every other file,
-    and where more than 1 % of QQP is like this, the row is refused with its line number.
+  - QQP as first published has a few rows with missing columns. Only there such rows are left out
+    ('python data/fetch.py glue' counts them); elsewhere, and if more than 1 % of QQP is like this, the
+    line is reported.
 
-Splits. GLUE keeps the labels of its test files to itself, so what others report is measured on the
-official dev file, and many choose their best epoch on it as well. Here nothing is chosen on what is
-reported:
+Splits. The labels of GLUE's test files are not public, so others report on the official dev file, and
+many choose their best epoch on it as well. Here nothing is chosen on what is reported:
 
     train   the official train.tsv without the rows below
-    dev     10 % of train.tsv, at most 1,000 rows, drawn once and for all: chooses the epoch
+    dev     10 % of train.tsv, at most 1,000 rows, always the same: chooses the epoch
     test    the official dev.tsv (of MNLI dev_matched.tsv and dev_mismatched.tsv): reported
 
-No example is in both train and dev: a text (a pair, in its order) of dev is taken out of train
-wherever it occurs. NOTE: parts of it may be there. SST-2's train.tsv holds phrases of the sentences
-it holds, and single sentences of STS-B, MRPC and RTE stand in several pairs, so dev may be easier
-than test.
+No example is in both train and dev: a text (a pair, in its order) of dev is removed from train
+wherever it occurs. NOTE: its parts may occur. SST-2's train.tsv holds phrases of its sentences, and
+single sentences of STS-B, MRPC and RTE occur in several pairs, so dev may be easier than test.
 """
 
 import os
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from data import UserError, readable_text
+from common import UserError
+from data.files import read_tsv
 
-HELD_OUT = 10  # one row of so many of train.tsv is dev
+HELD_OUT = 10  # one row in ten of train.tsv is dev
 MOST_HELD_OUT = 1000  # rows
-MALFORMED = 100  # QQP: one row of so many may have columns missing
+MALFORMED = 100  # QQP: one row in a hundred may have missing columns
 
 
 class Example(NamedTuple):
-    """A text or two, and a label: the id of its name, or a number where the task is a regression."""
+    """One or two texts and a label: the id of its class, or a number in a regression."""
 
     text_a: str
     text_b: str | None
@@ -57,16 +53,16 @@ class Example(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How one GLUE task looks. labels: by id; in_file: how the file spells them, () for a number."""
+    """The layout of a GLUE task. labels: by id.  in_file: their spelling in the file, () for a number."""
 
     folder: str
-    texts: tuple[str, ...]  # the columns of the first text and the second, if there is one
+    texts: tuple[str, ...]  # the columns of the text or texts
     label: str  # the column of the label
     labels: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)  # names of data/metrics.py
     in_file: tuple[str, ...] = ("0", "1")
-    header: tuple[str, ...] = ()  # the columns of a file whose first line doesn't name them
-    tests: dict[str, str] = {"en": "dev.tsv"}  # what is reported: "language" -> file
+    header: tuple[str, ...] = ()  # the columns of a file without a header line
+    tests: dict[str, str] = {"en": "dev.tsv"}  # reported: test set -> file
     tolerant: bool = False  # leave out rows with columns missing
 
 
@@ -119,52 +115,10 @@ GLUE = {
 }
 
 
-# ------------------------------------------------------------------------- tab-separated text files
-def read_tsv(
-    path: str,
-    columns: tuple[str, ...],
-    fetch: str,
-    header: tuple[str, ...] = (),
-    malformed: list[int] | None = None,
-) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, the wanted columns) of a tab-separated file.
-
-    fetch:     the command that brings the file, or tells where it comes from
-    header:    the names of all columns, if the first line doesn't name them but is the first row
-    malformed: takes the numbers of lines with too few or too many columns; None: these are refused
-    """
-    if not os.path.isfile(path):
-        raise UserError(
-            f"no file {path}: fetch it with '{fetch}', or name its folder with --data-dir"
-        )
-    again = f"fetch it again with '{fetch}'"
-    # "-sig": a byte order mark at the start is not text. newline="\n": some texts hold other
-    # characters that Python takes for the end of a line.
-    with readable_text(path, again), open(path, encoding="utf-8-sig", newline="\n") as file:
-        names = list(header) or file.readline().rstrip("\r\n").split("\t")
-        missing = [name for name in columns if name not in names]
-        if missing:
-            raise UserError(
-                f"{path}, line 1: no column {missing[0]!r}; it has: {' '.join(names)[:200]}"
-            )
-        wanted = [names.index(name) for name in columns]
-        for number, line in enumerate(file, start=1 if header else 2):
-            cells = line.rstrip("\r\n").split("\t")
-            if len(cells) == len(names):
-                yield number, [cells[i] for i in wanted]
-            elif malformed is not None:
-                malformed.append(number)
-            else:
-                expected = "the layout" if header else "the header"
-                raise UserError(
-                    f"{path}, line {number}: {len(cells)} columns, {expected} has {len(names)}"
-                )
-
-
 # ---------------------------------------------------------------------------------------- examples
 @lru_cache(maxsize=4)
 def read_file(task: str, path: str, fetch: str) -> tuple[list[Example], list[int]]:
-    """All examples of one file of a GLUE task, and the numbers of the lines that were left out."""
+    """All examples of a file of a GLUE task, and the numbers of the lines that were left out."""
     layout = GLUE[task]
     ids = {name: i for i, name in enumerate(layout.in_file)}
     malformed: list[int] | None = [] if layout.tolerant else None
@@ -193,18 +147,18 @@ def read_file(task: str, path: str, fetch: str) -> tuple[list[Example], list[int
 
 
 def similarity(text: str, where: str) -> float:
-    """STS-B's label: a number from 0 (nothing in common) to 5 (the same)."""
+    """STS-B's label: a number from 0 (unrelated) to 5 (equivalent)."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value <= 5:
-        raise UserError(f"{where}: the score {text[:50]!r} is no number from 0 to 5")
+        raise UserError(f"{where}: the score {text[:50]!r} is not a number from 0 to 5")
     return value
 
 
 def held_out(count: int) -> np.ndarray:
-    """Which of `count` rows of train.tsv are dev: sorted, the same ones every time.
+    """Which of `count` rows of train.tsv are dev, sorted; always the same.
 
     >>> held_out(30).tolist()
     [2, 11, 26]
@@ -214,9 +168,9 @@ def held_out(count: int) -> np.ndarray:
 
 
 def read_glue(task: str, folder: str, split: str, fetch: str) -> dict[str, list[Example]]:
-    """The examples of one split, by "language". folder: the one that holds train.tsv.
+    """The examples of a split by test set. folder: the one that holds train.tsv.
 
-    Raises UserError for a missing file, or one that is not what the layout says.
+    Raises UserError for a missing file, or one that does not have the layout.
     """
     layout = GLUE[task]
     if split == "test":
@@ -227,7 +181,7 @@ def read_glue(task: str, folder: str, split: str, fetch: str) -> dict[str, list[
     path = os.path.join(folder, "train.tsv")
     examples, _ = read_file(task, path, fetch)
     dev = [examples[i] for i in held_out(len(examples))]
-    # By text, not by row: the files repeat some rows, and dev must be new to the model.
+    # By text, not by row: the files repeat some rows.
     held = {(example.text_a, example.text_b) for example in dev}
     train = [example for example in examples if (example.text_a, example.text_b) not in held]
     if not train:
@@ -235,5 +189,5 @@ def read_glue(task: str, folder: str, split: str, fetch: str) -> dict[str, list[
             f"{path}: {len(examples)} rows are too few to hold one out for dev: fetch it again with "
             f"'{fetch}'"
         )
-    first = next(iter(layout.tests))  # what a model is trained on: English, or MNLI's "matched"
+    first = next(iter(layout.tests))  # English, or MNLI's "matched"
     return {first: train if split == "train" else dev}

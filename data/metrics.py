@@ -1,11 +1,11 @@
-"""How good predictions are: the five measures that GLUE's tasks are reported in.
+"""Metrics of predictions: the five in which GLUE's tasks are reported.
 
-Each takes two arrays of N predictions and N labels and returns a float. Where a measure is not
-defined (a model that always says the same has no correlation with anything) it is 0.0, never NaN:
-a mean over tasks or seeds must not be lost to one collapsed run.
+Each takes arrays of N predictions and N labels and returns a float. Where a metric is not defined (a
+constant prediction has no correlation) it is 0.0, never NaN, so that one collapsed run does not spoil
+a mean over tasks or seeds.
 
-Labels are ids of classes for accuracy, f1 and matthews, and numbers for pearson and spearman. f1 and
-matthews are about two classes; class 1 is the positive one:
+Labels are class ids for accuracy, f1 and matthews, and numbers for pearson and spearman. f1 and
+matthews are for two classes, of which class 1 is the positive one:
 
                     label 1    label 0
     predicted 1       tp         fp
@@ -18,7 +18,7 @@ import numpy as np
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """The share of right answers: (tp + tn) / N for two classes.
+    """The fraction of correct predictions: (tp + tn) / N for two classes.
 
     >>> accuracy(np.array([1, 0, 2, 2]), np.array([1, 1, 2, 0]))
     0.5
@@ -38,12 +38,12 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews correlation coefficient (1975): Pearson's correlation of two rows of zeros and ones.
+    """Matthews correlation coefficient (1975): Pearson's correlation of two binary vectors.
 
         (tp tn - fp fn) / sqrt((tp + fp) (tp + fn) (tn + fp) (tn + fn))
 
     From -1 to 1, and 0 for guessing, however unequal the classes are: 70 % of CoLA is class 1, so
-    that always answering 1 has an accuracy of 70 %, and a Matthews correlation of 0.
+    always predicting 1 has an accuracy of 70 % and a Matthews correlation of 0.
 
     (2 * 1 - 1 * 1) / sqrt(3 * 3 * 2 * 2):
     >>> round(matthews(np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 1, 0])), 4)
@@ -56,14 +56,14 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 def counts(predictions: np.ndarray, labels: np.ndarray) -> tuple[int, int, int, int]:
     """(tp, fp, fn, tn). Python's integers: their product in matthews() doesn't fit into 64 bits."""
-    said, true = predictions == 1, labels == 1
-    tp = int((said & true).sum())
-    fp, fn = int(said.sum()) - tp, int(true.sum()) - tp
+    positive, true = predictions == 1, labels == 1
+    tp = int((positive & true).sum())
+    fp, fn = int(positive.sum()) - tp, int(true.sum()) - tp
     return tp, fp, fn, len(labels) - tp - fp - fn
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson's correlation: how near to a straight line the points (prediction, label) are.
+    """Pearson's correlation: how close the points (prediction, label) are to a straight line.
 
         sum((p - mean p) (l - mean l)) / sqrt(sum((p - mean p)^2) sum((l - mean l)^2))
 
@@ -73,7 +73,7 @@ def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
     p, q = predictions.astype(np.float64), labels.astype(np.float64)
     if not has_spread(p) or not has_spread(q):
         return 0.0
-    # Scaled by the largest first: squares of very small or large numbers would be 0 or infinite.
+    # Scaled by the largest first: squares of very small or large numbers would be 0 or inf.
     p, q = p / np.abs(p).max(), q / np.abs(q).max()
     p, q = p - p.mean(), q - q.mean()
     spread = math.sqrt(p @ p) * math.sqrt(q @ q)
@@ -81,9 +81,9 @@ def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Spearman's correlation: Pearson's of the ranks, so that only the order matters.
+    """Spearman's correlation: Pearson's of the ranks, so only the order matters.
 
-    1 for predictions that grow with the labels, on a straight line or not:
+    1 for predictions that increase with the labels:
     >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0, 5.0]))
     1.0
     """
@@ -118,11 +118,11 @@ REGRESSION = ("pearson", "spearman")
 
 
 def scores(metrics: tuple[str, ...], predictions: np.ndarray, labels: np.ndarray) -> dict:
-    """What a task's results say: each metric in %, and
+    """The evaluation of one test set: each metric in %, and
 
-    score       the mean of the metrics, by which epochs and models are compared (as GLUE's is)
+    score       the mean of the metrics, by which epochs and models are compared (as in GLUE)
     total       N
-    correct     how many are right, and accuracy in %: of classes only
+    correct     the number of correct predictions, and accuracy in %: for classes only
 
     >>> scores(("f1",), np.array([1, 0, 0, 1]), np.array([1, 0, 1, 0]))
     {'f1': 50.0, 'score': 50.0, 'total': 4, 'correct': 2, 'accuracy': 50.0}

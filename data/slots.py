@@ -1,13 +1,13 @@
 """Joint intent classification and slot filling: reading the files, scoring the tags.
 
-ATIS and SNIPS are published as three text files for each split, a sentence a line in all of them:
+ATIS and SNIPS are published as three text files per split, with one sentence per line in each:
 
     train/seq.in     from lisbon to porto on friday
     train/seq.out    O B-from O B-to O B-day
     train/label      find_train
 
-A tag belongs to a word: O for none, B-x where a slot x begins, I-x where it goes on. A slot counts
-as found only if its type, its first and its last word are right, as conlleval counts.
+Each word has a tag: O for none, B-x where a slot x begins, I-x where it continues. A slot counts as
+found only if its type, first word and last word are right, as in conlleval.
 """
 
 import os
@@ -15,14 +15,15 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from data import UserError, readable_text
+from common import UserError
+from data.files import open_text
 
 FILES = ("seq.in", "seq.out", "label")
 SPLITS = ("train", "dev", "test")
 
 
 class Sentence(NamedTuple):
-    """One tag for each word, one intent for all of them."""
+    """One tag per word, one intent per sentence."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...]
@@ -30,10 +31,10 @@ class Sentence(NamedTuple):
 
 
 class Names(NamedTuple):
-    """What the ids of intents and tags mean.
+    """The names of the ids of intents and tags.
 
-    A model knows the first `known_*` names only, those of the training files. The names that come
-    after them are met in dev or test alone: no model can predict them, so they count as wrong.
+    A model knows the first `known_*` names, those of the training files. The others occur only in
+    dev or test: no model can predict them, so they count as wrong.
     """
 
     intents: tuple[str, ...]
@@ -45,9 +46,9 @@ class Names(NamedTuple):
 # ---------------------------------------------------------------------------------------- reading
 @lru_cache(maxsize=4)
 def read_sentences(folder: str, split: str, fetch: str) -> list[Sentence]:
-    """The sentences of one split. `fetch` is the command that tells where the files come from.
+    """The sentences of a split. fetch: the command that tells where the files come from.
 
-    Raises UserError for a missing file, or one that is not what the layout above says.
+    Raises UserError for a missing file, or one that does not have the layout above.
     """
     texts, tags, labels = (read_lines(os.path.join(folder, split, name), fetch) for name in FILES)
     if not len(texts) == len(tags) == len(labels):
@@ -75,26 +76,19 @@ def read_sentences(folder: str, split: str, fetch: str) -> list[Sentence]:
 
 
 def read_lines(path: str, fetch: str) -> list[tuple[str, ...]]:
-    """The lines of a file, each split at its spaces; some files have several in a row, or at the
-    end.
-    """
-    if not os.path.isfile(path):
-        raise UserError(
-            f"no file {path}: '{fetch}' tells where it comes from; or name its folder with --data-dir"
-        )
-    again = f"bring it again, '{fetch}' tells from where"
-    with readable_text(path, again), open(path, encoding="utf-8", newline="\n") as file:
+    """The lines of a file, each split at its spaces, of which some files have several in a row."""
+    with open_text(path, fetch) as file:
         lines = [tuple(line.split()) for line in file]
     if not lines:
-        raise UserError(f"{path} is empty: {again}")
+        raise UserError(f"{path} is empty: '{fetch}' tells where to get it")
     if () in lines:
         raise UserError(f"{path}, line {lines.index(()) + 1} is empty: every line is a sentence")
     return lines
 
 
 def read_names(folder: str, fetch: str) -> Names:
-    """The intents and tags of a data set: sorted names of train (O first), then those that only dev
-    or test have.
+    """The intents and tags of a data set: the sorted names of train (O first), then those that only
+    dev or test have.
     """
     intents: list[str] = []
     slots: list[str] = []
@@ -117,7 +111,7 @@ def read_names(folder: str, fetch: str) -> Names:
 def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """The slots of a sentence: (type, first word, word after the last).
 
-    As in conlleval, an I-x that continues no x begins a new one.
+    As in conlleval, an I-x that continues no x begins a new slot.
 
     >>> spans(["B-from", "I-from", "O", "I-to"])
     {('from', 0, 2), ('to', 3, 4)}
@@ -134,15 +128,14 @@ def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 def slot_scores(gold: list[Sequence[str]], predicted: list[Sequence[str]]) -> dict:
-    """How well the tags of many sentences were predicted.
+    """Scores of the tags of many sentences. gold: the labels.
 
-    slot_f1          F1 in % over all slots of all sentences (conlleval's; 0 where nothing is right)
-    slot_correct, slot_gold, slot_predicted     the counts it is made of
-    slot_token_f1    micro-averaged F1 in % over the tags of single words, O among the tags. Every
-                     wrong word is one false positive and one false negative, so this equals the
-                     share of words with the right tag. Work on ATIS with tensor-compressed
-                     Transformers reports it as "F1"; it is higher than slot_f1, since most words
-                     are O.
+    slot_f1          F1 in % over all slots of all sentences (conlleval's; 0 if nothing is right)
+    slot_correct, slot_gold, slot_predicted     the counts behind it
+    slot_token_f1    micro-averaged F1 in % over the tags of single words, O included. Every wrong
+                     word is one false positive and one false negative, so this is the accuracy of
+                     the tags. Work on ATIS with tensor-compressed Transformers reports it as "F1";
+                     it is higher than slot_f1, since most words are O.
     """
     correct = in_gold = in_predicted = right_words = words = 0
     for true, guess in zip(gold, predicted, strict=True):

@@ -1,17 +1,16 @@
-"""The tasks: one table row each, read from the official files and from nothing else.
+"""The tasks: one row of TASKS each, read from the official files.
 
     load("xnli", "train", "en", folder)   -> list of Example, English (MultiNLI)
     load("xnli", "dev", "sw", folder)     -> list of Example, Swahili
     load("stsb", "test", "en", folder)    -> list of Example, whose labels are numbers
     load("atis", "train", "en", folder)   -> list of Sentence: words, their tags, an intent
 
-XNLI's protocol is zero-shot transfer: train on English, choose on English dev, test on every
-language. The others are English: GLUE's eight, whose files and splits data/glue.py explains, and
-ATIS and SNIPS, which data/slots.py does. The "languages" of mnli are its two test sets.
+XNLI's protocol is zero-shot transfer: train on English, choose the epoch on English dev, test on every
+language. The other tasks are English: GLUE's eight, whose files and splits data/glue.py explains, and
+ATIS and SNIPS, which data/slots.py does. The two test sets of mnli take the place of languages.
 
-XNLI's files are tab-separated with one header line. Quotes are ordinary characters (no CSV quoting),
-lines end with "\\n" alone: some texts hold other characters that Python's splitlines() would take
-for a line end.
+A row holds all that differs between tasks; no other file names a task or a language. docs/extending.md
+adds one.
 """
 
 import os
@@ -19,63 +18,63 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
-from data import UserError
-from data.glue import GLUE, Example, read_glue, read_tsv
+from common import UserError
+from data.files import existing, read_tsv
+from data.glue import GLUE, Example, read_glue
 from data.slots import FILES, SPLITS, Names, Sentence, read_names, read_sentences
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+RAW_DIR = os.path.join(HERE, "raw")  # where data/fetch.py puts the official files
 
 
 @dataclass(frozen=True)
 class Task:
-    """labels: their names in the order of their ids.  read(folder, split) -> {language: examples}.
-
-    names(folder): the intents and tags of a joint task, which its files alone know (labels is empty
-    then).
-
-    regression: the label is a number and no class; labels has one name, that of the number.
-    """
+    """A row of TASKS."""
 
     name: str
-    head: str
-    labels: tuple[str, ...]
-    languages: tuple[str, ...]
-    train_language: str
+    head: str  # a key of model.HEADS
+    # (folder, split) -> {language: examples}, split being "train", "dev" or "test"
     read: Callable[[str, str], dict[str, list[Example]] | dict[str, list[Sentence]]]
-    files: dict[str, str]  # split -> path under task_folder(task, folder)
-    fetch: str  # the command that brings the data, or tells where it comes from
-    more_files: dict[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # read besides files[split]
-    metrics: tuple[str, ...] = ("accuracy",)  # of labels, by name in data/metrics.py
-    regression: bool = False
+    files: dict[str, tuple[str, ...]]  # split -> the files it is read from, under task_folder()
+    fetch: str  # the command that brings the files, or tells where they come from
+    labels: tuple[str, ...] = ()  # names of the classes by id; of a regression: of the number
+    # The names of a joint task, which only its files know.
     names: Callable[[str], Names] | None = None
+    languages: tuple[str, ...] | None = ("en",)  # the test sets; None: those in the test files
+    train_language: str = "en"
+    zero_shot: bool = False  # whether reports give the mean over all but the train language
+    metrics: tuple[str, ...] = ("accuracy",)  # keys of an evaluation; their mean is its "score"
+    columns: dict[str, str] = field(
+        default_factory=dict
+    )  # of reports: head -> key of an evaluation
+    regression: bool = False
     subfolder: str = ""  # of the data folder, where the files usually are
-
-    def paths(self, split: str) -> tuple[str, ...]:
-        """All files that a split is read from, under task_folder(task, folder)."""
-        return (self.files[split], *self.more_files.get(split, ()))
+    models: tuple[str, ...] = ("xlmr-base", "mini")  # the default --model: the first that is there
+    # Model, or "*" for any -> defaults of options (config.py). "sample": where the sample is used.
+    defaults: dict[str, dict] = field(default_factory=dict)
+    sample: str | None = (
+        None  # a folder of this repository to use instead of the official files ...
+    )
+    sample_model: str | None = None  # ... with this model
+    real_thing: str = ""  # how to get the official files and a published model instead
 
 
 def load(task: str, split: str, language: str, folder: str) -> list[Example] | list[Sentence]:
-    """The examples of one split ("train", "dev", "test") in one language.
+    """The examples of a split ("train", "dev", "test") in one language.
 
-    Raises UserError for an unknown task, a language the task or the file doesn't have, a missing
-    file, a bad row.
+    Raises UserError for an unknown task, a language that the task or the file doesn't have, a missing
+    file or a bad row.
     """
     row = find_task(task)
-    if language not in row.languages:
+    if row.languages is not None and language not in row.languages:
         raise UserError(f"{task} has no language {language!r}; it has: {' '.join(row.languages)}")
     found = row.read(folder, split)
-    examples = found.get(language)
-    if not examples and found and task in GLUE:
+    if not found.get(language):
+        there = " ".join(name for name in found if found[name]) or "none"
         raise UserError(
-            f"{task} has no {split} rows that are {language}, only {' '.join(found)}: "
-            f"use --languages {' '.join(found)}"
+            f"{task}: no {split} row in language {language!r} under {folder}, only in: {there}"
         )
-    if not examples:
-        raise UserError(
-            f"{task}: no {split} row in language {language!r} under {folder}; fetch it with '{row.fetch}'"
-        )
-    return examples
+    return found[language]
 
 
 def find_task(name: str) -> Task:
@@ -84,40 +83,52 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
+def languages_of(task: Task, folder: str, split: str) -> tuple[str, ...]:
+    """The test sets of a task: those of its row, or those in its files, the train language first."""
+    if task.languages is not None:
+        return task.languages
+    return tuple(sorted(task.read(folder, split), key=lambda name: name != task.train_language))
+
+
 def task_folder(task: Task, folder: str) -> str:
-    """Where a task's files are: the data folder's own subfolder for it (data/raw/glue/RTE); or what
-    is left of that path if the data folder is named further down (--data-dir glue, or glue/RTE).
+    """The folder of a task's files: its own below the data folder (data/raw/glue/RTE), or what is left
+    of that path if the data folder is named further down (--data-dir glue, or glue/RTE).
     """
     parts = task.subfolder.split("/")
     for i in range(len(parts)):
         below = os.path.join(folder, *parts[i:])
         if os.path.isdir(below):
             return below
-    if os.path.exists(os.path.join(folder, task.files["train"])):
+    if existing(os.path.join(folder, task.files["train"][0])):
         return folder
     last = os.path.basename(os.path.abspath(folder))  # nothing there: say where it should be
     return os.path.join(folder, *parts[parts.index(last) + 1 if last in parts else 0 :])
 
 
+def file_paths(task: Task, folder: str, split: str) -> list[str]:
+    """The files of a split, compressed or not; as they should be named where there is none."""
+    place = task_folder(task, folder)
+    paths = [os.path.join(place, *name.split("/")) for name in task.files[split]]
+    return [existing(path) or path for path in paths]
+
+
+def find_data(task: Task, data_dir: str | None, model: str) -> str:
+    """The folder to read a task from: --data-dir, the sample of this repository, or data/raw.
+
+    The built-in model knows no other words than its sample's. A model with random weights gets the
+    sample if the official files are not there.
+    """
+    if data_dir:
+        return data_dir
+    there = all(map(os.path.isfile, file_paths(task, RAW_DIR, "train")))
+    if model == task.sample_model and (model == "mini" or not there):
+        return os.path.join(HERE, task.sample)
+    return RAW_DIR
+
+
 # ------------------------------------------------------------------------------------------- XNLI
 NLI_LABELS = ("entailment", "neutral", "contradiction")
-XNLI_LANGUAGES = (
-    "ar",
-    "bg",
-    "de",
-    "el",
-    "en",
-    "es",
-    "fr",
-    "hi",
-    "ru",
-    "sw",
-    "th",
-    "tr",
-    "ur",
-    "vi",
-    "zh",
-)
+XNLI_LANGUAGES = tuple("ar bg de el en es fr hi ru sw th tr ur vi zh".split())
 XNLI_FILES = {
     "train": "XNLI-MT-1.0/multinli/multinli.train.en.tsv",
     "dev": "XNLI-1.0/xnli.dev.tsv",
@@ -128,7 +139,7 @@ XNLI_FETCH = "python data/fetch.py xnli"
 
 @lru_cache(maxsize=4)
 def read_xnli(folder: str, split: str) -> dict[str, list[Example]]:
-    """XNLI as published. Dev and test hold 15 languages in one file, the training file is English
+    """XNLI as published. Dev and test hold 15 languages in one file; the training file is English
     (MultiNLI).
     """
     path = os.path.join(folder, *XNLI_FILES[split].split("/"))
@@ -157,20 +168,35 @@ def glue_task(name: str) -> Task:
     """A row of the table in data/glue.py."""
     layout = GLUE[name]
     languages = tuple(layout.tests)
-    test, *more = layout.tests.values()
     return Task(
         name=name,
         head="sequence",
+        read=partial(read_glue_split, name),
+        files={
+            "train": ("train.tsv",),
+            "dev": ("train.tsv",),
+            "test": tuple(layout.tests.values()),
+        },
+        fetch=f"python data/fetch.py {name}",
         labels=layout.labels,
         languages=languages,
         train_language=languages[0],
-        read=partial(read_glue_split, name),
-        files={"train": "train.tsv", "dev": "train.tsv", "test": test},
-        fetch=f"python data/fetch.py {name}",
-        more_files={"test": tuple(more)},
         metrics=layout.metrics,
+        columns={metric: metric for metric in layout.metrics},
         regression=not layout.in_file,
         subfolder=f"glue/{layout.folder}",
+        models=("minilm",),
+        # Chosen for MiniLM on rows of STS-B's train.tsv that were held out (docs/log.md).
+        defaults={
+            "*": {
+                "epochs": 3,
+                "student_epochs": 2,
+                "lr": 1e-4,
+                "dropout": 0.1,
+                "beta": 600.0,
+                "student_lr_at": {2: 3e-4},
+            }
+        },
     )
 
 
@@ -180,26 +206,46 @@ def read_glue_split(name: str, folder: str, split: str) -> dict[str, list[Exampl
 
 
 # --------------------------------------------------------------------------------- ATIS and SNIPS
-def joint_task(name: str) -> Task:
+def joint_task(name: str, sample: str | None = None) -> Task:
     """A data set of intents and slots in the layout of data/slots.py."""
     return Task(
         name=name,
         head="joint",
-        labels=(),
-        languages=("en",),
-        train_language="en",
         read=partial(read_joint, name),
-        files={split: f"{split}/{FILES[0]}" for split in SPLITS},
+        files={split: tuple(f"{split}/{each}" for each in FILES) for split in SPLITS},
         fetch=f"python data/fetch.py {name}",
-        more_files={split: tuple(f"{split}/{each}" for each in FILES[1:]) for split in SPLITS},
         names=partial(joint_names, name),
+        metrics=("accuracy", "slot_f1"),
+        columns={
+            "intent": "accuracy",
+            "slot F1": "slot_f1",
+            "words": "slot_token_f1",
+            "sentences": "exact",
+        },
         subfolder=name,
+        models=("scratch",),
+        defaults={
+            "scratch": {
+                "layers": 2,
+                "hidden": 768,
+                "epochs": 25,
+                "student_epochs": 6,
+                "lr": 1e-3,
+                "student_lr": 5e-4,
+                "dropout": 0.2,
+                "label_smoothing": 0.1,
+            },
+            "sample": {"hidden": 128, "epochs": 20, "batch_size": 8, "lr": 2e-3},
+        },
+        sample=sample,
+        sample_model="scratch" if sample else None,
+        real_thing=f"python data/fetch.py {name}",
     )
 
 
 def read_joint(name: str, folder: str, split: str) -> dict[str, list[Sentence]]:
     task = find_task(name)
-    return {"en": read_sentences(task_folder(task, folder), split, task.fetch)}
+    return {task.train_language: read_sentences(task_folder(task, folder), split, task.fetch)}
 
 
 def joint_names(name: str, folder: str) -> Names:
@@ -211,14 +257,18 @@ TASKS = {
     "xnli": Task(
         name="xnli",
         head="sequence",
+        read=read_xnli,
+        files={split: (name,) for split, name in XNLI_FILES.items()},
+        fetch=XNLI_FETCH,
         labels=NLI_LABELS,
         languages=XNLI_LANGUAGES,
-        train_language="en",
-        read=read_xnli,
-        files=XNLI_FILES,
-        fetch=XNLI_FETCH,
+        zero_shot=True,
+        columns={"accuracy": "accuracy"},
+        sample="mini",
+        sample_model="mini",
+        real_thing="python convert.py xlmr-base, then python data/fetch.py xnli",
     ),
-    "atis": joint_task("atis"),
+    "atis": joint_task("atis", sample="atis-sample"),
     "snips": joint_task("snips"),
     **{name: glue_task(name) for name in GLUE},
 }

@@ -1,27 +1,27 @@
 """Text -> ids: with XLM-R's SentencePiece pieces, with BERT's WordPiece, or with whole words.
 
-Tokenizer is a SentencePiece unigram model with its ids moved by one. SentencePiece numbers its
+Tokenizer is a SentencePiece unigram model with its ids shifted by one. SentencePiece numbers its
 pieces <unk> 0, <s> 1, </s> 2, then the vocabulary from 3. XLM-R was trained with fairseq, whose
-dictionary begins <s> 0, <pad> 1, </s> 2, <unk> 3. So every piece moves up by one, <unk> becomes 3,
-and <mask> comes last:
+dictionary begins <s> 0, <pad> 1, </s> 2, <unk> 3. So every piece moves up by one, <unk> becomes 3, and
+<mask> comes last:
 
     id = 3 if spm_id == 0 else spm_id + 1      <mask> = pieces + 1      V = pieces + 2
 
     one text     <s> a </s>
-    two texts    <s> a </s></s> b </s>             (no token types: the doubled </s> is the border)
+    two texts    <s> a </s></s> b </s>             (no token types: the doubled </s> separates them)
 
 >>> tokenizer.encode("Hello world!")               # with XLM-R's own model
 [0, 35378, 8999, 38, 2]
 
-WordPieceTokenizer has the ids of a BERT's vocab.txt, the number of the line. There is one border
-between two texts, and a *token type* says which text a token belongs to:
+WordPieceTokenizer has the ids of a BERT's vocab.txt, which are line numbers. One separator stands
+between two texts, and a *token type* says to which text a token belongs:
 
     two texts    [CLS] a [SEP] b [SEP]
-    types          0   0   0   1   1               (encode_typed: where the ones begin)
+    types          0   0   0   1   1               (encode_typed: the index of the first 1)
 
-WordTokenizer has XLM-R's four special ids, then one id for each frequent word of a training set:
-for small tasks without a pretrained model, such as ATIS. All encode single words so that each
-can carry a tag (encode_words); load_tokenizer tells which of them some bytes are.
+WordTokenizer has XLM-R's four special ids, then one id for each frequent word of a training set: for
+small tasks without a pretrained model, such as ATIS. All of them encode single words, so that each
+can carry a tag (encode_words); load_tokenizer finds out which of them some bytes are.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
-from data import UserError
+from common import UserError
 from data.wordpiece import basic_tokens, word_pieces
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
@@ -41,13 +41,13 @@ MAX_MODEL_BYTES = 64 << 20  # XLM-R's file has 5 MB
 WORDS_MAGIC = "sdq-words-1"
 WORDPIECE_MAGIC = "sdq-wordpiece-1"  # then " lower" or " cased"
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # those that BERT's vocab.txt must have
-MAX_CACHED = 1 << 18  # spaceless texts whose pieces are remembered, some 70 MB
+MAX_CACHED = 1 << 18  # words whose pieces are remembered, some 70 MB
 
 
 class Tokenizer:
     """A SentencePiece model with XLM-R's ids.
 
-    model: the bytes of a .model file.  source: what to call it in an error message.
+    model: the bytes of a .model file.  source: its name in error messages.
     """
 
     typed = False  # no token types
@@ -92,8 +92,8 @@ class Tokenizer:
     def from_payload(
         payload: dict, path: str, vocab_size: int
     ) -> "Tokenizer | WordPieceTokenizer | WordTokenizer":
-        """The tokenizer inside a checkpoint's dictionary, which must fit the model's vocabulary.
-        Of any kind.
+        """The tokenizer (of any kind) of a checkpoint's dictionary, which must fit the model's
+        vocabulary.
         """
         stored = payload.get("tokenizer")
         try:
@@ -113,10 +113,10 @@ class Tokenizer:
     def encode_batch(
         self, a: list[str], b: list[str] | None = None, max_length: int | None = None
     ) -> list[np.ndarray]:
-        """Many texts, or pairs, at once. Returns one int32 array each (not padded).
+        """Many texts or pairs at once. Returns one int32 array each (not padded).
 
-        A pair too long loses tokens from its longer text first ("longest first"), as in Hugging
-        Face tokenizers.
+        A pair that is too long loses tokens from its longer text first ("longest first"), as in
+        Hugging Face tokenizers.
         """
         refuse_unequal(a, b)
         room_for = 2 if b is None else 4  # special tokens
@@ -137,11 +137,11 @@ class Tokenizer:
     def encode_words(
         self, sentences: Sequence[Sequence[str]], max_length: int | None = None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Sentences of words -> (ids with <s> and </s>, int32; the position of each word's first
-        piece, int64).
+        """Sentences of words -> (ids with <s> and </s>, int32; the index of each word's first piece,
+        int64).
 
-        A word is encoded by itself and its tag belongs to its first piece; one without a piece
-        (such as a lone control character) becomes <unk>, so that its tag has a place.
+        Each word is encoded by itself, and its tag belongs to its first piece. A word without a piece
+        (such as a control character) becomes <unk>, so that its tag has a place.
         """
         pieces = self.pieces.encode([word for words in sentences for word in words])
         pieces = [self._to_xlmr(ids or [0]) for ids in pieces]
@@ -167,8 +167,8 @@ class Tokenizer:
 class WordPieceTokenizer:
     """BERT's vocab.txt: the id of a piece is the number of its line, from 0.
 
-    vocabulary: the bytes of UTF-8 text, "sdq-wordpiece-1 lower" or "... cased" in the first line (is
-    the model uncased?), then vocab.txt's lines.  source: what to call it in an error message.
+    vocabulary: the bytes of UTF-8 text, "sdq-wordpiece-1 lower" (an uncased model) or "... cased" in
+    the first line, then the lines of vocab.txt.  source: its name in error messages.
 
     As in Hugging Face's, "[SEP]" and the other special tokens inside a text become their ids.
     """
@@ -185,7 +185,7 @@ class WordPieceTokenizer:
         kinds = {f"{WORDPIECE_MAGIC} lower": True, f"{WORDPIECE_MAGIC} cased": False}
         if first not in kinds or rest:
             raise UserError(f"{source} is not a whole WordPiece vocabulary: convert it again")
-        # Words have no spaces, so such a piece would never be found: the file is something else.
+        # Words have no spaces, so such a piece could never be found: the file is something else.
         bad = next(
             (i for i, piece in enumerate(pieces) if not piece or set(piece) & set(" \t\r")), -1
         )
@@ -265,16 +265,15 @@ class WordPieceTokenizer:
     def _text(self, text: str) -> list[int]:
         """The ids of a text, without [CLS] and [SEP].
 
-        A plain space stays a border through both steps of data/wordpiece.py, so what stands between
-        two of them has its ids by itself, and they are remembered: most of a text is words that
-        came before.
+        No token spans a plain space (data/wordpiece.py), so what stands between two spaces is encoded
+        by itself and remembered: most words of a text have occurred before.
         """
         ids: list[int] = []
         for chunk in text.split(" "):
             known = self._known.get(chunk)
             if known is None:
                 known = self._chunk(chunk)
-                if len(self._known) < MAX_CACHED and len(chunk) < 50:  # not Chinese sentences
+                if len(self._known) < MAX_CACHED and len(chunk) < 50:  # not a Chinese sentence
                     self._known[chunk] = known
             ids += known
         return ids
@@ -290,8 +289,8 @@ class WordPieceTokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> words with spaces between them; special tokens are dropped. Spaces, and uncased
-        accents and capitals, are not what they were.
+        """Ids -> words separated by spaces, without special tokens. The spaces of the text, and the
+        accents and capitals of an uncased model, are lost.
         """
         pieces = [self.pieces[int(i)] for i in ids]
         return " ".join(p for p in pieces if p not in SPECIALS).replace(" ##", "")
@@ -300,8 +299,8 @@ class WordPieceTokenizer:
 class WordTokenizer:
     """A list of words: ids 0 to 3 are <s> <pad> </s> <unk>, the first word has id 4.
 
-    vocabulary: the bytes of UTF-8 text, WORDS_MAGIC in the first line, then a word a line.
-    source: what to call it in an error message.
+    vocabulary: the bytes of UTF-8 text, WORDS_MAGIC in the first line, then one word per line.
+    source: its name in error messages.
     """
 
     typed = False
@@ -370,7 +369,7 @@ class WordTokenizer:
 def load_tokenizer(
     model: bytes, source: str = "tokenizer"
 ) -> Tokenizer | WordPieceTokenizer | WordTokenizer:
-    """The tokenizer that these bytes are: one that is text says so in its first line."""
+    """The tokenizer of these bytes: a text format has its name in the first line."""
     if model.startswith(WORDPIECE_MAGIC.encode()):
         return WordPieceTokenizer(model, source)
     if model.startswith(WORDS_MAGIC.encode()):
@@ -393,19 +392,18 @@ def refuse_unequal(a: list[str], b: list[str] | None) -> None:
 def refuse_long(
     rows: list[tuple[np.ndarray, np.ndarray]], max_length: int | None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Sentences with tags are never cut: the tags of the words cut off could not be predicted."""
+    """Sentences with tags are never cut: the tags of words cut off could not be predicted."""
     longest = max((len(ids) for ids, _ in rows), default=0)
     if max_length is not None and longest > max_length:
         raise UserError(
-            f"a sentence has {longest} tokens with the special ones, over --max-length {max_length} "
-            f"its words would lose their tags: give --max-length {longest}"
+            f"a sentence has {longest} tokens with the special ones; cut to --max-length {max_length} "
+            f"its words would lose their tags: use --max-length {longest}"
         )
     return rows
 
 
 def longest_first(left: int, right: int, room: int) -> tuple[int, int]:
-    """How many tokens of two texts to keep so that at most `room` remain: tokens fall from the
-    longer one.
+    """How many tokens of two texts to keep so that at most `room` remain: the longer one is cut.
 
     >>> longest_first(10, 3, 8), longest_first(10, 9, 8), longest_first(5, 5, 7)
     ((5, 3), (4, 4), (3, 4))

@@ -1,51 +1,46 @@
-"""data/pretrain_mini.py: what a batch asks for, against the sentences it was cut from."""
+"""tools/pretrain_mini.py: the batches, against the sentences they were made from."""
 
 import json
-import random
 
 import numpy as np
 import pytest
 import torch
 
 from checkpoint import load_checkpoint, read_checkpoint
-from data import mini, pretrain_mini
-from data.pretrain_mini import Batches, Corpus, train_tokenizer
 from data.tokenizer import EOS, PAD, Tokenizer
+from tools import pretrain_mini
+from tools.make_mini import LANGUAGES
+from tools.pretrain_mini import SHARES, Corpus, sample_batches
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    rng = random.Random(1)
-    meanings = mini.parallel_sentences(rng, 320)
-    made = Corpus(meanings, [mini.near_miss(rng, meaning) for meaning in meanings])
-    made.tokenizer = Tokenizer(train_tokenizer(made.texts, 1500))
-    made.encode(made.tokenizer)
-    return made
+    return Corpus(seed=1, meanings=320, pieces=1400)
 
 
 def test_languages_are_of_uneven_size(corpus):
-    assert corpus.sizes["en"] == 320 and corpus.sizes["ar"] == 80 and corpus.sizes["sw"] == 40
-    assert set(corpus.sizes) == set(mini.LANGUAGES)
-    assert len(corpus.texts) == 2 * sum(corpus.sizes.values())
+    sizes = dict(zip(SHARES, corpus.sizes.tolist(), strict=True))
+    assert sizes["en"] == 320 and sizes["ar"] == 80 and sizes["sw"] == 40
+    assert set(sizes) == set(LANGUAGES)
+    assert len(corpus.texts) == 2 * sum(sizes.values())
 
 
-def test_spans_are_what_the_counterpart_has_not(corpus):
-    """Cutting the spans out of both leaves the same pieces, and no shorter spans would do."""
+def tokens_of(corpus, s):
+    return corpus.ids[corpus.starts[s] : corpus.starts[s] + corpus.lengths[s]].tolist()
+
+
+def test_spans_are_the_difference(corpus):
+    """Without the spans both sentences have the same tokens, and no shorter spans would do."""
     for s in range(0, len(corpus.texts), 2):
-        one, other = (
-            corpus.ids[corpus.starts[i] : corpus.starts[i + 1]].tolist() for i in (s, s + 1)
-        )
-        (a, b), (c, d) = ((corpus.low[i], corpus.high[i]) for i in (s, s + 1))
+        one, other = (tokens_of(corpus, i) for i in (s, s + 1))
+        (a, b), (c, d) = ((corpus.span_start[i], corpus.span_end[i]) for i in (s, s + 1))
         assert one[:a] + one[b:] == other[:c] + other[d:] and one[a:b] != other[c:d]
         assert a == b or c == d or (one[a] != other[c] and one[b - 1] != other[d - 1])
 
 
 def test_batches_against_the_sentences(corpus):
-    stream = iter(Batches(corpus, corpus.tokenizer, 16, seed=0))
-    known = {
-        tuple(corpus.ids[corpus.starts[i] : corpus.starts[i + 1]]): i
-        for i in range(len(corpus.texts))
-    }
+    stream = sample_batches(corpus, 16, seed=0)
+    known = {tuple(tokens_of(corpus, i)): i for i in range(len(corpus.texts))}
     seen = {"pairs": 0, "missed": 0, "single": 0}
     for _ in range(200):
         ids, mask, targets, changed = (t.numpy() for t in next(stream))
@@ -66,13 +61,13 @@ def test_batches_against_the_sentences(corpus):
             a, b = (known[tuple(row[side])] for side in sides)
             assert not all((asked[real][side] >= 0).any() for side in sides)  # one side is masked
             # of one meaning: the first sentence of each language's block tells which
-            first = [max(f for f in corpus.first.values() if f <= s) for s in (a, b)]
+            first = [max(f for f in corpus.first if f <= s) for s in (a, b)]
             assert (a - first[0]) // 2 == (b - first[1]) // 2
             missed = (a - first[0]) % 2 != (b - first[1]) % 2
             expected = np.zeros(len(row), dtype=int)
             for side, s in zip(sides, (a, b), strict=True):
                 if missed:
-                    expected[side][corpus.low[s] : corpus.high[s]] = 1
+                    expected[side][corpus.span_start[s] : corpus.span_end[s]] = 1
             expected[0] = missed
             left = odd[real] >= 0
             assert (odd[real][left] == expected[left]).all() and odd[0] == missed
@@ -85,7 +80,7 @@ def test_program_writes_a_model_that_loads(tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--meanings", "300", "--pieces", "1400", "--hidden", "32"]
     arguments += ["--layers", "1", "--steps", "6", "--batch-size", "8"]
     assert pretrain_mini.main(arguments) == 0
-    assert "ETA" in capsys.readouterr().out
+    assert "in 15 languages" in capsys.readouterr().out
     path = str(tmp_path / "mini.pt")
     model = load_checkpoint(path)
     payload = read_checkpoint(path)

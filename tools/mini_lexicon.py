@@ -1,66 +1,51 @@
-"""The words and word orders of mini-XNLI (data/mini.py): one line a concept, one column a language.
+"""Vocabulary and word order of mini-XNLI (tools/make_mini.py): a concept per line, a language per cell.
 
     kind  name  parent : en ; de ; es ; fr ; ru ; bg ; el ; tr ; sw ; vi ; zh ; th ; hi ; ar ; ur
 
-parent is the concept that this one is a kind of ("apple" is a "fruit", "fruit" is a "thing"); a
-verb names its opposite there, a synonym of a verb ("same") the verb it stands for, and "-" means no
-parent. To add a concept, add a line: nothing else has to change, and tests/test_mini.py says what is
-missing. A class needs two members at least, a verb has one synonym at most, and places and times
-have no wider word than their class.
+The parent of "apple" is "fruit", and the parent of "fruit" is "thing"; "-" means none. The parent of
+a verb is its opposite, the parent of a synonym ("same") is the verb it stands for. To add a concept,
+add a line. A class needs at least two members and a verb has at most one synonym;
+tests/test_make_mini.py checks this.
 
-The sentences are chosen so that a word needs one form, or two. They stand in the future tense, which
-agrees neither with the object nor, where all persons are masculine, with the person. Objects are
-always plural (Turkish: the bare singular) and in the case of the object; places and times are whole
-phrases. Numbers run from 5 to 10 because Russian counts 2 to 4 and Arabic 11 and
-up with another form. A second form follows a slash:
+The grammar is restricted so that each word needs only one or two forms. Verbs are in the future
+tense and all persons are masculine, so no verb agrees with anything. Objects are plural (Turkish:
+the bare singular) and in the object's case; places and times are whole phrases. Numbers run from 5
+to 10, because other numbers need further forms in Russian and Arabic. A second form follows a slash:
 
-    objects  es fr el hi ur   "f": the noun is feminine (else masculine; el: neuter)
-             ru bg            the form after a number (bg: if it differs from the plural)
-             vi zh th         the counting word that a number needs
+    objects  es fr el hi ur   "f": the noun is feminine (otherwise masculine; el: neuter)
+             ru bg            the form after a number (bg: where it differs from the plural)
+             vi zh th         the classifier that a number needs
              sw               the "of" that agrees with the noun: vya, za, ya, wa
     colours  es fr el hi ur   the feminine form;  ru: the form after a number
     verbs    tr               the negated verb
 
-Verbs are stored as: en de vi zh th the bare verb; ar the imperfect; the others the future (bg, el:
-the form after the particle of the future). Names stay in Latin letters in Latin-script languages;
-Alex and Kim stay so everywhere, which helps a model to align the languages.
+Verbs are given in the bare form (en de vi zh th), the imperfect (ar), the form after the future
+particle (bg el), or the future (all others). Names are spelled in the language's own script, except
+Alex and Kim, which stay in Latin letters everywhere: that helps a model to align the languages.
 """
 
-TABLE_LANGUAGES = (
-    "en", "de", "es", "fr", "ru", "bg", "el", "tr", "sw", "vi", "zh", "th", "hi", "ar", "ur",
-)  # fmt: skip
+COLUMNS = "en de es fr ru bg el tr sw vi zh th hi ar ur".split()
 
-# Word order. FRONT is the fronted place or time, empty if there is none. V is the verb with its
-# future and negation, but German and Chinese put these elsewhere (WILL, NOT). FIRST is what comes
-# first, FRONT or else the person, and SECOND the person if he isn't first.
+# FRONT: the fronted place or time, empty if there is none.  V: the verb with its future and negation,
+# which German and Chinese put elsewhere (WILL, NOT).  FIRST: FRONT, or AGENT without a FRONT.
+# SECOND: AGENT after a FRONT, otherwise empty.
 SUBJECT_FIRST = "FRONT AGENT V OBJECT PLACE TIME"
 VERB_LAST = "FRONT AGENT TIME PLACE OBJECT V"
-SENTENCE = dict.fromkeys(
-    ("en", "es", "fr", "ru", "bg", "el", "sw", "vi", "th", "ar"), SUBJECT_FIRST
-)
-SENTENCE |= dict.fromkeys(("tr", "hi", "ur"), VERB_LAST)
-SENTENCE["de"] = "FIRST WILL SECOND NOT TIME PLACE OBJECT V"  # the verb comes second, always
+SENTENCE = dict.fromkeys("en es fr ru bg el sw vi th ar".split(), SUBJECT_FIRST)
+SENTENCE |= dict.fromkeys("tr hi ur".split(), VERB_LAST)
+SENTENCE["de"] = "FIRST WILL SECOND NOT TIME PLACE OBJECT V"  # German puts the finite verb second
 SENTENCE["zh"] = "FRONT AGENT TIME WILL PLACE V OBJECT"
-VERB = {  # (positive, negated); {v}: the verb, {w}: its second form
-    "en": ("will {v}", "will not {v}"),
-    "es": ("{v}", "no {v}"),
-    "fr": ("{v}", "ne {v} pas"),
-    "ru": ("{v}", "не {v}"),
-    "bg": ("ще {v}", "няма да {v}"),
-    "el": ("θα {v}", "δεν θα {v}"),
-    "sw": ("{v}", "h{v}"),  # atanunua, hatanunua
-    "vi": ("sẽ {v}", "sẽ không {v}"),
-    "th": ("จะ{v}", "จะไม่{v}"),
-    "ar": ("س{v}", "لن {v}"),
-    "de": ("{v}", "{v}"),
-    "tr": ("{v}", "{w}"),
-    "hi": ("{v}", "नहीं {v}"),
-    "ur": ("{v}", "نہیں {v}"),
-    "zh": ("{v}", "{v}"),
-}
-NOT_LATE = {"hi": 1, "ur": 2}  # "not" stands before so many last words of the verb
 WILL = {"de": ("wird", "wird"), "zh": ("会", "不会")}  # (positive, negated)
-OBJECT = {  # N number, C colour, O noun, K counting word
+VERB = {  # (positive, negated); {v}: the verb, {w}: its second form
+    "en": ("will {v}", "will not {v}"), "es": ("{v}", "no {v}"), "ru": ("{v}", "не {v}"),
+    "bg": ("ще {v}", "няма да {v}"), "el": ("θα {v}", "δεν θα {v}"), "sw": ("{v}", "h{v}"),
+    "vi": ("sẽ {v}", "sẽ không {v}"), "th": ("จะ{v}", "จะไม่{v}"), "ar": ("س{v}", "لن {v}"),
+    "hi": ("{v}", "नहीं {v}"), "ur": ("{v}", "نہیں {v}"), "tr": ("{v}", "{w}"),
+    "fr": ("{v}", "{v} pas"),  # make_mini.elide puts "ne" or "n'" before the verb
+    "de": ("{v}", "{v}"), "zh": ("{v}", "{v}"),
+}  # fmt: skip
+NOT_LATE = {"hi": 1, "ur": 2}  # how many words of the verb follow its "not"
+OBJECT = {  # N number, C colour, O noun, K classifier
     "en": "N C O", "de": "N C O", "ru": "N C O", "bg": "N C O", "el": "N C O", "tr": "N C O",
     "hi": "N C O", "ur": "N C O", "es": "N O C", "fr": "N O C", "ar": "N O C", "sw": "O N C",
     "vi": "N K O C", "zh": "N K C O", "th": "O C N K",

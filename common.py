@@ -1,0 +1,152 @@
+"""What every program here shares: how a mistake of the user is told, how files are written, progress
+lines, Markdown tables.
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line that says what is wrong and what to type instead."""
+
+
+def flag(name: str) -> str:
+    """The option of a field: "act_bits" -> "--act-bits"."""
+    return "--" + name.replace("_", "-")
+
+
+def exit_status(job: Callable[[], None], after_interrupt: str = "") -> int:
+    """Run a program and return its exit status: 0; 2 for a mistake and 130 for Ctrl-C, each told in
+    one line on stderr, without a traceback.
+    """
+    try:
+        job()
+        return 0
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that went away
+        message, status = f"error: {error}", 2
+    except KeyboardInterrupt:
+        message, status = f"\ninterrupted{after_interrupt}", 130
+    print(message, file=sys.stderr)
+    return status
+
+
+# ------------------------------------------------------------------------------------------ files
+@contextmanager
+def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
+    """Open a temporary neighbour of `path`, and rename it to `path` once it is written completely: a
+    reader never sees half a file. Makes the folder if there is none.
+    """
+    path = os.fspath(path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.part"
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(temporary, mode, **text) as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def write_text(path: str, text: str) -> None:
+    with atomic_write(path, "w") as file:
+        file.write(text)
+
+
+def write_json(path: str, value: dict) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def remove(path: str) -> None:
+    if os.path.exists(path):
+        os.unlink(path)
+
+
+def check_writable(folder: str) -> None:
+    """Raises UserError for a folder that can't be written, before anything is computed or changed."""
+    there = os.path.abspath(folder)
+    while not os.path.exists(there) and os.path.dirname(there) != there:
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: choose another --out")
+
+
+# ----------------------------------------------------------------------------------------- output
+class Progress:
+    """A progress line with the remaining time on stderr: kept up to date on a terminal, a new line
+    every ten seconds in a log.
+
+    total: in the unit that update() counts in; None if it is unknown.  done: where a resumed job
+    starts.
+    """
+
+    def __init__(self, name: str, total: float | None, done: float = 0):
+        self.name, self.total, self.first = name, total, done
+        self.started = self.shown = time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def update(self, done: float, text: str | Callable[[], str] = "") -> None:
+        """done: how much is finished now.  text: shown beside it; a function is called only if the
+        line is drawn.
+        """
+        now = time.monotonic()
+        if now - self.shown < (0.2 if self.live else 10.0):
+            return
+        self.shown = now
+        line = f"{self.name} {done:,.0f}"
+        if self.total is not None:
+            seconds = (now - self.started) / max(done - self.first, 1e-9) * (self.total - done)
+            line += f"/{self.total:,.0f}, {clock(seconds)} left"
+        line += f"  {text() if callable(text) else text}"
+        start, end = ("\r\033[K", "") if self.live else ("", "\n")
+        print(start + line, end=end, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Make room for other output."""
+        if self.live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """
+    >>> clock(75), clock(3600)
+    ('1:15', '1:00:00')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def join(cells: list[str]) -> str:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        padded[0] = cells[0].ljust(widths[0])
+        return "| " + " | ".join(padded) + " |"
+
+    rules = ["-" * (width + 1) + ":" for width in widths]
+    rules[0] = "-" * (widths[0] + 2)
+    return "\n".join([join(header), "|" + "|".join(rules) + "|", *map(join, rows)])
+
+
+def hardware(device: torch.device) -> str:
+    """The name of the processor that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [line for line in file if line.startswith("model name")]
+        return lines[0].split(":", 1)[1].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()

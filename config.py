@@ -1,0 +1,502 @@
+"""Every option of train.py: its default, its help and its check, which needs no data.
+
+TrainConfig is what config.json records. A flag is the name of its field with dashes. One flag per
+ablation, and "off" is the baseline: --bits 32, --distill none. What an option is if it isn't given:
+
+    TrainConfig's default  <  defaults of the model  <  of the task (data/tasks.py)  <  of --recipe
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+
+from checkpoint import WEIGHTS_DIR, default_keep
+from common import UserError, flag
+from data.tasks import RAW_DIR, TASKS, find_data, find_task
+from distill import LAYERWISE, LOSSES
+from prepare import WEIGHTS, check_quant
+from quant import QuantConfig
+from tt import TTConfig
+
+METHODS = {
+    "fp32": "the teacher: a pretrained encoder fine-tuned on the task",
+    "ptq": "post-training quantization: its weights and activations rounded, without training",
+    "ptq-static": "the same with activation ranges from calibration batches",
+    "qat": "trained through the quantizers, with quantization noise and the loss of the task",
+    "sdq": "qat, and distilled from the teacher",
+}
+TRAINED = ("qat", "sdq")
+RECIPES = {
+    "sdq": {},  # O'Neill and Dutta 2023, arXiv 2307.05972
+    "kd": {  # Kim et al. 2022, arXiv 2211.11014
+        "bits": 2,
+        "weights": "ternary",
+        "attention_bits": 8,
+        "noise": 1.0,
+        "distill": "logits+map",
+        "alpha": 1.0,
+        "beta": 600.0,
+    },
+    "tt": {  # Yang et al. 2023, arXiv 2306.01076
+        "task": "atis",
+        "methods": ("fp32", "ptq", "qat", "sdq"),
+        "tt_rank": 20,
+        "act_range": "static",
+        "weight_range": "mse",
+        "distill": "layerwise",
+        "student_dropout": 0.1,
+    },
+}
+RECIPE_HELP = {
+    "sdq": "8 bits with quantization noise, logits and attention contexts (arXiv 2307.05972)",
+    "kd": "ternary weights, logits and attention maps (arXiv 2211.11014)",
+    "tt": "quantized tensor trains, layer by layer (arXiv 2306.01076); --task atis",
+}
+# student_lr_at: width -> student_lr. With few bits a weight must move far to reach the next step of
+# its grid. Chosen on dev with seed 0, the same for QAT and SDQ (docs/log.md).
+MODEL_DEFAULTS = {
+    "mini": {
+        "epochs": 2,
+        "student_epochs": 1,
+        "lr": 3e-4,
+        "student_lr": 3e-5,
+        "student_lr_at": {2: 1e-3, 3: 3e-4, 4: 1e-4},
+        "dropout": 0.0,
+    },
+    "scratch": {"layers": 4, "hidden": 256, "epochs": 3, "lr": 5e-4},
+}
+
+TASK, MODEL, QUANT = "task and data", "model", "quantization"
+DISTILL, OPTIM, RUN = "distillation (the sdq row)", "training", "run"
+
+
+def option(default, group: str, text: str, metavar: str | None = None):
+    return field(default=default, metadata={"group": group, "text": text, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of a run."""
+
+    recipe: str = option(
+        "sdq", TASK, "defaults of a paper, see below; any other option overrides them"
+    )
+    task: str = option("xnli", TASK, f"one of {' '.join(TASKS)}")
+    data_dir: str | None = option(
+        None, TASK, "folder of the official files (default: data/raw, or built-in data)", "DIR"
+    )
+    languages: tuple[str, ...] = option(
+        (), TASK, "test languages besides the training language (default: all)"
+    )
+    eval_split: str = option(
+        "test", TASK, "report on test, or on dev, which also selects the epoch"
+    )
+    max_train: int | None = option(None, TASK, "train on N random examples (default: all)")
+    max_eval: int | None = option(
+        None, TASK, "evaluate N random examples per language (default: all)"
+    )
+    max_length: int = option(128, TASK, "longest sequence in tokens; longer texts are truncated")
+
+    model: str | None = option(
+        None,
+        MODEL,
+        "mini (built in), NAME of weights/NAME.pt, a path, or scratch: random weights "
+        "(default: xlmr-base if it was converted, else mini; glue minilm; atis, snips scratch)",
+        "M",
+    )
+    layers: int | None = option(None, MODEL, "number of layers of --model scratch")
+    hidden: int | None = option(None, MODEL, "hidden size of --model scratch, 64 per head")
+    tokenizer: str | None = option(
+        None,
+        MODEL,
+        "SentencePiece model for --model scratch (atis and snips: the words of the training set)",
+        "FILE",
+    )
+    tt_rank: int = option(
+        0,
+        MODEL,
+        "rank of tensor trains instead of matrices and tables, 0 for none. A scratch model is "
+        "trained as one; of a pretrained model the students become one",
+        "R",
+    )
+    tt_embedding_rank: int = option(0, MODEL, "rank of the word embeddings; 0 keeps the table", "R")
+
+    methods: tuple[str, ...] = option(
+        ("fp32", "ptq", "qat", "sdq"), QUANT, "rows of the report, see below"
+    )
+    bits: int = option(8, QUANT, "bits of weights and word embeddings: 2 to 8, 32 for float32")
+    act_bits: int = option(8, QUANT, "bits of activations: 2 to 8, 32 for float32")
+    attention_bits: int = option(
+        32, QUANT, "bits of Q, K, V and the attention probabilities: 2 to 8, 32 for float32"
+    )
+    weights: str = option(
+        "uniform", QUANT, ", ".join(f"{name} ({row.help})" for name, row in WEIGHTS.items())
+    )
+    weight_range: str | None = option(
+        None,
+        QUANT,
+        "minmax: up to the largest weight; mse: clip outliers; lsq: 2 mean|w| / sqrt(Q_max), where "
+        "trained scales start (default: lsq with --weights lsq, else minmax)",
+    )
+    per_tensor: bool = option(
+        False, QUANT, "one scale per matrix and activation, not per channel and token"
+    )
+    act_range: str = option(
+        "dynamic", QUANT, "dynamic: at run time; static: calibrated; learned: trained from there"
+    )
+    noise: float = option(
+        0.5,
+        QUANT,
+        "fraction of the weights quantized at a training step; 1 is ordinary QAT "
+        "(always 1 for trained scales)",
+        "P",
+    )
+
+    distill: str = option(
+        "logits+context",
+        DISTILL,
+        f"losses joined by '+', each with a weight before it if wanted (logits+150*map): "
+        f"{' '.join(LOSSES)}; or none; or {', '.join(LAYERWISE)}",
+        "LOSSES",
+    )
+    alpha: float = option(0.5, DISTILL, "weight of the logits")
+    beta: float = option(100.0, DISTILL, "weight of every other loss that has none in --distill")
+    temperature: float = option(1.0, DISTILL, "softens the logits of teacher and student")
+    task_weight: float = option(
+        1.0, DISTILL, "weight of the loss of the task; 0 distills without labels"
+    )
+
+    epochs: int = option(3, OPTIM, "passes over the training set")
+    student_epochs: int | None = option(None, OPTIM, "of qat and sdq (default: --epochs)")
+    steps: int | None = option(None, OPTIM, "stop every training after N steps")
+    student_steps: int | None = option(None, OPTIM, "of qat and sdq (default: --steps)")
+    batch_size: int = option(32, OPTIM, "examples per step")
+    lr: float = option(2e-5, OPTIM, "peak learning rate")
+    student_lr: float | None = option(None, OPTIM, "of qat and sdq (default: --lr)")
+    label_smoothing: float = option(0.0, OPTIM, "of the cross-entropy")
+    dropout: float = option(0.1, OPTIM, "while the teacher trains")
+    student_dropout: float = option(0.0, OPTIM, "while qat and sdq train; it disturbs distillation")
+
+    eval: str | None = option(
+        None, RUN, "train nothing: evaluate this student.pt as an integer model", "FILE"
+    )
+    analyze: bool = option(False, RUN, "also measure the error and attention of each layer on dev")
+    check_student: bool = option(
+        False, RUN, "also evaluate the fake-quantized student; on CUDA always"
+    )
+    seed: int = option(0, RUN, "of weights, batches, dropout and noise")
+    device: str = option("auto", RUN, "auto, cpu or cuda")
+    threads: int | None = option(None, RUN, "CPU threads (default: all cores)")
+    out: str | None = option(
+        None, RUN, "folder of this run (default: out/TASK-MODEL-wBaA-sSEED)", "DIR"
+    )
+    eval_every: int | None = option(
+        None, RUN, "steps between evaluations on dev (default: an epoch)"
+    )
+
+    @cached_property
+    def loss_weights(self) -> dict[str, float]:
+        """Loss, a key of distill.LOSSES -> its weight: its own, alpha of the logits, or beta."""
+        own = {} if self.distill in LAYERWISE else parse_distill(self.distill)
+        usual = {name: self.alpha if name == "logits" else self.beta for name in own}
+        return {name: usual[name] if own[name] is None else own[name] for name in own}
+
+
+def parse_distill(text: str) -> dict[str, float | None]:
+    """The losses of a --distill value, and their own weights.
+
+    >>> parse_distill("logits+30*score"), parse_distill("none")
+    ({'logits': None, 'score': 30.0}, {})
+
+    Raises ValueError for an unknown or repeated loss and for a weight that is no number >= 0.
+    """
+    found: dict[str, float | None] = {}
+    for part in [] if text == "none" else text.split("+"):
+        weight, star, name = part.rpartition("*")
+        if name not in LOSSES:
+            raise ValueError(
+                f"{name!r} is unknown: join any of {', '.join(LOSSES)} with '+', or use none or "
+                f"{', '.join(LAYERWISE)}"
+            )
+        if name in found:
+            raise ValueError(f"{text!r} names {name} twice")
+        if star and not re.fullmatch(r"\d+\.?\d*(e-?\d+)?|\.\d+", weight):
+            raise ValueError(f"{weight!r} before {name} is not a weight, such as 150 or 0.5")
+        found[name] = float(weight) if star else None
+    return found
+
+
+def tt_config(config: TrainConfig) -> TTConfig | None:
+    return TTConfig(config.tt_rank, config.tt_embedding_rank) if config.tt_rank else None
+
+
+def quant_config(config: TrainConfig, method: str) -> QuantConfig:
+    """How a row of the report is quantized."""
+    act_range = "static" if method == "ptq-static" else config.act_range
+    if act_range == "learned" and method not in TRAINED:
+        act_range = "static"  # where learning starts
+    return QuantConfig(
+        weight_bits=config.bits,
+        act_bits=config.act_bits,
+        per_channel=not config.per_tensor,
+        per_token=not config.per_tensor,
+        weights=config.weights,
+        weight_range=config.weight_range,
+        act_range=act_range,
+        attention_bits=config.attention_bits,
+        noise=config.noise if method in TRAINED else 1.0,
+        keep=default_keep(tt_config(config)),
+    )
+
+
+# --------------------------------------------------------------------------------------- defaults
+def resolve(given: dict) -> TrainConfig:
+    """The options of a run with all defaults filled in. given: the options that were typed."""
+    recipe = given.get("recipe", "sdq")
+    if recipe not in RECIPES:
+        raise UserError(f"--recipe {recipe!r}: choose from {', '.join(RECIPES)}")
+    task = find_task(given.get("task", RECIPES[recipe].get("task", "xnli")))
+    there = (m for m in task.models if os.path.isfile(os.path.join(WEIGHTS_DIR, m + ".pt")))
+    model = given.get("model") or next(there, task.models[-1])
+    values = dict(MODEL_DEFAULTS.get(model, {}))
+    values |= task.defaults.get("*", {}) | task.defaults.get(model, {})
+    if find_data(task, given.get("data_dir"), model) != (given.get("data_dir") or RAW_DIR):
+        values |= task.defaults.get("sample", {})
+    rates = values.pop("student_lr_at", {})
+    values |= RECIPES[recipe] | given | {"task": task.name, "model": model}
+    if "student_lr" not in given and values.get("bits", 8) in rates:
+        values["student_lr"] = rates[values.get("bits", 8)]
+    config = TrainConfig(**values)
+    ranges = WEIGHTS[config.weights].ranges if config.weights in WEIGHTS else ("minmax",)
+    usual = {
+        "weight_range": ranges[0],
+        "student_epochs": config.epochs,
+        "student_steps": config.steps,
+        "student_lr": config.lr,
+    }
+    values |= {name: value for name, value in usual.items() if getattr(config, name) is None}
+    return TrainConfig(**values)
+
+
+def defaults_in_words(spec) -> str:
+    """ "(default: 2e-05; mini 0.0003, glue 0.0001)": of the recipe, model and task."""
+
+    def word(value) -> str:
+        if isinstance(value, tuple):
+            return " ".join(value)
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    rows = {**MODEL_DEFAULTS, **{name: row for name, row in RECIPES.items()}}
+    for task in TASKS.values():
+        rows |= {task.subfolder.split("/")[0]: row for row in list(task.defaults.values())[:1]}
+    others = [f"{name} {word(row[spec.name])}" for name, row in rows.items() if spec.name in row]
+    if spec.default in (None, (), False):
+        return f" ({', '.join(others)})" if others else ""
+    return f" (default: {'; '.join([word(spec.default), ', '.join(others)][: 1 + bool(others)])})"
+
+
+# ----------------------------------------------------------------------------------- command line
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a mistake is answered in one line instead of the whole usage."""
+
+    def error(self, message: str):
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    lists = {"recipes": RECIPE_HELP, "methods": METHODS}
+    texts = [
+        f"{title}:\n" + "".join(f"  {name:<11} {text}\n" for name, text in rows.items())
+        for title, rows in lists.items()
+    ]
+    parser = OneLineParser(
+        prog="train.py",
+        usage="python train.py [options]",
+        allow_abbrev=False,
+        description="Fine-tune a teacher, quantize it in several ways, and report all of them.",
+        epilog="\n".join(texts) + "\nexamples:\n"
+        "  python train.py --task xnli --bits 8\n"
+        "  python train.py --task xnli --eval out/xnli-mini-w8a8-s0/student.pt\n"
+        "  python train.py --task xnli --bits 4 --distill logits            # one ablation\n"
+        "  python train.py --task stsb --recipe kd\n"
+        "  python train.py --task atis --recipe tt --bits 4",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, width=112, max_help_position=28
+        ),
+    )
+    groups = {}
+    for spec in fields(TrainConfig):
+        title, kind = spec.metadata["group"], str(spec.type)
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        text = (spec.metadata["text"] + defaults_in_words(spec)).replace("%", "%%")
+        kwargs = dict(default=argparse.SUPPRESS, help=text)
+        if "bool" in kind:
+            group.add_argument(flag(spec.name), action="store_true", **kwargs)
+            continue
+        kwargs["metavar"] = spec.metadata["metavar"] or ("N" if "int" in kind else "X")
+        if "tuple" in kind:
+            kwargs["nargs"] = "+"
+        kwargs["type"] = int if "int" in kind else float if "float" in kind else str
+        group.add_argument(flag(spec.name), **kwargs)
+    return parser
+
+
+def parse_args(argv: list[str] | None) -> tuple[TrainConfig, bool]:
+    """Command line -> (checked options, --resume)."""
+    parser = build_parser()
+    parser.add_argument(
+        "--resume", action="store_true", help="continue a stopped run of the same options"
+    )
+    given = vars(parser.parse_args(argv))
+    resume = given.pop("resume")
+    for name in {"languages", "methods"} & set(given):  # "en de" and "en,de" both work
+        given[name] = tuple(part for text in given[name] for part in text.split(","))
+    config = resolve(given)
+    check(config)
+    return config, resume
+
+
+# ----------------------------------------------------------------------------------------- checks
+CHOICES = {
+    "eval_split": ("test", "dev"),
+    "device": ("auto", "cpu", "cuda"),
+}
+BOUNDS = {  # name -> (least, largest)
+    **dict.fromkeys(("noise", "task_weight"), (0, 1)),
+    **dict.fromkeys(("dropout", "student_dropout", "label_smoothing"), (0, 0.9)),
+    **dict.fromkeys(("alpha", "beta"), (0, 1e9)),
+    "temperature": (1e-3, 1e3),
+    **dict.fromkeys(("lr", "student_lr"), (1e-12, 1e38)),
+    "seed": (0, 2**31),
+    "max_length": (8, 10**6),
+    **dict.fromkeys("max_train max_eval layers hidden epochs student_epochs".split(), (1, 10**9)),
+    **dict.fromkeys("steps student_steps batch_size threads eval_every".split(), (1, 10**9)),
+}
+
+
+def check(config: TrainConfig) -> None:
+    """Raises UserError for options that can't be run, before any data is loaded: one line, with what
+    to type instead.
+    """
+    task = find_task(config.task)
+    for language in config.languages:
+        if task.languages is not None and language not in task.languages:
+            known = " ".join(task.languages)
+            raise UserError(f"--languages {language!r}: {config.task} has {known}")
+    for name, known in CHOICES.items():
+        if getattr(config, name) not in known:
+            raise UserError(
+                f"{flag(name)} {getattr(config, name)!r}: choose from {', '.join(known)}"
+            )
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:  # NaN neither
+            raise UserError(f"{flag(name)} {value}: choose a value from {low:g} to {high:g}")
+    check_quantizers(config)
+    check_methods(config)
+    check_distill(config)
+    if config.model == "scratch":
+        if config.tokenizer is None and task.names is None:
+            raise UserError("--model scratch needs --tokenizer FILE, a SentencePiece model")
+        if config.hidden % max(1, config.hidden // 64):
+            raise UserError(f"--hidden {config.hidden}: choose a multiple of 64, or less than 128")
+    else:
+        for name in ("layers", "hidden", "tokenizer"):
+            if getattr(config, name) is not None:
+                raise UserError(f"{flag(name)} shapes a new model: it needs --model scratch")
+
+
+def check_quantizers(config: TrainConfig) -> None:
+    try:
+        tt_config(config)
+    except ValueError as error:
+        raise UserError(f"--tt-rank {config.tt_rank}: {error}") from None
+    if config.tt_embedding_rank and not config.tt_rank:
+        raise UserError("--tt-embedding-rank needs --tt-rank")
+    if config.weights != "uniform" and config.tt_rank:
+        raise UserError(
+            f"--weights {config.weights} is for matrices: cores of tensor trains have learned scales"
+        )
+    try:
+        check_quant(quant_config(config, "qat"))
+    except ValueError as error:  # name=value -> --name value
+        text = str(error).replace("weight_bits=", "bits=")
+        raise UserError(re.sub(r"\b(\w+)=", lambda m: flag(m[1]) + " ", text)) from None
+    if config.bits == 32 and config.weight_range != "minmax":
+        raise UserError("--weight-range is for quantized weights: choose --bits 2 to 8")
+
+
+def check_methods(config: TrainConfig) -> None:
+    unknown = [name for name in config.methods if name not in METHODS]
+    if unknown or len(set(config.methods)) < len(config.methods):
+        what = f"{unknown[0]!r} is unknown" if unknown else "a row is named twice"
+        raise UserError(f"--methods: {what}; choose from {' '.join(METHODS)}")
+    quantized = [name for name in config.methods if name != "fp32"]
+    compressed = config.tt_rank and config.model != "scratch"
+    left_alone = config.act_bits == config.attention_bits == 32
+    if config.bits == 32 and left_alone and quantized and not compressed:
+        raise UserError(
+            f"--bits 32 --act-bits 32 quantizes nothing, so {quantized[0]} would be fp32 again: "
+            "use --methods fp32"
+        )
+    static = config.act_range != "dynamic"  # learned ranges start as static ones
+    if static and "ptq-static" in config.methods:
+        raise UserError(
+            f"--act-range {config.act_range} makes ptq static: drop ptq-static from --methods"
+        )
+    if left_alone and (static or "ptq-static" in config.methods):
+        kind = "learned" if config.act_range == "learned" else "static"
+        raise UserError(f"{kind} ranges need quantized activations: choose --act-bits 2 to 8")
+
+
+def check_distill(config: TrainConfig) -> None:
+    try:
+        weights = config.loss_weights
+    except ValueError as error:
+        raise UserError(f"--distill: {error}") from None
+    regression, layerwise = find_task(config.task).regression, config.distill in LAYERWISE
+    if regression and (config.label_smoothing or config.temperature != 1.0):
+        name = "label_smoothing" if config.label_smoothing else "temperature"
+        raise UserError(f"{flag(name)} is for classes: {config.task} is a regression, drop it")
+    if "sdq" not in config.methods:
+        return
+    if not layerwise and not any(weights.values()):
+        raise UserError(
+            f"--distill {config.distill} with weights of 0 makes sdq the same as qat: use --methods "
+            "fp32 ptq qat"
+        )
+    if layerwise and config.task_weight != 1.0:
+        raise UserError(f"--task-weight does nothing with --distill {config.distill}: drop it")
+    if config.temperature != 1.0 and "logits" not in weights and not layerwise:
+        raise UserError("--temperature softens the logits: distill them, too, or drop it")
+
+
+# Options that do not change the result of a run.
+NOT_THE_RESULT = ("device", "threads", "out", "analyze", "check_student", "eval")
+
+
+def default_out(config: TrainConfig) -> str:
+    """out/xnli-mini-w8a8-s0, and a short hash of all other options that were changed: one folder per
+    setting.
+    """
+    model = os.path.splitext(os.path.basename(config.model))[0]
+    recipe = "" if config.recipe == "sdq" else f"-{config.recipe}"
+    name = f"{config.task}-{model}{recipe}-w{config.bits}a{config.act_bits}-s{config.seed}"
+    named = ["recipe", "task", "model", "bits", "act_bits"]
+    usual = resolve({name: getattr(config, name) for name in named})
+    ignored = {*named, "seed", *NOT_THE_RESULT} - ({"model"} if config.model != model else set())
+    changed = [
+        (spec.name, getattr(config, spec.name))
+        for spec in fields(config)
+        if spec.name not in ignored
+        and (spec.name == "model" or getattr(config, spec.name) != getattr(usual, spec.name))
+    ]
+    if changed:
+        name += "-" + hashlib.sha256(repr(changed).encode()).hexdigest()[:6]
+    return os.path.join("out", name)

@@ -1,0 +1,426 @@
+"""The folder of a run, out/NAME, and what continues a stopped one bit for bit.
+
+    config.json    every option
+    log.jsonl      one line per step and per evaluation on dev
+    state.pt       where the current training stands: parameters, optimizers, random numbers
+    results.json   for each method and language the metrics and the counts behind them
+    report.md      the same as a table
+    student.pt     the student of the last row, packed (checkpoint.py)
+
+Teachers are kept beside it, in teachers/, and reused by every run that would train the same one.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from checkpoint import read_checkpoint, save_atomically
+from common import (
+    Progress,
+    UserError,
+    check_writable,
+    flag,
+    hardware,
+    markdown_table,
+    remove,
+    write_json,
+    write_text,
+)
+from config import NOT_THE_RESULT, TRAINED, TrainConfig
+from data.batches import Batch, Dataset, collate, training_order
+from data.tasks import Task, find_task
+from model import Model
+
+STATE_FORMAT = "sdq-state-2"
+SAVE_EVERY = 500  # steps between states; one also follows every evaluation on dev
+
+
+class Data(NamedTuple):
+    train: Dataset
+    dev: Dataset
+    tests: dict[str, Dataset]  # by language
+
+
+class Run:
+    """The folder of a run. Raises UserError if it can't be written or holds another run."""
+
+    def __init__(self, out: str, config: TrainConfig, device: torch.device, resume: bool):
+        self.out, self.config, self.device, self.resume = out, config, device, resume
+        self.teachers = os.path.join(os.path.dirname(os.path.abspath(out)), "teachers")
+        for folder in (out, self.teachers):
+            check_writable(folder)
+        self.results: dict = {}
+        self.check_same()
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.out, name)
+
+    def check_same(self) -> None:
+        """Raises UserError instead of resuming with other options, or overwriting another run or a
+        stopped one.
+        """
+        settings = json.loads(
+            json.dumps(asdict(self.config))
+        )  # tuples become lists, as in the file
+        try:
+            with open(self.path("config.json"), encoding="utf-8") as file:
+                before = json.load(file)
+        except FileNotFoundError:
+            if self.resume:
+                raise UserError(f"no run to resume in {self.out}: drop --resume") from None
+            return
+        except ValueError:
+            before = None
+        if not isinstance(before, dict) or "task" not in before:
+            raise UserError(
+                f"{self.out}/config.json is not of a run of train.py: choose another --out"
+            )
+        may_differ = {*NOT_THE_RESULT, *(("lr", "student_lr") if self.resume else ())}
+        differs = [k for k in settings if before.get(k) != settings[k] and k not in may_differ]
+        if differs:
+            name = differs[0]
+            advice = "resume with the same options" if self.resume else "choose another --out"
+            raise UserError(
+                f"{self.out} holds a run with {flag(name)} {before.get(name)}, not "
+                f"{settings[name]}: {advice}, or delete it"
+            )
+        if not self.resume and os.path.exists(self.path("state.pt")):
+            raise UserError(
+                f"{self.out} holds a stopped run: continue it with --resume, or delete it"
+            )
+
+    def start(self, model: str, data: Data) -> None:
+        """Read the rows that a resumed run has finished, else remove what an earlier run left; write
+        config.json.
+        """
+        os.makedirs(self.out, exist_ok=True)
+        self.results = {
+            "config": asdict(self.config),
+            "model": model,
+            "languages": list(data.tests),
+            "train_examples": len(data.train),
+            "environment": {
+                "hardware": hardware(self.device),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            },
+            "methods": {},
+        }
+        if self.resume and os.path.exists(self.path("results.json")):
+            with open(self.path("results.json"), encoding="utf-8") as file:
+                self.results["methods"] = json.load(file)["methods"]
+        elif not self.resume:
+            for name in ("log.jsonl", "results.json", "report.md", "student.pt"):
+                remove(self.path(name))
+        quantized = [row for name, row in self.results["methods"].items() if name != "fp32"]
+        if self.config.analyze and any("errors" not in row for row in quantized):
+            raise UserError(
+                f"--analyze: {self.out} has rows that were not analyzed, and their models are gone: "
+                "resume without it, or start with --analyze and another --out"
+            )
+        write_json(self.path("config.json"), asdict(self.config))
+
+    def finish_row(self, method: str, row: dict) -> None:
+        """Add a row to results.json. The state of its training is no longer needed."""
+        if curve := self.dev_curve(method):
+            row["dev_curve"] = curve
+        self.results["methods"][method] = row
+        write_json(self.path("results.json"), self.results)
+        if method in TRAINED:
+            remove(self.path("state.pt"))
+
+    # ---------------------------------------------------------------------------------------- log
+    def log(self, record: dict) -> None:
+        with open(self.path("log.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_log(self) -> list[dict]:
+        try:
+            with open(self.path("log.jsonl"), encoding="utf-8") as file:
+                lines = file.read().splitlines()
+        except FileNotFoundError:
+            return []
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue  # the last line of a run that was killed while writing it
+        return records
+
+    def dev_curve(self, method: str) -> list[list[float]]:
+        """[step, score on dev] of each evaluation of a training."""
+        records = [record for record in self.read_log() if record["method"] == method]
+        return [[r["step"], r["dev_score"]] for r in records if "dev_score" in r]
+
+    def trim_log(self, method: str, step: int) -> None:
+        """Remove what was logged after the state that a resumed training continues from."""
+        if records := self.read_log():
+            kept = [r for r in records if r["method"] != method or r["step"] <= step]
+            write_text(self.path("log.jsonl"), "".join(json.dumps(r) + "\n" for r in kept))
+
+
+# ------------------------------------------------------------------------------------- a training
+class Training:
+    """The steps of one training, its best parameters, and its state on disk.
+
+    Everything follows from the seed and the step: a training that continues from a state gives the
+    same bits as one that was never stopped.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        model: Model,
+        optimizers: list[torch.optim.Optimizer],
+        dataset: Dataset,
+    ):
+        self.run, self.name, self.model, self.optimizers = run, name, model, optimizers
+        config, student = run.config, name in TRAINED
+        self.dataset, self.batch_size = dataset, config.batch_size
+        self.total_steps = total_steps(config, len(dataset), student)
+        self.per_epoch = -(-len(dataset) // config.batch_size)
+        self.step, self.seconds = 0, 0.0
+        # A correlation can be -100 %: any first evaluation is better than none.
+        self.best = {"score": -1e9, "text": "", "step": 0, "tensors": {}}
+        if run.resume and self.load():
+            print(f"{name}: continues after step {self.step}")
+        else:
+            torch.manual_seed(config.seed)
+        if run.resume:
+            run.trim_log(name, self.step)
+        self.progress = Progress(name, self.total_steps, self.step)
+        self.started = time.monotonic() - self.seconds
+
+    def steps(self) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) of every step that is left. Saves the state behind it where one is due."""
+        order, order_epoch = [], -1
+        while self.step < self.total_steps:
+            epoch, index = divmod(self.step, self.per_epoch)
+            if epoch != order_epoch:
+                order = training_order(self.dataset, self.batch_size, self.run.config.seed, epoch)
+                order_epoch = epoch
+            self.step_started = time.monotonic()
+            yield self.step, collate(self.dataset, order[index]).to(self.run.device)
+            evaluated = self.should_evaluate()
+            self.step += 1
+            if evaluated or self.step % SAVE_EVERY == 0:
+                self.save()
+
+    def should_evaluate(self) -> bool:
+        """Whether an epoch, the training or --eval-every steps end with the current step."""
+        done, every = self.step + 1, self.run.config.eval_every
+        ends = done % self.per_epoch == 0 or done == self.total_steps
+        return ends or bool(every and done % every == 0)
+
+    def check_finite(self, **values: Tensor) -> dict[str, float]:
+        """Scalar tensors -> numbers. Raises UserError if one is not finite."""
+        numbers = torch.stack([value.detach() for value in values.values()]).tolist()
+        record = dict(zip(values, numbers, strict=True))
+        for name, value in record.items():
+            if not math.isfinite(value):
+                raise UserError(self.not_finite(name))
+        return record
+
+    def log(self, record: dict[str, float], lr: float, tokens: int) -> None:
+        """Log the current step and update the progress line."""
+        done, seconds = self.step + 1, time.monotonic() - self.step_started
+        extra = {"lr": lr, "ms": 1e3 * seconds, "tokens": tokens}
+        self.run.log({"method": self.name, "step": done, **record, **extra})
+
+        def text() -> str:
+            terms = " ".join(f"{k} {v:.3g}" for k, v in record.items() if k not in ("loss", "norm"))
+            speed = f"{1e3 * seconds:.0f} ms/step  {tokens / seconds:,.0f} tok/s"
+            return f"loss {record['loss']:.3f} ({terms})  lr {lr:.1e}  {speed}"
+
+        self.progress.update(done, text)
+
+    def select(self, evaluation: dict, text: str) -> None:
+        """Log an evaluation on dev after the current step, and keep the parameters if it is the best."""
+        self.progress.clear()
+        done, score = self.step + 1, evaluation["score"]
+        print(f"{self.name}: step {done}, dev {text}", flush=True)
+        self.run.log({"method": self.name, "step": done, "dev_score": score})
+        if score > self.best["score"]:
+            state = self.model.state_dict()
+            tensors = {k: t.detach().to("cpu", copy=True) for k, t in state.items()}
+            self.best = {"score": score, "text": text, "step": done, "tensors": tensors}
+
+    def finish(self) -> float:
+        """Restore the best parameters. Returns the seconds of the training."""
+        self.model.load_state_dict(self.best["tensors"])
+        print(f"{self.name}: keeps step {self.best['step']}, dev {self.best['text']}")
+        return self.seconds
+
+    def save(self) -> None:
+        """Raises UserError, and keeps the earlier state, if an update broke the parameters."""
+        state = self.model.state_dict()
+        if not all(t.isfinite().all() for t in state.values()):
+            raise UserError(self.not_finite("a weight"))
+        self.seconds = time.monotonic() - self.started
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        payload = {
+            "format": STATE_FORMAT,
+            "progress": [self.name, self.step, self.seconds],
+            "best": self.best,
+            "tensors": state,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        }
+        save_atomically(payload, self.run.path("state.pt"))
+
+    def load(self) -> bool:
+        """Continue from the state on disk; False if there is none of this training."""
+        path = self.run.path("state.pt")
+        if not os.path.exists(path):
+            return False
+        payload = read_checkpoint(path, STATE_FORMAT)
+        name, step, seconds = payload["progress"]
+        if name != self.name:
+            return False
+        # Copies, because the tensors are mapped from a file that will be replaced.
+        payload = copy.deepcopy(payload)
+        self.step, self.seconds, self.best = step, seconds, payload["best"]
+        self.model.load_state_dict(payload["tensors"])
+        for optimizer, saved in zip(self.optimizers, payload["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        torch.set_rng_state(payload["rng"]["cpu"])
+        if payload["rng"]["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(payload["rng"]["cuda"])
+        return True
+
+    def not_finite(self, what: str) -> str:
+        text = f"{self.name}: {what} is not finite after {self.step} steps; "
+        text += "try a lower --lr or --student-lr"
+        path = self.run.path("state.pt")
+        if os.path.exists(path):
+            text += f"; the last good state is kept in {path}, and --resume continues from it"
+        return text
+
+
+def total_steps(config: TrainConfig, examples: int, student: bool) -> int:
+    """The steps of a training: its epochs, but at most --steps or --student-steps."""
+    epochs = config.student_epochs if student else config.epochs
+    limit = config.student_steps if student else config.steps
+    steps = epochs * -(-examples // config.batch_size)
+    return min(steps, limit or steps)
+
+
+TEACHER_OPTIONS = (  # all that the parameters of a teacher depend on, besides model and data
+    "task max_train max_eval max_length epochs steps batch_size lr dropout seed eval_every "
+    "label_smoothing"
+).split()
+
+
+def teacher_path(run: Run, model: str, identity: list, data: Data) -> str:
+    """The file of the teacher that this run would train.
+
+    identity: what tells the starting model from others of its name.
+    """
+    key = [getattr(run.config, name) for name in TEACHER_OPTIONS] + identity
+    for dataset in (data.train, data.dev):
+        for part in (dataset.ids, dataset.starts, dataset.labels, dataset.tags, dataset.second):
+            key.append(part is not None and hashlib.sha256(part.tobytes()).hexdigest())
+    key.append(run.device.type)  # bf16 on CUDA
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+    return os.path.join(run.teachers, f"{run.config.task}-{model}-{digest}.pt")
+
+
+# ----------------------------------------------------------------------------------------- report
+def score_of(evaluation: dict) -> float:
+    """The figure of one test set: the mean of its metrics."""
+    return evaluation["score"] if "score" in evaluation else evaluation["accuracy"]
+
+
+def summarize_languages(languages: dict[str, dict], train_language: str) -> dict:
+    """A row of results.json: the score in the training language, and the mean of all others."""
+    others = [score_of(row) for name, row in languages.items() if name != train_language]
+    return {
+        "score": score_of(languages[train_language]),
+        "zero_shot_mean": statistics.fmean(others) if others else None,
+        "languages": languages,
+    }
+
+
+def figure_of(row: dict, task: Task) -> float:
+    """The figure by which methods are compared: the zero-shot mean, or the mean over the test sets."""
+    summary = summarize_languages(row["languages"], task.train_language)
+    if task.zero_shot and summary["zero_shot_mean"] is not None:
+        return summary["zero_shot_mean"]
+    return statistics.fmean(map(score_of, row["languages"].values()))
+
+
+def recovered_percent(own: float, ptq: float, fp32: float) -> float | None:
+    """How much of PTQ's loss a method recovered: (method - PTQ) / (FP32 - PTQ) in %.
+
+    None if PTQ lost less than two points, where it means nothing.
+    """
+    return 100 * (own - ptq) / (fp32 - ptq) if fp32 - ptq >= 2.0 else None
+
+
+def recovered(methods: dict[str, dict], name: str, task: Task) -> float | None:
+    """What the row `name` recovered; None also if a row that it needs is missing."""
+    if name in ("fp32", "ptq") or not {"fp32", "ptq"} <= set(methods):
+        return None
+    return recovered_percent(*(figure_of(methods[row], task) for row in (name, "ptq", "fp32")))
+
+
+def report_table(results: dict) -> str:
+    """The report as a Markdown table, one row per method. Metrics are in %."""
+    task, methods = find_task(results["config"]["task"]), results["methods"]
+    languages = list(results["languages"])
+    by_language = task.zero_shot and len(languages) > 1
+
+    def figures(languages: dict[str, dict]) -> list[str]:
+        if by_language:
+            summary = summarize_languages(languages, task.train_language)
+            return [f"{summary[key]:.2f}" for key in ("score", "zero_shot_mean")]
+        tests = languages.values()  # of mnli two
+        return [" / ".join(f"{test[key]:.2f}" for test in tests) for key in task.columns.values()]
+
+    header = [task.train_language, "zero-shot"] if by_language else list(task.columns)
+    checked = any("student" in row for row in methods.values())
+    others = [name for name in languages if name != task.train_language] if by_language else []
+    rows = []
+    for name, row in methods.items():
+        percent = recovered(methods, name, task)
+        cells = [name, *figures(row["languages"]), "-" if percent is None else f"{percent:.0f} %"]
+        if checked:
+            student = row.get("student")
+            cells.append(", ".join(figures(student["languages"])) if student else "-")
+        megabytes = row["size_bytes"] / 1e6
+        cells += [f"{megabytes:.{1 if megabytes >= 1 else 3}f}", f"{row['train_seconds']:.0f}"]
+        rows.append(cells + [f"{score_of(row['languages'][language]):.1f}" for language in others])
+    header += ["recovered", *(["student"] if checked else []), "MB", "train s", *others]
+    return markdown_table(["", *header], rows)
+
+
+def report(results: dict) -> str:
+    """report.md: what was run, on what, and the table."""
+    run, where = results["config"], results["environment"]
+    notes = [
+        f"{run['task']}, model {results['model']}, W{run['bits']}A{run['act_bits']}, seed "
+        f"{run['seed']}; metrics in % on {run['eval_split']}, trained on "
+        f"{results['train_examples']:,} examples.",
+        f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}.",
+        "The epoch was selected on dev, in the training language."
+        + (
+            " These figures are of dev, too: they flatter every trained row."
+            if run["eval_split"] == "dev"
+            else ""
+        ),
+        "Rows are of the integer model, fp32 apart. MB: the checkpoint on disk. recovered: of the loss "
+        "of ptq. train s: wall time, with evaluations on dev and saved states.",
+    ]
+    return report_table(results) + "\n\n" + "\n".join(notes) + "\n"

@@ -1,0 +1,327 @@
+"""One table over several runs: mean and standard deviation over seeds.
+
+    python tools/compare.py out/*/results.json               # a row per method and width, or per loss
+    python tools/compare.py --languages out/*/results.json   # a column per language
+    python tools/compare.py out/atis*/results.json --latency tt.json   # with times of bench.py tt
+
+The layout follows the task: a zero-shot task has columns for the training language and the mean of
+the others, a joint task has rows for dense models and tensor trains, and other tasks stand side by
+side, a column each. Seeds are averaged only over runs that agree in every other option.
+"""
+
+import argparse
+import glob
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+if __package__ in (None, ""):  # run as a script: put the repository root on the path
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from common import UserError, exit_status, flag, markdown_table
+from config import METHODS, NOT_THE_RESULT, TrainConfig
+from data.tasks import TASKS, Task
+from run import figure_of, recovered_percent, summarize_languages
+
+# Options that a table has rows for or averages over, and those that do not change the result.
+MAY_DIFFER = {"seed", "bits", "act_bits", "distill", "methods", "recipe"}
+MAY_DIFFER |= {"save_every", *NOT_THE_RESULT}
+# Dense models and tensor trains learn at rates of their own, and where only the teacher was trained
+# the options of students have their defaults.
+MAY_DIFFER_JOINT = {"tt_rank", "tt_embedding_rank", "lr", "epochs", "weight_range", "act_range"}
+MAY_DIFFER_JOINT |= {"student_dropout", "student_epochs", "student_lr"}
+ROW = "task seed bits act_bits tt_rank tt_embedding_rank distill".split()  # tell two runs apart
+
+
+# -------------------------------------------------------------------------------------- reading
+@contextmanager
+def valid_file(path: str, kind: str) -> Iterator[None]:
+    """Raise UserError if the file cannot be read, is cut off, or lacks what the block looks up."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{path} is not {kind}") from None
+
+
+def read_runs(patterns: list[str]) -> list[dict]:
+    """The given results.json files. Wildcards are expanded, because not every shell does it.
+
+    Adds to each run its "path" and its "task" (a row of TASKS), and to each method its "config" and
+    "compared", the score that methods are compared by. Scores and means are computed from the metrics.
+    """
+    runs = []
+    for path in (path for each in patterns for path in sorted(glob.glob(each)) or [each]):
+        with valid_file(path, "a results.json of train.py"):
+            with open(path, encoding="utf-8") as file:
+                run = json.load(file)
+            task = TASKS[run["config"]["task"]]
+            run["config"]["seed"], run["config"]["bits"], [*run["methods"]][0]  # must be there
+            run |= {"path": path, "task": task, "config": current_options(run["config"])}
+            for method, row in run["methods"].items():
+                METHODS[method], row["size_bytes"]
+                for evaluation in row["languages"].values():
+                    scores = [evaluation[key] for key in (*task.metrics, *task.columns.values())]
+                    evaluation["score"] = statistics.fmean(scores[: len(task.metrics)])
+                row |= summarize_languages(row["languages"], task.train_language)
+                row |= {"config": run["config"], "compared": figure_of(row, task)}
+        runs.append(run)
+    return runs
+
+
+def current_options(config: dict) -> dict:
+    """An older config as today's options would write it: a newer option has its default, and
+    --distill names the order of layers and the weights of losses, which were options of their own.
+    """
+    config = vars(TrainConfig()) | config
+    order = config.pop("order", "bottom-up")
+    gamma, weights = config.pop("gamma", None), config.pop("part_weights", None)
+    if config["distill"] == "layerwise" and order != "bottom-up":
+        config["distill"] += f"-{order}"
+    if gamma is not None:
+        config["distill"] += f", gamma {gamma:g}"
+    if weights:
+        config["distill"] += f", {' '.join(weights)}"
+    return config
+
+
+def has_task_column(task: Task) -> bool:
+    """Whether a task is one column of a table that may have several tasks."""
+    return task.head != "joint" and not task.zero_shot
+
+
+def check_comparable(runs: list[dict]) -> None:
+    """Raise UserError for two runs that must not stand in one table, or are the same one.
+
+    Each task may have its own recipe, and each width its own --student-lr. An option that no longer
+    exists is compared where both files have it.
+    """
+    seen = {}
+    for i, run in enumerate(runs):
+        config, before = run["config"], runs[:i]
+        same_task = [other for other in before if other["task"] is run["task"]]
+        same_width = [other for other in same_task if other["config"]["bits"] == config["bits"]]
+        shared = {"model", "eval_split"}
+        if not all(has_task_column(each["task"]) for each in (run, runs[0])):
+            shared.add("task")
+        may_differ = MAY_DIFFER | (MAY_DIFFER_JOINT if run["task"].head == "joint" else set())
+        for name in [name for name in config if name not in may_differ]:
+            others = same_width if name == "student_lr" else same_task
+            for other in (before if name in shared else others)[:1]:
+                theirs = other["config"].get(name, config[name])
+                if (theirs or None) != (config[name] or None):  # None, 0 and False: off
+                    what = f"differ in {flag(name)}: put them in separate tables"
+                    raise UserError(f"{run['path']} and {other['path']} {what}")
+        key = tuple(config[name] for name in ROW)
+        if key in seen:
+            what = "have the same seed, width and rank: give one of them"
+            raise UserError(f"{run['path']} and {seen[key]} {what}")
+        seen[key] = run["path"]
+
+
+# ------------------------------------------------------------------------------------- grouping
+class Label(NamedTuple):
+    """What a row of a table is about; all but the method may be empty."""
+
+    shape: str  # "dense", "TT rank 20"
+    method: str
+    loss: str  # "logits+map", where rows are told apart by it
+    width: str  # "W8A8"
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.shape, self.loss or self.method, self.width)))
+
+
+def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
+    """Label -> (task, seed) -> the results of that method, in the order of the table's rows.
+
+    Several files may have the same row: float32 of every width, PTQ and QAT of every loss. It is
+    counted once.
+    """
+    losses = {run["config"]["distill"] for run in runs if "sdq" in run["methods"]}
+    by_loss = has_task_column(runs[0]["task"]) or len(losses) > 1
+    is_joint = runs[0]["task"].head == "joint"
+    found = []
+    for row, method in ((row, name) for run in runs for name, row in run["methods"].items()):
+        config = row["config"]
+        loss = config["distill"] if method == "sdq" else ""
+        rank, embedding_rank = tt_rank(config, method), config["tt_embedding_rank"]
+        shape = f"TT rank {rank}" if rank else "dense"
+        if rank and embedding_rank:
+            shape += f", embedding {embedding_rank}"
+        width = "" if method == "fp32" else width_of(config)
+        label = Label(shape if is_joint else "", method, loss if by_loss else "", width)
+        place = (rank, embedding_rank, method != "fp32", -config["bits"], -config["act_bits"])
+        place += (list(METHODS).index(method), loss.count("+"), loss)
+        found.append((place, label, (config["task"], config["seed"]), row))
+    groups: dict[Label, dict[tuple[str, int], dict]] = {}
+    for _, label, key, row in sorted(found, key=lambda entry: entry[0]):
+        groups.setdefault(label, {}).setdefault(key, row)
+    return groups
+
+
+def tt_rank(config: dict, method: str) -> int:
+    """Rank of a model's tensor trains, 0 if it is dense, as the teacher of a pretrained model is."""
+    return 0 if method == "fp32" and config["model"] != "scratch" else config["tt_rank"]
+
+
+def width_of(config: dict) -> str:
+    return f"W{config['bits']}A{config['act_bits']}"
+
+
+def format_mean(values: Iterable[float], digits: int = 2) -> str:
+    """Mean ± sample standard deviation; only the mean of a single value, "-" for none.
+
+    >>> format_mean([80.0, 82.0]), format_mean([80.0])
+    ('81.00 ± 1.41', '80.00')
+    """
+    values = list(values)
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+# --------------------------------------------------------------------------------------- tables
+def scores_table(runs: list[dict]) -> str:
+    """A row per method and width, or loss and width. Columns: the training language and the zero-shot
+    mean, or each task's score and their mean.
+
+    "recovered" compares means over the tasks, for each seed that has them all.
+    """
+    groups = group_runs(runs)
+    tasks = [task for task in TASKS.values() if any(run["task"] is task for run in runs)]
+    means = {label: mean_over_tasks(rows, tasks) for label, rows in groups.items()}
+    lines = []
+    for label, rows in groups.items():
+        counts = [sum(name == task.name for name, _ in rows) for task in tasks]
+        seeds = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+        scores = map(format_mean, score_columns(rows, tasks).values())
+        megabytes = statistics.fmean(row["size_bytes"] / 1e6 for row in rows.values())
+        percent = format_mean(recovered_per_seed(means, label), digits=0)
+        lines.append([str(label), seeds, *scores, percent, f"{megabytes:.1f}"])
+    return markdown_table(["", "seeds", *score_columns({}, tasks), "recovered %", "MB"], lines)
+
+
+def score_columns(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[str, list[float]]:
+    """Column head -> the values of all seeds."""
+    columns = {}
+    for task in tasks:
+        mine = [row for (name, _), row in rows.items() if name == task.name]
+        if task.zero_shot:
+            columns[task.train_language] = [row["score"] for row in mine]
+            zero_shot = [row["zero_shot_mean"] for row in mine]
+            columns["zero-shot"] = [mean for mean in zero_shot if mean is not None]
+        else:
+            title = f"{task.name} ({', '.join(task.metrics)})"
+            columns[title] = [row["compared"] for row in mine]
+    if len(tasks) > 1:
+        columns["mean"] = list(mean_over_tasks(rows, tasks).values())
+    return columns
+
+
+def mean_over_tasks(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[int, float]:
+    """Seed -> the mean of its scores, for the seeds that have all tasks."""
+    return {
+        seed: statistics.fmean(rows[task.name, seed]["compared"] for task in tasks)
+        for seed in sorted({seed for _, seed in rows})
+        if all((task.name, seed) in rows for task in tasks)
+    }
+
+
+def recovered_per_seed(means: dict[Label, dict[int, float]], label: Label) -> list[float]:
+    """The percentage of PTQ's loss that a method recovers, for each seed where that is defined."""
+    ptq, fp32 = Label("", "ptq", "", label.width), Label("", "fp32", "", "")
+    if label in (ptq, fp32):
+        return []
+    own, before, full = (means.get(row, {}) for row in (label, ptq, fp32))
+    seeds = own.keys() & before.keys() & full.keys()
+    percents = [recovered_percent(own[seed], before[seed], full[seed]) for seed in seeds]
+    return [percent for percent in percents if percent is not None]
+
+
+def joint_table(runs: list[dict], latency: tuple[int, dict]) -> str:
+    """Dense models and tensor trains of all ranks and widths: a row each, a column per metric.
+
+    "smaller": how many times smaller the file is than the dense float32 checkpoint, if that is there.
+    latency: what read_latency returns; adds a column of milliseconds per batch size.
+    """
+    groups, task = group_runs(runs), runs[0]["task"]
+    sizes = {
+        label: statistics.fmean(row["size_bytes"] for row in rows.values())
+        for label, rows in groups.items()
+    }
+    dense = sizes.get(Label("dense", "fp32", "", ""))
+    rank, times = latency
+    batch_sizes = dict.fromkeys(size for _, size in times)
+    lines = []
+    for label, rows in groups.items():
+        results = [row["languages"][task.train_language] for row in rows.values()]
+        cells = [str(label), str(len(rows)), f"{sizes[label] / 1e3:,.0f}"]
+        cells.append(f"{dense / sizes[label]:.0f}x" if dense else "-")
+        cells += [format_mean(each[key] for each in results) for key in task.columns.values()]
+        backend = benchmarked_backend(label, next(iter(rows.values()))["config"], rank)
+        milliseconds = [times.get((backend, size)) for size in batch_sizes]
+        lines.append([*cells, *("-" if ms is None else f"{ms:.1f}" for ms in milliseconds)])
+    titles = [*task.columns, *(f"ms x {size}" for size in batch_sizes)]
+    return markdown_table(["", "seeds", "kB", "smaller", *titles], lines)
+
+
+def benchmarked_backend(label: Label, config: dict, rank: int) -> str:
+    """The name that bench.py tt gives to a model, "" if it does not measure it."""
+    if label.shape == "dense":
+        return "" if label.width else "dense fp32"
+    if config["tt_rank"] != rank:
+        return ""
+    return f"TT {label.width} {config['act_range']}" if label.width else "TT fp32, merged"
+
+
+def read_latency(path: str | None) -> tuple[int, dict[tuple[str, int], float]]:
+    """(rank, {(backend, batch size): milliseconds}) of the JSON of bench.py tt."""
+    if path is None:
+        return 0, {}
+    with valid_file(path, "a JSON of bench.py tt"), open(path, encoding="utf-8") as file:
+        latency = json.load(file)
+        times = {(row["name"], row["batch_size"]): row["median_ms"] for row in latency["models"]}
+        return latency["shape"]["rank"], times
+
+
+def languages_table(runs: list[dict]) -> str:
+    """The mean over seeds of every language."""
+    languages = list(next(iter(runs[0]["methods"].values()))["languages"])
+    lines = []
+    for label, rows in group_runs(runs).items():
+        scores = [[row["languages"][name]["score"] for row in rows.values()] for name in languages]
+        lines.append([str(label), *(f"{statistics.fmean(each):.1f}" for each in scores)])
+    return markdown_table(["", *languages], lines)
+
+
+def compare(args: argparse.Namespace) -> str:
+    runs = read_runs(args.files)
+    check_comparable(runs)
+    task = runs[0]["task"]
+    if args.languages:
+        if not task.zero_shot:
+            raise UserError(f"{task.name} has no languages: leave out --languages")
+        return languages_table(runs)
+    if task.head == "joint":
+        return joint_table(runs, read_latency(args.latency))
+    return scores_table(runs)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="One table over the seeds of several runs.")
+    parser.add_argument("files", nargs="+", metavar="RESULTS.json")
+    parser.add_argument("--languages", action="store_true", help="a column per language instead")
+    parser.add_argument(
+        "--latency", metavar="JSON", help="joint tasks: add times from bench.py tt --json"
+    )
+    args = parser.parse_args(argv)
+    return exit_status(lambda: print(compare(args)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,458 @@
+"""Figures of the JSON that train.py and bench.py write. This file alone needs matplotlib.
+
+    python tools/plot.py out/*/results.json --out accuracy.png      # several runs: score against bit width
+    python tools/plot.py out/NAME/results.json --out languages.png  # one run: a bar per language and method
+    python tools/plot.py out/NAME/results.json --errors --out errors.png   # --analyze: error by layer
+    python tools/plot.py out/*/results.json --recovery --out recovery.png  # --analyze: attention order by loss
+    python tools/plot.py out/*/results.json --curves --out curves.png      # score on dev against step, by loss
+    python tools/plot.py out/atis*/results.json --sweep --out sweep.png    # tensor trains: score against size
+    python tools/plot.py train.json --out steps.png           # bench.py train|rows|model|matmul|tt --json
+
+Means and standard deviations are over seeds.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+if __package__ in (None, ""):  # run as a script: put the repository root on the path
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from common import UserError, exit_status, flag
+from data.tasks import TASKS, Task
+from tools.compare import check_comparable, group_runs, read_runs, tt_rank, width_of
+
+GREEN, ORANGE, PURPLE, GRAY, BLUE = "#1b9e77", "#d95f02", "#7570b3", "#555555", "#4c72b0"
+COLORS = {"fp32": GRAY, "ptq": ORANGE, "ptq-static": "#e6ab02", "qat": PURPLE, "sdq": GREEN}
+LOSS_COLORS = (GREEN, "#e7298a", "#66a61e", "#1f78b4", "#e6ab02", "#a6761d", "#666666")
+BITS_COLORS = {32: GRAY, 8: GREEN, 4: PURPLE, 2: ORANGE}
+
+
+class Figure(NamedTuple):
+    draw: Callable[[Any, Any], None]  # (axes, data); one panel: axes is no array
+    data: Any
+    panels: int = 1
+    size: tuple[float, float] = (8, 4)  # inches
+    sharey: bool = True
+
+
+def mean_and_std(values: list) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sample standard deviation over the first axis, the seeds; 0 for a single seed."""
+    values = np.array(values, dtype=float)
+    return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(values[0])
+
+
+def count_seeds(count: int) -> str:
+    return f"{count} seed{'s' if count > 1 else ''}"
+
+
+def check_same(runs: list[dict], names: tuple[str, ...], instead: str = "") -> None:
+    """Raise UserError for runs that differ in an option of one figure."""
+    for name in names:
+        for run in runs:
+            if run["config"][name] != runs[0]["config"][name]:
+                paths = f"{run['path']} and {runs[0]['path']}"
+                raise UserError(f"{paths} differ in {flag(name)}: draw one of them{instead}")
+
+
+# ------------------------------------------------------------------------------- scores of methods
+def metric_name(task: Task) -> str:
+    """What a task's score is: "accuracy, %", or "mean of pearson and spearman, %"."""
+    return ("mean of " if len(task.metrics) > 1 else "") + " and ".join(task.metrics) + ", %"
+
+
+def draw_bits(axes, runs: list[dict]) -> None:
+    """Score against bit width: a line per method, error bars of one standard deviation over seeds."""
+    scores = {
+        (label.method, label.width): [row["compared"] for row in rows.values()]
+        for label, rows in group_runs(runs).items()
+    }
+    widths = list(dict.fromkeys(width for _, width in scores if width))[::-1]
+    if ("fp32", "") in scores:
+        axes.axhline(mean_and_std(scores["fp32", ""])[0], color=GRAY, ls="--", label="fp32")
+    methods = [name for name in COLORS if any((name, width) in scores for width in widths)]
+    for i, name in enumerate(methods):
+        places = [k for k, width in enumerate(widths) if (name, width) in scores]
+        points = [mean_and_std(scores[name, widths[k]]) for k in places]
+        shifted = [k + 0.06 * (i - (len(methods) - 1) / 2) for k in places]
+        looks = {"color": COLORS[name], "marker": "o", "capsize": 3}
+        axes.errorbar(shifted, *zip(*points, strict=True), label=name, **looks)
+    run, task = runs[0], runs[0]["task"]
+    is_mean = any(row["zero_shot_mean"] is not None for row in run["methods"].values())
+    axes.set_xticks(range(len(widths)), widths)
+    axes.set(xlabel="bits of weights and activations")
+    axes.set(ylabel=("zero-shot mean " if task.zero_shot and is_mean else "") + metric_name(task))
+    seeds = count_seeds(max(map(len, scores.values())))
+    axes.set_title(f"{task.name} {run['config']['eval_split']}, {run['model']}, {seeds}")
+    axes.grid(axis="y", alpha=0.3)
+
+
+def draw_languages(axes, run: dict) -> None:
+    """One run: a group of bars per language (or test set), a bar per method."""
+    methods, config = run["methods"], run["config"]
+    width = 0.8 / len(methods)
+    for i, (name, row) in enumerate(methods.items()):
+        places = [k - 0.4 + width * (i + 0.5) for k in range(len(row["languages"]))]
+        heights = [evaluation["score"] for evaluation in row["languages"].values()]
+        axes.bar(places, heights, width, label=name, color=COLORS[name])
+    axes.set_xticks(range(len(row["languages"])), row["languages"])
+    axes.set(ylabel=metric_name(run["task"]))
+    axes.set_title(f"{config['task']} {config['eval_split']}, {run['model']}, {width_of(config)}")
+    axes.grid(axis="y", alpha=0.3)
+
+
+def read_curves(runs: list[dict]) -> tuple[dict, dict[str, list[list]]]:
+    """(a run, loss -> the [step, score on dev] pairs of each seed) of the distilled students."""
+    check_same(runs, ("task", "eval_split"))
+    curves = {}
+    for run in runs:
+        curve = run["methods"].get("sdq", {}).get("dev_curve")
+        if not curve:
+            raise UserError(f"{run['path']}: no sdq row with evaluations on dev")
+        curves.setdefault(run["config"]["distill"], []).append(curve)
+    return runs[0], curves
+
+
+def draw_curves(axes, data: tuple[dict, dict[str, list[list]]]) -> None:
+    """Score on dev during distillation: a thin line per seed, a thick one for their mean."""
+    run, curves = data
+    config = run["config"]
+    for color, (loss, seeds) in zip(itertools.cycle(LOSS_COLORS), curves.items(), strict=False):
+        for curve in seeds:
+            axes.plot(*zip(*curve, strict=True), color=color, lw=0.6, alpha=0.5)
+        steps = sorted(set.intersection(*({step for step, _ in curve} for curve in seeds)))
+        means = np.mean([[dict(curve)[step] for step in steps] for curve in seeds], axis=0)
+        axes.plot(steps, means, color=color, lw=2.2, label=f"{loss}, {count_seeds(len(seeds))}")
+    axes.set(xlabel="step", ylabel=f"{metric_name(run['task'])} on dev")
+    axes.set_title(f"{config['task']}, {run['model']}, {width_of(config)}: distillation")
+    axes.grid(axis="y", alpha=0.3)
+
+
+# ---------------------------------------------------------------------------- train.py --analyze
+def error_places(run: dict) -> list[str]:
+    """Where train.py --analyze measured errors: query, key, value, ..."""
+    for row in run["methods"].values():
+        if "errors" in row:
+            return list(row["errors"]["local"])
+    raise UserError(f"{run['path']}: no errors in this file: run train.py with --analyze")
+
+
+def draw_errors(axes, run: dict) -> None:
+    """Relative error by layer: a panel per place, a line per method."""
+    for panel, place in zip(axes, error_places(run), strict=True):
+        for name, row in run["methods"].items():
+            for kind, style in (("accumulated", "-"), ("local", ":")) if "errors" in row else ():
+                values = [100 * layer["relative"] for layer in row["errors"][kind][place]]
+                label = f"{name}, {kind}"
+                layers = range(1, len(values) + 1)
+                panel.plot(layers, values, style, color=COLORS[name], marker=".", label=label)
+        panel.set(title=place, xlabel="layer", xticks=list(layers))
+    axes[0].set_ylabel("relative error, %")
+    title = f"{run['model']}, {width_of(run['config'])}, against its float32 self"
+    axes[0].figure.suptitle(title)
+
+
+RECOVERY = {"ranking": "ranking loss: flipped pairs, %", "cover": "cover length ratio, %"}
+
+
+def read_recovery(runs: list[dict]) -> tuple[dict, dict[str, dict[str, list[list[float]]]]]:
+    """(config, curves): label -> "ranking" or "cover" -> for each seed, the value of each layer.
+    config["tasks"]: the names of all.
+
+    The label is "PTQ", "QAT" or the loss of a distilled student. Each curve is a mean over tasks.
+    """
+    check_comparable(runs)
+    check_same(runs, ("bits", "act_bits"))
+    found = {}  # (label, seed) -> task -> recovery
+    for run in runs:
+        config = run["config"]
+        measured = {name: row for name, row in run["methods"].items() if "recovery" in row}
+        if not measured:
+            raise UserError(f"{run['path']}: no recovery in this file: run train.py with --analyze")
+        for name, row in measured.items():
+            # PTQ and QAT do not depend on the loss: the runs of all losses have the same ones
+            label = config["distill"] if name == "sdq" else name.upper()
+            by_task = found.setdefault((label, config["seed"]), {})
+            by_task.setdefault(config["task"], row["recovery"])
+    tasks, depths, curves = sorted({run["task"].name for run in runs}), set(), {}
+    for (label, seed), by_task in found.items():
+        if missing := [task for task in tasks if task not in by_task]:
+            raise UserError(f"no run of {label} on {missing[0]}, seed {seed}: leave out a task")
+        depths |= {len(recovery[kind]) for recovery in by_task.values() for kind in RECOVERY}
+        if len(depths) > 1:
+            raise UserError(f"these models have {sorted(depths)} layers: draw one of them")
+        for kind in RECOVERY:
+            means = np.mean([recovery[kind] for recovery in by_task.values()], axis=0)
+            curves.setdefault(label, {}).setdefault(kind, []).append(means.tolist())
+    return runs[0]["config"] | {"tasks": tasks}, curves
+
+
+def draw_recovery(axes, data: tuple[dict, dict]) -> None:
+    """How far the student's attention is from the teacher's, by layer (Kim et al. 2022): a line per
+    loss with a band of one standard deviation over seeds; lower is better.
+    """
+    config, curves = data
+    colors = {name.upper(): color for name, color in COLORS.items()}
+    losses = [label for label in curves if label not in colors]
+    colors |= dict(zip(losses, itertools.cycle(LOSS_COLORS), strict=False))
+    for panel, (kind, title) in zip(axes, RECOVERY.items(), strict=True):
+        for label, kinds in curves.items():
+            means, deviations = mean_and_std(100 * np.array(kinds[kind]))
+            color, style = colors[label], "-" if label in losses else "--"
+            layers = np.arange(1, len(means) + 1)
+            panel.plot(layers, means, style, color=color, marker=".", label=label)
+            band = means - deviations, means + deviations
+            panel.fill_between(layers, *band, color=color, alpha=0.15, lw=0)
+        panel.set(xlabel="layer", ylabel=title, xticks=list(layers))
+        panel.grid(axis="y", alpha=0.3)
+    seeds = count_seeds(max(len(kinds["ranking"]) for kinds in curves.values()))
+    title = f"Attention against the float32 teacher's, {width_of(config)}, {seeds}"
+    axes[0].figure.suptitle(f"{title}; {', '.join(config['tasks'])}", fontsize=10)
+
+
+# ---------------------------------------------------------------------------------- tensor trains
+def read_sweep(runs: list[dict]) -> tuple[dict, dict]:
+    """(a run, points) of a joint task: (bits, rank) -> seed -> (MB, the task's first two columns).
+
+    Rank 0 is the dense model. Each run gives its float32 row and its last quantized one.
+    """
+    check_same(runs, ("task", "eval_split"))
+    points = {}
+    for run in runs:
+        config, methods, task = run["config"], run["methods"], run["task"]
+        if task.head != "joint":
+            joint = " or ".join(name for name, row in TASKS.items() if row.head == "joint")
+            raise UserError(f"{run['path']} has no slots: --sweep draws runs of {joint}")
+        for name in dict.fromkeys([name for name in methods if name == "fp32"] + [*methods][-1:]):
+            row, bits = methods[name], 32 if name == "fp32" else config["bits"]
+            seeds = points.setdefault((bits, tt_rank(config, name)), {})
+            if config["seed"] in seeds and bits != 32:
+                what = f"rank {config['tt_rank']}, {bits} bits, seed {config['seed']}"
+                raise UserError(f"{run['path']}: a second run of {what}")
+            scores = row["languages"][task.train_language]
+            values = [scores[key] for key in list(task.columns.values())[:2]]
+            seeds[config["seed"]] = (row["size_bytes"] / 1e6, *values)
+    return runs[0], points
+
+
+def draw_sweep(axes, data: tuple[dict, dict]) -> None:
+    """Scores against file size: a line per bit width, a point per rank, error bars of one standard
+    deviation over seeds; the dense models stand alone.
+    """
+    run, points = data
+    lines = {}  # (bits, whether it is dense) -> rank -> mean and deviation of each value
+    for (bits, rank), seeds in sorted(points.items(), key=lambda item: (-item[0][0], item[0][1])):
+        lines.setdefault((bits, rank == 0), {})[rank] = mean_and_std(list(seeds.values()))
+    for i, title in enumerate(list(run["task"].columns)[:2]):
+        for (bits, is_dense), ranks in lines.items():
+            sizes = [means[0] for means, _ in ranks.values()]
+            scores = [means[i + 1] for means, _ in ranks.values()]
+            deviations = [deviation[i + 1] for _, deviation in ranks.values()]
+            kind, marker, style = ("dense", "D", "") if is_dense else ("tensor trains", "o", "-")
+            label = f"{kind}, {'float32' if bits == 32 else f'{bits} bits'}"
+            looks = {"color": BITS_COLORS.get(bits), "marker": marker, "ls": style, "capsize": 3}
+            axes[i].errorbar(sizes, scores, deviations, label=label, **looks)
+            if is_dense and bits == 32:
+                axes[i].axhline(scores[0], color=GRAY, lw=0.8, ls="--")
+            for rank, *point in zip(ranks, sizes, scores, strict=True):
+                near = {"xytext": (-4, 5), "textcoords": "offset points", "ha": "right"}
+                if rank:
+                    axes[i].annotate(str(rank), point, fontsize=7, color=looks["color"], **near)
+        axes[i].set(xscale="log", xlabel="MB on disk", ylabel=f"{title}, %")
+        axes[i].grid(axis="y", alpha=0.3)
+    config, seeds = run["config"], count_seeds(max(map(len, points.values())))
+    title = f"{config['task']} {config['eval_split']}, {seeds}; points are labeled with the rank"
+    axes[0].figure.suptitle(title)
+
+
+# ------------------------------------------------------------------------------------- benchmarks
+def measured_on(result: dict) -> str:
+    return f"{result['hardware']}, {result['threads']} threads"
+
+
+def draw_time(panel, place: int, row: dict, color: str, **looks) -> None:
+    """A bar of the median time, with its quartiles."""
+    median, (low, high) = row["median_ms"], row["quartiles_ms"]
+    panel.barh(place, median, xerr=[[median - low], [high - median]], color=color, **looks)
+
+
+def draw_times(axes, result: dict) -> None:
+    """bench.py train and rows: a bar per row, with the ratio of its time to the first row's."""
+    for i, (name, row) in enumerate(result["rows"].items()):
+        color = COLORS.get(name, BLUE if "int8" in name else GRAY)
+        draw_time(axes, i, row, color, capsize=4, height=0.6)
+        text = f"  {name}  {row['ratio']:.2f}x the time"
+        axes.text(0, i, text, va="center", color="white", weight="bold", fontsize=8)
+    axes.set_yticks([])
+    axes.invert_yaxis()
+    shape = result["shape"]
+    if "rows" in shape:
+        axes.set(xlabel=f"ms for {shape['rows']:,} pairs of sentences")
+    else:
+        axes.set(xlabel=f"ms per training step of {shape['batch_size']} x {shape['tokens']} tokens")
+    axes.set_title(f"{shape['layers']} layers of {shape['hidden']}; {measured_on(result)}")
+
+
+def draw_model(axes, result: dict) -> None:
+    """bench.py model: the speed-up of each backend, a group of bars per batch size."""
+    rows = result["rows"]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
+    width = 0.85 / len(names)
+    for i, name in enumerate(names):
+        mine = [row for row in rows if row["name"] == name]
+        places = [k - 0.425 + width * (i + 0.5) for k in range(len(sizes))]
+        label = f"{name}, {mine[0]['size_bytes'] / 1e6:,.0f} MB"
+        bars = axes.bar(places, [1 / row["ratio"] for row in mine], width, label=label)
+        axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=1)
+    axes.axhline(1, color=GRAY, lw=0.8, ls="--")
+    tokens = result["shape"]["tokens"]
+    axes.set_xticks(range(len(sizes)), [f"{size} x {tokens} tokens" for size in sizes])
+    axes.set(ylabel=f"speed-up over {names[0]}", title=measured_on(result))
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+    axes.set_ylim(top=1.35 * axes.get_ylim()[1])
+
+
+def draw_matmul(axes, result: dict) -> None:
+    """bench.py matmul: the speed-up over float32 against the number of tokens, a panel per shape."""
+    rows = result["rows"]
+    names = [name for name in dict.fromkeys(row["name"] for row in rows) if name != "fp32"]
+    shapes = dict.fromkeys((row["K"], row["N"]) for row in rows)
+    for panel, (K, N) in zip(axes, shapes, strict=True):
+        for name in names:
+            mine = [row for row in rows if (row["name"], row["K"], row["N"]) == (name, K, N)]
+            style = ":" if name == "int8 product" else "-"
+            speed = [1 / row["ratio"] for row in mine]
+            panel.plot([row["M"] for row in mine], speed, style, marker=".", label=name)
+        panel.axhline(1, color=GRAY, lw=0.8, ls="--")
+        panel.set_xscale("log")
+        sizes = sorted({row["M"] for row in rows})
+        panel.set_xticks(sizes, sizes, fontsize=8)
+        panel.set_xticks([], minor=True)
+        panel.set(title=f"{K} -> {N}", xlabel="tokens")
+    axes[0].set_ylabel("speed-up over fp32")
+    axes[0].figure.suptitle(f"One Linear layer; {measured_on(result)}")
+
+
+def draw_tt(axes, result: dict) -> None:
+    """bench.py tt: the latency of the whole model, a panel per batch size."""
+    rows, shape = result["models"], result["shape"]
+    for panel, size in zip(axes, dict.fromkeys(row["batch_size"] for row in rows), strict=True):
+        mine = [row for row in rows if row["batch_size"] == size]
+        for i, row in enumerate(mine):
+            is_train, is_float = row["name"].startswith("TT"), "fp32" in row["name"]
+            color = BITS_COLORS[8 if is_float else 4] if is_train else GRAY
+            draw_time(panel, i, row, color, capsize=3)
+            median, high = row["median_ms"], row["quartiles_ms"][1]
+            text = f"  {median:.2f} ms, {1 / row['ratio']:.2f}x as fast"
+            panel.text(max(median, high), i, text, va="center", fontsize=8)
+        panel.set(xlabel=f"ms for {size} x {shape['tokens']} tokens")
+        panel.set_xlim(right=1.9 * max(row["quartiles_ms"][1] for row in mine))
+    names = [f"{row['name']}\n{row['size_bytes'] / 1e6:,.2f} MB" for row in mine]
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].invert_yaxis()  # the panels share it
+    size = f"{shape['layers']} layers of {shape['hidden']}, rank {shape['rank']}"
+    axes[0].figure.suptitle(f"Tensor trains, {size}; {measured_on(result)}", fontsize=10)
+
+
+BENCHMARKS = {  # name -> (how to draw it, panels, size in inches)
+    "train": (draw_times, 1, (8, 2.6)),
+    "rows": (draw_times, 1, (8, 2.8)),
+    "model": (draw_model, 1, (8, 4)),
+    "matmul": (draw_matmul, 3, (8, 3.6)),
+    "tt": (draw_tt, 2, (9, 3.6)),
+}
+
+
+def read_benchmark(path: str) -> dict | None:
+    """The JSON of bench.py, or None if the file is something else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+        return value if value["benchmark"] in BENCHMARKS else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------- main
+def choose_figure(files: list[str], kind: str | None) -> Figure:
+    if kind is None and (result := read_benchmark(files[0])):
+        draw, panels, size = BENCHMARKS[result["benchmark"]]
+        return Figure(draw, result, panels, size)
+    runs = read_runs(files)
+    if kind == "sweep":
+        return Figure(draw_sweep, read_sweep(runs), 2, (9, 4), sharey=False)
+    if kind == "recovery":
+        return Figure(draw_recovery, read_recovery(runs), 2, (9, 4), sharey=False)
+    if kind == "curves":
+        return Figure(draw_curves, read_curves(runs))
+    if kind == "errors":
+        if len(runs) != 1:
+            raise UserError("--errors draws one results.json of train.py --analyze")
+        panels = len(error_places(runs[0]))
+        return Figure(draw_errors, runs[0], panels, (2.4 * panels, 3.2))
+    if len(runs) == 1:
+        return Figure(draw_languages, runs[0])
+    check_comparable(runs)
+    check_same(runs, ("task", "distill"), instead=", or use --recovery")
+    return Figure(draw_bits, runs)
+
+
+def save_figure(files: list[str], out: str, kind: str | None) -> None:
+    chosen = choose_figure(files, kind)
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")  # no window
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, chosen.panels, figsize=chosen.size, sharey=chosen.sharey, layout="constrained"
+    )
+    chosen.draw(axes, chosen.data)
+    handles, labels = figure.axes[0].get_legend_handles_labels()  # those of all panels
+    if labels and chosen.panels > 1:
+        looks = {"frameon": False, "loc": "outside lower center"}
+        figure.legend(handles, labels, ncols=6 if chosen.sharey else 4, **looks)
+    elif labels and not axes.get_legend():
+        axes.legend(frameon=False)
+    for panel in figure.axes:
+        panel.spines[["top", "right"]].set_visible(False)
+    try:
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write --out {out}: {error}") from None
+    finally:
+        pyplot.close(figure)
+    print(f"wrote {out}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Figures from results.json and bench.py's JSON.")
+    parser.add_argument("files", nargs="+", metavar="JSON")
+    kinds = parser.add_mutually_exclusive_group()
+    for name, text in (
+        ("errors", "error by layer, measured by train.py --analyze"),
+        ("recovery", "order of attention by layer and --distill, measured by train.py --analyze"),
+        ("curves", "score on dev against step, by --distill"),
+        ("sweep", "joint tasks: score against size for several --tt-rank and --bits"),
+    ):
+        kinds.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=text)
+    parser.add_argument("--out", required=True, metavar="FILE", help="a .png or .svg file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    return exit_status(lambda: save_figure(args.files, args.out, args.kind))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
