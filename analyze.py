@@ -1,30 +1,30 @@
 """Where quantization error arises, layer by layer: the study behind SDQ (arXiv 2307.05972, sec. 3).
 
-    python train.py --task xnli --bits 2 --analyze       # adds "errors" to each row of results.json
-    python plot.py out/NAME/results.json --errors --out errors.png
+    python train.py --task xnli --bits 2 --analyze       # adds "errors" and "recovery" to results.json
+    python tools/plot.py out/NAME/results.json --errors --out errors.png
 
-A student is compared with its teacher on the same texts, at five places of each layer: query, key,
+A student is compared with its teacher on the same sequences, at five taps of each layer: query, key,
 value, context (map @ V, per head) and output (projected). With S and T the two tensors of a layer:
 
     mae        mean |S - T|
-    frobenius  ||S - T||_F of one text, averaged over texts
-    relative   ||S - T||_F / ||T||_F over all texts, which layers of different scale share
+    frobenius  ||S - T||_F of one sequence, averaged over sequences
+    relative   ||S - T||_F / ||T||_F over all sequences, comparable between layers
 
-Each is measured twice. *Accumulated*: student and teacher each run from their own embeddings, so a
-layer's error holds what all layers before it got wrong. *Local*: the student's layer is given the
-teacher's hidden states, so only its own quantization errs. Where the first is far above the second,
-error has come through depth.
+Each is measured twice. *Accumulated*: student and teacher each run from their own embeddings, so the
+error of a layer includes what all layers before it got wrong. *Local*: the student's layer gets the
+teacher's hidden states, so only its own quantization errs. If the first is far above the second, error
+has accumulated through depth.
 
-And what the student's attention has recovered (Kim et al. 2022, arXiv 2211.11014): a token looks at
-the keys of its row in some order, which quantization disturbs. By layer, against the teacher's:
+Attention recovery (Kim et al. 2022, arXiv 2211.11014): the attention probabilities of a token order the
+keys of its row, and quantization disturbs that order. Per layer, against the teacher:
 
-    ranking      fraction of pairs of keys whose order in the row the student flips: 0.5 is chance
-    cover        cover length ratio: how many keys of the student's order one must take until the
-                 teacher's top 5 are all among them, divided by the number of keys
+    ranking      fraction of pairs of keys whose order the student flips; 0.5 is chance
+    cover        cover length ratio: how many keys of the student's order contain the teacher's top 5,
+                 divided by the number of keys
     map_kl       KL(teacher || student) of the row, in nats: distill.map_loss
     output_mse   MSE of the result of self-attention after residual and norm: the tap "normed"
 
-    python plot.py out/*/results.json --recovery --out recovery.png
+    python tools/plot.py out/*/results.json --recovery --out recovery.png
 """
 
 from collections.abc import Iterable
@@ -39,47 +39,46 @@ from model import Model
 
 PLACES = ("query", "key", "value", "context", "output")
 KINDS = ("accumulated", "local")
-TOP = 5  # of the teacher's keys, that the student's order must cover
-# Numbers in a tensor of all pairs of keys of many rows: small enough to stay in the cache.
-PAIRS_AT_ONCE = 2**18
+TOP = 5  # keys of the teacher that the student's order must cover
+PAIRS_AT_ONCE = 2**18  # elements of a tensor of all pairs of keys: small enough for the cache
 
 
 class Errors:
-    """Sums over texts of one place in one layer."""
+    """Sums over sequences of one tap of one layer."""
 
     def __init__(self):
         self.absolute = self.squares = self.reference = self.frobenius = 0.0
-        self.numbers = self.texts = 0
+        self.elements = self.sequences = 0
 
     def add(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
         """student, teacher: (B, T, C) or (B, H, T, D).  mask: (B, T), True for real tokens."""
         difference, teacher = student.double() - teacher.double(), teacher.double()
-        numbers = difference.numel()
+        elements = difference.numel()
         if mask is not None:
             padding = ~(mask if difference.dim() == 3 else mask[:, None, :])[..., None]
             difference = difference.masked_fill(padding, 0.0)
             teacher = teacher.masked_fill(padding, 0.0)
-            numbers = int(mask.sum()) * (numbers // mask.numel())
+            elements = int(mask.sum()) * (elements // mask.numel())
         squares = difference.square().flatten(1).sum(dim=1)  # (B,)
         self.absolute += float(difference.abs().sum())
         self.squares += float(squares.sum())
         self.reference += float(teacher.square().sum())
         self.frobenius += float(squares.sqrt().sum())
-        self.numbers += numbers
-        self.texts += len(difference)
+        self.elements += elements
+        self.sequences += len(difference)
 
     def summary(self) -> dict[str, float]:
         relative = (self.squares / self.reference) ** 0.5 if self.reference else 0.0
         return {
-            "mae": self.absolute / self.numbers,
-            "frobenius": self.frobenius / self.texts,
+            "mae": self.absolute / self.elements,
+            "frobenius": self.frobenius / self.sequences,
             "relative": relative,
         }
 
 
 @torch.no_grad()
 def layer_errors(teacher: Model, student: Model, batches: Iterable[Batch]) -> dict:
-    """{"accumulated" or "local": {place: [summary of layer 0, 1, ...]}}."""
+    """{"accumulated" or "local": {tap: [summary of layer 0, 1, ...]}}."""
     teacher.eval()
     student.eval()
     layers = len(student.encoder.layers)
@@ -103,7 +102,7 @@ def layer_errors(teacher: Model, student: Model, batches: Iterable[Batch]) -> di
 
 
 def errors_table(methods: dict[str, dict]) -> str:
-    """Relative error of each head's output, in %: a line a method and kind, a column a layer."""
+    """Relative error of the contexts in %: one row per method and kind, one column per layer."""
     rows = []
     for name, row in methods.items():
         for kind in KINDS if "errors" in row else ():
@@ -115,7 +114,7 @@ def errors_table(methods: dict[str, dict]) -> str:
 
 # -------------------------------------------------------------------------------------- recovery
 class Mean:
-    """A weighted mean that is added to, batch by batch."""
+    """A weighted mean over batches."""
 
     def __init__(self):
         self.total = self.weight = 0.0
@@ -129,7 +128,7 @@ class Mean:
 
 
 def real_rows(maps: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, H, T, T) -> (N, T): a row for each head of each real query; padded keys are NaN."""
+    """(B, H, T, T) -> (N, T): one row per head and real query; padded keys are NaN."""
     if mask is None:
         return maps.flatten(0, 2)
     maps = maps.masked_fill(~real_pairs(mask), float("nan"))
@@ -137,49 +136,48 @@ def real_rows(maps: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def order_of_pairs(rows: Tensor) -> Tensor:
-    """(N, T) -> (N, T, T): 1 where key i has more than key j, -1 less, 0 the same or padded."""
+    """(N, T) -> (N, T, T): 1 where key i has more than key j, -1 where less, 0 if equal or padded."""
     return (rows[:, :, None] - rows[:, None, :]).sign_().nan_to_num_(0.0)
 
 
 def flipped_pairs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """How many pairs of keys stand the other way round in the student's row, and how many there
-    are: (N,) each; student, teacher: (N, T), as of real_rows.
+    """The number of pairs of keys that are flipped in the student's row, and of all pairs: (N,) each.
 
-    Pairs that are equal in the teacher have no order and are left out; where the student makes two
-    keys equal it has lost half of what there was to know, and the pair counts half. So a student
-    that looks at all keys alike has 0.5, as has one that guesses. (The fraction is (1 - tau) / 2 of
-    Kendall's rank correlation tau, but for the teacher's ties.)
+    student, teacher: (N, T), see real_rows. Pairs that are equal in the teacher have no order and are
+    left out. A pair that is equal in the student counts half: a student that attends to all keys
+    alike has 0.5, like one that guesses. (The fraction is (1 - tau) / 2 of Kendall's rank correlation
+    tau, except for the teacher's ties.)
     """
     order = order_of_pairs(teacher)
     pairs = order.abs().sum(dim=(1, 2))
     agreement = order.mul_(order_of_pairs(student)).sum(dim=(1, 2))
-    # Each pair is there twice, as (i, j) and as (j, i); a flip takes 1 - -1 = 2 off the agreement.
+    # Each pair occurs twice, as (i, j) and (j, i), and a flip changes the agreement by 2.
     return (pairs - agreement) / 4, pairs / 2
 
 
 def ranking_loss(student: Tensor, teacher: Tensor) -> tuple[float, int]:
-    """The mean over rows of the fraction of flipped pairs, and how many rows have any pair.
+    """The mean over rows of the fraction of flipped pairs, and the number of rows that have a pair.
 
-    student, teacher: (N, T), as of real_rows. NOTE: all pairs of a row count the same, those of
-    keys that the teacher hardly looks at too.
+    student, teacher: (N, T), see real_rows. NOTE: all pairs of a row count alike, also those of keys
+    to which the teacher hardly attends.
     """
     T = student.shape[1]
-    step = max(1, PAIRS_AT_ONCE // T**2)  # rows at once: N * T * T would not fit into memory
+    step = max(1, PAIRS_AT_ONCE // T**2)  # rows at a time: N * T * T would not fit into memory
     total, rows = 0.0, 0
     for i in range(0, len(student), step):
         flipped, pairs = flipped_pairs(student[i : i + step], teacher[i : i + step])
-        there = pairs > 0  # a text of one token has none
+        there = pairs > 0  # a sequence of one token has none
         total += float((flipped[there].double() / pairs[there]).sum())
         rows += int(there.sum())
     return total / max(1, rows), rows
 
 
 def cover_length(student: Tensor, teacher: Tensor) -> Tensor:
-    """The cover length ratio of each row, (N,); student, teacher: (N, T), as of real_rows.
+    """The cover length ratio of each row, (N,); student, teacher: (N, T), see real_rows.
 
-    Rows of n <= 5 keys need all of them: their ratio is 1. The best a longer one can have is 5 / n.
-    Among equal probabilities the earlier key comes first, in both orders: a student with no order
-    of its own gains nothing from the tie, and a copy of the teacher has exactly 5 / n.
+    Rows of n <= 5 keys have the ratio 1; the best ratio of a longer one is 5 / n. Of equal
+    probabilities the earlier key comes first, in both orders: a constant student gains nothing from
+    ties, and a copy of the teacher has exactly 5 / n.
     """
     keys = teacher.isfinite().sum(dim=1)  # (N,)
     k = min(TOP, student.shape[1])
@@ -187,17 +185,17 @@ def cover_length(student: Tensor, teacher: Tensor) -> Tensor:
         row.nan_to_num(nan=-1.0).sort(dim=1, descending=True, stable=True).indices
         for row in (student, teacher)
     ]  # the key at each place, padded ones last
-    place = torch.empty_like(order[0])  # the place of each key: the inverse permutation
+    place = torch.empty_like(order[0])  # of each key: the inverse permutation
     place.scatter_(1, order[0], torch.arange(1, student.shape[1] + 1).to(place).expand_as(place))
     deepest = place.gather(1, order[1][:, :k]).amax(dim=1)
-    # Of fewer than k keys, padded ones are among the "top", behind all real ones.
+    # With fewer than k keys, padded ones are in the "top", behind all real ones.
     return deepest.minimum(keys) / keys
 
 
 @torch.no_grad()
 def attention_recovery(teacher: Model, student: Model, batches: Iterable[Batch]) -> dict:
-    """{"ranking", "cover", "map_kl", "output_mse": [of layer 0, 1, ...]}: means over the heads and
-    real queries of all texts (see the top).
+    """{"ranking", "cover", "map_kl", "output_mse": [layer 0, 1, ...]}: means over heads and real
+    queries of all sequences (see the top).
     """
     teacher.eval()
     student.eval()
@@ -220,7 +218,7 @@ def attention_recovery(teacher: Model, student: Model, batches: Iterable[Batch])
 
 
 def recovery_table(methods: dict[str, dict]) -> str:
-    """Ranking loss / cover length ratio, in %: a line a method, a column a layer."""
+    """Ranking loss / cover length ratio in %: one row per method, one column per layer."""
     rows = []
     for name, row in methods.items():
         if "recovery" in row:

@@ -96,10 +96,8 @@ def check_config(config: ModelConfig) -> ModelConfig:
     for name, (least, most) in LIMITS.items():
         value, kinds = getattr(config, name), (int, float) if isinstance(most, float) else int
         if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-            kind = "number" if isinstance(most, float) else "integer"
-            raise UserError(
-                f"model config: {name} is {value!r}, not an {kind} from {least} to {most}"
-            )
+            kind = "a number" if isinstance(most, float) else "an integer"
+            raise UserError(f"model config: {name} is {value!r}, not {kind} from {least} to {most}")
     if config.hidden_size % config.num_heads:
         raise UserError(
             f"model config: hidden size {config.hidden_size} is not divisible by "

@@ -1,18 +1,18 @@
-"""Download, verify, unpack: nothing reaches its final name before its size and SHA-256 are right.
+"""Download, verify, unpack: a file gets its final name only when its size and SHA-256 are right.
 
     python data/fetch.py xnli           # XNLI dev, test and English training set -> data/raw
     python data/fetch.py atis           # downloads nothing: says where ATIS comes from (or snips)
     python data/fetch.py rte            # a task of GLUE: also cola sst2 stsb qqp mnli qnli
-    python data/fetch.py glue           # downloads nothing: which of GLUE's tasks are there
+    python data/fetch.py glue           # downloads nothing: which of GLUE's tasks are present
 
-A download goes to NAME.part and is renamed when it is complete and correct. A cut connection leaves
-the .part file, and the next call continues it (HTTP Range); a wrong hash deletes it. Of an archive
-only the files named below are unpacked, each to a temporary name first, and an archive with a
-member that points outside its folder is refused whole.
+A download goes to NAME.part and is renamed when it is complete and correct. After a cut connection the
+next call continues the .part file (HTTP Range); a wrong hash deletes it. Of an archive only the files
+named below are unpacked, each to a temporary name first, and an archive with a member that points
+outside its folder is refused.
 
-The values pinned here were published by several independent projects for the same addresses.
-ATIS, SNIPS and GLUE's MRPC are not downloaded: the command says who publishes them, where to put
-them, and what is there already.
+The checksums were published by several independent projects for the same addresses. ATIS, SNIPS and
+GLUE's MRPC are not downloaded: the command says who publishes them, where to put them, and what is
+present already.
 """
 
 import argparse
@@ -43,9 +43,7 @@ TIMEOUT = 30  # seconds without a byte
 
 @dataclass(frozen=True)
 class Remote:
-    """A file on the web: where, how many bytes (None: not published), which SHA-256, which members
-    to unpack.
-    """
+    """A file to download. size: bytes, None if not published.  members: the files to unpack."""
 
     url: str
     size: int | None
@@ -59,8 +57,8 @@ class Remote:
 
 @dataclass(frozen=True)
 class ByHand:
-    """A data set that the user brings: what it is, who may use it, who publishes it in the layout
-    that data/slots.py or data/glue.py reads, and which tasks it holds.
+    """A data set that the user gets: what it is, its licence, who publishes it in the layout that
+    data/slots.py or data/glue.py reads, and its tasks.
     """
 
     title: str
@@ -205,7 +203,7 @@ _ARCHIVES = {
 
 
 def glue_archive(task: str) -> Remote:
-    """Where a task of GLUE is downloaded from, and which of its files are unpacked."""
+    """The archive of a task of GLUE, and which of its files are unpacked."""
     name, size, sha256 = _ARCHIVES[task]
     row = find_task(task)
     files = (*row.files["train"], *row.files["test"])
@@ -219,10 +217,9 @@ DATASETS |= {task: (glue_archive(task),) for task in _ARCHIVES}
 
 # ------------------------------------------------------------------------------------ downloading
 def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0) -> str:
-    """Bring one file into `folder` and return its path. A file already there with the right hash is
-    kept.
+    """Download a file into `folder` and return its path. An existing file with the right hash is kept.
 
-    Raises UserError in one line for a refused, cut, truncated or wrong download.
+    Raises UserError for a refused, cut, truncated or wrong download.
     """
     path = os.path.join(folder, remote.name)
     if os.path.exists(path):
@@ -264,8 +261,8 @@ def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0) ->
 
 
 def receive(remote: Remote, part: str) -> bool:
-    """Append what is missing of one file to `part`. True when it is complete, False when the
-    connection was cut.
+    """Append what is missing of a file to `part`. True if it is complete, False if the connection was
+    cut.
     """
     have = os.path.getsize(part) if os.path.exists(part) else 0
     if remote.size is not None and have >= remote.size:
@@ -335,7 +332,7 @@ def sha256_of(path: str) -> str:
 
 # -------------------------------------------------------------------------------------- unpacking
 def unpack(archive: str, members: tuple[str, ...], folder: str) -> list[str]:
-    """Unpack the named members of a zip file under `folder`. All of them, or none.
+    """Unpack the named members of a zip file into `folder`: all of them, or none.
 
     The whole archive is refused if any member is absolute, climbs out with "..", or is a link.
     """
@@ -401,18 +398,18 @@ def fetch_dataset(name: str, folder: str) -> None:
 
 
 def explain(dataset: ByHand, folder: str) -> None:
-    """Print where a data set comes from and where to put it, and what is there now."""
+    """Print where a data set comes from, where to put it, and what is present."""
     print(f"{dataset.title}\nlicence: {dataset.licence}\nfiles:   {dataset.source}")
     print("Nothing is downloaded now. This is where the files belong:")
     for task in map(find_task, dataset.tasks):
-        # GLUE's dev is a part of train.tsv (data/glue.py), so one line says it all.
+        # GLUE's dev is a part of train.tsv (data/glue.py): one line.
         lines = [("train", "test")] if task.name in GLUE else [(each,) for each in task.files]
         for splits in lines:
             print(f"  {state_of(task, folder, *splits)}")
 
 
 def state_of(task: Task, folder: str, *splits: str) -> str:
-    """One line: which files these splits are read from, and whether they are there and usable."""
+    """One line: the files of these splits, and whether they are present and readable."""
     paths = [path for split in splits for path in file_paths(task, folder, split)]
     inside = os.path.dirname(paths[0])
     names = ",".join(os.path.basename(path) for path in paths)
@@ -428,7 +425,7 @@ def state_of(task: Task, folder: str, *splits: str) -> str:
 
 
 def contents(task: Task, folder: str, split: str) -> str:
-    """How much there is: of all splits of a GLUE task, or of one split of another."""
+    """The number of examples: of all splits of a GLUE task, or of one split of another."""
     if task.name not in GLUE:
         return f"{len(task.read(folder, split)[task.train_language]):,} sentences"
     counts = [

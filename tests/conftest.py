@@ -10,11 +10,12 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SAMPLE = os.path.join(ROOT, "tests", "sample")
+FLIGHTS = os.path.join(ROOT, "data", "atis-sample")
 GOLDEN = os.path.join(ROOT, "tests", "golden")
 TOKENIZER = os.path.join(SAMPLE, "sentencepiece.bpe.model")
 sys.path.insert(0, ROOT)
 
-# Tensors of tests are tiny: more threads would only wait for each other, worst on a busy machine.
+# The tensors of the tests are tiny: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start
 torch.set_num_threads(1)
 
@@ -36,11 +37,26 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(data.batches, "CACHE_DIR", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def nothing_downloaded(tmp_path, monkeypatch):
+    """A fresh checkout: no weights/ and no data/raw."""
+    for module in ("config", "train"):
+        monkeypatch.setattr(f"{module}.WEIGHTS_DIR", str(tmp_path / "weights"))
+    for module in ("config", "train", "data.tasks"):
+        monkeypatch.setattr(f"{module}.RAW_DIR", str(tmp_path / "raw"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from data.tokenizer import Tokenizer
 
     return Tokenizer.from_file(TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_bytes():
+    with open(TOKENIZER, "rb") as file:
+        return file.read()
 
 
 @pytest.fixture
@@ -61,7 +77,7 @@ def tiny_config():
 
 @pytest.fixture
 def models(tiny_config):
-    """(teacher, student): a model that is far from its start, and its copy in 3 bits."""
+    """(teacher, student): a model that is far from its initialization, and its copy in 3 bits."""
     from model import build_model
     from prepare import prepare
     from quant import QuantConfig
@@ -73,12 +89,6 @@ def models(tiny_config):
     student = copy.deepcopy(teacher)
     prepare(student, QuantConfig(weight_bits=3))
     return teacher, student.eval()
-
-
-@pytest.fixture(scope="session")
-def tokenizer_bytes():
-    with open(TOKENIZER, "rb") as file:
-        return file.read()
 
 
 def random_ids(lengths, vocab, device="cpu"):
@@ -97,7 +107,7 @@ def batch(lengths):
 
 
 # ----------------------------------------------------------------------------- train.py on a sample
-SCRATCH = f"--model scratch --layers 1 --hidden 32 --heads 2 --tokenizer {TOKENIZER}".split()
+SCRATCH = f"--model scratch --layers 1 --hidden 32 --tokenizer {TOKENIZER}".split()
 SMALL = [*SCRATCH, "--data-dir", SAMPLE, *"--max-length 32 --languages de zh --device cpu".split()]
 
 
@@ -111,3 +121,22 @@ def run(tmp_path, *options, out="run"):
 def results(tmp_path, out="run"):
     with open(tmp_path / out / "results.json", encoding="utf-8") as file:
         return json.load(file)
+
+
+def log_of(tmp_path, out="run"):
+    """The records of log.jsonl."""
+    with open(tmp_path / out / "log.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def answer(capsys, *command):
+    """(status, the error line) of a train.main that must end with one line; argparse exits itself."""
+    import train
+
+    try:
+        status = train.main(list(command))
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("error: "), captured.err
+    return status, captured.err

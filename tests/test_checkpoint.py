@@ -1,19 +1,49 @@
-"""checkpoint.py: what is saved comes back, and what is broken, cut or hostile is refused in a line."""
+"""checkpoint.py: round trips of checkpoints and packed students; every damaged, truncated or tampered
+file raises a one-line UserError.
+"""
 
+import doctest
 import os
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import random_ids
 
-from checkpoint import checkpoint_payload, load_checkpoint, save_atomically
-from data import UserError
-from model import ModelConfig, build_model
+import checkpoint
+from checkpoint import (
+    check_config,
+    checkpoint_payload,
+    default_keep,
+    load_checkpoint,
+    load_student,
+    meta_model,
+    pack,
+    read_student,
+    save_atomically,
+    student_payload,
+    unpack,
+)
+from common import UserError
+from lsq import LearnedScale
+from model import ModelConfig, build_model, initialize
+from prepare import calibrate, prepare
+from quant import QuantConfig, quant_range
+from tt import TensorTrain, TTConfig
 
 
+def raises_one_line(load, path, message):
+    """Check that load(path) raises a UserError of one line that contains the message."""
+    with pytest.raises(UserError) as error:
+        load(str(path))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------- float32 models
 def test_checkpoint_round_trip(tiny_config, tmp_path):
     model = build_model(tiny_config).eval()
     path = str(tmp_path / "m.pt")
-    save_atomically(checkpoint_payload(model, b"abc"), path)
+    assert save_atomically(checkpoint_payload(model, b"abc"), path) == os.path.getsize(path)
     again = load_checkpoint(path)
     assert again.config == tiny_config and not again.training
     for (name, a), (_, b) in zip(
@@ -28,60 +58,61 @@ class Evil:
         return (os.system, ("touch /nonexistent-folder/evil",))
 
 
-def broken_checkpoints(config):
+SMALL = ModelConfig(8, 4, 1, 1, 4, 8)
+
+
+def damaged_checkpoints(config):
+    """What is wrong -> (the payload, what the error says)."""
     good = checkpoint_payload(build_model(config), b"abc")
-
-    def change(**values):
-        return {**good, **values}
-
     tensors = good["tensors"]
     first = next(iter(tensors))
+
+    def with_config(**values):
+        return {**good, "config": {**good["config"], **values}}
+
+    def with_first(tensor):
+        return {**good, "tensors": {**tensors, first: tensor}}
+
+    without_first = {name: tensor for name, tensor in tensors.items() if name != first}
+    repeated = torch.zeros(1).expand(tensors[first].shape)
     return {
-        "code": (Evil(), "pickled code"),
+        "pickled code": (Evil(), "pickled code"),
         "foreign": ({"weight": torch.zeros(2)}, "not a checkpoint of this project"),
         "list": ([1, 2], "not a checkpoint of this project"),
-        "missing": (change(tensors={k: t for k, t in tensors.items() if k != first}), "is missing"),
-        "extra": (change(tensors={**tensors, "spare": torch.zeros(1)}), "unexpected tensor spare"),
-        "shape": (change(tensors={**tensors, first: torch.zeros(3, 3)}), "has shape (3, 3)"),
-        "dtype": (change(tensors={**tensors, first: tensors[first].bfloat16()}), "torch.bfloat16"),
-        "config": (
-            change(config={**good["config"], "num_layers": 10**9}),
-            "num_layers is 1000000000",
+        "missing": ({**good, "tensors": without_first}, "is missing"),
+        "extra": (
+            {**good, "tensors": {**tensors, "spare": torch.zeros(1)}},
+            "unexpected tensor spare",
         ),
-        "text in config": (
-            change(config={**good["config"], "hidden_size": "x"}),
-            "hidden_size is 'x'",
-        ),
-        "unknown field": (change(config={**good["config"], "spare": 1}), "model config is damaged"),
-        "repeated number": (
-            change(tensors={**tensors, first: torch.zeros(1).expand(tensors[first].shape)}),
-            "claims more numbers than the file holds",
-        ),
-        "no tensors": (change(tensors=None), "holds no tensors"),
+        "shape": (with_first(torch.zeros(3, 3)), "has shape (3, 3)"),
+        "dtype": (with_first(tensors[first].bfloat16()), "torch.bfloat16"),
+        "config": (with_config(num_layers=10**9), "num_layers is 1000000000"),
+        "text in config": (with_config(hidden_size="x"), "hidden_size is 'x'"),
+        "unknown field": (with_config(spare=1), "model config is damaged"),
+        "repeated element": (with_first(repeated), "claims more elements than the file holds"),
+        "no tensors": ({**good, "tensors": None}, "holds no tensors"),
     }
 
 
-@pytest.mark.parametrize("kind", broken_checkpoints(ModelConfig(8, 4, 1, 1, 4, 8)))
-def test_broken_checkpoints_are_refused_by_name(kind, tmp_path):
-    payload, message = broken_checkpoints(ModelConfig(8, 4, 1, 1, 4, 8))[kind]
-    path = str(tmp_path / "bad.pt")
+@pytest.mark.parametrize("kind", damaged_checkpoints(SMALL))
+def test_damaged_checkpoints(kind, tmp_path):
+    payload, message = damaged_checkpoints(SMALL)[kind]
+    path = tmp_path / "bad.pt"
     torch.save(payload, path)
-    with pytest.raises(UserError) as error:
-        load_checkpoint(path)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    raises_one_line(load_checkpoint, path, message)
 
 
-@pytest.mark.parametrize("keep", [0, 10, 500, 0.5, 0.99])
-def test_truncated_checkpoint_is_refused(keep, tiny_config, tmp_path):
+@pytest.mark.parametrize("length", [0, 10, 500, 0.5, 0.99])
+def test_truncated_checkpoints(length, tiny_config, tmp_path):
     path = tmp_path / "cut.pt"
     save_atomically(checkpoint_payload(build_model(tiny_config), b"abc"), str(path))
     data = path.read_bytes()
-    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    path.write_bytes(data[: int(length * len(data)) if isinstance(length, float) else length])
     with pytest.raises(UserError, match="damaged|pickled code"):
         load_checkpoint(str(path))
 
 
-def test_failed_save_leaves_nothing(tmp_path):
+def test_failed_save_leaves_no_file(tmp_path):
     class Unpicklable:
         def __reduce__(self):
             raise RuntimeError("no")
@@ -89,3 +120,317 @@ def test_failed_save_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError):
         save_atomically({"x": Unpicklable()}, str(tmp_path / "x.pt"))
     assert os.listdir(tmp_path) == []
+
+
+def test_model_configs_are_checked():
+    assert check_config(ModelConfig()) == ModelConfig()
+    for values, message in (
+        ({"hidden_size": 30, "num_heads": 4}, "not divisible"),
+        ({"head": "lm"}, "unknown head"),
+        ({"head": "token"}, "num_labels"),
+        ({"head": "joint", "num_labels": 2}, "num_slots"),
+        ({"tt": TTConfig()}, "whole embedding table"),
+        ({"pad_id": 250002}, "outside the vocabulary"),
+        ({"vocab_size": 0}, "vocab_size is 0, not an integer from 1 to"),
+        ({"dropout": 2.0}, "dropout is 2.0, not a number from"),
+        ({"num_layers": True}, "num_layers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_config(ModelConfig(**values))
+
+
+# ---------------------------------------------------------------------------------------- packing
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
+def test_pack_round_trip(bits, count):
+    low, high = quant_range(bits, True)
+    codes = torch.randint(low, high + 1, (count,), dtype=torch.int32)
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8 and len(packed) == -(-count * bits // 8)
+    assert torch.equal(unpack(packed, bits, count).int(), codes)
+
+
+def test_packed_bits_by_hand():
+    assert pack(torch.tensor([-1, 0, 1, 1]), 2).tolist() == [0b11_11_10_01]
+    assert pack(torch.tensor([-7, 7, 0]), 4).tolist() == [0b1111_0001, 0b0000_1000]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_pack_covers_twos_complement(bits):
+    codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.int8).repeat(3)
+    assert len(codes.unique()) == 2**bits
+    assert torch.equal(unpack(pack(codes, bits), bits, len(codes)).to(torch.int8), codes)
+    assert unpack(torch.zeros(bits, dtype=torch.uint8), bits, 8).tolist() == [codes[0].item()] * 8
+
+
+# --------------------------------------------------------------------------------------- students
+# Also used by test_int8.py.
+def make_student(tiny_config, **values):
+    """A fake-quantized model and its QuantConfig."""
+    config = QuantConfig(**values)
+    model = build_model(tiny_config).eval()
+    prepare(model, config)
+    if config.act_range != "dynamic":
+        calibrate(model, [random_ids([9, 9], tiny_config.vocab_size)], config.observer)
+    return model, config
+
+
+def make_bert_student(tiny_config, **values):
+    """Larger weights than at the start, and learned scales that clip some values, as after training."""
+    shape = replace(tiny_config, position_offset=0, type_vocab_size=2, pad_id=0)
+    model, config = build_model(shape).eval(), QuantConfig(**values)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+        prepare(model, config)
+        if config.act_range != "dynamic":
+            calibrate(model, [random_ids([9, 9], shape.vocab_size)], config.observer)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("log_scale", "log_step")):
+                parameter -= 0.3
+    return model, config
+
+
+TRAINS = TTConfig(rank=4, embedding_rank=5, modes=2, table_modes=3, keep=())
+
+
+def make_train_student(tiny_config, tt=TRAINS, **values):
+    """Tensor trains with larger cores than at the start, and scales that clip some of them, as after
+    training.
+    """
+    shape = replace(tiny_config, num_layers=1, head="joint", num_slots=5, tt=tt)
+    model = initialize(meta_model(shape)).eval()
+    config = QuantConfig(**{"keep": default_keep(model.config.tt), **values})
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, TensorTrain):
+                module.reset_parameters(std=0.1)
+            elif isinstance(module, torch.nn.Linear):
+                module.weight.mul_(5)
+        prepare(model, config)
+        for module in model.modules():
+            if isinstance(module, LearnedScale):
+                module.log_scale -= 0.6
+    if config.act_range == "static":
+        calibrate(model, [random_ids([9, 9], tiny_config.vocab_size)], config.observer)
+    return model, config
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"weight_bits": 4},
+        {"weight_bits": 3, "weight_range": "mse"},
+        {"weight_bits": 2, "per_channel": False, "weight_range": "mse"},
+        {"per_channel": False, "per_token": False},
+        {"act_range": "static", "observer": "moving-average"},
+        {"weight_bits": 32},
+        {"act_bits": 32},
+    ],
+    ids=str,
+)
+def test_packed_student_gives_the_same_bits(values, tiny_config, tokenizer_bytes, tmp_path):
+    model, config = make_student(tiny_config, **values)
+    path = str(tmp_path / "student.pt")
+    size = save_atomically(student_payload(model, config, tokenizer_bytes, task="xnli"), path)
+    assert size == os.path.getsize(path)
+    again, tokenizer = load_student(path)
+    ids, mask = random_ids([9, 4], tiny_config.vocab_size)
+    with torch.no_grad():
+        assert torch.equal(model(ids, mask)[0], again(ids, mask)[0])
+    assert tokenizer.bytes == tokenizer_bytes
+
+
+def test_packing_in_several_chunks(tiny_config, tokenizer_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK", 1000)
+    model, config = make_student(tiny_config, weight_bits=5)
+    path = str(tmp_path / "student.pt")
+    save_atomically(student_payload(model, config, tokenizer_bytes), path)
+    ids, mask = random_ids([9, 4], tiny_config.vocab_size)
+    with torch.no_grad():
+        assert torch.equal(model(ids, mask)[0], load_student(path)[0](ids, mask)[0])
+
+
+def test_file_size_follows_the_bits(tmp_path):
+    shape = ModelConfig(4000, 128, 2, 2, 512, 64, head="sequence", num_labels=3)
+    sizes = {}
+    for bits in (32, 8, 4, 2):
+        model, config = make_student(shape, weight_bits=bits)
+        payload = student_payload(model, config, b"x")
+        sizes[bits] = save_atomically(payload, str(tmp_path / "student.pt"))
+    quantized = 4000 * 128 + 2 * (4 * 128 * 128 + 2 * 128 * 512)
+    for bits in (8, 4, 2):
+        saved = sizes[32] - sizes[bits]
+        scales = 4 * (4000 + 2 * (4 * 128 + 512 + 128))
+        assert saved == pytest.approx(quantized * (4 - bits / 8) - scales, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [
+        ({"weights": "ternary", "weight_bits": 2}, (-1, 1)),
+        ({"weights": "lsq", "weight_bits": 2, "weight_range": "lsq"}, (-2, 1)),
+        ({"weights": "lsq", "weight_bits": 4}, (-8, 7)),
+        ({"weights": "lsq"}, (-64, 64)),
+        ({"weights": "lsq", "grid": "full"}, (-127, 127)),
+    ],
+    ids=str,
+)
+def test_packed_codes_reach_the_ends_of_their_grid(values, ends, tiny_config):
+    """Matrices with learned scales are packed as integers and one scale per row, without log_scale."""
+    model, config = make_bert_student(tiny_config, **values)
+    payload = student_payload(model, config, b"x")
+    assert len(payload["packed"]) == 2 * 6 + 1
+    assert not any("scale" in name or name in payload["packed"] for name in payload["tensors"])
+    lowest, highest = [], []
+    for name, entry in payload["packed"].items():
+        weight = model.get_parameter(name)
+        assert entry["scale"].shape == (len(weight), 1)
+        assert entry["codes"].nbytes == weight.numel() * config.weight_bits // 8
+        if "word" in name:  # rows of a table are not multiplied: they have the usual grid
+            continue
+        codes = unpack(entry["codes"], config.weight_bits, weight.numel()).view_as(weight)
+        lowest.append(int(codes.min()))
+        highest.append(int(codes.max()))
+        if config.weights == "lsq":
+            by_hand = (weight.detach().double() / entry["scale"].double()).round().clamp(*ends)
+            assert (codes != by_hand).float().mean() < 1e-3  # a tie in float32
+    assert (min(lowest), max(highest)) == ends
+
+
+def damaged_students(payload):
+    """What is wrong -> (the payload, what the error says)."""
+    name = "encoder.layers.0.ffn.up.weight"
+    entry = payload["packed"][name]
+
+    def packed(**values):
+        return {**payload, "packed": {**payload["packed"], name: {**entry, **values}}}
+
+    def quant(**values):
+        return {**payload, "quant": {**payload["quant"], **values}}
+
+    without = {k: v for k, v in payload["packed"].items() if k != name}
+    repeated = torch.zeros(1, dtype=torch.uint8).expand(len(entry["codes"]))
+    return {
+        "short": (packed(codes=entry["codes"][:-1]), "does not have the shape"),
+        "type": (packed(codes=entry["codes"].float()), "does not have the shape"),
+        "scale": (packed(scale=torch.ones(3)), "does not have the shape"),
+        "shape": (packed(shape=[1, 2]), "does not have the shape"),
+        "repeated element": (packed(codes=repeated), "does not have the shape"),
+        "bits as float": (quant(weight_bits=8.0), "is damaged"),
+        "bits out of range": (quant(weight_bits=9), "is damaged"),
+        "extra key": (packed(spare=1), "is damaged"),
+        "grid": (packed(codes=torch.full_like(entry["codes"], 127 + 100)), "outside the grid"),
+        "missing": ({**payload, "packed": without}, "is missing"),
+        "unexpected": (
+            {**payload, "packed": {**payload["packed"], "x.weight": entry}},
+            "no place in the model",
+        ),
+        "quant": ({**payload, "quant": {"bits": 8}}, "damaged"),
+        "config": ({**payload, "config": {}}, "model config is damaged"),
+        "tokenizer": ({**payload, "tokenizer": torch.zeros(9, dtype=torch.uint8)}, "SentencePiece"),
+    }
+
+
+def test_tampered_students(tiny_config, tokenizer_bytes, tmp_path):
+    model, config = make_student(tiny_config)
+    payload = student_payload(model, config, tokenizer_bytes)
+    for kind, (changed, message) in damaged_students(payload).items():
+        torch.save(changed, tmp_path / f"{kind}.pt")
+        raises_one_line(load_student, tmp_path / f"{kind}.pt", message)
+    torch.save(payload, tmp_path / "student.pt")
+    load_student(str(tmp_path / "student.pt"))
+
+
+# -------------------------------------------------------------------------- students of tensor trains
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_packed_cores_reach_the_ends_of_their_grid(bits, tiny_config):
+    model, config = make_train_student(tiny_config, weight_bits=bits)
+    packed = student_payload(model, config, b"x")["packed"]
+    cores = {name: entry for name, entry in packed.items() if ".cores." in name}
+    assert len(cores) == 2 * 3 + 9 * 4 and len(packed) == len(cores) + 1
+    extremes = set()
+    for name, entry in cores.items():
+        core = model.get_parameter(name)
+        assert entry["shape"] == list(core.shape) and entry["scale"].shape == ()
+        assert len(entry["codes"]) == -(-core.numel() * bits // 8)
+        codes = unpack(entry["codes"], bits, core.numel())
+        by_hand = (core.detach() / entry["scale"]).round()
+        by_hand = by_hand.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        assert torch.equal(codes.float(), by_hand.flatten())
+        extremes |= {int(codes.min()), int(codes.max())}
+    assert min(extremes) == -(2 ** (bits - 1)) and max(extremes) == 2 ** (bits - 1) - 1
+
+
+def test_file_size_of_tensor_trains(tiny_config, tokenizer_bytes, tmp_path):
+    sizes = {}
+    for bits in (8, 4, 2):
+        shape = replace(tiny_config, hidden_size=64, ffn_size=128)
+        model, config = make_train_student(shape, TTConfig(8, 12), weight_bits=bits)
+        payload = student_payload(model, config, tokenizer_bytes)
+        sizes[bits] = save_atomically(payload, str(tmp_path / "student.pt"))
+        replaced = [p for n, p in model.named_parameters() if n in payload["packed"]]
+        names = {n for n, _ in model.named_parameters() if "log_scale" not in n}
+        floats = [model.get_parameter(n) for n in names - set(payload["packed"])]
+        scales = sum(entry["scale"].numel() for entry in payload["packed"].values())
+        content = sum(-(-p.numel() * bits // 8) for p in replaced) + 4 * scales
+        content += 4 * sum(p.numel() for p in floats) + len(tokenizer_bytes)
+        pieces = 2 * len(replaced) + len(floats) + 1  # tensors in the archive
+        assert content < sizes[bits] < content + 500 * pieces
+        assert not any("log_scale" in name for name in payload["tensors"])
+    elements = sum(p.numel() for p in replaced)
+    assert sizes[8] - sizes[4] == pytest.approx(elements * 4 / 8, rel=0.1)
+    assert sizes[4] - sizes[2] == pytest.approx(elements * 2 / 8, rel=0.2)
+
+
+def damaged_cores(payload):
+    """What is wrong -> (the payload, what the error says)."""
+    name = "encoder.layers.0.ffn.up.cores.1"
+    entry = payload["packed"][name]
+
+    def packed(**values):
+        return {**payload, "packed": {**payload["packed"], name: {**entry, **values}}}
+
+    def without(kind, name):
+        return {**payload, kind: {k: v for k, v in payload[kind].items() if k != name}}
+
+    flat = entry["shape"][0] * entry["shape"][1], entry["shape"][2]
+    moved = {**payload["packed"], "encoder.layers.0.ffn.up.cores.4": entry}
+    rank = {**payload["config"], "tt": {**payload["config"]["tt"], "rank": 3}}
+    return {
+        "short": (packed(codes=entry["codes"][:-1]), "does not have the shape"),
+        "type": (packed(codes=entry["codes"].float()), "does not have the shape"),
+        "shape": (packed(shape=list(flat)), "does not have the shape"),
+        "scale per row": (packed(scale=torch.ones(4, 1)), "does not have the shape"),
+        "scale in float64": (packed(scale=torch.ones((), dtype=float)), "does not have the shape"),
+        "missing": (without("packed", name), f"packed tensor {name} is missing"),
+        "missing in a table": (
+            without("packed", "encoder.embeddings.word.cores.0"),
+            "packed tensor encoder.embeddings.word.cores.0 is missing",
+        ),
+        "one too many": ({**payload, "packed": moved}, "cores.4 has no place in the model"),
+        "other ranks": ({**payload, "config": rank}, "does not have the shape"),
+        "no tensor trains": (
+            {**payload, "config": {**payload["config"], "tt": None}},
+            "has no place in the model",
+        ),
+        "log scale": (
+            {**payload, "tensors": {**payload["tensors"], "x.log_scale": torch.ones(())}},
+            "unexpected tensor x.log_scale",
+        ),
+    }
+
+
+def test_tampered_cores(tiny_config, tokenizer_bytes, tmp_path):
+    model, config = make_train_student(tiny_config, weight_bits=4)
+    payload = student_payload(model, config, tokenizer_bytes)
+    for kind, (changed, message) in damaged_cores(payload).items():
+        torch.save(changed, tmp_path / f"{kind}.pt")
+        raises_one_line(read_student, tmp_path / f"{kind}.pt", message)
+    torch.save(payload, tmp_path / "student.pt")
+    read_student(str(tmp_path / "student.pt"))
+
+
+def test_docstrings():
+    assert doctest.testmod(checkpoint, extraglobs={"torch": torch}).failed == 0

@@ -1,6 +1,8 @@
-"""model.py against Hugging Face's numbers (tests/golden), and its own promises."""
+"""model.py: parity with Hugging Face (tests/golden), taps, padding and heads."""
 
 import os
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +11,7 @@ from conftest import DEVICES, GOLDEN, TOKENIZER, random_ids
 
 import convert
 from checkpoint import load_checkpoint
-from data import UserError
-from model import PRESETS, TAPS, Model, ModelConfig, build_model, with_head
+from model import PRESETS, TAPS, Model, build_model, with_head
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +22,7 @@ def expected():
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """The three golden folders, each with its tokenizer, converted: name -> path of the .pt."""
-    import shutil
-
+    """The three golden folders, each with the tokenizer, converted: name -> path of the .pt."""
     folder, paths = tmp_path_factory.mktemp("golden"), {}
     for name in ("st", "bin", "seq"):
         shutil.copytree(os.path.join(GOLDEN, name), folder / name)
@@ -54,9 +53,9 @@ def test_equals_hugging_face(name, explicit, device, expected, converted):
         assert (maps - reference)[:, real].abs().max() < 1e-5
 
 
-def test_mixed_precision_source_really_differs(expected):
-    """The golden test of the .bin would prove nothing if its fp16 layers gave the fp32 model's
-    numbers.
+def test_mixed_precision_source_differs(expected):
+    """The golden test of the .bin would prove nothing if its fp16 layers gave the hidden states of
+    the float32 model.
     """
     assert (expected["st_hidden"] - expected["bin_hidden"]).abs().max() > 1e-4
 
@@ -69,18 +68,25 @@ def test_taps_are_consistent(tiny_config):
     assert nothing == {}
     torch.testing.assert_close(logits, plain, atol=1e-5, rtol=1e-5)
     B, T, C, H, L = 2, 9, 32, 4, 2
-    shapes = {
-        "score": (B, H, T, T),
-        "map": (B, H, T, T),
-        "context": (B, H, T, C // H),
-        "output": (B, T, C),
-        "hidden": (B, T, C),
-    }
+    per_head, of_pairs, of_tokens = (B, H, T, C // H), (B, H, T, T), (B, T, C)
+    shapes = dict.fromkeys(("query", "key", "value", "context"), per_head)
+    shapes |= dict.fromkeys(("score", "map"), of_pairs)
+    shapes |= dict.fromkeys(("output", "residual", "normed", "hidden"), of_tokens)
+    assert set(shapes) == set(TAPS)
     for name, shape in shapes.items():
         assert len(taps[name]) == L + (name == "hidden")
         assert all(tap.shape == shape for tap in taps[name])
     torch.testing.assert_close(taps["map"][0], taps["score"][0].softmax(-1))
-    assert (taps["map"][0][1, :, :, 4:] == 0).all()  # nothing looks at padding
+    assert (taps["map"][0][1, :, :, 4:] == 0).all()  # nothing attends to padding
+    query, key = taps["query"][0], taps["key"][0]
+    score = (query @ key.transpose(-2, -1) / (C // H) ** 0.5)[
+        0
+    ]  # the first sequence has no padding
+    torch.testing.assert_close(taps["score"][0][0], score)
+    torch.testing.assert_close(taps["context"][0], taps["map"][0] @ taps["value"][0])
+    residual = taps["hidden"][0] + taps["output"][0]
+    torch.testing.assert_close(taps["residual"][0], residual)
+    torch.testing.assert_close(taps["normed"][0], model.encoder.layers[0].attention.norm(residual))
     _, fused = model(ids, mask, ("context",))
     for a, b in zip(fused["context"], taps["context"], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -95,7 +101,7 @@ def test_padding_does_not_change_real_tokens(tiny_config):
     torch.testing.assert_close(alone, with_padding, atol=1e-6, rtol=1e-5)
 
 
-def test_word_gradient_is_sparse_and_right(tiny_config):
+def test_word_gradient_is_sparse_and_correct(tiny_config):
     model = build_model(tiny_config).eval()
     ids = torch.tensor([[0, 7, 7, 9, 2]])
     model(ids)[0].square().sum().backward()
@@ -108,9 +114,9 @@ def test_word_gradient_is_sparse_and_right(tiny_config):
     torch.testing.assert_close(sparse.to_dense(), weight.grad)
 
 
-def test_too_long_and_unknown_taps(tiny_config):
+def test_too_many_tokens_and_unknown_taps(tiny_config):
     model = build_model(tiny_config)
-    with pytest.raises(ValueError, match="65 tokens are more than this model's 64"):
+    with pytest.raises(ValueError, match="65 tokens, but this model has 64 positions"):
         model(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="unknown taps"):
         model(torch.zeros(1, 5, dtype=torch.long), capture=("values",))
@@ -127,24 +133,9 @@ def test_presets_have_the_published_sizes():
 
 
 def test_with_head_shares_the_encoder(tiny_config):
-    from dataclasses import replace
-
     base = build_model(replace(tiny_config, head="mlm", num_labels=0))
     assert not base.encoder.embeddings.word.sparse
     new = with_head(base, "sequence", 3)
     assert new.encoder is base.encoder and new.config.num_labels == 3
     assert new.encoder.embeddings.word.sparse
     assert new(torch.zeros(2, 4, dtype=torch.long))[0].shape == (2, 3)
-
-
-def test_config_refuses_nonsense():
-    for values, message in (
-        ({"hidden_size": 30, "num_heads": 4}, "not divisible"),
-        ({"head": "lm"}, "unknown head"),
-        ({"head": "token"}, "num_labels"),
-        ({"vocab_size": 0}, "vocab_size is 0"),
-        ({"dropout": 2.0}, "dropout"),
-        ({"num_layers": True}, "num_layers"),
-    ):
-        with pytest.raises(UserError, match=message):
-            ModelConfig(**values)

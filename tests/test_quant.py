@@ -1,26 +1,25 @@
-"""quant.py against brute force in float64, PyTorch's own kernels, and finite reasoning about
-gradients.
-"""
+"""quant.py against brute force in float64, PyTorch's own kernels, and gradients derived by hand."""
 
-import copy
+import doctest
+import math
 
 import pytest
 import torch
-from conftest import DEVICES, random_ids
+from conftest import DEVICES
 from torch import nn
 
 import quant
-from data import UserError
-from model import build_model, set_dropout
-from prepare import calibrate, prepare
+from model import random_mask
 from quant import (
     ActQuantizer,
+    FixedQuantizer,
     MinMax,
     MovingAverage,
     MSESearch,
     QuantConfig,
     QuantLinear,
-    WeightQuantizer,
+    TernaryQuantizer,
+    UniformQuantizer,
     best_clip,
     choose_qparams,
     dequantize,
@@ -29,7 +28,6 @@ from quant import (
     noise_mask,
     quant_range,
     quantize,
-    random_mask,
 )
 
 BITS = range(2, 9)
@@ -44,14 +42,19 @@ def same_bits(a, b):
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
+def test_docstring_examples():
+    found = doctest.testmod(quant, extraglobs={"torch": torch})
+    assert found.failed == 0 and found.attempted >= 5
+
+
 # --------------------------------------------------------------------------------------- the grid
-def test_ranges():
+def test_integers_of_a_grid():
     for bits in BITS:
         low, high = quant_range(bits, True)
         assert low == -high and high - low + 1 == 2**bits - 1
         assert quant_range(bits, False) == (0, 2**bits - 1)
     for bits in (1, 9, 32):
-        with pytest.raises(UserError, match="choose from 2 to 8"):
+        with pytest.raises(ValueError, match=f"{bits} bits: choose 2 to 8, or 32"):
             quant_range(bits, True)
 
 
@@ -59,7 +62,7 @@ def test_ranges():
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-def test_fake_quantize_is_dequantize_quantize_bit_for_bit(bits, symmetric, per_row, device):
+def test_fake_quantize_equals_dequantize_of_quantize_bit_for_bit(bits, symmetric, per_row, device):
     x = (torch.randn(64, 48) * torch.logspace(-3, 3, 64)[:, None]).to(device)
     for shift in (0.0, 5.0, -5.0):
         scale, zero, low, high = qparams(x + shift, bits, symmetric, per_row)
@@ -75,11 +78,11 @@ def test_fake_quantize_is_dequantize_quantize_bit_for_bit(bits, symmetric, per_r
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", BITS)
 def test_nearest_grid_point_by_brute_force(bits, symmetric):
-    """In float64, over all grid points: no other is closer than the one chosen."""
+    """In float64, over all grid points: none is closer than the one chosen."""
     x = torch.randn(300) * 2 + (0 if symmetric else 1.5)
     scale, zero, low, high = qparams(x, bits, symmetric, False)
     grid = (torch.arange(low, high + 1, dtype=torch.float64) - zero.double()) * scale.double()
-    wide = torch.cat([x, 2 * x])  # values beyond the range must land on its ends
+    wide = torch.cat([x, 2 * x])  # values beyond the range must become its ends
     distance = (wide.double()[:, None] - grid).abs()
     chosen = (fake_quantize(wide, scale, zero, low, high).double() - wide.double()).abs()
     assert (chosen <= distance.min(dim=1).values + 1e-4 * scale.double()).all()
@@ -92,7 +95,7 @@ def test_equals_pytorch_kernels(bits):
     x = torch.randn(32, 100) * 3 + 1
     scale, zero, low, high = qparams(x, bits, False, False)
     theirs = torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero), low, high)
-    # PyTorch multiplies by 1/scale; only values that land within rounding of a tie may differ
+    # PyTorch multiplies by 1/scale; only values that are within rounding of a tie may differ
     close = ((x / scale).frac().abs() - 0.5).abs() > 1e-4
     torch.testing.assert_close(fake_quantize(x, scale, zero, low, high)[close], theirs[close])
     scale, zero, low, high = qparams(x, bits, True, True)
@@ -103,9 +106,7 @@ def test_equals_pytorch_kernels(bits):
 
 
 def test_qparams_equal_torch_ao():
-    """The formulas of torch.ao's MinMaxObserver, written out; it widens the range to hold 0 as
-    well.
-    """
+    """The formulas of torch.ao's MinMaxObserver, which also widens the range to include 0."""
     for low, high in ((-1.0, 3.0), (0.5, 2.0), (-4.0, -1.0), (0.0, 0.0), (-1e-9, 1e-9)):
         x_min, x_max = torch.tensor(low), torch.tensor(high)
         scale, zero = choose_qparams(x_min, x_max, 0, 255, False)
@@ -144,7 +145,8 @@ def test_gradient_equals_pytorch_kernel():
     assert (ours.grad == theirs.grad).float().mean() > 0.999 and (ours.grad == 0).any()
 
 
-def test_noise_leaves_the_rest_exact_with_exact_gradient():
+# ------------------------------------------------------------------------------------------ noise
+def test_elements_without_noise_are_exact_and_have_exact_gradients():
     x = (3 * torch.randn(40, 64)).requires_grad_()
     where = random_mask(x.shape, 0.4, x.device)
     scale, zero = torch.tensor(0.7), torch.tensor(0.0)
@@ -165,7 +167,7 @@ def test_random_mask_has_its_probability(p, device):
     mask = random_mask(torch.Size((n // 10 + 1, 10)), p, torch.device(device))
     deviation = (n * p * (1 - p)) ** 0.5 / n
     assert abs(mask.float().mean().item() - p) < 5 * deviation + 1 / 65536
-    # neighbours are independent: as many pairs as chance gives
+    # neighbours are independent: both are True as often as chance gives
     flat = mask.flatten()
     for distance in (1, 2, 3, 4, 7):
         both = (flat[:-distance] & flat[distance:]).float().mean().item()
@@ -182,7 +184,7 @@ def test_noise_in_blocks():
     assert abs(mask.float().mean() - 0.3) < 0.06
 
 
-# ----------------------------------------------------------------------------------------- ranges
+# ------------------------------------------------------------------------------ ranges, observers
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("per_row", [False, True])
@@ -202,22 +204,6 @@ def test_best_clip_by_brute_force(bits, symmetric, per_row):
     torch.testing.assert_close(error(clip), every.min(dim=0).values)
     if bits <= 3:
         assert (error(clip) < 0.9 * error(torch.tensor(1.0))).all()
-
-
-def test_one_clip_factor_for_all_rows(tiny_config):
-    """The table's factor shrinks every row's own range; it is the best common one."""
-    _, model, _ = prepared(QuantConfig(weight_bits=3, weight_range="mse"), tiny_config)
-    words = model.encoder.embeddings.word
-    quantizer, weight = words.row_quantizer, words.weight.detach()
-    assert quantizer.clip.dim() == 0 and quantizer.clip < 1
-    low, high = min_max(weight, True)
-
-    def error(factor):
-        scale, zero = choose_qparams(low * factor, high * factor, -3, 3, True)
-        return float((fake_quantize(weight, scale, zero, -3, 3) - weight).square().sum())
-
-    errors = {percent: error(percent / 100) for percent in range(10, 101, 2)}
-    assert error(quantizer.clip) == pytest.approx(min(errors.values()))
 
 
 def test_observers():
@@ -244,70 +230,218 @@ def test_mse_observer_clips_outliers():
     assert observer.range(0, 3, False)[1] < 8
 
 
-# ---------------------------------------------------------------------------------------- a model
-def prepared(config, tiny_config, head="sequence"):
-    model = build_model(tiny_config).eval()
-    original = copy.deepcopy(model)
-    report = prepare(model, config)
-    return original, model, report
+# -------------------------------------------------------------------------------- uniform weights
+@pytest.mark.parametrize("weight_range", ["minmax", "mse"])
+def test_one_clip_factor_for_all_rows_of_a_table(weight_range):
+    """The factor of a table scales the min-max range of every row; it is the best common one."""
+    weight = torch.randn(442, 32)
+    config = QuantConfig(weight_bits=3, weight_range=weight_range)
+    quantizer = UniformQuantizer(config, weight, per_row=True, multiplied=False)
+    assert quantizer.clip.dim() == 0
+    if weight_range == "minmax":
+        assert quantizer.clip == 1
+        return
+    assert quantizer.clip < 1
+    low, high = min_max(weight, True)
+
+    def error(factor):
+        scale, zero = choose_qparams(low * factor, high * factor, -3, 3, True)
+        return float((fake_quantize(weight, scale, zero, -3, 3) - weight).square().sum())
+
+    errors = {percent: error(percent / 100) for percent in range(10, 101, 2)}
+    assert error(quantizer.clip) == pytest.approx(min(errors.values()))
 
 
-def test_prepare_reports_what_it_did(tiny_config):
-    original, model, report = prepared(QuantConfig(), tiny_config)
-    layers = [f"encoder.layers.{i}." for i in range(2)]
-    names = [f"attention.{n}" for n in ("query", "key", "value", "output")] + ["ffn.up", "ffn.down"]
-    expected = {f"{layer}{name}.weight" for layer in layers for name in names}
-    assert set(report.replaced) == expected | {"encoder.embeddings.word.weight"}
-    assert report.act_quantizers == 2 * 4  # query, key and value share one
-    everything = {name: p.numel() for name, p in original.named_parameters()}
-    assert report.replaced | report.kept == everything
-    assert "head.dense.weight" in report.kept and "encoder.layers.0.ffn.up.bias" in report.kept
-    for name, parameter in original.named_parameters():
-        assert torch.equal(parameter, dict(model.named_parameters())[name])
-    assert "quantized" in str(report)
-    with pytest.raises(UserError, match="already prepared"):
-        prepare(model, QuantConfig())
+def test_clipped_weights_beat_min_max_at_2_bits():
+    weight = nn.init.normal_(torch.empty(64, 256))
+    errors = {}
+    for kind in ("minmax", "mse"):
+        config = QuantConfig(weight_bits=2, weight_range=kind)
+        quantizer = UniformQuantizer(config, weight, per_row=True, multiplied=True)
+        errors[kind] = float((quantizer(weight) - weight).square().mean())
+    assert errors["mse"] < 0.5 * errors["minmax"]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("per_channel", [True, False])
+class PowerOfTwoQuantizer(UniformQuantizer):
+    """Scales rounded down to powers of two: integer models could shift bits instead of multiplying."""
+
+    @torch.no_grad()
+    def scale(self, weight):
+        return super().scale(weight).log2().floor().exp2()
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.4])
+@pytest.mark.parametrize("per_row", [True, False])
 @pytest.mark.parametrize("bits", [8, 4, 2])
-def test_prepared_model_equals_explicit_arithmetic(bits, per_channel, device, tiny_config):
-    """The whole prepared model against the float32 model whose weights and inputs were quantized
-    from outside.
+def test_subclass_with_a_scale_of_its_own_gives_clipped_weights_no_gradient(bits, per_row, noise):
+    weight = (torch.randn(20, 60) * torch.logspace(-2, 2, 20)[:, None]).requires_grad_()
+    config = QuantConfig(weight_bits=bits, noise=noise)
+    quantizer = PowerOfTwoQuantizer(config, weight, per_row, multiplied=True)
+    upstream = torch.randn_like(weight)
+    found, (codes, scale) = quantizer(weight), quantizer.codes(weight)
+    found.backward(upstream)
+    assert torch.equal(scale.log2(), scale.log2().round())
+    full = quantizer.eval()(weight)
+    assert torch.equal(full, codes * scale)
+    passed = torch.zeros_like(full, dtype=torch.bool)  # not quantized at this step
+    if noise < 1.0:
+        passed = found == weight
+        assert torch.equal(found[~passed], full[~passed]) and 0.5 < passed.float().mean() < 0.7
+    clipped = (weight.detach() / scale).round().abs() > quantizer.quant_max
+    assert (clipped & ~passed).any()
+    assert torch.equal(weight.grad, upstream * ~(clipped & ~passed))
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.4])
+def test_min_max_scales_save_no_mask_for_the_backward_pass(noise):
+    """Nothing can be clipped, so nothing is stored; wherever something can, its mask is."""
+    weight = torch.randn(20, 60, requires_grad=True)
+
+    class Renamed(UniformQuantizer):
+        """A subclass that keeps the scale."""
+
+    for kind, weight_range, masks in (
+        (UniformQuantizer, "minmax", 0),
+        (Renamed, "minmax", 0),
+        (UniformQuantizer, "mse", 1),
+        (PowerOfTwoQuantizer, "minmax", 1),
+    ):
+        config = QuantConfig(weight_bits=4, weight_range=weight_range, noise=noise)
+        found = kind(config, weight, True, True)(weight)
+        assert len(found.grad_fn.saved_tensors) == masks
+
+
+# -------------------------------------------------------------------------------- ternary weights
+TERNARY = {"weight_bits": 2, "weights": "ternary"}
+
+
+def ternary(weight, per_row=True, **values):
+    return TernaryQuantizer(QuantConfig(**TERNARY, **values), weight, per_row, multiplied=True)
+
+
+def ternary_in_python(values):
+    """Ternary Weight Networks, eq. 5-6, for a list of floats: (codes, alpha)."""
+    sizes = [abs(value) for value in values]
+    delta = 0.7 * math.fsum(sizes) / len(sizes)
+    large = [size for size in sizes if size > delta]
+    alpha = math.fsum(large) / len(large) if large else 0.0
+    return [math.copysign(1, v) if abs(v) > delta else 0 for v in values], alpha
+
+
+def squared_error(values, alpha, codes):
+    return math.fsum((v - alpha * code) ** 2 for v, code in zip(values, codes, strict=True))
+
+
+def least_error(values):
+    """The least squared error of all ternary codes, each with its best alpha. With k codes that are
+    not 0 those are the k largest values, and alpha is their mean.
     """
-    config = QuantConfig(
-        weight_bits=bits, act_bits=bits, per_channel=per_channel, per_token=per_channel, grid="full"
-    )
-    original, model, _ = prepared(config, tiny_config)
-    for both in (original, model):  # random starts give logits near 0
-        with torch.no_grad():
-            for parameter in both.parameters():
-                parameter.mul_(3)
-    original, model = original.to(device), model.to(device)
+    sizes = sorted((abs(value) for value in values), reverse=True)
+    squares, most, total = math.fsum(size**2 for size in sizes), 0.0, 0.0
+    for k, size in enumerate(sizes, start=1):
+        total += size
+        most = max(most, total**2 / k)  # k alpha^2
+    return squares - most
 
-    def on_grid(x, symmetric, per_row):
-        scale, zero, low, high = qparams(x, bits, symmetric, per_row)
-        return dequantize(quantize(x, scale, zero, low, high), scale, zero)
 
-    def quantize_input(module, args):
-        return (on_grid(args[0], False, per_channel),)
+MATRICES = {
+    "gaussian": torch.randn(12, 50, generator=torch.Generator().manual_seed(1)),
+    "rows of all sizes": torch.randn(8, 30, generator=torch.Generator().manual_seed(2))
+    * torch.logspace(-4, 2, 8)[:, None],
+    "one column": torch.tensor([[3.0], [-0.25], [1e-6], [0.0]]),
+    "one element": torch.tensor([[-0.7]]),
+    "constants": torch.tensor([[2.0] * 5, [-0.3] * 5, [0.1, -0.1, 0.1, -0.1, 0.1]]),
+    "rows of zeros": torch.tensor([[0.0] * 4, [1.0, -2.0, 0.0, 0.1], [-0.0, 0.0, -0.0, 0.0]]),
+    "zeros": torch.zeros(3, 4),
+    "sparse": torch.tensor([[0.0, 0.0, 0.0, 5.0], [0.0, -1.0, 0.0, 0.0]]),
+}
 
-    with torch.no_grad():
-        words = original.encoder.embeddings.word
-        words.weight.copy_(on_grid(words.weight, True, True))  # the whole table, row by row
-        for module in original.encoder.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.copy_(on_grid(module.weight, True, per_channel))
-                module.register_forward_pre_hook(quantize_input)
-        ids, mask = random_ids([9, 9, 9], tiny_config.vocab_size, device)
-        expected, _ = original(ids, mask)
-        found, _ = model(ids, mask)
-        # training computes in this very order; a code may tip over in the integers' own
-        set_dropout(model, 0.0)
-        trained, _ = model.train()(ids, mask)
-    torch.testing.assert_close(trained, expected, atol=1e-5, rtol=1e-5)
-    assert (found - expected).abs().max() <= 0.05 * expected.std()
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("name", MATRICES)
+def test_ternary_weights_by_brute_force(name, per_row):
+    weight = MATRICES[name]
+    quantizer = ternary(weight, per_row)
+    found, (codes, scale) = quantizer(weight), quantizer.codes(weight)
+    assert scale.shape == ((len(weight), 1) if per_row else ()) and (scale > 0).all()
+    assert torch.equal(found, codes * scale)  # what is packed is what was trained, bit for bit
+    assert torch.equal(quantizer.eval()(weight), found)
+    groups = zip(weight, codes, scale, strict=True) if per_row else [(weight, codes, scale)]
+    for values, row, alpha in groups:
+        expected, expected_alpha = ternary_in_python(values.flatten().tolist())
+        assert row.flatten().tolist() == expected
+        # a row of zeros has no alpha, but needs a scale that divides
+        assert alpha.item() == pytest.approx(expected_alpha, rel=1e-5, abs=1e-11)
+    if name == "zeros":
+        assert not found.any()
+
+
+def test_ternary_weights_of_a_file_keep_their_codes_and_scales():
+    weight = MATRICES["rows of all sizes"]
+    codes, scale = ternary(weight).codes(weight)
+    quantizer = FixedQuantizer(ternary(weight), scale)
+    assert torch.equal(quantizer(codes * scale), codes * scale)
+    found, same = quantizer.codes(codes * scale)
+    # alpha is not computed again, which could change its last digit
+    assert torch.equal(found, codes) and same is scale
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.4])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_every_ternary_weight_gets_its_gradient(per_row, noise):
+    weight = (torch.randn(20, 30) * torch.logspace(-2, 2, 20)[:, None]).requires_grad_()
+    upstream = torch.randn_like(weight)
+    ternary(weight, per_row, noise=noise)(weight).backward(upstream)
+    assert torch.equal(weight.grad, upstream)
+
+
+@pytest.mark.parametrize("block", [1, 8])
+def test_noise_mixes_ternary_weights_with_exact_ones(block):
+    weight = torch.randn(300, 48)
+    quantizer = ternary(weight, noise=0.3, noise_block=block)
+    mixed, full = quantizer(weight), quantizer.eval()(weight)
+    exact, on_grid = mixed == weight, mixed == full
+    assert (exact ^ on_grid).all()  # one or the other, bit for bit
+    assert abs(on_grid.float().mean() - 0.3) < 0.04
+    runs = on_grid.view(300, 6, 8)
+    assert (runs.all(-1) | ~runs.any(-1)).all() == (block == 8)
+    assert torch.equal(full, ternary(weight)(weight))  # in evaluation everything is quantized
+    assert ternary(weight, noise=0.0)(weight) is weight
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "uniform"])
+def test_ternary_weights_are_close_to_the_least_error(kind):
+    weight = torch.randn(20, 400) if kind == "gaussian" else torch.rand(20, 400) - 0.5
+    rows = weight.tolist()
+    codes, scale = ternary(weight).codes(weight)
+    triples = zip(rows, scale.flatten().tolist(), codes.tolist(), strict=True)
+    error = sum(squared_error(*row) for row in triples)
+    best = sum(least_error(row) for row in rows)
+    assert best <= error < 1.03 * best
+    min_max = UniformQuantizer(QuantConfig(weight_bits=2), weight, per_row=True, multiplied=True)
+    min_max_error = (min_max(weight) - weight).square().sum().item()
+    assert error < (0.35 if kind == "gaussian" else 0.75) * min_max_error
+
+
+def test_least_error_by_all_codes():
+    """The reference above against each of the 3^6 codes."""
+    values = torch.randn(6, dtype=torch.float64).tolist()
+    errors = []
+    for index in range(3**6):
+        codes = [index // 3**k % 3 - 1 for k in range(6)]
+        if any(codes):
+            alpha = sum(c * v for c, v in zip(codes, values, strict=True)) / sum(map(abs, codes))
+            errors.append(squared_error(values, alpha, codes))
+    assert least_error(values) == pytest.approx(min(errors), rel=1e-9)
+
+
+# ---------------------------------------------------------------------------------------- a layer
+def test_quant_linear_keeps_its_parameters():
+    linear = nn.Linear(4, 3)
+    quantized = QuantLinear(linear, nn.Identity(), nn.Identity())
+    assert quantized.weight is linear.weight and quantized.bias is linear.bias
+    x = torch.randn(2, 4)
+    assert torch.equal(quantized(x), linear(x))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -317,7 +451,7 @@ def test_evaluation_multiplies_integers(bits, per_row, device):
     """One layer in evaluation against the same arithmetic in int64, and against training."""
     config = QuantConfig(weight_bits=bits, per_channel=per_row, per_token=per_row)
     linear = nn.Linear(300, 40)
-    weight = WeightQuantizer(config, per_row, multiplied=True)
+    weight = UniformQuantizer(config, linear.weight, per_row, multiplied=True)
     layer = QuantLinear(linear, ActQuantizer(config), weight).to(device)
     x = (torch.randn(2, 7, 300) * torch.logspace(-1, 1, 300)).to(device)
     trained = layer.train()(x)
@@ -331,143 +465,3 @@ def test_evaluation_multiplies_integers(bits, per_row, device):
     torch.testing.assert_close(found.double().cpu(), expected, atol=1e-5, rtol=1e-6)
     layer.act_quantizer.returns_codes = False  # as with float32 weights
     assert not isinstance(layer.act_quantizer(x), quant.Codes)
-
-
-def test_bits_32_leaves_alone(tiny_config):
-    ids, mask = random_ids([7, 5], tiny_config.vocab_size)
-    original, model, report = prepared(QuantConfig(weight_bits=32, act_bits=32), tiny_config)
-    assert not report.replaced and not report.act_quantizers
-    assert torch.equal(original(ids, mask)[0], model(ids, mask)[0])
-    _, model, report = prepared(QuantConfig(weight_bits=32), tiny_config)
-    assert not report.replaced and report.act_quantizers == 8
-    _, model, report = prepared(QuantConfig(act_bits=32), tiny_config)
-    assert len(report.replaced) == 13 and not report.act_quantizers
-
-
-def test_more_bits_less_error(tiny_config):
-    ids, mask = random_ids([9, 6], tiny_config.vocab_size)
-    errors = []
-    for bits in BITS:
-        torch.manual_seed(0)
-        original, model, _ = prepared(QuantConfig(weight_bits=bits, act_bits=8), tiny_config)
-        with torch.no_grad():
-            errors.append(float((original(ids, mask)[0] - model(ids, mask)[0]).abs().mean()))
-    assert errors[-1] < errors[2] < errors[0] and errors[-1] < 0.05 * errors[0]
-
-
-def test_dynamic_per_token_does_not_depend_on_the_batch(tiny_config):
-    _, model, _ = prepared(QuantConfig(), tiny_config)
-    ids, mask = random_ids([9, 5, 7], tiny_config.vocab_size)
-    together, _ = model(ids, mask)
-    alone, _ = model(ids[1:2, :5])
-    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-4)
-
-
-def test_noise_only_in_training(tiny_config):
-    _, model, _ = prepared(QuantConfig(noise=0.5), tiny_config)
-    _, full, _ = prepared(QuantConfig(noise=1.0), tiny_config)
-    full.load_state_dict(model.state_dict())
-    ids, mask = random_ids([9, 5], tiny_config.vocab_size)
-    assert torch.equal(model(ids, mask)[0], full(ids, mask)[0])
-    quant_module = model.encoder.layers[0].ffn.up.weight_quantizer
-    weight = model.encoder.layers[0].ffn.up.weight
-    quant_module.train()
-    share = (quant_module(weight) != weight).float().mean()
-    assert 0.4 < share < 0.6
-    quant_module.noise = 0.0
-    assert quant_module(weight) is weight
-
-
-def test_every_parameter_learns(tiny_config):
-    _, model, _ = prepared(QuantConfig(weight_bits=4, noise=0.5), tiny_config)
-    ids, mask = random_ids([9, 5], tiny_config.vocab_size)
-    model.train()(ids, mask)[0].logsumexp(-1).sum().backward()
-    for name, parameter in model.named_parameters():
-        if name.endswith("key.bias"):  # adds a constant to each row of scores: softmax cancels it
-            continue
-        grad = parameter.grad
-        assert grad is not None and (grad.coalesce().values() if grad.is_sparse else grad).any(), (
-            name
-        )
-
-
-def test_static_ranges(tiny_config):
-    original, model, _ = prepared(QuantConfig(act_range="static"), tiny_config)
-    batches = [random_ids([9, 9, 9], tiny_config.vocab_size) for _ in range(6)]
-    assert model(*batches[0])[0].isnan().all()  # not calibrated: no silent nonsense
-    calibrate(model, batches, "minmax")
-    for module in model.modules():
-        if isinstance(module, ActQuantizer):
-            assert module.observer is None and module.scale > 0
-    error = (model(*batches[0])[0] - original(*batches[0])[0]).abs().max()
-    assert error < 0.1 * original(*batches[0])[0].abs().max() + 0.02
-    # the range of the first quantizer is that of the embeddings' output
-    outputs = [original(*batch, ("hidden",))[1]["hidden"][0] for batch in batches]
-    _, quantized, _ = prepared(QuantConfig(act_bits=32), tiny_config)
-    quantized.load_state_dict(original.state_dict(), strict=False)
-    outputs = [quantized(*batch, ("hidden",))[1]["hidden"][0] for batch in batches]
-    low, high = min(o.min() for o in outputs), max(o.max() for o in outputs)
-    first = model.encoder.layers[0].attention.input_quantizer
-    scale, zero = choose_qparams(low, high, 0, 255, False)
-    torch.testing.assert_close((first.scale, first.zero_point), (scale, zero))
-
-
-def test_clipped_weights_beat_min_max_at_2_bits():
-    linear = nn.Linear(256, 64)
-    nn.init.normal_(linear.weight)
-    errors = {}
-    for kind in ("minmax", "mse"):
-        quantizer = WeightQuantizer(QuantConfig(weight_bits=2, weight_range=kind), True, True)
-        if kind == "mse":
-            quantizer.search_clip(linear.weight)
-        with torch.no_grad():
-            errors[kind] = float((quantizer(linear.weight) - linear.weight).square().mean())
-    assert errors["mse"] < 0.5 * errors["minmax"]
-
-
-def test_part_of_an_attention_cannot_be_kept(tiny_config):
-    with pytest.raises(UserError, match="keep all of encoder.layers.0.attention"):
-        prepared(QuantConfig(keep=("head", "encoder.layers.0.attention.key")), tiny_config)
-    _, _, report = prepared(QuantConfig(keep=("head", "encoder.layers.0.attention")), tiny_config)
-    assert report.act_quantizers == 4 + 2
-
-
-def test_quant_linear_keeps_its_parameters():
-    linear = nn.Linear(4, 3)
-    quantized = QuantLinear(linear, nn.Identity(), nn.Identity())
-    assert quantized.weight is linear.weight and quantized.bias is linear.bias
-    x = torch.randn(2, 4)
-    assert torch.equal(quantized(x), linear(x))
-
-
-def test_config_refuses_nonsense():
-    for values, message in (
-        ({"weight_bits": 1}, "weight_bits is 1"),
-        ({"act_bits": 16}, "act_bits is 16"),
-        ({"noise": 1.5}, "noise is 1.5"),
-        ({"noise_block": 0}, "noise block is 0"),
-        ({"observer": "best"}, "observer is 'best'"),
-        ({"act_range": "fixed"}, "act_range is 'fixed'"),
-        ({"attention_bits": 1}, "attention_bits is 1"),
-        ({"attention_bits": 9}, "attention_bits is 9"),
-        ({"weights": "binary"}, "weights is 'binary'"),
-        ({"weights": "ternary"}, "ternary weights have 2 bits, not 8"),
-        ({"weights": "ternary", "weight_bits": 4}, "ternary weights have 2 bits, not 4"),
-        ({"weight_range": "lsq"}, "it needs weights lsq"),
-        ({"weight_range": "lsq", "weights": "ternary", "weight_bits": 2}, "a range of their own"),
-        ({"weight_range": "mse", "weights": "ternary", "weight_bits": 2}, "a range of their own"),
-        ({"weight_clip": 1.0, "weights": "lsq"}, "leave weight clip at 0"),
-        ({"weight_clip": -0.1}, "weight clip is -0.1"),
-        ({"weight_clip": float("nan")}, "weight clip is nan"),
-        ({"weight_clip": float("inf")}, "weight clip is inf"),
-    ):
-        with pytest.raises(UserError, match=message):
-            QuantConfig(**values)
-    QuantConfig(weight_bits=2, weights="ternary", weight_clip=0.1, attention_bits=2)
-    QuantConfig(weights="lsq", weight_range="lsq", act_range="learned", attention_bits=8)
-
-
-def test_docstring_examples():
-    import doctest
-
-    assert doctest.testmod(quant, extraglobs={"torch": torch}).failed == 0

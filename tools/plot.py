@@ -129,7 +129,7 @@ def draw_curves(axes, data: tuple[dict, dict[str, list[list]]]) -> None:
         steps = sorted(set.intersection(*({step for step, _ in curve} for curve in seeds)))
         means = np.mean([[dict(curve)[step] for step in steps] for curve in seeds], axis=0)
         axes.plot(steps, means, color=color, lw=2.2, label=f"{loss}, {count_seeds(len(seeds))}")
-    axes.set(xlabel="step", ylabel=f"{metric_name(run['task'])} on dev")
+    axes.set(xlabel="step", ylabel=f"dev {metric_name(run['task'])}")
     axes.set_title(f"{config['task']}, {run['model']}, {width_of(config)}: distillation")
     axes.grid(axis="y", alpha=0.3)
 
@@ -400,7 +400,7 @@ def choose_figure(files: list[str], kind: str | None) -> Figure:
     if len(runs) == 1:
         return Figure(draw_languages, runs[0])
     check_comparable(runs)
-    check_same(runs, ("task", "distill"), instead=", or use --recovery")
+    check_same(runs, ("task", "distill", "tt_rank"), instead=", or use --recovery or --sweep")
     return Figure(draw_bits, runs)
 
 

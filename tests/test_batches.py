@@ -1,0 +1,350 @@
+"""data/batches.py: encoding, its cache, and batches. Tags and token types lie beside the ids."""
+
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import FLIGHTS, SAMPLE
+from test_glue import rows_of, write, write_all
+from test_slots import write as write_sentences
+from test_tasks import rewrite
+
+import data.batches as batches
+from common import UserError
+from data import tasks
+from data.batches import (
+    IGNORE,
+    Dataset,
+    collate,
+    encode_split,
+    evaluation_batches,
+    training_order,
+    unpadded_batches,
+)
+from data.glue import Example
+from data.slots import read_sentences
+from data.tasks import XNLI_LANGUAGES, Task, find_task, load, read_xnli
+from data.tokenizer import BOS, EOS, PAD, UNK, WordTokenizer
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    read_sentences.cache_clear()
+    read_xnli.cache_clear()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    target = tmp_path / "data"
+    shutil.copytree(SAMPLE, target)
+    return target
+
+
+@pytest.fixture
+def flights(tmp_path):
+    target = tmp_path / "flights"
+    shutil.copytree(FLIGHTS, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def words():
+    return WordTokenizer.build(s.words for s in load("atis", "train", "en", FLIGHTS))
+
+
+def read_again(*args):
+    pytest.fail("the files were read again instead of the cache")
+
+
+# ---------------------------------------------------------------------------------------- encoding
+class TypedTokenizer:
+    """Letters are tokens: [CLS] a [SEP] b [SEP], as BERT has it."""
+
+    typed, pad_id, sha256 = True, 7, "0" * 64
+
+    def encode_typed(self, a, b, max_length):
+        rows = [
+            [101, *map(ord, left), 102, *([] if b is None else [*map(ord, b[i]), 102])][:max_length]
+            for i, left in enumerate(a)
+        ]
+        second = [min(len(left) + 2, len(row)) for left, row in zip(a, rows, strict=True)]
+        return [np.array(row, dtype=np.int32) for row in rows], np.array(second)
+
+
+def test_types_are_encoded_and_cached(folder, monkeypatch):
+    def encode(length=200):
+        return encode_split("xnli", "dev", "en", str(folder), TypedTokenizer(), length)
+
+    first = encode()
+    for i, example in enumerate(load("xnli", "dev", "en", str(folder))):
+        row = first.ids[first.starts[i] : first.starts[i + 1]].tolist()
+        assert bytes(row[1 : first.second[i] - 1]).decode() == example.text_a
+        assert bytes(row[first.second[i] : -1]).decode() == example.text_b
+    with monkeypatch.context() as patched:
+        patched.setattr(batches, "load", lambda *args: pytest.fail("read again"))
+        second = encode()
+    for dataset in (first, second):
+        assert dataset.pad == 7 and dataset.second.dtype == np.int64
+        assert dataset.metrics == ("accuracy",)
+    assert (first.ids == second.ids).all() and (first.second == second.second).all()
+    (name,) = os.listdir(batches.CACHE_DIR)
+    path = os.path.join(batches.CACHE_DIR, name)
+    np.savez(path, ids=first.ids, starts=first.starts, labels=first.labels, second=first.second[1:])
+    assert (encode().second == first.second).all()  # not as many as rows: made again
+
+
+def test_labels_of_a_regression_are_numbers(tmp_path, tokenizer, monkeypatch):
+    for name in ("stsb", "mnli"):
+        write_all(tmp_path, name)
+    dataset = encode_split("stsb", "test", "en", str(tmp_path), tokenizer, 32)
+    assert dataset.labels.dtype == np.float32 and dataset.metrics == ("pearson", "spearman")
+    expected = [e.label for e in load("stsb", "test", "en", str(tmp_path))]
+    assert dataset.labels.tolist() == expected
+    with monkeypatch.context() as patched:
+        patched.setattr(batches, "load", lambda *args: pytest.fail("read again"))
+        again = encode_split("stsb", "test", "en", str(tmp_path), tokenizer, 32)
+    assert again.labels.dtype == np.float32 and again.metrics == dataset.metrics
+    assert (again.labels == dataset.labels).all()
+    encode_split("mnli", "dev", "matched", str(tmp_path), tokenizer, 32)
+    first = encode_split("mnli", "test", "mismatched", str(tmp_path), tokenizer, 32)
+    assert first.labels.dtype == np.int64 and first.metrics == ("accuracy",)
+    rows = rows_of("mnli", 9, start=1100)
+    write(tmp_path / "MNLI", "mnli", "dev_mismatched.tsv", rows)  # this file alone is another
+    assert len(first) == 6
+    assert len(encode_split("mnli", "test", "mismatched", str(tmp_path), tokenizer, 32)) == 9
+
+
+def test_limit_takes_the_same_rows_in_every_language(folder, tokenizer):
+    labels = {
+        tuple(encode_split("xnli", "dev", x, str(folder), tokenizer, 32, 2).labels)
+        for x in XNLI_LANGUAGES
+    }
+    assert len(labels) == 1
+
+
+@pytest.mark.parametrize("kind", ["words", "pieces"])
+def test_encoded_tags_are_those_of_the_words(kind, words, tokenizer):
+    tokenizer = words if kind == "words" else tokenizer
+    names = find_task("atis").names(SAMPLE)
+    for split in ("train", "test"):
+        sentences = load("atis", split, "en", SAMPLE)
+        dataset = encode_split("atis", split, "en", SAMPLE, tokenizer, 128)
+        assert dataset.tags.dtype == np.int64 and len(dataset) == len(sentences)
+        for i, sentence in enumerate(sentences):
+            part = slice(dataset.starts[i], dataset.starts[i + 1])
+            ids, tags = dataset.ids[part], dataset.tags[part]
+            expected = tokenizer.encode(" ".join(sentence.words))
+            assert ids.tolist() == expected and tags[0] == tags[-1] == IGNORE
+            assert [names.slots[tag] for tag in tags[tags != IGNORE]] == list(sentence.tags)
+            assert names.intents[dataset.labels[i]] == sentence.intent
+    assert (dataset.tags >= names.known_slots).sum() == 2  # "folding bicycle", only in test
+
+
+def test_first_pieces_carry_the_tags(tmp_path, tokenizer):
+    write(tmp_path, "train", ["the extraordinarily old"], ["O B-x I-x"], ["i"])
+    dataset = encode_split("atis", "train", "en", str(tmp_path), tokenizer, 64)
+    counts = [len(tokenizer.encode(word)) - 2 for word in ("the", "extraordinarily", "old")]
+    assert counts[1] > 1
+    expected = [IGNORE]
+    for tag, count in zip((0, 1, 2), counts, strict=True):
+        expected += [tag] + [IGNORE] * (count - 1)
+    assert dataset.tags.tolist() == [*expected, IGNORE]
+
+
+def test_a_word_too_many_is_refused(words, tokenizer):
+    for each in (words, tokenizer):
+        longest = encode_split("atis", "train", "en", SAMPLE, each, 128).lengths.max()
+        assert encode_split("atis", "train", "en", SAMPLE, each, longest).lengths.max() == longest
+        with pytest.raises(UserError, match=f"has {longest} tokens .* give --max-length {longest}"):
+            encode_split("atis", "train", "en", SAMPLE, each, longest - 1)
+
+
+# --------------------------------------------------------------------------------------- the cache
+def test_encoding_is_cached_and_a_damaged_cache_made_again(folder, tokenizer, monkeypatch):
+    def encode():
+        return encode_split("xnli", "dev", "de", str(folder), tokenizer, 32)
+
+    first = encode()
+    (name,) = os.listdir(batches.CACHE_DIR)
+    with monkeypatch.context() as patched:
+        patched.setattr(batches, "load", lambda *args: pytest.fail("read again"))
+        second = encode()
+    assert (first.ids == second.ids).all() and (first.starts == second.starts).all()
+    path = os.path.join(batches.CACHE_DIR, name)
+    with open(path, "wb") as file:
+        file.write(b"damaged")
+    third = encode()
+    assert (first.ids == third.ids).all()
+
+
+def test_cache_notices_changed_data_and_settings(folder, tokenizer):
+    def encode(length=32, limit=None):
+        return encode_split("xnli", "dev", "de", str(folder), tokenizer, length, limit)
+
+    long = encode()
+    assert encode(length=9).lengths.max() == 9 < long.lengths.max()
+    assert len(encode(limit=2)) == 2
+    read_xnli.cache_clear()
+    rewrite(
+        folder, "dev", lambda lines: lines.insert(1, "de\tneutral\tnoch ein Satz\tund einer\t1")
+    )
+    assert len(encode()) == len(long) + 1
+
+
+def test_caches_from_before_there_were_types_are_still_read(folder, tokenizer, monkeypatch):
+    first = encode_split("xnli", "dev", "de", str(folder), tokenizer, 32)
+    (name,) = os.listdir(batches.CACHE_DIR)
+    path = folder.joinpath(*find_task("xnli").files["dev"].split("/"))
+    state = os.stat(path)
+    key = ("xnli", "dev", "de", [(str(path), (state.st_size, state.st_mtime_ns))])
+    key += (tokenizer.sha256, 32, None)
+    assert hashlib.sha256(repr(key).encode()).hexdigest()[:24] in name
+    with np.load(os.path.join(batches.CACHE_DIR, name)) as file:
+        assert set(file.files) == {"ids", "starts", "labels"}
+    monkeypatch.setattr(batches, "load", lambda *args: pytest.fail("read again"))
+    second = encode_split("xnli", "dev", "de", str(folder), tokenizer, 32)
+    assert (first.ids == second.ids).all() and second.second is None
+    assert second.pad == tokenizer.pad_id
+
+
+def test_encoding_is_cached_with_its_tags(folder, words, monkeypatch):
+    def encode(limit=None):
+        return encode_split("atis", "dev", "en", str(folder), words, 64, limit)
+
+    first = encode()
+    with monkeypatch.context() as patched:
+        patched.setattr(batches, "load", lambda *args: pytest.fail("read again"))
+        second = encode()
+    for name in ("ids", "starts", "labels", "tags"):
+        assert (getattr(first, name) == getattr(second, name)).all()
+    (name,) = os.listdir(batches.CACHE_DIR)
+    path = os.path.join(batches.CACHE_DIR, name)
+    np.savez(path, ids=first.ids, starts=first.starts, labels=first.labels, tags=first.tags[1:])
+    assert (encode().tags == first.tags).all()  # not as many tags as ids: made again
+    assert len(encode(limit=7)) == 7
+
+
+@pytest.mark.parametrize("name", ["seq.in", "seq.out", "label"])
+@pytest.mark.parametrize("split", ["dev", "train"])
+def test_cache_notices_each_changed_file(folder, words, name, split):
+    """Of the split itself, and of train, which says what the ids mean."""
+
+    def encode():
+        read_sentences.cache_clear()
+        return encode_split("atis", "dev", "en", str(folder), words, 64)
+
+    first = encode()
+    path = folder / split / name
+    lines = path.read_text(encoding="utf-8").split("\n")
+    first_word = {"seq.in": "perhaps", "seq.out": "B-again", "label": "another"}[name]
+    lines[0] = " ".join([first_word, *lines[0].split()[1:]])
+    path.write_text("\n".join(lines), encoding="utf-8")
+    changed = encode()
+    assert len(os.listdir(batches.CACHE_DIR)) == 2
+    if split == "dev" or name != "seq.in":
+        what = {"seq.in": "ids", "seq.out": "tags", "label": "labels"}[name]
+        assert (getattr(first, what) != getattr(changed, what)).any()
+
+
+def test_no_cache_for_a_missing_file(folder, words):
+    encode_split("atis", "dev", "en", str(folder), words, 64)
+    os.unlink(folder / "dev" / "seq.in")
+    read_sentences.cache_clear()
+    with pytest.raises(UserError, match="no file"):
+        encode_split("atis", "dev", "en", str(folder), words, 64)
+
+
+# ----------------------------------------------------------------------------------------- batches
+def make_dataset(lengths, with_tags=False):
+    rng = np.random.default_rng(0)
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    ids = rng.integers(4, 99, starts[-1], dtype=np.int32)
+    tags = rng.choice([IGNORE, 0, 1, 2], starts[-1]) if with_tags else None
+    return Dataset(ids, starts, rng.integers(0, 3, len(lengths)), tags)
+
+
+def test_collate_by_brute_force():
+    dataset = make_dataset([3, 7, 1, 5, 7])
+    for rows in ([0], [1, 4], [2, 0, 3], [4, 3, 2, 1, 0]):
+        batch = collate(dataset, np.array(rows))
+        longest = max(dataset.lengths[rows])
+        for i, row in enumerate(rows):
+            ids = dataset.ids[dataset.starts[row] : dataset.starts[row + 1]].tolist()
+            assert batch.ids[i].tolist() == ids + [1] * (longest - len(ids))
+            if batch.mask is not None:
+                assert batch.mask[i].tolist() == [True] * len(ids) + [False] * (longest - len(ids))
+        assert (batch.mask is None) == (len({dataset.lengths[r] for r in rows}) == 1)
+        assert batch.labels.tolist() == dataset.labels[rows].tolist()
+        assert batch.tokens == dataset.lengths[rows].sum()
+        assert batch.ids.dtype == torch.int64
+
+
+def test_tags_and_padding_by_brute_force():
+    dataset = make_dataset([3, 7, 2, 5, 7])
+    for rows in ([0], [1, 4], [2, 0, 3], [4, 3, 2, 1, 0]):
+        batch = collate(dataset, np.array(rows))
+        longest = max(dataset.lengths[rows])
+        for i, row in enumerate(rows):
+            part = slice(dataset.starts[row], dataset.starts[row + 1])
+            ids, tags = dataset.ids[part].tolist(), dataset.tags[part].tolist()
+            assert batch.ids[i].tolist() == ids + [PAD] * (longest - len(ids))
+            assert batch.tags[i].tolist() == tags + [IGNORE] * (longest - len(ids))
+        assert batch.tags.dtype == torch.int64
+    moved = batch.to(torch.device("cpu"))
+    assert (moved.tags == batch.tags).all() and (moved.ids == batch.ids).all()
+    assert collate(make_dataset([3, 4], with_tags=False), np.array([0, 1])).tags is None
+
+
+def test_types_and_padding_by_brute_force():
+    plain = make_dataset([3, 7, 1, 5, 7])
+    assert collate(plain, np.array([0, 1])).types is None
+    second = np.array([3, 4, 1, 2, 7])  # rows 0, 2 and 4 are one text
+    dataset = replace(plain, second=second, pad=0)
+    for rows in ([0], [1, 4], [2, 0, 3], [4, 3, 2, 1, 0]):
+        batch = collate(dataset, np.array(rows))
+        longest = max(dataset.lengths[rows])
+        for i, row in enumerate(rows):
+            length = dataset.lengths[row]
+            types = [0] * second[row] + [1] * (length - second[row]) + [0] * (longest - length)
+            assert batch.types[i].tolist() == types
+            ids = dataset.ids[dataset.starts[row] : dataset.starts[row + 1]].tolist()
+            assert batch.ids[i].tolist() == ids + [0] * (longest - length)
+        assert batch.types.dtype == torch.int64 and batch.types.shape == batch.ids.shape
+        moved = batch.to(torch.device("cpu"))
+        assert (moved.types == batch.types).all() and moved.tokens == batch.tokens
+
+
+def test_every_row_once_an_epoch_and_little_padding():
+    rng = np.random.default_rng(1)
+    dataset = make_dataset(rng.integers(5, 100, 1003))
+    first = training_order(dataset, 16, seed=0, epoch=0)
+    assert sorted(np.concatenate(first).tolist()) == list(range(1003))
+    again = training_order(dataset, 16, seed=0, epoch=0)
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    other = training_order(dataset, 16, seed=0, epoch=1)
+    assert any(len(a) != len(b) or (a != b).any() for a, b in zip(first, other, strict=False))
+    padded = sum(dataset.lengths[rows].max() * len(rows) for rows in first)
+    assert dataset.lengths.sum() / padded > 0.9
+    order = list(evaluation_batches(dataset, 512))
+    assert sum(len(batch.labels) for batch in order) == 1003
+    assert all(batch.ids.numel() <= 512 for batch in order)
+
+
+def test_every_tag_once_in_every_kind_of_batches(words):
+    dataset = encode_split("atis", "train", "en", SAMPLE, words, 64)
+    total = np.sort(dataset.tags[dataset.tags != IGNORE])
+    kinds = (
+        evaluation_batches(dataset, 200),
+        [collate(dataset, rows) for rows in training_order(dataset, 16, 0, 0)],
+        unpadded_batches(dataset, len(dataset), 16, 0),
+    )
+    for made in kinds:
+        tags = torch.cat([batch.tags[batch.tags != IGNORE] for batch in made])
+        assert (np.sort(tags.numpy()) == total).all()
+    for batch in evaluation_batches(dataset, 200):
+        special = (batch.ids == BOS) | (batch.ids == EOS) | (batch.ids == PAD)
+        assert (special == (batch.tags == IGNORE)).all()
+        assert (batch.ids == UNK).sum() < batch.tokens / 5

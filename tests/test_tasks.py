@@ -1,0 +1,202 @@
+"""data/tasks.py: the table of tasks, XNLI's files, and where the files of a task are."""
+
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+from conftest import FLIGHTS, ROOT, SAMPLE
+from test_glue import write_all
+
+from common import UserError
+from data import tasks
+from data.glue import Example
+from data.metrics import METRICS
+from data.slots import slot_scores
+from data.tasks import (
+    NLI_LABELS,
+    RAW_DIR,
+    TASKS,
+    XNLI_LANGUAGES,
+    Task,
+    file_paths,
+    find_data,
+    find_task,
+    languages_of,
+    load,
+    read_xnli,
+    task_folder,
+)
+from model import HEADS
+
+
+@pytest.fixture
+def folder(tmp_path):
+    target = tmp_path / "data"
+    shutil.copytree(SAMPLE, target)
+    read_xnli.cache_clear()
+    return target
+
+
+# ------------------------------------------------------------------------------------- the table
+@pytest.mark.parametrize("name", TASKS)
+def test_every_row_is_complete(name):
+    task = find_task(name)
+    assert task.name == name and task.head in HEADS and set(task.files) == {"train", "dev", "test"}
+    assert task.train_language in task.languages and len(set(task.languages)) == len(task.languages)
+    assert bool(task.labels) != bool(task.names)
+    joint = {"accuracy", "exact", *slot_scores([["O"]], [["O"]])}
+    keys = joint if task.names else {"accuracy", *METRICS}
+    assert {*task.metrics, *task.columns.values()} <= keys and task.columns
+    assert task.zero_shot == (name == "xnli")  # of mnli, both tests are in the training language
+    if task.sample:
+        assert os.path.isdir(os.path.join(ROOT, "data", task.sample)) and task.real_thing
+
+
+def test_labels_of_xnli():
+    assert find_task("xnli").labels == NLI_LABELS == ("entailment", "neutral", "contradiction")
+    with pytest.raises(UserError, match="unknown task 'xnil'; known: xnli atis snips"):
+        find_task("xnil")
+
+
+# ----------------------------------------------------------------------------------- XNLI's files
+def test_reads_the_official_layout(folder):
+    for language in XNLI_LANGUAGES:
+        for split in ("dev", "test"):
+            examples = load("xnli", split, language, str(folder))
+            assert [e.label for e in examples] == [0, 1, 2]
+    train = load("xnli", "train", "en", str(folder))
+    assert len(train) == 180 and sorted({e.label for e in train}) == [0, 1, 2]
+    # the training file spells it "contradictory"
+    assert all(("does not" in e.text_b) == (e.label == 2) for e in train)
+
+
+def rewrite(folder, split, change):
+    path = folder.joinpath(*find_task("xnli").files[split][0].split("/"))
+    lines = path.read_text(encoding="utf-8").split("\n")
+    change(lines)
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def set_line(number, text):
+    def change(lines):
+        lines[number - 1] = text
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("en\tentailment\tonly three", "line 3: 3 columns, the header has 5"),
+        ("en\tmaybe\ta\tb\t1", "line 3: unknown label 'maybe'"),
+        ("xx\tneutral\ta\tb\t1", "line 3: unknown language 'xx'"),
+        ("en\tneutral\ta\tb\t1\tmore", "line 3: 6 columns"),
+    ],
+)
+def test_malformed_rows_are_named(folder, line, message):
+    rewrite(folder, "dev", set_line(3, line))
+    with pytest.raises(UserError) as error:
+        load("xnli", "dev", "en", str(folder))
+    assert message in str(error.value) and "xnli.dev.tsv" in str(error.value)
+
+
+def test_missing_columns_files_and_languages(folder):
+    rewrite(folder, "dev", set_line(1, "language\tlabel\tsentence1\tsentence2\tpromptID"))
+    with pytest.raises(UserError, match="no column 'gold_label'"):
+        load("xnli", "dev", "en", str(folder))
+    rewrite(folder, "test", lambda lines: lines.__setitem__(slice(1, None), lines[1:4]))
+    with pytest.raises(UserError, match="no test row in language 'sw'"):
+        load("xnli", "test", "sw", str(folder))
+    with pytest.raises(UserError, match="no language 'xx'"):
+        load("xnli", "test", "xx", str(folder))
+    with pytest.raises(UserError, match="fetch it with 'python data/fetch.py xnli'"):
+        load("xnli", "train", "en", str(folder / "nowhere"))
+    with pytest.raises(UserError, match="unknown task 'xnil'; known: xnli atis snips"):
+        load("xnil", "train", "en", str(folder))
+
+
+def test_an_empty_text_is_a_text(folder):
+    """A published file with an empty cell must stay usable."""
+    rewrite(folder, "dev", set_line(3, "en\tneutral\t\tb\t1"))
+    assert "" in [e.text_a for e in load("xnli", "dev", "en", str(folder))]
+
+
+def test_only_newlines_end_lines(folder):
+    line = 'en\tneutral\tone\u2028still one "quote\x85\tb\t1'
+    rewrite(folder, "dev", set_line(2, line))
+    assert 'one\u2028still one "quote\x85' in [
+        e.text_a for e in load("xnli", "dev", "en", str(folder))
+    ]
+
+
+# ---------------------------------------------------------------------------- where the files are
+def test_folders_of_glue(tmp_path):
+    task = find_task("rte")
+    place = write_all(tmp_path / "glue", "rte")
+    for folder in (tmp_path, tmp_path / "glue", place):
+        assert os.path.samefile(task_folder(task, str(folder)), place)
+        assert len(load("rte", "test", "en", str(folder))) == 6
+    missing = tmp_path / "glue" / "MNLI"  # the message names where it should be
+    for folder in (tmp_path, tmp_path / "glue", missing):
+        assert task_folder(find_task("mnli"), str(folder)) == str(missing)
+
+
+def test_folders_of_joint_tasks(tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(FLIGHTS, folder)
+    task = find_task("atis")
+    assert task_folder(task, str(folder)) == str(folder)
+    assert task_folder(task, str(folder.parent)) == str(folder.parent / "atis")  # to be named
+    shutil.move(folder, folder.parent / "atis")
+    assert task_folder(task, str(folder.parent)) == str(folder.parent / "atis")
+    assert len(load("atis", "dev", "en", str(folder.parent))) == 30
+    assert os.path.samefile(task_folder(find_task("xnli"), str(folder.parent)), folder.parent)
+
+
+def test_file_paths_name_the_file_that_is_there(tmp_path):
+    task = find_task("xnli")
+    plain = os.path.join(tmp_path, "XNLI-1.0", "xnli.dev.tsv")
+    assert file_paths(task, str(tmp_path), "dev") == [plain]
+    os.mkdir(tmp_path / "XNLI-1.0")
+    for path in (plain + ".xz", plain):  # with both, the plain one is read
+        with open(path, "wb"):
+            pass
+        assert file_paths(task, str(tmp_path), "dev") == [path]
+
+
+def test_default_data(nothing_downloaded, tmp_path):
+    xnli, atis, rte = map(find_task, ("xnli", "atis", "rte"))
+    raw, sample = str(tmp_path / "raw"), os.path.join(ROOT, "data", "atis-sample")
+    assert find_data(xnli, None, "mini") == os.path.join(ROOT, "data", "mini")
+    assert find_data(atis, None, "scratch") == sample
+    for task, model in ((xnli, "xlmr-base"), (xnli, "scratch"), (atis, "mini"), (rte, "minilm")):
+        assert find_data(task, None, model) == raw
+    for task in (xnli, atis, rte):
+        assert find_data(task, "mine", "mini") == "mine"
+    shutil.copytree(FLIGHTS, tmp_path / "raw" / "atis")
+    assert find_data(atis, None, "scratch") == raw  # the official files are there
+    shutil.copytree(SAMPLE, raw, dirs_exist_ok=True)
+    assert find_data(xnli, None, "mini") == os.path.join(ROOT, "data", "mini")
+    assert RAW_DIR == os.path.join(ROOT, "data", "raw") != raw
+
+
+# ------------------------------------------------------------------------------- a task of one's own
+def test_languages_come_from_the_files(monkeypatch):
+    """languages=None: those of the split, the language of the training first."""
+    found = {"test": {"am": 3, "de": 2, "pt/br": 1}, "train": {"de": 9}}
+
+    def read(folder, split):
+        return {
+            language: [Example("a", None, i % 2) for i in range(count)]
+            for language, count in found[split].items()
+        }
+
+    task = Task("news", "sequence", read, {}, "see its page", labels=("no", "yes"))
+    task = replace(task, languages=None, train_language="de")
+    monkeypatch.setitem(tasks.TASKS, "news", task)
+    assert languages_of(task, "folder", "test") == ("de", "am", "pt/br")
+    assert len(load("news", "test", "pt/br", "folder")) == 1
+    with pytest.raises(UserError, match="news: no train row in language 'am' .* only in: de"):
+        load("news", "train", "am", "folder")
+    assert languages_of(find_task("mnli"), "folder", "test") == ("matched", "mismatched")

@@ -1,0 +1,364 @@
+"""Backends that bench.py compares: ours and other libraries', where these are installed.
+
+`write_files` saves one model with random weights in the file of each backend, and `load_backend` loads a
+backend from its file alone, as its user would. So memory can be measured in a process of its own:
+
+    python tools/backends.py BACKEND FOLDER ROWS TOKENS      # prints the peak in bytes (Linux, macOS)
+
+int8 is "dynamic" if the range of each activation is found at run time, "static" if calibration set it.
+"""
+
+import copy
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+from torch.backends import opt_einsum
+
+if __package__ in (None, ""):  # run as a script: put the repository root on the path
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from checkpoint import (
+    checkpoint_payload,
+    float_model,
+    load_checkpoint,
+    meta_model,
+    read_student,
+    save_atomically,
+    student_payload,
+)
+from convert import key_table
+from int8 import MergedTable, integer_model, to_integer
+from model import Model, ModelConfig, build_model, initialize
+from prepare import calibrate, prepare
+from quant import QuantConfig
+from tt import TTLinear, TTMEmbedding, count_parameters
+
+Runner = Callable[[Tensor, Tensor | None], Tensor]  # (ids, mask) -> logits
+
+FILES = {  # backend -> its file. The first one that is available is the baseline.
+    "Hugging Face fp32": "hugging-face/model.safetensors",
+    "fp32": "fp32.pt",
+    "fake-quantized": "dynamic.pt",
+    "int8 dynamic": "dynamic.pt",
+    "int8 static": "static.pt",
+    "torch.ao int8 dynamic": "hugging-face/torch-ao.pt",
+    "ONNX Runtime int8 dynamic": "int8.onnx",
+}
+NEEDS = {  # backend of another library -> the packages that it needs
+    "Hugging Face fp32": ("transformers", "safetensors"),
+    "torch.ao int8 dynamic": ("transformers", "safetensors"),
+    "ONNX Runtime int8 dynamic": ("transformers", "onnx", "onnxruntime"),
+}
+NO_TOKENIZER = b"x"  # these models never see text
+TT_INTEGER = {  # backend of tensor trains -> bits of the cores, ranges of the activations
+    "TT W8A8 dynamic": (8, "dynamic"),
+    "TT W8A8 static": (8, "static"),
+    "TT W4A8 static": (4, "static"),
+    "TT W2A8 static": (2, "static"),
+}
+TT_TOKENIZER = b"x" * 4500  # as long as ATIS's list of words, which every file contains
+
+
+def available_backends(device: torch.device) -> tuple[str, ...]:
+    """The backends that can run here; prints what is missing for the others. Other libraries' int8
+    has no CUDA kernels.
+    """
+    names = []
+    for name in FILES:
+        missing = [m for m in NEEDS.get(name, ()) if not is_installed(m)]
+        cpu_only = name in NEEDS and "int8" in name
+        if name.startswith("torch.ao") and not has_torch_ao():
+            print(f"{name}: not measured, this PyTorch has no kernels for it")
+        elif missing:
+            print(f"{name}: not measured, {' and '.join(missing)} not installed")
+        elif not (cpu_only and device.type == "cuda"):
+            names.append(name)
+    return tuple(names)
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def random_sequences(rows: int, tokens: int, vocab_size: int) -> Tensor:
+    """Random ids (rows, tokens) without padding, the same at every call."""
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randint(4, vocab_size - 1, (rows, tokens), generator=generator)
+
+
+def quantized_copy(model: Model, quant: QuantConfig, ids: Tensor) -> Model:
+    """A fake-quantized copy of a model; static ranges are calibrated on ids (B, T)."""
+    student = copy.deepcopy(model)
+    prepare(student, quant)
+    if quant.act_range == "static":
+        calibrate(student, [(ids, None)], quant.observer)
+    return student
+
+
+# ------------------------------------------------------------------------------------------ files
+def write_files(config: ModelConfig, folder: str, names: tuple[str, ...]) -> None:
+    """Save one model with random weights in the files of our backends and of the others in `names`."""
+    torch.manual_seed(0)
+    model = build_model(config).eval()
+    save_atomically(checkpoint_payload(model, NO_TOKENIZER), os.path.join(folder, FILES["fp32"]))
+    if any(name in NEEDS for name in names):
+        write_others(model, folder, names)
+    ids = random_sequences(8, min(128, config.max_tokens), config.vocab_size)
+    for act_range in ("dynamic", "static"):
+        quant = QuantConfig(act_range=act_range)
+        payload = student_payload(quantized_copy(model, quant, ids), quant, NO_TOKENIZER)
+        save_atomically(payload, os.path.join(folder, FILES[f"int8 {act_range}"]))
+
+
+def write_others(model: Model, folder: str, names: tuple[str, ...]) -> None:
+    """Save the same weights as a Hugging Face model, and that converted for torch.ao and ONNX Runtime."""
+    import transformers
+
+    config = model.config
+    shape = transformers.XLMRobertaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        intermediate_size=config.ffn_size,
+        max_position_embeddings=config.max_tokens + config.position_offset,
+        type_vocab_size=config.type_vocab_size,
+        num_labels=config.num_labels,
+        pad_token_id=config.pad_id,
+        layer_norm_eps=config.norm_eps,
+    )
+    reference = transformers.XLMRobertaForSequenceClassification(shape).eval()
+    ours, theirs = model.state_dict(), {}
+    for source, target in key_table(config).items():
+        prefix = "" if source.startswith("classifier") else "roberta."
+        theirs[prefix + source] = ours[target]
+    reference.load_state_dict(theirs)
+    reference.save_pretrained(os.path.join(folder, "hugging-face"))
+    if "torch.ao int8 dynamic" in names:
+        state = torch_ao(reference).state_dict()
+        torch.save(state, os.path.join(folder, FILES["torch.ao int8 dynamic"]))
+    if "ONNX Runtime int8 dynamic" in names:
+        write_onnx(reference, folder)
+
+
+class _Logits(nn.Module):
+    """A Hugging Face model whose inputs and output are plain tensors, as ONNX needs them."""
+
+    def __init__(self, reference):
+        super().__init__()
+        self.reference = reference
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.reference(ids, attention_mask=mask).logits
+
+
+def write_onnx(reference, folder: str) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    whole, ids = os.path.join(folder, "fp32.onnx"), torch.full((2, 16), 5)
+    free = {0: "rows", 1: "tokens"}
+    with warnings.catch_warnings():  # this exporter is deprecated; the new one's file is rejected
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Logits(reference), (ids, torch.ones_like(ids)), whole, dynamo=False,
+            input_names=["ids", "mask"], output_names=["logits"],
+            dynamic_axes={"ids": free, "mask": free},
+        )  # fmt: skip
+        # 7-bit weights: with 8 its kernels saturate on CPUs without VNNI, and the logits are wrong.
+        quantize_dynamic(
+            whole,
+            os.path.join(folder, FILES["ONNX Runtime int8 dynamic"]),
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            reduce_range=True,
+        )
+    os.unlink(whole)
+
+
+def has_torch_ao() -> bool:
+    """Whether this build of PyTorch has kernels for its own dynamic quantization."""
+    return torch.backends.quantized.engine not in (None, "none")
+
+
+def torch_ao(reference: nn.Module) -> nn.Module:
+    """A copy whose Linear layers are quantized by PyTorch."""
+    with warnings.catch_warnings():  # deprecated
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(reference, {nn.Linear}, torch.qint8)
+
+
+# ---------------------------------------------------------------------------------------- loading
+def load_backend(name: str, folder: str, device: torch.device) -> Runner:
+    """A backend, loaded from its file and ready to run."""
+    path = os.path.join(folder, FILES[name])
+    if name == "ONNX Runtime int8 dynamic":
+        return load_onnx(path)
+    if name in NEEDS:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        kind = transformers.XLMRobertaForSequenceClassification
+        reference = kind.from_pretrained(os.path.dirname(path)).eval().to(device)
+        if name == "torch.ao int8 dynamic":
+            reference = torch_ao(reference)
+        return lambda ids, mask: reference(ids, attention_mask=mask).logits
+    if name == "fp32":
+        model = load_checkpoint(path).to(device)
+    elif name == "fake-quantized":
+        model = float_model(read_student(path)).to(device)
+    else:
+        model = integer_model(read_student(path), device)
+    return lambda ids, mask: model(ids, mask)[0]
+
+
+def load_onnx(path: str) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(ids: Tensor, mask: Tensor | None) -> Tensor:
+        mask = torch.ones_like(ids) if mask is None else mask.long()
+        return torch.from_numpy(session.run(None, {"ids": ids.numpy(), "mask": mask.numpy()})[0])
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------- memory
+def peak_memory(
+    name: str, folder: str, rows: int, tokens: int, device: torch.device
+) -> int | None:
+    """Bytes at the peak while a backend runs one batch: on CUDA of all tensors, on CPU of a fresh
+    process that also loads the backend; None where the system does not report it.
+    """
+    if device.type == "cuda":
+        run = load_backend(name, folder, device)
+        torch.cuda.reset_peak_memory_stats()
+        run(torch.full((rows, tokens), 5, device=device), None)
+        return torch.cuda.max_memory_allocated()
+    command = [sys.executable, os.path.abspath(__file__), name, folder, str(rows), str(tokens)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_of_this_process() -> int | None:
+    try:  # on Linux ru_maxrss starts at the peak of the parent process
+        with open("/proc/self/status", encoding="ascii") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+# ---------------------------------------------------------------------------------- tensor trains
+def tt_models(
+    dense: ModelConfig, trains: ModelConfig, tokens: int, device: torch.device
+) -> dict[str, tuple[nn.Module, int]]:
+    """name -> (model with random weights, bytes of its file): dense, tensor trains, and these as
+    integers. Static ranges are calibrated on 32 sequences.
+    """
+    dense_model, model = (initialize(meta_model(config)).eval() for config in (dense, trains))
+    ids = random_sequences(32, tokens, dense.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def size_of(payload: dict) -> int:
+            return save_atomically(payload, os.path.join(folder, "model.pt"))
+
+        size = size_of(checkpoint_payload(model, TT_TOKENIZER))
+        models = {
+            "dense fp32": (dense_model, size_of(checkpoint_payload(dense_model, TT_TOKENIZER))),
+            "TT fp32": (model, size),
+            "TT fp32, merged": (merge_cores(model), size),  # after loading: the file is the same
+        }
+        for name, (bits, act_range) in TT_INTEGER.items():
+            quant = QuantConfig(weight_bits=bits, act_range=act_range, keep=())
+            student = quantized_copy(model, quant, ids)
+            size = size_of(student_payload(student, quant, TT_TOKENIZER))
+            models[name] = to_integer(student, quant, device), size
+    return {name: (model.to(device), size) for name, (model, size) in models.items()}
+
+
+@torch.no_grad()
+def merge_cores(model: Model) -> Model:
+    """A copy whose layers and tables multiply their cores out to two halves once, not at every call:
+    float32 tensor trains as they would be deployed.
+    """
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, TTLinear):
+            A, B = module.halves()
+            down = nn.Linear(*A.T.shape, bias=False)
+            up = nn.Linear(*B.T.shape)
+            down.weight.copy_(A)
+            up.weight.copy_(B)
+            up.bias.copy_(module.bias)
+            new = nn.Sequential(down, up)
+        elif isinstance(module, TTMEmbedding):
+            new = MergedTable(module)
+        else:
+            continue
+        model.set_submodule(name, new)
+    return model
+
+
+def has_tltorch() -> bool:
+    """Whether TensorLy-Torch is installed: pip install tensorly tensorly-torch scipy opt_einsum."""
+    return is_installed("tltorch")
+
+
+def tltorch_version() -> dict | None:
+    """The version of TensorLy-Torch, None if it is not installed; its einsum finds a better
+    contraction path where opt_einsum is installed.
+    """
+    if not has_tltorch():
+        print("tltorch: not measured, it is not installed")
+        return None
+    return {"version": version("tensorly-torch"), "opt_einsum": opt_einsum.is_available()}
+
+
+def tltorch_layers(layer: TTLinear) -> dict[str, nn.Module]:
+    """TensorLy-Torch's tensor-train layers, at the rank whose parameter count is nearest to ours.
+
+    A "blocktt" core has one digit of the output and one of the input. "contracted": x is multiplied
+    by one core after the other; "rebuilt": the cores are multiplied out to the matrix.
+    """
+    import tltorch
+
+    out_modes, in_modes = layer.modes[: layer.cut], layer.modes[layer.cut :]
+    pairs = [n * m for n, m in zip(out_modes, in_modes, strict=True)]
+    ours = sum(core.numel() for core in layer.cores)
+    choices = [(1, *[r] * (len(pairs) - 1), 1) for r in range(1, 400)]
+    ranks = min(choices, key=lambda ranks: abs(count_parameters(pairs, ranks) - ours))
+    return {
+        f"tltorch, {name}": tltorch.FactorizedLinear(
+            in_modes, out_modes, factorization="blocktt", rank=ranks, implementation=how
+        )
+        for name, how in (("contracted", "factorized"), ("rebuilt", "reconstructed"))
+    }
+
+
+def main(name: str, folder: str, rows: str, tokens: str) -> None:
+    """Print the peak memory of this process, which loads a backend and runs one batch on CPU."""
+    run = load_backend(name, folder, torch.device("cpu"))
+    with torch.inference_mode():
+        run(torch.full((int(rows), int(tokens)), 5), None)
+    print(json.dumps(peak_of_this_process()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
