@@ -204,14 +204,15 @@ def attention_recovery(teacher: Model, student: Model, batches: Iterable[Batch])
     means = {name: [Mean() for _ in range(layers)] for name in names}
     for batch in batches:
         mask, types = batch.mask, batch.types
-        _, target = teacher(batch.ids, mask, ("map", "normed"), types=types)
-        _, found = student(batch.ids, mask, ("map", "normed"), types=types)
+        _, target = teacher(batch.ids, mask, ("score", "map", "normed"), types=types)
+        _, found = student(batch.ids, mask, ("score", "map", "normed"), types=types)
         for i in range(layers):
             maps = found["map"][i].float(), target["map"][i].float()
             rows = [real_rows(each, mask) for each in maps]
             means["ranking"][i].add(*ranking_loss(*rows))
             means["cover"][i].add(float(cover_length(*rows).double().mean()), len(rows[0]))
-            means["map_kl"][i].add(float(map_loss(*maps, mask)), batch.tokens)
+            kl = map_loss(found["score"][i], target["score"][i], mask)
+            means["map_kl"][i].add(float(kl), batch.tokens)
             mse = vector_loss(found["normed"][i], target["normed"][i], mask)
             means["output_mse"][i].add(float(mse), batch.tokens)
     return {name: [mean.value() for mean in row] for name, row in means.items()}

@@ -153,9 +153,9 @@ def config_of(payload: dict, path: str) -> ModelConfig:
         tt = config.get("tt")
         if tt is not None:
             tt = TTConfig(**{**tt, "keep": tuple(tt["keep"])})
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path}: the model config is damaged or of another version; convert it again"
+            f"{path}: the model config is damaged or of another version ({error}): convert it again"
         ) from None
     return check_config(ModelConfig(**{**config, "tt": tt}))
 
@@ -348,8 +348,8 @@ def read_student(path: str) -> Student:
         notes = {str(name): str(text) for name, text in payload["notes"].items()}
         empty = meta_model(config)
         prepare(empty, quant)
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise UserError(f"{path}: the student checkpoint is damaged") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: the student checkpoint is damaged: {error}") from None
     wanted = quantized_weights(empty)
     shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
     weights = {}

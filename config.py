@@ -8,6 +8,7 @@ ablation, and "off" is the baseline: --bits 32, --distill none. What an option i
 
 import argparse
 import hashlib
+import math
 import os
 import re
 import sys
@@ -224,9 +225,13 @@ def parse_distill(text: str) -> dict[str, float | None]:
             )
         if name in found:
             raise ValueError(f"{text!r} names {name} twice")
-        if star and not re.fullmatch(r"\d+\.?\d*(e-?\d+)?|\.\d+", weight):
+        try:
+            own = float(weight) if star else None
+        except ValueError:
+            own = -1.0
+        if own is not None and not 0 <= own < math.inf:
             raise ValueError(f"{weight!r} before {name} is not a weight, such as 150 or 0.5")
-        found[name] = float(weight) if star else None
+        found[name] = own
     return found
 
 

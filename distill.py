@@ -34,7 +34,7 @@ the embeddings and layer 1 first, without labels, and every S steps the next lay
 
     MSE(h_l^s, h_l^t) + 1 - cos(h_l^s, h_l^t) + KL(M_l^t || M_l^s)
 
-    h_l, M_l   output and attention probabilities of layer l: the taps "hidden" and "map"
+    h_l, M_l   output and attention probabilities of layer l: the taps "hidden" and "score"
 
 In the last stage, after L * S steps, the KL of the logits and the cross-entropy of the task join, at
 a lower learning rate. NOTE: differs: the paper sums over layers, here each term is the mean over the
@@ -47,14 +47,24 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-# Attention probabilities are clamped to this before the logarithm, as in the code of Kim et al. 2022
-# (MarsJacobs/kd-qat-large-enc).
-MAP_FLOOR = 1e-8
+PADDED = -1e4  # a score so low that its probability is 0, and finite: -inf - -inf would be NaN
 
 Logits = Tensor | tuple[Tensor, Tensor]  # a joint head has two: intents (B, I), slots (B, T, S)
 
 
 # ------------------------------------------------------------------------------- losses of a layer
+def row_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Sum over all rows of KL(softmax(teacher) || softmax(student)), in nats; rows are the last
+    dimension.
+
+    From logits, not from probabilities: their logarithm would need a floor, below which there is no
+    gradient, just where a student misses a key that the teacher attends to.
+    """
+    log_student = F.log_softmax(student.float(), dim=-1)
+    log_teacher = F.log_softmax(teacher.detach().float(), dim=-1)
+    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+
+
 def logits_loss(
     student: Logits, teacher: Logits, temperature: float = 1.0, mask: Tensor | None = None
 ) -> Tensor:
@@ -78,11 +88,8 @@ def logits_loss(
             student, teacher = student[mask], teacher[mask]
     if student.shape[-1] == 1:
         return F.mse_loss(student.float(), teacher.detach().float())
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.detach().float() / temperature, dim=-1)
-    # "batchmean" divides by B; PyTorch's "mean" would also divide by the number of classes
-    divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-    return temperature**2 * divergence
+    divergence = row_kl(student.float() / temperature, teacher.float() / temperature)
+    return temperature**2 * (divergence / len(student))
 
 
 def vector_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
@@ -128,22 +135,20 @@ def score_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def map_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    """KL(teacher || student) of attention probabilities, in nats: summed over real keys, mean over
-    real queries, heads and batch.
+    """KL(teacher || student) of attention probabilities, in nats: mean over real queries, heads and
+    batch.
 
-    student, teacher: (B, H, T, T), queries by keys, each row a distribution.  mask: (B, T) bool,
-    None if all are real.
+    student, teacher: scores (B, H, T, T), queries by keys, whose softmax over the keys is the map.
+    mask: (B, T) bool, None if all are real.
     """
-    student, teacher = student.float(), teacher.detach().float()
+    student, teacher = student.float(), teacher.float()
     B, H, T, _ = student.shape
     queries = B * T
     if mask is not None:
         queries = mask.sum()
-        # filled before the logarithm, as in vector_loss: 1 * (log 1 - log 1) costs nothing
-        padded = ~real_pairs(mask)
-        student, teacher = student.masked_fill(padded, 1.0), teacher.masked_fill(padded, 1.0)
-    student, teacher = student.clamp_min(MAP_FLOOR), teacher.clamp_min(MAP_FLOOR)
-    return (teacher * (teacher.log() - student.log())).sum() / (queries * H)
+        padded = ~real_pairs(mask)  # rows of padded queries are equal then: their KL is 0
+        student, teacher = (x.masked_fill(padded, PADDED) for x in (student, teacher))
+    return row_kl(student, teacher) / (queries * H)
 
 
 def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
@@ -169,7 +174,7 @@ Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 LOSSES: dict[str, tuple[str | None, Loss]] = {
     "logits": (None, logits_loss),
     "score": ("score", score_loss),
-    "map": ("map", map_loss),
+    "map": ("score", map_loss),
     "context": ("context", vector_loss),
     "output": ("output", vector_loss),
     "residual": ("residual", vector_loss),
@@ -243,7 +248,7 @@ def layerwise_terms(
     """The loss terms of the active layers: "hidden" (MSE), "cosine" and "map", each the mean over the
     active layers; hidden and cosine include the embeddings, which are always active.
 
-    student_taps, teacher_taps: the taps "hidden" (embeddings, then layers) and "map"; if only the
+    student_taps, teacher_taps: the taps "hidden" (embeddings, then layers) and "score"; if only the
     lowest k layers were run, k + 1 and k tensors.  layers: see LayerSchedule.active.
     """
 
@@ -255,5 +260,5 @@ def layerwise_terms(
     return {
         "hidden": mean(vector_loss, "hidden", levels),
         "cosine": mean(cosine_loss, "hidden", levels),
-        "map": mean(map_loss, "map", [layer - 1 for layer in layers]),
+        "map": mean(map_loss, "score", [layer - 1 for layer in layers]),
     }

@@ -58,9 +58,9 @@ WEIGHTS = {  # QuantConfig.weights
 }
 CHOICES = {
     "grid": ("portable", "full"),
-    "weights": tuple(WEIGHTS),
+    "weights": WEIGHTS,
     "act_range": ("dynamic", "static", "learned"),
-    "observer": tuple(OBSERVERS),
+    "observer": OBSERVERS,
 }
 
 

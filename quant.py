@@ -302,9 +302,7 @@ class QuantConfig:
 
     weight_bits: int = 8  # of Linear weights and word embeddings
     act_bits: int = 8  # of the input of every quantized Linear
-    per_channel: bool = (
-        True  # weights: a scale per output channel (word embeddings: always per row)
-    )
+    per_channel: bool = True  # weights: a scale per output channel (word embeddings: always)
     per_token: bool = True  # dynamic activations: a scale per token, else one per batch
     grid: str = "portable"  # 8-bit Linear weights in -64..64, see PORTABLE; or "full": -127..127
     weights: str = "uniform"  # a key of prepare.WEIGHTS
@@ -398,8 +396,9 @@ class UniformQuantizer(WeightQuantizer):
         return quantize(weight, scale, scale.new_zeros(()), self.quant_min, self.quant_max), scale
 
     def rounded(self, weight: Tensor, where: Tensor | None) -> Tensor:
-        # Only the min-max scale of this very class is known to clip nothing: a subclass with a scale
-        # of its own is checked.
+        if type(self).codes is not UniformQuantizer.codes:
+            return super().rounded(weight, where)  # a subclass with codes of its own
+        # Only the min-max scale of this very class is known to clip nothing.
         clips = self.searched or type(self).scale is not UniformQuantizer.scale
         scale = self.scale(weight)
         limits = (scale.new_zeros(()), self.quant_min, self.quant_max)

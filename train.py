@@ -158,9 +158,9 @@ def layerwise_loss(
     """
     layers, last = schedule.active(step), schedule.is_last(step)
     depth = None if last else max(layers)  # the layers above have no loss yet and don't run
-    logits, student_taps = forward(student, batch, ("hidden", "map"), depth)
+    logits, student_taps = forward(student, batch, ("hidden", "score"), depth)
     with torch.no_grad():
-        teacher_logits, teacher_taps = forward(teacher, batch, ("hidden", "map"), depth)
+        teacher_logits, teacher_taps = forward(teacher, batch, ("hidden", "score"), depth)
     terms = layerwise_terms(student_taps, teacher_taps, layers, batch.mask)
     if last:
         cost = logits_loss(logits, teacher_logits, config.temperature, batch.mask)

@@ -4,11 +4,11 @@
     python tests/make_golden.py
 
 The committed files were made with the versions recorded in golden/provenance.json. Weights are
-random, every bias and norm is moved off its trivial start so that a mixed-up tensor shows. Two
-folders hold the same model as published checkpoints come: `st` (safetensors, float32, MLM head) and
-`bin` (pytorch_model.bin, layers in fp16 and the rest in fp32 as InfoXLM's file, MLM head). `seq`
-has a classification head. expected.npz holds ids, mask, hidden states and logits; tokens.json the
-ids of Hugging Face's tokenizer for the sentences of tests/sample, whole and cut.
+random, and biases and norms are moved off their trivial initialization, so that swapped tensors are
+noticed. Two folders hold the same model in the layouts of published checkpoints: `st` (safetensors,
+float32, MLM head) and `bin` (pytorch_model.bin, layers in fp16 and the rest in fp32 as in InfoXLM's
+file, MLM head). `seq` has a classification head. expected.npz holds ids, mask, hidden states and logits; tokens.json the
+ids of Hugging Face's tokenizer for the sentences of tests/sample, whole and truncated.
 """
 
 import json

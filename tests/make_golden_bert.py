@@ -5,8 +5,8 @@ compute.
     python tests/make_golden_bert.py
 
 The committed files were made with the versions recorded in golden_bert/provenance.json. The folder
-is one that convert.py takes: a BertForSequenceClassification with random weights, every bias and
-norm moved off its trivial start. expected.npz holds ids, mask, token types, hidden states, the
+is one that convert.py takes: a BertForSequenceClassification with random weights, biases and norms
+moved off their trivial initialization. expected.npz holds ids, mask, token types, hidden states, the
 pooler's output, and the logits of the classifier behind the pooler (sequence_logits) and, the same
 matrix, on every token (token_logits). tokens.json holds [lower, first text, second text, max length,
 ids, token types] of Hugging Face's BertTokenizer with vocab.txt, which is made here from tests/sample's

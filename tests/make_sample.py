@@ -3,9 +3,8 @@ SentencePiece model.
 
     python tests/make_sample.py
 
-It is there so that the tests and the README's first command run offline, through the same reader as
-the real data. It is far too small to learn a language from, and no figure in the README comes from
-it.
+With it the tests run offline, through the same reader as the real data. It is far too small to learn
+a language from.
 
 SENTENCES: language -> two scenes, each a premise and its entailed, neutral and contradicting
 hypothesis.

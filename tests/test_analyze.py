@@ -1,16 +1,40 @@
-"""analyze.py: the error of a student's layers against brute force."""
+"""analyze.py: layer errors and attention recovery against definitions written out in plain Python."""
 
 import copy
+import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import batch
 
-from analyze import PLACES, errors_table, layer_errors
+import analyze
+from analyze import (
+    PLACES,
+    attention_recovery,
+    cover_length,
+    errors_table,
+    flipped_pairs,
+    layer_errors,
+    ranking_loss,
+    real_rows,
+    recovery_table,
+)
+from distill import map_loss, real_pairs, vector_loss
+from model import build_model
 
 
+def sequences_of(batches):
+    """Each sequence alone, (1, T) without padding."""
+    for rows in batches:
+        for i in range(len(rows.ids)):
+            length = rows.ids.shape[1] if rows.mask is None else int(rows.mask[i].sum())
+            yield rows.ids[i : i + 1, :length]
+
+
+# ----------------------------------------------------------------------------------------- errors
 def test_a_copy_has_no_error(models):
     teacher, _ = models
     found = layer_errors(teacher, copy.deepcopy(teacher), [batch([7, 4])])
@@ -20,23 +44,19 @@ def test_a_copy_has_no_error(models):
 
 
 @torch.no_grad()
-def test_against_text_by_text(models):
-    """Padded batches give what one text at a time gives, computed with numpy."""
+def test_errors_of_padded_batches_equal_those_of_single_sequences(models):
     teacher, student = models
     batches = [batch([9, 5, 3]), batch([6, 6])]
     found = layer_errors(teacher, student, batches)
     differences = {place: [[], []] for place in PLACES}
     references = {place: [[], []] for place in PLACES}
-    for rows in batches:
-        for i in range(len(rows.ids)):
-            length = rows.ids.shape[1] if rows.mask is None else int(rows.mask[i].sum())
-            ids = rows.ids[i : i + 1, :length]
-            s, t = student(ids, None, PLACES)[1], teacher(ids, None, PLACES)[1]
-            for place in PLACES:
-                for layer in range(2):
-                    one, other = (x[place][layer].double().numpy() for x in (s, t))
-                    differences[place][layer].append(one - other)
-                    references[place][layer].append(other)
+    for ids in sequences_of(batches):
+        s, t = student(ids, None, PLACES)[1], teacher(ids, None, PLACES)[1]
+        for place in PLACES:
+            for layer in range(2):
+                one, other = (x[place][layer].double().numpy() for x in (s, t))
+                differences[place][layer].append(one - other)
+                references[place][layer].append(other)
     for place in PLACES:
         for layer in range(2):
             parts, whole = differences[place][layer], references[place][layer]
@@ -50,7 +70,7 @@ def test_against_text_by_text(models):
 
 
 def test_local_errors_start_from_the_teacher(models):
-    """A layer that is not quantized has no error of its own, only what came from below."""
+    """A layer that is not quantized has no local error, only what the layers before it got wrong."""
     teacher, student = models
     student.encoder.layers[1] = copy.deepcopy(teacher.encoder.layers[1])
     found = layer_errors(teacher, student, [batch([8, 8])])
@@ -60,9 +80,167 @@ def test_local_errors_start_from_the_teacher(models):
         assert found["local"][place][0]["relative"] > 0
 
 
-def test_table_and_json(models):
+def test_errors_as_table_and_json(models):
     errors = layer_errors(*models, [batch([5])])
     assert json.loads(json.dumps(errors)) == errors
     text = errors_table({"fp32": {}, "sdq": {"errors": errors}})
     relative = errors["accumulated"]["context"][1]["relative"]
     assert "layer 2" in text and f"{100 * relative:.1f} |" in text and text.count("\n") == 3
+
+
+# ------------------------------------------------------------------------- ranking and cover length
+def flips_of(student: list[float], teacher: list[float]) -> tuple[float, int]:
+    """(flipped pairs, pairs) of one row."""
+    flipped, pairs = 0.0, 0
+    for i, j in itertools.combinations(range(len(teacher)), 2):
+        if teacher[i] == teacher[j]:
+            continue
+        pairs += 1
+        if student[i] == student[j]:
+            flipped += 0.5
+        elif (student[i] > student[j]) != (teacher[i] > teacher[j]):
+            flipped += 1
+    return flipped, pairs
+
+
+def cover_of(student: list[float], teacher: list[float]) -> float:
+    """The cover length ratio of one row."""
+    keys = range(len(teacher))
+    wanted = set(sorted(keys, key=lambda i: -teacher[i])[:5])  # sorted() is stable
+    for taken, key in enumerate(sorted(keys, key=lambda i: -student[i]), 1):
+        wanted.discard(key)
+        if not wanted:
+            return taken / len(teacher)
+
+
+LENGTHS = [9, 6, 5, 3, 2, 1]
+
+
+def random_maps(seed, mask, levels=None, heads=3):
+    """(B, H, T, T) attention probabilities.  levels: use only so many values, so that keys tie."""
+    torch.manual_seed(seed)
+    B, T = mask.shape
+    if levels:
+        return torch.randint(levels, (B, heads, T, T)) / levels
+    return torch.randn(B, heads, T, T).masked_fill(~mask[:, None, None, :], -1e9).softmax(dim=-1)
+
+
+def rows_of(maps, lengths):
+    return [
+        maps[b, h, q, :n].tolist()
+        for b, n in enumerate(lengths)
+        for q in range(n)
+        for h in range(maps.shape[1])
+    ]
+
+
+@pytest.mark.parametrize("levels", [None, 2, 4])
+@pytest.mark.parametrize("garbage", [0.0, 7.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("at_once", [1, 100, 2**18])
+def test_rows_against_brute_force(levels, garbage, at_once, monkeypatch):
+    monkeypatch.setattr(analyze, "PAIRS_AT_ONCE", at_once)
+    mask = torch.arange(9) < torch.tensor(LENGTHS)[:, None]
+    maps = [random_maps(seed, mask, levels) for seed in (1, 2)]
+    lists = list(zip(*(rows_of(each, LENGTHS) for each in maps), strict=True))
+    rows = [real_rows(each.masked_fill(~real_pairs(mask), garbage), mask) for each in maps]
+    assert len(rows[0]) == len(lists) == 3 * sum(LENGTHS)
+    expected = [flips_of(*each) for each in lists]
+    flipped, pairs = flipped_pairs(*rows)
+    assert list(zip(flipped.tolist(), pairs.tolist(), strict=True)) == expected
+    fractions = [flips / pairs for flips, pairs in expected if pairs]
+    found, count = ranking_loss(*rows)
+    assert count == len(fractions) and found == pytest.approx(sum(fractions) / count)
+    assert cover_length(*rows).tolist() == pytest.approx([cover_of(*each) for each in lists])
+
+
+def test_rows_by_hand():
+    nan = float("nan")
+    teacher = torch.tensor([[0.4, 0.3, 0.2, 0.1, nan]])
+    for student, fraction in (
+        ([0.4, 0.3, 0.2, 0.1, nan], 0.0),
+        ([0.1, 0.2, 0.3, 0.4, nan], 1.0),  # reversed
+        ([0.3, 0.4, 0.2, 0.1, nan], 1 / 6),
+        ([0.25, 0.25, 0.25, 0.25, nan], 0.5),  # no order at all
+    ):
+        assert ranking_loss(torch.tensor([student]), teacher) == (pytest.approx(fraction), 1)
+        assert cover_length(torch.tensor([student]), teacher).item() == 1  # of 4 keys, all are top
+    teacher = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]])
+    assert cover_length(teacher, teacher).item() == 5 / 8
+    moved = torch.tensor([[8.0, 7, 6, 5, 2, 4, 3, 1]])  # the fifth key is seventh now
+    assert cover_length(moved, teacher).item() == 7 / 8
+    # rows without an order are left out
+    alike = torch.full((2, 4), 0.25)
+    assert ranking_loss(alike, alike) == (0.0, 0)
+    one = torch.tensor([[1.0, nan, nan]])
+    assert ranking_loss(one, one) == (0.0, 0) and cover_length(one, one).item() == 1
+
+
+# ----------------------------------------------------------------------------- attention recovery
+@torch.no_grad()
+def test_recovery_of_padded_batches_equals_that_of_single_sequences(models):
+    batches = [batch([9, 5, 3]), batch([6, 6]), batch([1, 1])]
+    found = attention_recovery(*models, batches)
+    taps = [
+        [model(ids, None, ("score", "map", "normed"))[1] for model in models]
+        for ids in sequences_of(batches)
+    ]
+    for layer in range(2):
+        lists, kl, mse, tokens = [], 0.0, 0.0, 0
+        for target, seen in taps:
+            t, s = target["map"][layer], seen["map"][layer]
+            n = t.shape[-1]
+            lists += zip(rows_of(s, [n]), rows_of(t, [n]), strict=True)
+            kl += n * map_loss(seen["score"][layer], target["score"][layer], None).item()
+            mse += n * vector_loss(seen["normed"][layer], target["normed"][layer], None).item()
+            tokens += n
+        ranks = [flips / pairs for flips, pairs in (flips_of(*each) for each in lists) if pairs]
+        covers = [cover_of(*each) for each in lists]
+        # other rounding in a batch may swap a few keys that are nearly equal
+        assert found["ranking"][layer] == pytest.approx(sum(ranks) / len(ranks), abs=2e-3)
+        assert found["cover"][layer] == pytest.approx(sum(covers) / len(covers), abs=2e-3)
+        assert found["map_kl"][layer] == pytest.approx(kl / tokens, rel=1e-4)
+        assert found["output_mse"][layer] == pytest.approx(mse / tokens, rel=1e-4)
+        assert 0 < found["ranking"][layer] < 0.5
+
+
+def test_recovery_of_a_copy_is_complete(models):
+    teacher, _ = models
+    found = attention_recovery(teacher, copy.deepcopy(teacher), [batch([10, 10]), batch([10, 8])])
+    best = (10 * 5 / 10 * 3 + 8 * 5 / 8) / 38
+    assert found["ranking"] == found["map_kl"] == found["output_mse"] == [0.0, 0.0]
+    assert found["cover"] == pytest.approx([best, best])
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_recovery_as_table(models):
+    found = attention_recovery(*models, [batch([7, 4])])
+    text = recovery_table({"fp32": {}, "ptq": {"recovery": found}, "sdq": {"recovery": found}})
+    ranking, cover = 100 * found["ranking"][1], 100 * found["cover"][1]
+    assert "layer 2" in text and f"{ranking:.1f} / {cover:.1f} |" in text
+    assert text.count("\n") == 3
+
+
+class Recorder(torch.nn.Module):
+    """A model that remembers the token types it was given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.encoder, self.seen = model, model.encoder, []
+
+    def forward(self, *inputs, types=None):
+        self.seen.append(types)
+        return self.model(*inputs, types=types)
+
+
+@pytest.mark.parametrize("measure", [attention_recovery, layer_errors])
+def test_teacher_and_student_get_the_token_types(measure, tiny_config):
+    """The second text of a pair has a token type of its own."""
+    model = build_model(replace(tiny_config, type_vocab_size=2))
+    with torch.no_grad():
+        model.encoder.embeddings.token_type.weight.mul_(50)
+    pair = batch([6, 4])
+    pair.types = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0]])
+    teacher, student = Recorder(model), Recorder(copy.deepcopy(model))
+    measure(teacher, student, [pair])
+    assert len(teacher.seen) == len(student.seen) == 1
+    assert teacher.seen[0] is student.seen[0] is pair.types

@@ -1,6 +1,8 @@
 """data/batches.py: encoding, its cache, and batches. Tags and token types lie beside the ids."""
 
+import lzma
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -59,7 +61,7 @@ def read_again(*args):
     pytest.fail("the files were read again instead of the cache")
 
 
-# ---------------------------------------------------------------------------------------- encoding
+# ----------------------------------------------------------------------------------------- encoding
 class TypedTokenizer:
     """Letters are tokens: [CLS] a [SEP] b [SEP], as BERT has it."""
 
@@ -84,7 +86,7 @@ def test_types_are_encoded_and_cached(folder, monkeypatch):
         assert bytes(row[1 : first.second[i] - 1]).decode() == example.text_a
         assert bytes(row[first.second[i] : -1]).decode() == example.text_b
     with monkeypatch.context() as patched:
-        patched.setattr(batches, "load", lambda *args: pytest.fail("read again"))
+        patched.setattr(batches, "load", read_again)
         second = encode()
     for dataset in (first, second):
         assert dataset.pad == 7 and dataset.second.dtype == np.int64
@@ -93,7 +95,7 @@ def test_types_are_encoded_and_cached(folder, monkeypatch):
     (name,) = os.listdir(batches.CACHE_DIR)
     path = os.path.join(batches.CACHE_DIR, name)
     np.savez(path, ids=first.ids, starts=first.starts, labels=first.labels, second=first.second[1:])
-    assert (encode().second == first.second).all()  # not as many as rows: made again
+    assert (encode().second == first.second).all()  # not one per row: made again
 
 
 def test_labels_of_a_regression_are_numbers(tmp_path, tokenizer, monkeypatch):
@@ -104,7 +106,7 @@ def test_labels_of_a_regression_are_numbers(tmp_path, tokenizer, monkeypatch):
     expected = [e.label for e in load("stsb", "test", "en", str(tmp_path))]
     assert dataset.labels.tolist() == expected
     with monkeypatch.context() as patched:
-        patched.setattr(batches, "load", lambda *args: pytest.fail("read again"))
+        patched.setattr(batches, "load", read_again)
         again = encode_split("stsb", "test", "en", str(tmp_path), tokenizer, 32)
     assert again.labels.dtype == np.float32 and again.metrics == dataset.metrics
     assert (again.labels == dataset.labels).all()
@@ -128,10 +130,10 @@ def test_limit_takes_the_same_rows_in_every_language(folder, tokenizer):
 @pytest.mark.parametrize("kind", ["words", "pieces"])
 def test_encoded_tags_are_those_of_the_words(kind, words, tokenizer):
     tokenizer = words if kind == "words" else tokenizer
-    names = find_task("atis").names(SAMPLE)
+    names = find_task("atis").names(FLIGHTS)
     for split in ("train", "test"):
-        sentences = load("atis", split, "en", SAMPLE)
-        dataset = encode_split("atis", split, "en", SAMPLE, tokenizer, 128)
+        sentences = load("atis", split, "en", FLIGHTS)
+        dataset = encode_split("atis", split, "en", FLIGHTS, tokenizer, 128)
         assert dataset.tags.dtype == np.int64 and len(dataset) == len(sentences)
         for i, sentence in enumerate(sentences):
             part = slice(dataset.starts[i], dataset.starts[i + 1])
@@ -140,11 +142,12 @@ def test_encoded_tags_are_those_of_the_words(kind, words, tokenizer):
             assert ids.tolist() == expected and tags[0] == tags[-1] == IGNORE
             assert [names.slots[tag] for tag in tags[tags != IGNORE]] == list(sentence.tags)
             assert names.intents[dataset.labels[i]] == sentence.intent
+        assert dataset.slots == names.slots and dataset.metrics == ("accuracy", "slot_f1")
     assert (dataset.tags >= names.known_slots).sum() == 2  # "folding bicycle", only in test
 
 
 def test_first_pieces_carry_the_tags(tmp_path, tokenizer):
-    write(tmp_path, "train", ["the extraordinarily old"], ["O B-x I-x"], ["i"])
+    write_sentences(tmp_path, "train", ["the extraordinarily old"], ["O B-x I-x"], ["i"])
     dataset = encode_split("atis", "train", "en", str(tmp_path), tokenizer, 64)
     counts = [len(tokenizer.encode(word)) - 2 for word in ("the", "extraordinarily", "old")]
     assert counts[1] > 1
@@ -154,15 +157,15 @@ def test_first_pieces_carry_the_tags(tmp_path, tokenizer):
     assert dataset.tags.tolist() == [*expected, IGNORE]
 
 
-def test_a_word_too_many_is_refused(words, tokenizer):
+def test_sentences_with_tags_are_never_cut(words, tokenizer):
     for each in (words, tokenizer):
-        longest = encode_split("atis", "train", "en", SAMPLE, each, 128).lengths.max()
-        assert encode_split("atis", "train", "en", SAMPLE, each, longest).lengths.max() == longest
-        with pytest.raises(UserError, match=f"has {longest} tokens .* give --max-length {longest}"):
-            encode_split("atis", "train", "en", SAMPLE, each, longest - 1)
+        longest = encode_split("atis", "train", "en", FLIGHTS, each, 128).lengths.max()
+        assert encode_split("atis", "train", "en", FLIGHTS, each, longest).lengths.max() == longest
+        with pytest.raises(UserError, match=f"has {longest} tokens .* use --max-length {longest}"):
+            encode_split("atis", "train", "en", FLIGHTS, each, longest - 1)
 
 
-# --------------------------------------------------------------------------------------- the cache
+# ---------------------------------------------------------------------------------------- the cache
 def test_encoding_is_cached_and_a_damaged_cache_made_again(folder, tokenizer, monkeypatch):
     def encode():
         return encode_split("xnli", "dev", "de", str(folder), tokenizer, 32)
@@ -170,7 +173,7 @@ def test_encoding_is_cached_and_a_damaged_cache_made_again(folder, tokenizer, mo
     first = encode()
     (name,) = os.listdir(batches.CACHE_DIR)
     with monkeypatch.context() as patched:
-        patched.setattr(batches, "load", lambda *args: pytest.fail("read again"))
+        patched.setattr(batches, "load", read_again)
         second = encode()
     assert (first.ids == second.ids).all() and (first.starts == second.starts).all()
     path = os.path.join(batches.CACHE_DIR, name)
@@ -194,50 +197,83 @@ def test_cache_notices_changed_data_and_settings(folder, tokenizer):
     assert len(encode()) == len(long) + 1
 
 
-def test_caches_from_before_there_were_types_are_still_read(folder, tokenizer, monkeypatch):
+def test_cache_without_types_or_tags(folder, tokenizer, monkeypatch):
     first = encode_split("xnli", "dev", "de", str(folder), tokenizer, 32)
     (name,) = os.listdir(batches.CACHE_DIR)
-    path = folder.joinpath(*find_task("xnli").files["dev"].split("/"))
-    state = os.stat(path)
-    key = ("xnli", "dev", "de", [(str(path), (state.st_size, state.st_mtime_ns))])
-    key += (tokenizer.sha256, 32, None)
-    assert hashlib.sha256(repr(key).encode()).hexdigest()[:24] in name
     with np.load(os.path.join(batches.CACHE_DIR, name)) as file:
         assert set(file.files) == {"ids", "starts", "labels"}
-    monkeypatch.setattr(batches, "load", lambda *args: pytest.fail("read again"))
+    monkeypatch.setattr(batches, "load", read_again)
     second = encode_split("xnli", "dev", "de", str(folder), tokenizer, 32)
-    assert (first.ids == second.ids).all() and second.second is None
+    assert (first.ids == second.ids).all() and second.second is None and second.tags is None
     assert second.pad == tokenizer.pad_id
 
 
-def test_encoding_is_cached_with_its_tags(folder, words, monkeypatch):
+def test_typed_and_untyped_encodings_are_told_apart(folder, tokenizer):
+    typed = TypedTokenizer()
+    typed.sha256 = tokenizer.sha256
+    keys = [(each, 32, None) for each in (tokenizer, typed)]
+    assert len({batches.cache_path("xnli", "dev", "de", str(folder), *key) for key in keys}) == 2
+
+
+def test_cache_notices_a_changed_compressed_file(folder, tokenizer):
+    path = folder / "XNLI-1.0" / "xnli.dev.tsv"
+    content = path.read_bytes()
+    path.unlink()
+    for lines, expected in ((content, 3), (content + b"de\tneutral\ta\tb\t1\n", 4)):
+        (folder / "XNLI-1.0" / "xnli.dev.tsv.xz").write_bytes(lzma.compress(lines))
+        read_xnli.cache_clear()
+        assert len(encode_split("xnli", "dev", "de", str(folder), tokenizer, 32)) == expected
+
+
+def test_language_of_a_file_gives_a_safe_file_name(tmp_path, tokenizer, monkeypatch):
+    """Languages that come from a file may hold slashes and dots."""
+    languages = ("pt/br", "pt_br", "../../up", "x" * 300, "..")
+
+    def read(folder, split):
+        return {language: [Example(language, None, 0)] for language in languages}
+
+    (tmp_path / "test.tsv").write_text("")
+    files = {split: ("test.tsv",) for split in ("train", "dev", "test")}
+    task = Task("news", "sequence", read, files, "", labels=("no", "yes"), languages=None)
+    monkeypatch.setitem(tasks.TASKS, "news", task)
+    for language in languages:
+        for _ in range(2):  # read, then from the cache
+            dataset = encode_split("news", "test", language, str(tmp_path), tokenizer, 400)
+            assert dataset.ids.tolist() == tokenizer.encode(language, None, 400)
+    names = os.listdir(batches.CACHE_DIR)
+    assert len(names) == len(languages)  # "pt/br" and "pt_br" are told apart
+    assert all(re.fullmatch("news-test-[A-Za-z0-9_-]+[.]npz", name) for name in names)
+    assert sorted(os.listdir(tmp_path)) == ["cache", "test.tsv"]
+
+
+def test_encoding_is_cached_with_its_tags(flights, words, monkeypatch):
     def encode(limit=None):
-        return encode_split("atis", "dev", "en", str(folder), words, 64, limit)
+        return encode_split("atis", "dev", "en", str(flights), words, 64, limit)
 
     first = encode()
     with monkeypatch.context() as patched:
-        patched.setattr(batches, "load", lambda *args: pytest.fail("read again"))
+        patched.setattr(batches, "load", read_again)
         second = encode()
     for name in ("ids", "starts", "labels", "tags"):
         assert (getattr(first, name) == getattr(second, name)).all()
     (name,) = os.listdir(batches.CACHE_DIR)
     path = os.path.join(batches.CACHE_DIR, name)
     np.savez(path, ids=first.ids, starts=first.starts, labels=first.labels, tags=first.tags[1:])
-    assert (encode().tags == first.tags).all()  # not as many tags as ids: made again
+    assert (encode().tags == first.tags).all()  # not one tag per id: made again
     assert len(encode(limit=7)) == 7
 
 
 @pytest.mark.parametrize("name", ["seq.in", "seq.out", "label"])
 @pytest.mark.parametrize("split", ["dev", "train"])
-def test_cache_notices_each_changed_file(folder, words, name, split):
-    """Of the split itself, and of train, which says what the ids mean."""
+def test_cache_notices_each_changed_file(flights, words, name, split):
+    """Of the split itself, and of train, whose names define the ids."""
 
     def encode():
         read_sentences.cache_clear()
-        return encode_split("atis", "dev", "en", str(folder), words, 64)
+        return encode_split("atis", "dev", "en", str(flights), words, 64)
 
     first = encode()
-    path = folder / split / name
+    path = flights / split / name
     lines = path.read_text(encoding="utf-8").split("\n")
     first_word = {"seq.in": "perhaps", "seq.out": "B-again", "label": "another"}[name]
     lines[0] = " ".join([first_word, *lines[0].split()[1:]])
@@ -249,15 +285,15 @@ def test_cache_notices_each_changed_file(folder, words, name, split):
         assert (getattr(first, what) != getattr(changed, what)).any()
 
 
-def test_no_cache_for_a_missing_file(folder, words):
-    encode_split("atis", "dev", "en", str(folder), words, 64)
-    os.unlink(folder / "dev" / "seq.in")
+def test_no_cache_for_a_missing_file(flights, words):
+    encode_split("atis", "dev", "en", str(flights), words, 64)
+    os.unlink(flights / "dev" / "seq.in")
     read_sentences.cache_clear()
     with pytest.raises(UserError, match="no file"):
-        encode_split("atis", "dev", "en", str(folder), words, 64)
+        encode_split("atis", "dev", "en", str(flights), words, 64)
 
 
-# ----------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 def make_dataset(lengths, with_tags=False):
     rng = np.random.default_rng(0)
     starts = np.concatenate(([0], np.cumsum(lengths)))
@@ -283,7 +319,7 @@ def test_collate_by_brute_force():
 
 
 def test_tags_and_padding_by_brute_force():
-    dataset = make_dataset([3, 7, 2, 5, 7])
+    dataset = make_dataset([3, 7, 2, 5, 7], with_tags=True)
     for rows in ([0], [1, 4], [2, 0, 3], [4, 3, 2, 1, 0]):
         batch = collate(dataset, np.array(rows))
         longest = max(dataset.lengths[rows])
@@ -295,7 +331,7 @@ def test_tags_and_padding_by_brute_force():
         assert batch.tags.dtype == torch.int64
     moved = batch.to(torch.device("cpu"))
     assert (moved.tags == batch.tags).all() and (moved.ids == batch.ids).all()
-    assert collate(make_dataset([3, 4], with_tags=False), np.array([0, 1])).tags is None
+    assert collate(make_dataset([3, 4]), np.array([0, 1])).tags is None
 
 
 def test_types_and_padding_by_brute_force():
@@ -333,8 +369,8 @@ def test_every_row_once_an_epoch_and_little_padding():
     assert all(batch.ids.numel() <= 512 for batch in order)
 
 
-def test_every_tag_once_in_every_kind_of_batches(words):
-    dataset = encode_split("atis", "train", "en", SAMPLE, words, 64)
+def test_every_tag_once_in_every_kind_of_batch(words):
+    dataset = encode_split("atis", "train", "en", FLIGHTS, words, 64)
     total = np.sort(dataset.tags[dataset.tags != IGNORE])
     kinds = (
         evaluation_batches(dataset, 200),

@@ -26,10 +26,10 @@ from checkpoint import (
 )
 from common import UserError
 from lsq import LearnedScale
-from model import ModelConfig, build_model, initialize
+from model import ModelConfig, build_model, initialize, with_head
 from prepare import calibrate, prepare
 from quant import QuantConfig, quant_range
-from tt import TensorTrain, TTConfig
+from tt import TensorTrain, TTConfig, tensorize
 
 
 def raises_one_line(load, path, message):
@@ -318,8 +318,8 @@ def damaged_students(payload):
         "scale": (packed(scale=torch.ones(3)), "does not have the shape"),
         "shape": (packed(shape=[1, 2]), "does not have the shape"),
         "repeated element": (packed(codes=repeated), "does not have the shape"),
-        "bits as float": (quant(weight_bits=8.0), "is damaged"),
-        "bits out of range": (quant(weight_bits=9), "is damaged"),
+        "bits as float": (quant(weight_bits=8.0), "weight_bits=8.0: choose 2 to 8"),
+        "bits out of range": (quant(weight_bits=9), "weight_bits=9: choose 2 to 8"),
         "extra key": (packed(spare=1), "is damaged"),
         "grid": (packed(codes=torch.full_like(entry["codes"], 127 + 100)), "outside the grid"),
         "missing": ({**payload, "packed": without}, "is missing"),
@@ -434,3 +434,180 @@ def test_tampered_cores(tiny_config, tokenizer_bytes, tmp_path):
 
 def test_docstrings():
     assert doctest.testmod(checkpoint, extraglobs={"torch": torch}).failed == 0
+
+
+TERNARY = QuantConfig(weight_bits=2, weights="ternary")
+TRAINS = TTConfig(rank=4, embedding_rank=5, table_modes=4, keep=())
+
+
+@pytest.fixture
+def joint_config(tiny_config):
+    return replace(tiny_config, head="joint", num_slots=5)
+
+
+def model_of_trains(config, tt=TRAINS):
+    return initialize(meta_model(replace(config, tt=tt))).eval()
+
+
+# ------------------------------------------------------------------------------- ternary students
+def ternary_payload(shape, tokenizer=b"x"):
+    """(the parameters of a ternary student, the dictionary of its file)."""
+    model = build_model(shape).eval()
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    prepare(model, TERNARY)
+    return parameters, student_payload(model, TERNARY, tokenizer)
+
+
+def test_size_of_a_ternary_student(tiny_config, tokenizer_bytes, tmp_path):
+    shape = replace(tiny_config, hidden_size=128, ffn_size=512, vocab_size=2000)
+    parameters, payload = ternary_payload(shape, tokenizer_bytes)
+    size = save_atomically(payload, str(tmp_path / "student.pt"))
+    packed = payload["packed"]
+    assert len(packed) == 2 * 6 + 1
+    codes = 0
+    for name, entry in packed.items():
+        count = parameters[name].numel()
+        assert entry["codes"].numel() * entry["codes"].element_size() == count // 4
+        assert entry["codes"].nbytes * 8 == torch.empty(count, dtype=torch.int16).nbytes
+        assert entry["scale"].shape == (len(parameters[name]), 1)
+        assert entry["scale"].dtype == torch.float32
+        codes += entry["codes"].nbytes
+    rest = {name: p for name, p in parameters.items() if name not in packed}
+    assert payload["tensors"].keys() == rest.keys()
+    floats = 4 * sum(p.numel() for p in rest.values())
+    scales = 4 * sum(len(parameters[name]) for name in packed)
+    content = codes + floats + scales + len(tokenizer_bytes)
+    tensors = 2 * len(packed) + len(rest) + 1  # in the archive
+    assert content < size < content + 400 * tensors
+    assert size == (tmp_path / "student.pt").stat().st_size
+    assert 16 * codes == 4 * sum(parameters[name].numel() for name in packed)  # of float32
+
+
+@pytest.mark.parametrize("at", ["first", "last", "all"])
+@pytest.mark.parametrize("name", ["encoder.layers.1.ffn.up", "encoder.embeddings.word"])
+def test_codes_that_are_not_ternary_raise(name, at, tiny_config, tmp_path):
+    """Two bits can also hold -2."""
+    _, payload = ternary_payload(tiny_config)
+    entry = payload["packed"][name + ".weight"]
+    codes = torch.zeros(entry["shape"]).flatten()
+    path = str(tmp_path / "student.pt")
+    for wrong in (False, True):
+        if wrong:
+            codes[{"first": 0, "last": -1, "all": slice(None)}[at]] = -2
+        entry["codes"] = pack(codes, 2)
+        torch.save(payload, path)
+        if not wrong:
+            assert not read_student(path).weights[name + ".weight"].codes.any()
+            continue
+        with pytest.raises(UserError) as error:
+            read_student(path)
+        assert f"{name}.weight has codes outside the grid" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_ternary_file_with_other_bits_raises(tiny_config, tmp_path):
+    _, payload = ternary_payload(tiny_config)
+    payload["quant"]["weight_bits"] = 4
+    torch.save(payload, tmp_path / "student.pt")
+    with pytest.raises(UserError) as error:
+        read_student(str(tmp_path / "student.pt"))
+    assert "weights=ternary has 2 bits, not weight_bits=4" in str(error.value)
+
+
+# ---------------------------------------------------------------------------------- tensor trains
+def trains_of(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, TensorTrain)}
+
+
+def test_checkpoint_of_tensor_trains_bit_for_bit(joint_config, tmp_path):
+    tt = replace(TRAINS, keep=("head.dense", "encoder.layers.1"))
+    model = model_of_trains(joint_config, tt)
+    path = str(tmp_path / "trains.pt")
+    save_atomically(checkpoint_payload(model, b"x"), path)
+    again = load_checkpoint(path)
+    assert again.config == replace(joint_config, tt=tt)
+    assert isinstance(again.config.tt.keep, tuple)
+    assert set(trains_of(again)) == set(trains_of(model)) and len(trains_of(again)) == 9
+    state, expected = again.state_dict(), model.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    ids, mask = random_ids([9, 5], 442)
+    for found, logits in zip(again(ids, mask)[0], model(ids, mask)[0], strict=True):
+        assert torch.equal(found, logits)
+
+
+def test_older_checkpoints_still_load(tiny_config, tmp_path):
+    model = build_model(tiny_config).eval()
+    payload = checkpoint_payload(model, b"x")
+    del payload["config"]["tt"], payload["config"]["num_slots"]
+    path = str(tmp_path / "older.pt")
+    save_atomically(payload, path)
+    again = load_checkpoint(path)
+    assert again.config == tiny_config and again.config.tt is None
+    ids, mask = random_ids([9, 5], 442)
+    assert torch.equal(again(ids, mask)[0], model(ids, mask)[0])
+    del payload["config"]["num_labels"]  # every version had that one
+    save_atomically(payload, path)
+    with pytest.raises(UserError, match="damaged or of another version"):
+        load_checkpoint(path)
+
+
+def test_damaged_settings_of_tensor_trains_raise(joint_config, tmp_path):
+    model = model_of_trains(replace(joint_config, num_layers=1))
+    path, payload = str(tmp_path / "damaged.pt"), checkpoint_payload(model, b"x")
+    whole = payload["config"]["tt"]
+    for damage in (
+        5,
+        "rank",
+        {},
+        {"rank": 4},
+        {**whole, "more": 1},
+        {**whole, "keep": 3},
+        {**whole, "keep": [1]},
+        {**whole, "rank": 0},
+        {**whole, "rank": 4.0},
+        {**whole, "modes": 99},
+    ):
+        payload["config"]["tt"] = damage
+        save_atomically(payload, path)
+        with pytest.raises(UserError, match="the model config is damaged or of another version"):
+            load_checkpoint(path)
+    payload["config"]["tt"] = {**whole, "rank": 5}
+    save_atomically(payload, path)
+    with pytest.raises(UserError, match="has shape"):
+        load_checkpoint(path)
+
+
+def test_missing_and_misshapen_cores_raise(joint_config, tmp_path):
+    payload = checkpoint_payload(model_of_trains(replace(joint_config, num_layers=1)), b"x")
+    name = "encoder.layers.0.ffn.up.cores.1"
+    core = payload["tensors"].pop(name)
+    path = str(tmp_path / "damaged.pt")
+    for tensors, message in (
+        ({}, f"tensor {name} is missing"),
+        ({name: core[:-1]}, f"tensor {name} has shape"),
+        ({name: core, "encoder.layers.0.ffn.up.cores.6": core}, "unexpected tensor"),
+    ):
+        save_atomically({**payload, "tensors": {**payload["tensors"], **tensors}}, path)
+        with pytest.raises(UserError, match=message):
+            load_checkpoint(path)
+
+
+def test_new_head_of_tensor_trains_round_trip(joint_config, tmp_path):
+    """As train.py builds it: with_head makes a dense head, tensorize replaces its layers."""
+    base = model_of_trains(replace(joint_config, head="none", num_labels=0, num_slots=0))
+    model = with_head(base, "joint", 3, 5).eval()
+    assert set(tensorize(model, TRAINS).replaced) == {"head.dense", "head.intent.dense"}
+    path = str(tmp_path / "head.pt")
+    save_atomically(checkpoint_payload(model, b"x"), path)
+    ids, mask = random_ids([9, 5], 442)
+    for found, logits in zip(load_checkpoint(path)(ids, mask)[0], model(ids, mask)[0], strict=True):
+        assert torch.equal(found, logits)
+
+
+def test_tied_head_has_no_tensor_trains(tiny_config):
+    with pytest.raises(UserError, match="an mlm head needs the whole embedding table"):
+        check_config(replace(tiny_config, head="mlm", tt=TTConfig()))
+    model = model_of_trains(tiny_config)
+    with pytest.raises(UserError, match="mlm head"):
+        check_config(with_head(model, "mlm", 0).config)

@@ -1,5 +1,5 @@
-"""convert.py: what it accepts, and the one line it answers everything else with. Parity of RoBERTa
-is in test_model.py, of BERT here, with the golden tensors of make_golden_bert.py.
+"""convert.py: what it converts, and the one-line error for everything else. Parity with Hugging Face's
+RoBERTa is in test_model.py, with BERT here (golden tensors of make_golden_bert.py).
 """
 
 import json
@@ -20,7 +20,7 @@ from model import PRESETS
 
 @pytest.fixture
 def folder(tmp_path):
-    """A Hugging Face folder that may be spoiled."""
+    """A Hugging Face folder that a test may damage."""
     target = tmp_path / "hf"
     shutil.copytree(os.path.join(GOLDEN, "bin"), target)
     shutil.copy(TOKENIZER, target)
@@ -33,7 +33,8 @@ def run(folder, capsys, name="tiny", out="w.pt"):
     return status, capsys.readouterr(), out
 
 
-def refused(folder, capsys, message, **kwargs):
+def rejected(folder, capsys, message, **kwargs):
+    """Check that the program exits with 2 and one line that contains the message, and writes no file."""
     status, output, out = run(folder, capsys, **kwargs)
     assert status == 2 and not out.exists()
     assert (
@@ -54,41 +55,41 @@ def change(folder, **tensors):
     torch.save(state, path)
 
 
-def test_file_holds_all_and_only_that(folder, capsys):
+def test_converted_file(folder, capsys):
     status, output, out = run(folder, capsys)
     assert status == 0 and "mlm head" in output.out
     payload = read_checkpoint(str(out))
     with open(TOKENIZER, "rb") as file:
         assert payload["tokenizer"].numpy().tobytes() == file.read()
     assert all(t.dtype == torch.float32 for t in payload["tensors"].values())
-    numbers = 4 * sum(t.numel() for t in payload["tensors"].values())
-    # no storage of the source file hides behind a view
-    assert os.path.getsize(out) < numbers + os.path.getsize(TOKENIZER) + 30_000
+    content = 4 * sum(t.numel() for t in payload["tensors"].values())
+    # no view keeps the storage of the whole source file
+    assert os.path.getsize(out) < content + os.path.getsize(TOKENIZER) + 30_000
 
 
-def test_safetensors_saves_no_more_than_its_tensors(tmp_path, capsys):
+def test_converted_safetensors_file(tmp_path, capsys):
     target = tmp_path / "hf"
     shutil.copytree(os.path.join(GOLDEN, "st"), target)
     shutil.copy(TOKENIZER, target)
     status, _, out = run(target, capsys)
     payload = read_checkpoint(str(out))
-    numbers = 4 * sum(t.numel() for t in payload["tensors"].values())
-    assert status == 0 and os.path.getsize(out) < numbers + os.path.getsize(TOKENIZER) + 30_000
+    content = 4 * sum(t.numel() for t in payload["tensors"].values())
+    assert status == 0 and os.path.getsize(out) < content + os.path.getsize(TOKENIZER) + 30_000
 
 
-def test_missing_extra_and_misshapen_tensors_are_named(folder, capsys):
+def test_missing_unexpected_and_misshapen_tensors(folder, capsys):
     key = "roberta.encoder.layer.1.attention.self.key.bias"
     change(folder, **{key: None})
-    refused(folder, capsys, "no tensor encoder.layer.1.attention.self.key.bias")
+    rejected(folder, capsys, "no tensor encoder.layer.1.attention.self.key.bias")
     change(folder, **{key: torch.zeros(31)})
-    refused(folder, capsys, "encoder.layers.1.attention.key.bias has shape (31,), expected (32,)")
+    rejected(folder, capsys, "encoder.layers.1.attention.key.bias has shape (31,), expected (32,)")
     change(folder, **{key: torch.zeros(32, dtype=torch.int64)})
-    refused(folder, capsys, "is torch.int64, not a float")
+    rejected(folder, capsys, "is torch.int64, not a float")
     change(folder, **{key: torch.zeros(32), "roberta.adapter.weight": torch.zeros(2)})
-    refused(folder, capsys, "no place in the key table: adapter.weight")
+    rejected(folder, capsys, "no place in the key table: adapter.weight")
 
 
-def test_skipped_tensors_are_skipped(folder, capsys):
+def test_skipped_tensors(folder, capsys):
     change(
         folder,
         **{
@@ -107,23 +108,23 @@ def test_files_of_old_pytorch_versions(folder, capsys):
     assert run(folder, capsys)[0] == 0
 
 
-def test_tensor_that_repeats_one_number(folder, capsys):
+def test_tensor_that_repeats_one_element(folder, capsys):
     key = "roberta.encoder.layer.1.attention.self.key.weight"
     change(folder, **{key: torch.zeros(1).expand(32, 32)})
-    refused(folder, capsys, "claims more numbers than the file holds")
+    rejected(folder, capsys, "claims more elements than the file holds")
 
 
-def test_next_command_names_the_file_that_was_written(folder, capsys):
+def test_next_command_names_the_written_file(folder, capsys):
     _, output, out = run(folder, capsys)
     assert output.out.rstrip().endswith(f"--model {out}")
 
 
-def test_untied_output_matrix_is_refused(folder, capsys):
+def test_untied_output_matrix(folder, capsys):
     change(folder, **{"lm_head.decoder.weight": torch.zeros(442, 32)})
-    refused(folder, capsys, "untied")
+    rejected(folder, capsys, "untied")
 
 
-def test_bare_encoder_converts_without_a_head(folder, capsys):
+def test_bare_encoder(folder, capsys):
     path = folder / "pytorch_model.bin"
     state = torch.load(path, weights_only=True)
     bare = {k.removeprefix("roberta."): t for k, t in state.items() if not k.startswith("lm_head")}
@@ -141,35 +142,35 @@ def test_config_is_checked(folder, capsys):
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"num_hidden_layers": 10**6}, "num_layers is 1000000"),
         ({"num_hidden_layers": "2"}, "num_layers is '2'"),
-        ({"pad_token_id": None}, "must be whole numbers"),
+        ({"pad_token_id": None}, "must be integers"),
         ({"vocab_size": 443}, "shape"),
     ):
         path.write_text(json.dumps({**good, **values}))
-        refused(folder, capsys, message)
+        rejected(folder, capsys, message)
     del good["hidden_size"]
     path.write_text(json.dumps(good))
-    refused(folder, capsys, "config.json has no hidden_size")
+    rejected(folder, capsys, "config.json has no hidden_size")
     path.write_text("{")
-    refused(folder, capsys, "not a JSON object")
+    rejected(folder, capsys, "not a JSON object")
 
 
 def test_preset_names_are_reserved_for_their_shape(folder, capsys):
-    refused(
+    rejected(
         folder, capsys, "config.json has vocab_size = 442, xlmr-base has 250002", name="xlmr-base"
     )
 
 
-def test_tokenizer_must_fit(folder, capsys):
+def test_missing_or_damaged_tokenizer(folder, capsys):
     (folder / "sentencepiece.bpe.model").unlink()
-    refused(folder, capsys, "no tokenizer at")
+    rejected(folder, capsys, "no tokenizer at")
     (folder / "sentencepiece.bpe.model").write_bytes(b"not a model")
-    refused(folder, capsys, "is not a SentencePiece model")
+    rejected(folder, capsys, "is not a SentencePiece model")
 
 
-def test_folders_and_names(folder, capsys, tmp_path):
-    refused(folder.parent / "nowhere", capsys, "no folder")
+def test_missing_folders_and_invalid_names(folder, capsys, tmp_path):
+    rejected(folder.parent / "nowhere", capsys, "no folder")
     (folder / "pytorch_model.bin").unlink()
-    refused(folder, capsys, "neither model.safetensors nor pytorch_model.bin")
+    rejected(folder, capsys, "neither model.safetensors nor pytorch_model.bin")
     assert convert.main(["../evil", "--from", str(folder)]) == 2
     assert "is no name for a model" in capsys.readouterr().err
     assert convert.main(["xlmr-huge"]) == 2
@@ -188,13 +189,13 @@ class Evil:
         return (os.mkdir, ("evil-was-here",))
 
 
-def test_pickled_code_is_not_run(folder, capsys, monkeypatch):
+def test_pickled_code_is_not_executed(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder.parent)
     torch.save({"roberta.x": Evil()}, folder / "pytorch_model.bin")
-    refused(folder, capsys, "holds pickled code")
+    rejected(folder, capsys, "holds pickled code")
     assert not os.path.exists("evil-was-here")
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 truncated")
-    refused(folder, capsys, "use model.safetensors, or fetch it again")
+    rejected(folder, capsys, "use model.safetensors, or fetch it again")
 
 
 def safetensors(header: dict | bytes, data: bytes, length: int | None = None) -> bytes:
@@ -221,10 +222,10 @@ def safetensors(header: dict | bytes, data: bytes, length: int | None = None) ->
 )
 def test_damaged_safetensors(content, folder, capsys):
     (folder / "model.safetensors").write_bytes(content)
-    refused(folder, capsys, "damaged")
+    rejected(folder, capsys, "damaged")
 
 
-def test_safetensors_reader_handles_types_and_odd_offsets(tmp_path):
+def test_safetensors_types_and_unaligned_offsets(tmp_path):
     values = {
         "half": torch.tensor([1.5, -2.0], dtype=torch.float16),
         "byte": torch.tensor([7], dtype=torch.uint8),
@@ -255,7 +256,7 @@ GOLDEN_BERT = os.path.join(ROOT, "tests", "golden_bert")
 
 @pytest.fixture
 def bert(tmp_path):
-    """A Hugging Face BERT with a classifier, as a .bin that change() can spoil."""
+    """A Hugging Face BERT with a classifier, as a .bin that change() can edit."""
     target = tmp_path / "hf"
     target.mkdir()
     for name in ("config.json", "vocab.txt", "tokenizer_config.json"):
@@ -272,7 +273,7 @@ def expected():
 
 
 def bert_parity(out, expected, logits_name):
-    """The converted model's hidden states and logits are Hugging Face's."""
+    """Compare hidden states and logits of the converted model with those of Hugging Face."""
     model, mask = load_checkpoint(str(out)), expected["mask"]
     with torch.no_grad():
         logits, taps = model(expected["ids"], mask, ("hidden",), types=expected["types"])
@@ -286,7 +287,7 @@ def bert_parity(out, expected, logits_name):
 
 
 def without(folder, *beginnings):
-    """Delete tensors by the beginning of their names; take "bert." away from the others."""
+    """Delete tensors by the beginning of their names; remove the prefix "bert." from the others."""
     path = folder / "pytorch_model.bin"
     state = torch.load(path, weights_only=True)
     kept = {key: t for key, t in state.items() if not key.startswith(beginnings)}
@@ -310,14 +311,14 @@ def test_bert_with_a_pooler(bert, capsys, expected):
     bert_parity(out, expected, "pooler")
 
 
-def test_bert_with_tags(bert, capsys, expected):
+def test_bert_with_a_token_head(bert, capsys, expected):
     without(bert, "bert.pooler.")
     status, output, out = run(bert, capsys)
     assert status == 0 and "token head" in output.out
     bert_parity(out, expected, "token_logits")
 
 
-def test_bert_with_tags_and_an_unused_pooler(bert, capsys, expected):
+def test_bert_with_a_token_head_and_an_unused_pooler(bert, capsys, expected):
     settings = json.loads((bert / "config.json").read_text())
     settings["architectures"] = ["BertForTokenClassification"]
     (bert / "config.json").write_text(json.dumps(settings))
@@ -334,7 +335,7 @@ def test_bert_without_pooler_and_classifier(bert, capsys, expected):
 
 
 def test_pretraining_heads_and_old_names(bert, capsys, expected):
-    """A file of TensorFlow's time: gamma and beta, heads of the pretraining, a count of positions."""
+    """A file converted from TensorFlow: gamma and beta, pretraining heads, position ids."""
     without(bert, "classifier.")
     path = bert / "pytorch_model.bin"
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -356,20 +357,20 @@ def test_pretraining_heads_and_old_names(bert, capsys, expected):
     bert_parity(out, expected, "pooler")
     state["bert.embeddings.LayerNorm.weight"] = torch.ones(16)
     torch.save(state, path)
-    refused(bert, capsys, "two tensors that mean embeddings.LayerNorm.weight", out="again.pt")
+    rejected(bert, capsys, "two tensors that mean embeddings.LayerNorm.weight", out="again.pt")
 
 
-def test_bert_tensors_are_accounted_for(bert, capsys):
+def test_missing_and_unexpected_tensors_of_bert(bert, capsys):
     change(bert, **{"bert.pooler.dense.bias": None})
-    refused(bert, capsys, "no tensor pooler.dense.bias")
+    rejected(bert, capsys, "no tensor pooler.dense.bias")
     change(bert, **{"bert.pooler.dense.bias": torch.zeros(16), "qa_outputs.bias": torch.zeros(2)})
-    refused(bert, capsys, "no place in the key table: qa_outputs.bias")
+    rejected(bert, capsys, "no place in the key table: qa_outputs.bias")
     change(bert, **{"qa_outputs.bias": None, "roberta.x": torch.zeros(2)})
-    refused(bert, capsys, "no place in the key table: roberta.x")
+    rejected(bert, capsys, "no place in the key table: roberta.x")
 
 
 @pytest.mark.parametrize("lower", [True, False, None])
-def test_capitals_as_tokenizer_config_says(bert, capsys, lower):
+def test_lower_casing_follows_tokenizer_config(bert, capsys, lower):
     path = bert / "tokenizer_config.json"
     path.unlink() if lower is None else path.write_text(json.dumps({"do_lower_case": lower}))
     status, _, out = run(bert, capsys)
@@ -379,7 +380,7 @@ def test_capitals_as_tokenizer_config_says(bert, capsys, lower):
     assert tokenizer.bytes.split(b"\n", 1)[1] == (bert / "vocab.txt").read_bytes()
 
 
-def test_bert_settings_are_checked(bert, capsys):
+def test_settings_of_bert_are_checked(bert, capsys):
     path = bert / "config.json"
     good = json.loads(path.read_text())
     for values, message in (
@@ -392,9 +393,9 @@ def test_bert_settings_are_checked(bert, capsys):
         ({"max_position_embeddings": 30}, "shape"),
     ):
         path.write_text(json.dumps({**good, **values}))
-        if values.get("model_type"):  # any other kind of model has a SentencePiece model
+        if values.get("model_type"):  # other architectures have a SentencePiece model
             shutil.copy(TOKENIZER, bert)
-        refused(bert, capsys, message)
+        rejected(bert, capsys, message)
     path.write_text(json.dumps(good))
     path = bert / "tokenizer_config.json"
     for values, message in (
@@ -405,37 +406,37 @@ def test_bert_settings_are_checked(bert, capsys):
         ({"tokenizer_class": "BertJapaneseTokenizer"}, "tokenizer_class"),
     ):
         path.write_text(json.dumps(values))
-        refused(bert, capsys, message)
+        rejected(bert, capsys, message)
     path.write_text("[]")
-    refused(bert, capsys, "tokenizer_config.json is not a JSON object")
+    rejected(bert, capsys, "tokenizer_config.json is not a JSON object")
     path.unlink()
-    refused(bert, capsys, "minilm has 30522", name="minilm")
+    rejected(bert, capsys, "minilm has 30522", name="minilm")
 
 
-def test_bert_vocabulary_must_fit(bert, capsys):
+def test_vocabulary_of_bert_is_checked(bert, capsys):
     path = bert / "vocab.txt"
     good = path.read_bytes()
     path.write_bytes(good + b"onemore\n")
-    refused(bert, capsys, "vocab.txt has 781 ids, the model 780")
+    rejected(bert, capsys, "vocab.txt has 781 ids, the model 780")
     path.write_bytes(good + b"[SEP]\n")
-    refused(bert, capsys, "lists '[SEP]' twice")
+    rejected(bert, capsys, "lists '[SEP]' twice")
     path.write_bytes(b"\xff\xfe")
-    refused(bert, capsys, "is not a WordPiece vocabulary")
+    rejected(bert, capsys, "is not a WordPiece vocabulary")
     path.unlink()
-    refused(bert, capsys, "a BERT comes with a vocab.txt")
+    rejected(bert, capsys, "a BERT comes with a vocab.txt")
 
 
-def test_a_folder_without_config_by_its_preset(bert, capsys, monkeypatch):
+def test_folder_without_config_json(bert, capsys, monkeypatch):
     _, _, out = run(bert, capsys)
     monkeypatch.setitem(convert.PRESETS, "small-bert", load_checkpoint(str(out)).config)
     (bert / "config.json").unlink()
     status, output, _ = run(bert, capsys, name="small-bert", out="again.pt")
     assert status == 0 and "sequence head" in output.out
-    refused(bert, capsys, "no config.json beside the weights", name="other", out="other.pt")
+    rejected(bert, capsys, "no config.json beside the weights", name="other", out="other.pt")
 
 
 def test_real_minilm(capsys, tmp_path):
-    """all-MiniLM-L6-v2 and transformers' BertModel: pairs of texts, padded, with token types."""
+    """Parity of all-MiniLM-L6-v2 with transformers' BertModel on padded pairs of texts."""
     folder = os.environ.get("SDQ_MINILM")
     if not folder:
         pytest.skip("SDQ_MINILM names no Hugging Face folder of MiniLM")

@@ -13,7 +13,8 @@ import zipfile
 import pytest
 from conftest import ROOT
 
-from data import UserError, fetch
+from common import UserError
+from data import fetch
 from data.fetch import Remote, download, unpack
 from data.glue import GLUE
 from data.tasks import find_task
@@ -63,7 +64,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request, client_address):
-        """A client that hangs up on a file that is too long is no error."""
+        """A client that closes the connection of too long a file is no error."""
 
 
 def zipped(members: dict) -> bytes:
@@ -130,7 +131,7 @@ def test_connection_cut_too_often_keeps_only_the_part(server, tmp_path):
         get(remote(server, "cut/f.bin"), tmp_path)
     assert one_line(error) and os.listdir(tmp_path) == ["f.bin.part"]
     Handler.cuts = 0
-    get(remote(server, "cut/f.bin"), tmp_path)  # the next call goes on from there
+    get(remote(server, "cut/f.bin"), tmp_path)  # the next call continues it
     assert Handler.requests[-1][1] == "bytes=900000-" and os.listdir(tmp_path) == ["f.bin"]
 
 
@@ -140,7 +141,7 @@ def test_server_without_ranges_starts_over(server, tmp_path):
     assert (tmp_path / "f.bin").read_bytes() == CONTENT
 
 
-def test_spoiled_part_is_found_out_by_its_hash(server, tmp_path):
+def test_damaged_part_has_another_hash(server, tmp_path):
     (tmp_path / "f.bin.part").write_bytes(b"x" * 5000)
     with pytest.raises(UserError, match="SHA-256 is .* the file was deleted"):
         get(remote(server, "good/f.bin"), tmp_path)
@@ -205,7 +206,7 @@ def archive(tmp_path, members):
     return str(path)
 
 
-def test_unpack_brings_only_what_is_named(tmp_path):
+def test_unpack_writes_only_the_named_members(tmp_path):
     path = archive(tmp_path, {"a/wanted.tsv": "1", "a/other.tsv": "2"})
     assert unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"))
     found = [os.path.join(d, f) for d, _, files in os.walk(tmp_path / "out") for f in files]
@@ -215,14 +216,14 @@ def test_unpack_brings_only_what_is_named(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../evil", "a/../../evil", "/evil", "..\\evil", "C:/evil", "\\\\server\\evil"]
 )
-def test_members_that_climb_out_refuse_the_archive(tmp_path, name):
+def test_archives_with_members_outside_their_folder_raise(tmp_path, name):
     path = archive(tmp_path, {"a/wanted.tsv": "1", name: "2"})
     with pytest.raises(UserError, match="points outside its folder") as error:
         unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"))
     assert one_line(error) and not (tmp_path / "out").exists()
 
 
-def test_links_refuse_the_archive(tmp_path):
+def test_archives_with_links_raise(tmp_path):
     info = zipfile.ZipInfo("a/link")
     info.external_attr = (stat.S_IFLNK | 0o777) << 16
     path = tmp_path / "a.zip"
@@ -237,7 +238,7 @@ def test_missing_member_and_damaged_archives(tmp_path):
     path = archive(tmp_path, {"a/first.tsv": "1" * 10_000, "a/second.tsv": os.urandom(10_000)})
     with pytest.raises(UserError, match="has no file a/third.tsv"):
         unpack(path, ("a/first.tsv", "a/third.tsv"), str(tmp_path / "out"))
-    with open(path, "r+b") as file:  # spoil the second member: its checksum fails while unpacking
+    with open(path, "r+b") as file:  # damage the second member: its checksum fails while unpacking
         file.seek(5000)
         file.write(b"spoiled!")
     with pytest.raises(UserError, match="not a sound zip file"):
@@ -273,7 +274,7 @@ def test_command(server, tmp_path, capsys, monkeypatch):
 
 
 def test_data_sets_that_are_not_downloaded(tmp_path, capsys):
-    """They are explained, and what lies there is checked; whatever is found, the exit status is 0."""
+    """The command explains them and checks the files that are there; its exit status is always 0."""
     for name, licence in (("atis", "Linguistic Data Consortium"), ("snips", "CC0")):
         assert fetch.main([name, "--data-dir", str(tmp_path)]) == 0
         text = capsys.readouterr().out
@@ -312,13 +313,13 @@ def test_glue_is_explained(tmp_path, capsys):
         )
 
 
-def test_a_task_of_glue_is_where_it_is_read(tmp_path, capsys, monkeypatch):
-    """Downloaded, unpacked and read by the task; all archives name the files that their tasks want."""
+def test_a_task_of_glue_is_unpacked_where_it_is_read(tmp_path, capsys, monkeypatch):
+    """A task reads what was unpacked, and every archive names the files that its task reads."""
     for task in GLUE:
         if task == "mrpc":
             continue
         (file,) = fetch.DATASETS[task]
-        wanted = {name for split in ("train", "test") for name in find_task(task).paths(split)}
+        wanted = {name for split in ("train", "test") for name in find_task(task).files[split]}
         assert set(file.members) == {f"{GLUE[task].folder}/{name}" for name in wanted}
     header = "index\tsentence1\tsentence2\tlabel\n"
     text = header + "".join(f"{i}\ta {i}\tb\tentailment\n" for i in range(30))

@@ -36,7 +36,7 @@ def spelled(task):
 
 
 def rows_of(task, count, start=0):
-    """Rows whose first text names its number, with the task's labels in turn."""
+    """Rows whose first text holds the row's number; the labels of the task alternate."""
     labels, row = spelled(task), FILES[task][1]
     return [
         row.format(a=f"text {i}", b=f"other {i}", label=labels[i % len(labels)])
@@ -132,7 +132,11 @@ def message_of(task, folder, split="test", language=None):
         ("sst2", "", "line 4: 1 columns, the header has 2"),
         ("mrpc", "1\t7\t8\tonly one", "line 4: 4 columns, the header has 5"),
         ("mnli", "0\t1\t1n\tg\ta\tb\tneutral\t-", "line 4: unknown label '-'"),
-        ("stsb", rows_of("stsb", 1)[0][:-5] + "5.1", "line 4: the score '5.1' is not a number from 0"),
+        (
+            "stsb",
+            rows_of("stsb", 1)[0][:-5] + "5.1",
+            "line 4: the score '5.1' is not a number from 0",
+        ),
         ("stsb", rows_of("stsb", 1)[0][:-5] + "nan", "the score 'nan'"),
         ("stsb", rows_of("stsb", 1)[0][:-5] + "", "the score ''"),
     ],
@@ -206,11 +210,13 @@ def test_mnli_has_two_tests_and_one_dev(tmp_path):
     expected = [str(place / name) for name in task.files["test"]]
     assert file_paths(task, str(tmp_path), "test") == expected
     os.unlink(place / "dev_mismatched.tsv")
-    assert "no file" in message_of("mnli", tmp_path) and "dev_mismatched" in message_of("mnli", tmp_path)
+    assert "no file" in message_of("mnli", tmp_path) and "dev_mismatched" in message_of(
+        "mnli", tmp_path
+    )
 
 
 def test_the_official_files():
-    """Read where they lie beside the checkout, in shared/data/glue; skipped elsewhere."""
+    """The published files, if they lie beside the checkout in shared/data/glue."""
     folder = os.path.join(os.path.dirname(ROOT), "shared", "data", "glue")
     if not os.path.isdir(folder):
         pytest.skip("the official GLUE files are not here")

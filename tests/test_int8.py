@@ -29,6 +29,7 @@ from int8 import (
     load_integer,
     to_integer,
 )
+from prepare import WEIGHTS
 from tt import TTConfig
 
 # ---------------------------------------------------------------------------------------- kernels
@@ -169,14 +170,11 @@ def test_kept_layers_have_no_integer_model(tiny_config, tokenizer_bytes, tmp_pat
 # ----------------------------------------- few bits, learned ranges and quantized attention products
 LEARNED_RANGE = {"act_range": "learned"}
 LOW_BITS = [
-    {"weights": "ternary", "weight_bits": 2},
     {"weights": "ternary", "weight_bits": 2, "per_channel": False},
     {"weights": "ternary", "weight_bits": 2, "attention_bits": 8},
     {"weights": "ternary", "weight_bits": 2, **LEARNED_RANGE, "attention_bits": 4},
-    {"weights": "lsq", "weight_bits": 2},
     {"weights": "lsq", "weight_bits": 2, "weight_range": "lsq", "per_channel": False},
     {"weights": "lsq", "weight_bits": 4, "weight_range": "mse", "attention_bits": 8},
-    {"weights": "lsq", "weight_bits": 8, "weight_range": "lsq"},
     {"weights": "lsq", "weight_bits": 8, "grid": "full", "per_channel": False},
     {"weights": "lsq", "weight_bits": 8, **LEARNED_RANGE},
     {"weight_bits": 4, "attention_bits": 8},
@@ -185,6 +183,12 @@ LOW_BITS = [
     {**LEARNED_RANGE},
     {**LEARNED_RANGE, "act_bits": 5, "observer": "mse", "attention_bits": 8},
     {"weight_bits": 4, "weight_range": "mse", **LEARNED_RANGE},
+]
+LOW_BITS += [  # every row of WEIGHTS, also a new one
+    {"weights": name, "weight_bits": bits, "weight_range": weight_range}
+    for name, row in WEIGHTS.items()
+    for bits in sorted({row.bits[0], row.bits[-1]})
+    for weight_range in row.ranges
 ]
 
 

@@ -1,5 +1,6 @@
 """model.py: parity with Hugging Face (tests/golden), taps, padding and heads."""
 
+import copy
 import os
 import shutil
 from dataclasses import replace
@@ -10,8 +11,16 @@ import torch
 from conftest import DEVICES, GOLDEN, TOKENIZER, random_ids
 
 import convert
-from checkpoint import load_checkpoint
-from model import PRESETS, TAPS, Model, build_model, with_head
+from checkpoint import (
+    check_config,
+    checkpoint_payload,
+    load_checkpoint,
+    meta_model,
+    save_atomically,
+)
+from common import UserError
+from model import PRESETS, TAPS, Model, build_model, initialize, set_dropout, with_head
+from tt import TTConfig
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +148,77 @@ def test_with_head_shares_the_encoder(tiny_config):
     assert new.encoder is base.encoder and new.config.num_labels == 3
     assert new.encoder.embeddings.word.sparse
     assert new(torch.zeros(2, 4, dtype=torch.long))[0].shape == (2, 3)
+
+
+TRAINS = TTConfig(rank=4, embedding_rank=5, table_modes=4, keep=())
+
+
+# ---------------------------------------------------------------------------------- BERT's pooler
+@pytest.fixture
+def pooled(tiny_config, tmp_path):
+    """A model like BERT with a pooler, from its checkpoint."""
+    values = {"position_offset": 0, "type_vocab_size": 2, "pad_id": 0, "num_labels": 0}
+    model = build_model(replace(tiny_config, head="pooler", **values))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)  # so that biases are not 0
+    save_atomically(checkpoint_payload(model, b"x"), str(tmp_path / "bert.pt"))
+    return load_checkpoint(str(tmp_path / "bert.pt"))
+
+
+def test_pooler_in_float64(pooled, tiny_config):
+    ids, mask = random_ids([9, 5], tiny_config.vocab_size)
+    types = torch.randint(0, 2, ids.shape)
+    found, taps = pooled(ids, mask, ("hidden",), types=types)
+    first = taps["hidden"][-1][:, 0].detach().double()
+    dense = pooled.head.dense
+    assert set(pooled.head.state_dict()) == {"dense.weight", "dense.bias"}
+    expected = torch.tanh(first @ dense.weight.double().t() + dense.bias.double())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+    assert found.shape == (2, 32) and not torch.equal(found, pooled(ids, mask)[0])
+
+
+def test_sequence_head_starts_from_the_pooler(pooled, tiny_config):
+    before = copy.deepcopy(pooled.head.state_dict())
+    model = with_head(pooled, "sequence", 3).eval()
+    assert (model.config.head, model.config.num_labels) == ("sequence", 3)
+    assert model.encoder is pooled.encoder
+    for name in ("weight", "bias"):
+        found, original = getattr(model.head.dense, name), getattr(pooled.head.dense, name)
+        assert torch.equal(found, original) and found.any()
+        assert found is not original and found.data_ptr() != original.data_ptr()
+    ids, mask = random_ids([9, 5], tiny_config.vocab_size)
+    with torch.no_grad():
+        logits, pooler = model(ids, mask)[0], pooled(ids, mask)[0]
+        torch.testing.assert_close(logits, model.head.out_proj(pooler))
+        for parameter in model.head.parameters():
+            parameter.add_(1.0)
+    for name, tensor in pooled.head.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    with pytest.raises(UserError, match="needs num_labels"):
+        check_config(replace(model.config, num_labels=0))
+
+
+def test_other_heads_have_random_weights(pooled, tiny_config):
+    mlm = build_model(replace(tiny_config, head="mlm", num_labels=0))
+    joint = with_head(pooled, "joint", 3, 5).head
+    for dense in (with_head(mlm, "sequence", 3).head.dense, joint.dense, joint.intent.dense):
+        assert not dense.bias.any() and 0.018 < dense.weight.std() < 0.022
+
+
+# ------------------------------------------------------------------------------------------- taps
+@pytest.mark.parametrize("trains", [None, TRAINS], ids=["dense", "trains"])
+def test_lowest_layers_give_the_taps_of_the_whole_model(trains, tiny_config):
+    shape = replace(tiny_config, head="joint", num_slots=5, num_layers=3, tt=trains)
+    model = initialize(meta_model(shape))
+    set_dropout(model, 0.0)
+    ids, mask = random_ids([9, 5], 442)
+    logits, full = model(ids, mask, TAPS)
+    assert logits[0].shape == (2, 3) and logits[1].shape == (2, 9, 5)
+    for depth in range(4):
+        nothing, taps = model(ids, mask, TAPS, depth=depth)
+        assert nothing is None
+        for name in TAPS:
+            assert len(taps[name]) == depth + (name == "hidden")
+            for found, expected in zip(taps[name], full[name], strict=False):
+                assert torch.equal(found, expected)

@@ -137,8 +137,8 @@ def test_spans_by_hand(tags, expected):
 
 
 def conlleval(labels, predicted):
-    """Counts (correct, labels, predicted) word by word, as the Perl script goes: with its tests for
-    the begin and the end of a chunk, over all sentences with an O between them.
+    """Counts (correct, in the labels, in the predictions) as the Perl script finds them: word by word,
+    with its tests for the begin and the end of a chunk, and an O after each sentence.
     """
 
     def split(tag):
@@ -154,21 +154,27 @@ def conlleval(labels, predicted):
 
     correct = in_labels = in_predicted = 0
     inside = False  # of a chunk that began in both at once
-    old_true = old_guess = ("O", "")
-    for true_row, guess_row in zip(labels, predicted, strict=True):
-        for true, guess in zip([*true_row, "O"], [*guess_row, "O"], strict=True):
-            true, guess = split(true), split(guess)
+    old_label = old_prediction = ("O", "")
+    for label_row, prediction_row in zip(labels, predicted, strict=True):
+        for label, prediction in zip([*label_row, "O"], [*prediction_row, "O"], strict=True):
+            label, prediction = split(label), split(prediction)
             if inside:
-                true_ends, guess_ends = ends(old_true, true), ends(old_guess, guess)
-                if true_ends and guess_ends:
+                label_ends, prediction_ends = (
+                    ends(old_label, label),
+                    ends(old_prediction, prediction),
+                )
+                if label_ends and prediction_ends:
                     correct += 1
-                inside = not (true_ends or guess_ends)
-            true_begins, guess_begins = begins(old_true, true), begins(old_guess, guess)
-            if true_begins and guess_begins and true[1] == guess[1]:
+                inside = not (label_ends or prediction_ends)
+            label_begins, prediction_begins = (
+                begins(old_label, label),
+                begins(old_prediction, prediction),
+            )
+            if label_begins and prediction_begins and label[1] == prediction[1]:
                 inside = True
-            in_labels += true_begins
-            in_predicted += guess_begins
-            old_true, old_guess = true, guess
+            in_labels += label_begins
+            in_predicted += prediction_begins
+            old_label, old_prediction = label, prediction
     return correct, in_labels, in_predicted
 
 

@@ -38,7 +38,7 @@ def folder(tmp_path):
     return target
 
 
-# ------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the table
 @pytest.mark.parametrize("name", TASKS)
 def test_every_row_is_complete(name):
     task = find_task(name)
@@ -59,7 +59,7 @@ def test_labels_of_xnli():
         find_task("xnil")
 
 
-# ----------------------------------------------------------------------------------- XNLI's files
+# ------------------------------------------------------------------------------------- XNLI's files
 def test_reads_the_official_layout(folder):
     for language in XNLI_LANGUAGES:
         for split in ("dev", "test"):
@@ -130,7 +130,7 @@ def test_only_newlines_end_lines(folder):
     ]
 
 
-# ---------------------------------------------------------------------------- where the files are
+# ------------------------------------------------------------------------------ where the files are
 def test_folders_of_glue(tmp_path):
     task = find_task("rte")
     place = write_all(tmp_path / "glue", "rte")
@@ -181,7 +181,7 @@ def test_default_data(nothing_downloaded, tmp_path):
     assert RAW_DIR == os.path.join(ROOT, "data", "raw") != raw
 
 
-# ------------------------------------------------------------------------------- a task of one's own
+# ------------------------------------------------------------------------------ a task of one's own
 def test_languages_come_from_the_files(monkeypatch):
     """languages=None: those of the split, the language of the training first."""
     found = {"test": {"am": 3, "de": 2, "pt/br": 1}, "train": {"de": 9}}

@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 from conftest import GOLDEN, ROOT, TOKENIZER
 
-from data import UserError
+from common import UserError
 from data.tokenizer import BOS, EOS, UNK, Tokenizer, WordTokenizer, load_tokenizer, longest_first
 
 
@@ -37,12 +37,12 @@ def test_layout(tokenizer):
 
 
 def test_special_tokens_in_text_stay_text(tokenizer):
-    """A user's "</s>" must not become the border between two texts."""
+    """A user's "</s>" must not become the separator of two texts."""
     inner = tokenizer.encode("a </s> b <s> <mask>")[1:-1]
     assert EOS not in inner and BOS not in inner and tokenizer.mask_id not in inner
 
 
-def test_batch_is_the_single_ones(tokenizer):
+def test_a_batch_equals_single_texts(tokenizer):
     first, second = ["The man", "Der Mann kaufte Äpfel.", ""], ["女孩在读书。", "", "x"]
     batch = tokenizer.encode_batch(first, second, 9)
     assert [row.tolist() for row in batch] == [
@@ -54,8 +54,9 @@ def test_batch_is_the_single_ones(tokenizer):
 @pytest.mark.parametrize("left", range(0, 12))
 @pytest.mark.parametrize("right", range(0, 12))
 def test_longest_first_by_brute_force(left, right):
-    """One token at a time off the longer text; on a tie the reference keeps the odd token in the
-    second text, unless the first was the longer one."""
+    """The reference removes one token at a time from the longer text; on a tie the second text keeps
+    the odd token, unless the first was the longer one.
+    """
     for room in range(0, 24):
         a, b = longest_first(left, right, room)
         assert a + b == min(left + right, room) and a <= left and b <= right
@@ -63,7 +64,7 @@ def test_longest_first_by_brute_force(left, right):
             assert abs(a - b) <= 1 or (a == left and b > a) or (b == right and a > b)
 
 
-def test_bad_models_are_refused(tmp_path):
+def test_unusable_models_raise(tmp_path):
     with pytest.raises(UserError, match="no tokenizer at"):
         Tokenizer.from_file(str(tmp_path / "none.model"))
     for content in (b"", b"garbage" * 100):
@@ -94,7 +95,7 @@ def test_no_room_for_special_tokens(tokenizer):
         tokenizer.encode("a", "b", 3)
 
 
-# ------------------------------------------------------------------------------------ word by word
+# ------------------------------------------------------------------------------------ single words
 def test_words_are_encoded_by_themselves(tokenizer):
     sentences = [["The", "extraordinarily", "old", "man"], ["\u200b", "</s>", "x"], []]
     for words, (ids, first) in zip(sentences, tokenizer.encode_words(sentences), strict=True):
@@ -102,7 +103,7 @@ def test_words_are_encoded_by_themselves(tokenizer):
         assert ids[0] == BOS and ids[-1] == EOS and EOS not in ids[1:-1]
         ends = [*first, len(ids) - 1][1:]
         for word, begin, end in zip(words, first, ends, strict=True):
-            # A zero-width space gives no piece at all: it has to be something that carries a tag.
+            # A zero-width space gives no piece at all, but its tag needs a token.
             assert ids[begin:end].tolist() == (tokenizer.encode(word)[1:-1] or [UNK])
 
 
@@ -129,12 +130,12 @@ def test_words_by_falling_count_then_alphabetically(words):
     assert every.encode("</s> <s>") == [BOS, 4, 5, EOS]  # a user's "</s>" is a word
 
 
-def test_words_refuse_what_they_can_not_do(words):
+def test_what_a_list_of_words_cannot_encode(words):
     with pytest.raises(UserError, match="no pairs"):
         words.encode("a", "b")
     with pytest.raises(UserError, match="no room"):
         words.encode("a", max_length=1)
-    with pytest.raises(UserError, match="5 tokens .* give --max-length 5"):
+    with pytest.raises(UserError, match="5 tokens .* use --max-length 5"):
         words.encode_words([["a"], ["a", "b", "c"]], 4)
     assert len(words.encode_words([["a", "b", "c"]], 5)) == 1
     with pytest.raises(UserError, match="no word occurs 2 times"):
@@ -172,14 +173,14 @@ def test_bytes_tell_the_kind_of_tokenizer(words, tokenizer):
         b"words\na\n",
     ],
 )
-def test_damaged_lists_of_words_are_refused(content):
+def test_damaged_lists_of_words_raise(content):
     for make in (WordTokenizer, load_tokenizer):
         with pytest.raises(UserError, match="model.pt") as error:
             make(content, "model.pt")
         assert "\n" not in str(error.value)
 
 
-def test_a_list_of_words_too_large_is_refused(words, monkeypatch):
+def test_a_list_of_words_too_large_raises(words, monkeypatch):
     monkeypatch.setattr("data.tokenizer.MAX_MODEL_BYTES", 10)
     with pytest.raises(UserError, match="can't be a list of words"):
         load_tokenizer(words.bytes)
@@ -189,10 +190,10 @@ ORACLES = os.path.join(os.path.dirname(ROOT), "shared")
 
 
 def test_the_real_xlmr_model():
-    """With XLM-R's own SentencePiece model, where it and the reference ids are at hand."""
+    """XLM-R's own SentencePiece model, if it and the reference ids are there."""
     model = os.path.join(ORACLES, "data", "xlmr", "sentencepiece.bpe.model")
     if not os.path.exists(model):
-        pytest.skip("XLM-R's SentencePiece model is not at hand")
+        pytest.skip("XLM-R's SentencePiece model is not here")
     tokenizer = Tokenizer.from_file(model)
     assert tokenizer.vocab_size == 250_002 and tokenizer.mask_id == 250_001
     with open(os.path.join(ORACLES, "oracles", "fairseq_hf_oracle.json")) as file:

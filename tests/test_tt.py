@@ -1,21 +1,35 @@
 """tt.py against brute force: entries from the digits of their row and column, errors from discarded
-singular values in float64, gradients by finite differences, sizes from a paper.
+singular values in float64, gradients by finite differences, sizes from a paper; and tensor trains in
+a model.
 """
 
 import doctest
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import random_ids
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tt
-from data import UserError
-from model import Model, ModelConfig
+from checkpoint import meta_model
+from model import Model, ModelConfig, build_model, initialize
+from prepare import calibrate
+from quant import (
+    ActQuantizer,
+    QuantConfig,
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    min_max,
+    quantize,
+)
 from tt import (
+    TensorTrain,
     TTConfig,
     TTLinear,
     TTMEmbedding,
@@ -27,10 +41,11 @@ from tt import (
     count_parameters,
     factorize,
     pad_factors,
+    tensorize,
     tt_svd,
 )
 
-FULL = 10**6  # more than any rank here: clip_ranks makes full ranks of it
+FULL = 10**6  # more than any rank here: clip_ranks turns it into full ranks
 LAYERS = [  # output modes, input modes, rank
     ((5,), (7,), 3),
     ((4, 3), (2, 5), 3),
@@ -38,7 +53,7 @@ LAYERS = [  # output modes, input modes, rank
     ((4, 3, 2), (2, 3, 3), 5),
     ((2, 3), (4, 2, 2), 3),
     ((3, 2, 2, 2), (2, 1, 2, 3), 4),
-    ((4, 3), (2, 5), (1, 2, 6, 3, 1)),  # explicit, also beyond what a side can use
+    ((4, 3), (2, 5), (1, 2, 6, 3, 1)),  # explicit, also larger than a side of the cut
 ]
 TABLES = [  # rows, row modes, column modes, rank
     (11, (4, 3), (2, 3), 4),
@@ -50,7 +65,7 @@ TABLES = [  # rows, row modes, column modes, rank
 
 
 def digits(index, modes):
-    """Of an index, the first one counting most."""
+    """The digits of an index, the most significant first."""
     found = []
     for n in reversed(modes):
         index, digit = divmod(index, n)
@@ -59,7 +74,7 @@ def digits(index, modes):
 
 
 def brute_matrix(layer):
-    """W (out, in) of a TTLinear, an entry at a time: a product of one matrix a digit."""
+    """W (out, in) of a TTLinear, entry by entry: a product of one matrix per digit."""
     modes = layer.modes
     entries = []
     for index in range(math.prod(modes)):  # rows, then columns: as they are folded
@@ -71,7 +86,7 @@ def brute_matrix(layer):
 
 
 def brute_table(table):
-    """All rows of a TTMEmbedding, those of the padding included, an entry at a time."""
+    """All rows of a TTMEmbedding, padding included, entry by entry."""
     rows, columns = (
         itertools.product(*map(range, m)) for m in (table.row_modes, table.column_modes)
     )
@@ -105,14 +120,14 @@ def relative(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-# --------------------------------------------------------------------------------- modes and ranks
+# ---------------------------------------------------------------------------------- modes and ranks
 def test_docstring_examples():
     found = doctest.testmod(tt)
     assert found.failed == 0 and found.attempted >= 3
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 4])
-def test_factors_have_the_least_sum_by_brute_force(d):
+def test_factorize_has_the_least_sum_by_brute_force(d):
     for n in [*range(1, 130), 768, 1021, 3072]:
         divisors = [k for k in range(1, n + 1) if n % k == 0]
         every = itertools.combinations_with_replacement(divisors, d)
@@ -123,7 +138,7 @@ def test_factors_have_the_least_sum_by_brute_force(d):
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 4, 5])
-def test_padded_factors_are_the_smallest_nearly_equal_ones(d):
+def test_pad_factors_has_the_smallest_nearly_equal_factors(d):
     for n in [*range(1, 300), 800, 867, 5002] + [250002] * (d > 1):
         largest = math.ceil(n ** (1 / d)) + 1
         nearly_equal = [
@@ -134,7 +149,7 @@ def test_padded_factors_are_the_smallest_nearly_equal_ones(d):
         assert math.prod(found) == min(size for size in nearly_equal if size >= n)
 
 
-def test_ranks_are_no_more_than_either_side_can_use():
+def test_ranks_are_no_larger_than_either_side_of_the_cut():
     modes = (3, 4, 2, 5, 2)
     sides = [(1, 240), (3, 80), (12, 20), (24, 10), (120, 2), (240, 1)]
     assert clip_ranks(modes, FULL) == tuple(min(pair) for pair in sides) == (1, 3, 12, 10, 2, 1)
@@ -146,20 +161,20 @@ def test_ranks_are_no_more_than_either_side_can_use():
 @pytest.mark.parametrize(
     "ranks", [(1, 2, 1), (1, 2, 2, 2, 1), (2, 2, 2, 1), (1, 2, 2, 3), (1, 0, 2, 1)]
 )
-def test_wrong_explicit_ranks_are_refused(ranks):
+def test_wrong_explicit_ranks_raise(ranks):
     with pytest.raises(ValueError, match="3 cores need 4 ranks from 1 to 1"):
         clip_ranks((4, 4, 4), ranks)
     with pytest.raises(ValueError, match="ranks from 1 to 1"):
         TTLinear((4, 4), (4,), ranks)
 
 
-def test_too_few_rows_are_refused():
+def test_too_few_rows_raise():
     with pytest.raises(ValueError, match="make fewer than 13 rows"):
         TTMEmbedding(13, (4, 3), (2, 2), 3)
 
 
-# ------------------------------------------------------------------------------------------- sizes
-def numbers(module):
+# -------------------------------------------------------------------------------------------- sizes
+def num_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
@@ -170,7 +185,7 @@ def test_sizes_of_the_paper():
     with torch.device("meta"):
         for out, n in ((768, 768), (768, 3072), (3072, 768)):
             layer = TTLinear.like(nn.Linear(n, out), config)
-            sizes[out, n] = numbers(layer.cores)
+            sizes[out, n] = num_parameters(layer.cores)
             assert sizes[out, n] == count_parameters(layer.modes, layer.ranks)
             assert layer.out_features == out and layer.in_features == n and len(layer.bias) == out
             assert (layer.modes[:3], layer.modes[3:]) == {
@@ -185,12 +200,12 @@ def test_sizes_of_the_paper():
 def test_sizes_of_the_paper_with_uniform_ranks():
     with torch.device("meta"):
         ranks = (1, 10, 10, 10, 10, 10, 1)
-        square = numbers(TTLinear((12, 8, 8), (8, 8, 12), ranks, bias=False))
-        wide = numbers(TTLinear((12, 8, 8), (12, 16, 16), ranks, bias=False))
+        square = num_parameters(TTLinear((12, 8, 8), (8, 8, 12), ranks, bias=False))
+        wide = num_parameters(TTLinear((12, 8, 8), (12, 16, 16), ranks, bias=False))
         assert (square, wide, 4 * square + 2 * wide) == (3_440, 4_680, 23_120)
         five = TTMEmbedding(800, (8, 5, 5, 4, 8), (4, 4, 4, 4, 3), (1, 30, 30, 30, 30, 1))
         four = TTMEmbedding(800, (5, 5, 5, 8), (6, 4, 8, 4), (1, 30, 30, 30, 1))
-    assert numbers(five) == 52_080 and numbers(four) == 55_860
+    assert num_parameters(five) == 52_080 and num_parameters(four) == 55_860
     modes = [n * m for n, m in zip(four.row_modes, four.column_modes, strict=True)]
     assert count_parameters(modes, four.ranks) == 55_860
 
@@ -210,12 +225,12 @@ def test_size_of_the_papers_dense_model():
         num_slots=121,
     )
     with torch.device("meta"):
-        assert numbers(Model(config)) == 16_477_583
+        assert num_parameters(Model(config)) == 16_477_583
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("out_modes, in_modes, rank", LAYERS[:-1])
-def test_operations_are_those_that_run(out_modes, in_modes, rank, tokens):
+def test_counted_operations_are_those_that_run(out_modes, in_modes, rank, tokens):
     layer = TTLinear(out_modes, in_modes, rank)
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(tokens, layer.in_features))
@@ -229,13 +244,13 @@ def test_operations_by_hand():
     assert count_flops(100, (12, 8, 8), (8, 8, 12), 20) == A + B + 100 * 2 * 20 * (768 + 768)
 
 
-# ------------------------------------------------------------------------------------------ TT-SVD
+# ------------------------------------------------------------------------------------------- TT-SVD
 @pytest.mark.parametrize("d", [2, 3, 4])
 @pytest.mark.parametrize("out, n", [(24, 36), (36, 24), (30, 42), (13, 22), (64, 64)])
 def test_full_rank_is_the_dense_layer(out, n, d):
     linear = nn.Linear(n, out)
     layer = TTLinear.like(linear, TTConfig(rank=4096, modes=d))
-    assert layer.set_dense(linear) < 1e-12  # what it says in float64
+    assert layer.set_dense(linear) < 1e-12  # as computed in float64
     assert relative(dense(layer), linear.weight.detach().double()) < 1e-6
     assert torch.equal(layer.bias, linear.bias)
     x = torch.randn(3, 5, n)
@@ -254,7 +269,7 @@ def test_full_rank_is_the_dense_table(rows, columns, d):
 
 
 def numpy_tt_svd(tensor, shape, ranks):
-    """Discarded singular values of each cut, by a TT-SVD of its own in float64."""
+    """The discarded singular values of each cut, by an independent TT-SVD in float64."""
     rest, discarded = tensor.reshape(1, -1), []
     for n, r in zip(shape[:-1], ranks[1:-1], strict=True):
         u, s, _ = np.linalg.svd(rest.reshape(rest.shape[0] * n, -1), full_matrices=False)
@@ -276,7 +291,7 @@ def numpy_tt_svd(tensor, shape, ranks):
     ],
     ids=str,
 )
-def test_error_is_what_was_discarded_and_what_is_missing(shape, rank):
+def test_error_of_tt_svd_is_that_of_the_discarded_singular_values(shape, rank):
     tensor = torch.randn(shape)
     cores, error = tt_svd(tensor, shape, rank)
     ranks = clip_ranks(shape, rank)
@@ -289,7 +304,8 @@ def test_error_is_what_was_discarded_and_what_is_missing(shape, rank):
     assert error > 0.1 * exact.norm()
     assert error == pytest.approx(np.sqrt(np.square(discarded).sum()), rel=1e-9)
     assert error == pytest.approx(actual, rel=1e-6)
-    # no train of these ranks has less than its worst cut's; sqrt of the sum is at most sqrt(d - 1) off
+    # no train of these ranks has a smaller error than its worst cut; that of TT-SVD is at most
+    # sqrt(d - 1) times as large
     tails = []
     for k in range(1, len(shape)):
         unfolded = exact.reshape(math.prod(shape[:k]), -1)
@@ -298,7 +314,7 @@ def test_error_is_what_was_discarded_and_what_is_missing(shape, rank):
 
 
 @pytest.mark.parametrize("rank", [1, 5, 19])
-def test_one_mode_a_side_is_the_best_approximation_of_a_matrix(rank):
+def test_one_mode_per_side_gives_the_best_approximation_of_a_matrix(rank):
     """Eckart and Young 1936: the only cut is the middle one."""
     linear = nn.Linear(20, 30)
     layer = TTLinear((30,), (20,), rank)
@@ -310,7 +326,7 @@ def test_one_mode_a_side_is_the_best_approximation_of_a_matrix(rank):
     torch.testing.assert_close(dense(layer), best, atol=1e-6, rtol=1e-5)
 
 
-def test_set_dense_of_a_train_finds_it_again():
+def test_set_dense_recovers_a_tensor_train():
     first, second = (TTLinear((4, 3, 2), (2, 3, 4), 5) for _ in range(2))
     linear = nn.Linear(24, 24)
     with torch.no_grad():
@@ -319,7 +335,7 @@ def test_set_dense_of_a_train_finds_it_again():
     assert relative(dense(second), dense(first)) < 1e-6
 
 
-def test_zero_matrices_become_zero():
+def test_set_dense_of_zeros():
     linear, embedding = nn.Linear(12, 12), nn.Embedding(12, 12)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(embedding.weight)
@@ -329,11 +345,11 @@ def test_zero_matrices_become_zero():
     assert torch.equal(dense(table), torch.zeros(12, 12).double())
 
 
-# ---------------------------------------------------------------------------------------- TTLinear
+# ----------------------------------------------------------------------------------------- TTLinear
 def core_by_core(x, layer):
-    """W x without W, A or B: the cores taken into the tokens one by one, from the last to the first."""
+    """W x without W, A or B: the tokens are contracted with one core after the other, the last first."""
     cores, tokens = list(layer.cores), len(x)
-    state = x.reshape(tokens, -1, 1)  # (T, columns that are left, r)
+    state = x.reshape(tokens, -1, 1)  # (T, remaining columns, r)
     for core in reversed(cores[layer.cut :]):
         state = state.reshape(tokens, -1, core.shape[1], core.shape[2])
         state = torch.einsum("tcnr, qnr -> tcq", state, core)
@@ -344,7 +360,7 @@ def core_by_core(x, layer):
 
 
 @pytest.mark.parametrize("out_modes, in_modes, rank", LAYERS)
-def test_forward_in_two_products_is_that_of_the_matrix(out_modes, in_modes, rank):
+def test_forward_in_two_products_equals_that_of_the_matrix(out_modes, in_modes, rank):
     layer = TTLinear(out_modes, in_modes, rank).double()
     with torch.no_grad():
         layer.bias.normal_()
@@ -362,7 +378,7 @@ def test_forward_in_two_products_is_that_of_the_matrix(out_modes, in_modes, rank
         assert layer.entries_rms() == pytest.approx(float(W.square().mean().sqrt()))
 
 
-def test_no_bias():
+def test_layer_without_bias():
     layer = TTLinear.like(nn.Linear(6, 8, bias=False), TTConfig(rank=2, modes=2))
     assert layer.bias is None and len(list(layer.parameters())) == 4
     x = torch.randn(3, 6)
@@ -391,9 +407,9 @@ def test_gradients_of_a_table(d, ids):
     assert torch.autograd.gradcheck(lambda *_: table(ids), tuple(table.parameters()))
 
 
-# ------------------------------------------------------------------------------------ TTMEmbedding
+# ------------------------------------------------------------------------------------- TTMEmbedding
 @pytest.mark.parametrize("rows, row_modes, column_modes, rank", TABLES)
-def test_every_row_is_that_of_the_table(rows, row_modes, column_modes, rank):
+def test_lookup_gives_the_rows_of_the_table(rows, row_modes, column_modes, rank):
     table = TTMEmbedding(rows, row_modes, column_modes, rank).double().requires_grad_(False)
     expected = brute_table(table)
     assert expected.shape == (math.prod(row_modes), math.prod(column_modes))
@@ -409,7 +425,7 @@ def test_every_row_is_that_of_the_table(rows, row_modes, column_modes, rank):
 
 
 @pytest.mark.parametrize("wrong", [-1, 11, -11, 12, 10**9])
-def test_ids_outside_the_table_are_refused(wrong):
+def test_ids_outside_the_table_raise(wrong):
     table = TTMEmbedding(11, (4, 3), (2, 3), 4)
     for ids in ([wrong], [[0, 5], [wrong, 3]]):
         with pytest.raises(IndexError, match="outside the table of 11 rows"):
@@ -417,7 +433,7 @@ def test_ids_outside_the_table_are_refused(wrong):
     table(torch.tensor([0, 10]))
 
 
-def test_each_row_is_built_once_and_has_the_gradient_of_all(monkeypatch):
+def test_each_row_is_built_once_and_gets_the_gradients_of_all_its_tokens(monkeypatch):
     table = TTMEmbedding(31, (3, 3, 2, 2), (1, 2, 2, 3), 3).double()
     table.reset_parameters(std=1.0)
     ids = torch.tensor([[5, 30, 5, 5], [0, 30, 17, 5]])
@@ -434,13 +450,13 @@ def test_each_row_is_built_once_and_has_the_gradient_of_all(monkeypatch):
         assert grad.any()
 
 
-def test_halves_of_a_table_have_about_the_root_of_its_rows():
+def test_halves_of_a_table_have_about_sqrt_of_its_rows():
     table = TTMEmbedding.like(nn.Embedding(867, 768, device="meta"), 4, 30)
     left, right = table.halves()
     assert left.shape == (36, 16, 30) and right.shape == (25, 30, 48)
 
 
-# ------------------------------------------------------------------------------------------ starts
+# ----------------------------------------------------------------------------------- initialization
 @pytest.mark.parametrize("std", [0.02, 0.5])
 @pytest.mark.parametrize(
     "out_modes, in_modes, rank",
@@ -455,12 +471,12 @@ def test_halves_of_a_table_have_about_the_root_of_its_rows():
     ],
     ids=str,
 )
-def test_layers_start_with_the_wanted_spread(out_modes, in_modes, rank, std):
+def test_initial_standard_deviation_of_layers(out_modes, in_modes, rank, std):
     layer = TTLinear(out_modes, in_modes, rank)
     layer.reset_parameters(std)
     W = dense(layer)
     assert W.std() == pytest.approx(std, rel=0.1) and W.mean().abs() < 0.1 * std
-    assert W.square().mean().sqrt() == pytest.approx(std, rel=1e-4)  # scaled to hit it
+    assert W.square().mean().sqrt() == pytest.approx(std, rel=1e-4)  # scaled to it
     assert not layer.bias.any()
 
 
@@ -468,7 +484,7 @@ def test_layers_start_with_the_wanted_spread(out_modes, in_modes, rank, std):
 @pytest.mark.parametrize(
     "rows, columns, d, rank", [(867, 96, 4, 30), (442, 32, 4, 4), (97, 48, 3, 10)]
 )
-def test_tables_start_with_the_wanted_spread(rows, columns, d, rank, std):
+def test_initial_standard_deviation_of_tables(rows, columns, d, rank, std):
     table = TTMEmbedding.like(nn.Embedding(rows, columns), d, rank)
     table.reset_parameters(std)
     for entries in (dense(table), dense(table)[:rows]):
@@ -496,20 +512,222 @@ def test_contractions_keep_the_open_ranks():
     torch.testing.assert_close(contract_table([a, b]), expected)
 
 
-# ---------------------------------------------------------------------------------------- refusals
-def test_config_refuses_nonsense():
+# ----------------------------------------------------------------------------------------- settings
+def test_wrong_settings_raise():
     for values, message in (
-        ({"rank": 0}, "rank is 0; want 1 to 4096"),
+        ({"rank": 0}, "rank is 0; choose 1 to 4096"),
         ({"rank": 4097}, "rank is 4097"),
         ({"rank": 2.0}, "rank is 2.0"),
         ({"rank": True}, "rank is True"),
         ({"rank": None}, "rank is None"),
         ({"embedding_rank": -1}, "embedding_rank is -1"),
         ({"embedding_rank": "30"}, "embedding_rank is '30'"),
-        ({"modes": 0}, "modes is 0; want 1 to 8"),
-        ({"table_modes": 1}, "table_modes is 1; want 2 to 8"),
+        ({"modes": 0}, "modes is 0; choose 1 to 8"),
+        ({"table_modes": 1}, "table_modes is 1; choose 2 to 8"),
         ({"modes": 9}, "modes is 9"),
+        ({"keep": (1,)}, r"keep is \(1,\); give names of modules"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(ValueError, match=message):
             TTConfig(**values)
     assert TTConfig(1, 4096, 8).modes == 8
+
+
+# ------------------------------------------------------------------------------- quantized TTLinear
+@pytest.mark.parametrize("act_range", ["dynamic", "static"])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_quantized_layer_equals_explicit_arithmetic(bits, act_range):
+    """y = Q(Q(x) Q(A)^T) Q(B)^T + b in training, and the same in integers in evaluation."""
+    layer = TTLinear((4, 4, 3), (3, 4, 4), 6)
+    layer.reset_parameters(0.3)
+    nn.init.normal_(layer.bias)
+    config = QuantConfig(weight_bits=bits, act_range=act_range)
+    acts = ActQuantizer(config), ActQuantizer(config)
+    x = torch.randn(2, 5, 48)
+    model = nn.Sequential(layer.quantized(config, *acts))
+    model.forward = lambda ids, mask, types: model[0](x)
+    calibrate(model, [(None, None)], "minmax")
+    found = model[0]
+
+    def on_grid(values, low, high, symmetric, per_row):
+        scale, zero = choose_qparams(*min_max(values, per_row), low, high, symmetric)
+        return dequantize(quantize(values, scale, zero, low, high), scale, zero)
+
+    dynamic = act_range == "dynamic"
+    with torch.no_grad():
+        pairs = zip(layer.cores, found.core_quantizers, strict=True)
+        zero, half = torch.zeros(()), 2 ** (bits - 1)
+        cores = [fake_quantize(c, q.log_scale.exp(), zero, -half, half - 1) for c, q in pairs]
+        B = torch.einsum("xar, rbs, sct -> abct", *cores[:3]).reshape(48, -1)
+        A = torch.einsum("xar, rbs, sct -> xabc", *cores[3:]).reshape(-1, 48)
+        A, B = (on_grid(half, -64, 64, True, True) for half in (A, B))
+        middle = on_grid(x, 0, 255, False, dynamic) @ A.T
+        if dynamic:
+            middle = on_grid(middle, 0, 255, False, True)
+        else:  # its range was observed before the input was rounded
+            scale, zero = choose_qparams(*min_max(x @ A.T, False), 0, 255, False)
+            middle = dequantize(quantize(middle, scale, zero, 0, 255), scale, zero)
+        expected = middle @ B.T + layer.bias
+        for mode in (True, False):
+            y = found.train(mode)(x)
+            assert (y - expected).abs().max() < 0.02 * expected.std()  # a rounding may flip
+            assert (y - expected).abs().median() < 1e-5
+
+
+# --------------------------------------------------------------------------------- a model's layers
+TRAINS = TTConfig(rank=4, embedding_rank=5, table_modes=4, keep=())
+
+
+@pytest.fixture
+def joint_config(tiny_config):
+    return replace(tiny_config, head="joint", num_slots=5)
+
+
+def trains_of(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, TensorTrain)}
+
+
+def size_as_train(name, module, config):
+    """Parameters of a Linear layer or table as a tensor train, from its shape alone."""
+    if isinstance(module, nn.Linear):
+        out, n = (factorize(size, config.modes) for size in module.weight.shape)
+        modes, bias, rank = (*out[::-1], *n), module.out_features, config.rank
+    else:
+        rows = pad_factors(module.num_embeddings, config.table_modes)
+        columns = factorize(module.embedding_dim, config.table_modes)
+        modes, bias = [n * m for n, m in zip(rows, columns, strict=True)], 0
+        rank = config.embedding_rank if name.endswith("word") else config.rank
+    return count_parameters(modes, clip_ranks(modes, rank)) + bias
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TRAINS,
+        TTConfig(1, 1, 3, 4, ()),
+        TTConfig(7, 12, 2, 3, ()),
+        TTConfig(4, 99, 3, 2, ()),
+        TTConfig(99, 4, 3, 4, ()),
+    ],
+    ids=str,
+)
+def test_tensorize_replaces_what_gets_fewer_parameters(config, joint_config):
+    model = build_model(joint_config)
+    before = dict(model.named_modules())
+    report = tensorize(model, config)
+    assert model.config == replace(joint_config, tt=config)
+    after = dict(model.named_modules())
+    expected = {}
+    for name, module in before.items():
+        table = isinstance(module, nn.Embedding) and not name.endswith("token_type")
+        if isinstance(module, nn.Linear) or table:
+            size = size_as_train(name, module, config)
+            if size < num_parameters(module):
+                expected[name] = num_parameters(module), size, None
+                assert isinstance(after[name], TTLinear if "layers" in name else TensorTrain)
+                assert num_parameters(after[name]) == size
+                continue
+        if not any(name.startswith(done) for done in expected):
+            assert after[name] is module
+    assert report.replaced == expected and set(trains_of(model)) == set(expected)
+    assert ("encoder.layers.0.ffn.up" in expected) == (config.rank < 99)
+    assert ("encoder.embeddings.word" in expected) == (config.embedding_rank < 99)
+    assert ("head.out_proj" in expected) == (config.rank == 1)
+
+
+def test_tensorize_reports_what_it_did(joint_config):
+    report = tensorize(build_model(joint_config), TRAINS)
+    assert len(report.replaced) == 2 + 2 * 6 + 2
+    before, after = (sum(row[i] for row in report.replaced.values()) for i in (0, 1))
+    assert str(report) == f"16 tensor trains, {after:,} parameters instead of {before:,}"
+    report = tensorize(build_model(joint_config), TRAINS, from_weights=True)
+    assert "relative error 0." in str(report)
+
+
+def test_tensorize_keeps_modules(joint_config):
+    keep = ("head", "encoder.embeddings.word", "encoder.layers.1.attention")
+    model = build_model(joint_config)
+    report = tensorize(model, replace(TRAINS, keep=keep))
+    whole = tensorize(build_model(joint_config), TRAINS)
+    assert set(report.replaced) == {n for n in whole.replaced if not n.startswith(keep)}
+    assert len(report.replaced) == 16 - 2 - 1 - 4
+    assert isinstance(model.encoder.layers[1].attention.key, nn.Linear)
+
+
+def test_initial_standard_deviation_of_trains_in_a_model(joint_config):
+    model = initialize(meta_model(replace(joint_config, tt=TRAINS)))
+    assert len(trains_of(model)) == 16
+    for module in trains_of(model).values():
+        assert dense(module).std() == pytest.approx(0.02, rel=0.1)
+        assert not getattr(module, "bias", torch.zeros(1)).any()
+
+
+@pytest.fixture
+def low_rank(joint_config):
+    """A dense model whose matrices and tables have the tensor-train ranks of TRAINS."""
+    config = replace(joint_config, vocab_size=500, max_tokens=79)  # 5 5 5 4 and 3 3 3 3: no padding
+    source = initialize(meta_model(replace(config, tt=TRAINS)))
+    model = build_model(config).eval()
+    with torch.no_grad():
+        for name, module in trains_of(source).items():
+            weight = model.get_submodule(name).weight
+            weight.copy_(10 * dense(module))
+    return model
+
+
+def test_sufficient_ranks_keep_the_outputs(low_rank):
+    ids, mask = random_ids([9, 5], 500)
+    with torch.no_grad():
+        expected = low_rank(ids, mask)[0]
+    report = tensorize(low_rank, TRAINS, from_weights=True)
+    assert len(report.replaced) == 16
+    assert all(error < 1e-6 for _, _, error in report.replaced.values())
+    for found, before in zip(low_rank(ids, mask)[0], expected, strict=True):
+        assert (found - before).abs().max() < 1e-4 < 0.1 * before.std()
+
+
+def test_lower_ranks_change_the_outputs(low_rank):
+    ids, mask = random_ids([9, 5], 500)
+    with torch.no_grad():
+        expected = low_rank(ids, mask)[0]
+    report = tensorize(low_rank, TTConfig(rank=3, embedding_rank=4), from_weights=True)
+    assert all(error > 1e-3 for _, _, error in report.replaced.values())
+    for found, before in zip(low_rank(ids, mask)[0], expected, strict=True):
+        assert (found - before).abs().max() > 1e-3
+
+
+def test_reported_errors_by_brute_force(joint_config):
+    model = build_model(joint_config)
+    weights = {
+        n: m.weight.detach().clone() for n, m in model.named_modules() if hasattr(m, "weight")
+    }
+    report = tensorize(model, TRAINS, from_weights=True)
+    for name, module in trains_of(model).items():
+        found = dense(module)
+        expected = torch.zeros_like(found)  # 0 where a table is padded
+        expected[: len(weights[name])] = weights[name]
+        error = report.replaced[name][2]
+        assert error == pytest.approx(relative(found, expected), rel=1e-5) and 0.1 < error < 1
+
+
+def test_tables_of_a_model(joint_config):
+    model = initialize(meta_model(replace(joint_config, tt=TRAINS))).eval()
+    embeddings = model.encoder.embeddings
+    assert isinstance(embeddings.word, TTMEmbedding)
+    assert isinstance(embeddings.position, TTMEmbedding)
+    ids, mask = random_ids([9, 5], 442)
+    words, places = dense(embeddings.word).float(), dense(embeddings.position).float()
+    torch.testing.assert_close(embeddings.word(ids), words[ids], atol=1e-6, rtol=1e-5)
+    inner = words[ids] + places[2 : 2 + 9] + embeddings.token_type.weight[0]
+    found = model(ids, mask, ("hidden",))[1]["hidden"][0]
+    torch.testing.assert_close(found, embeddings.norm(inner), atol=1e-4, rtol=1e-4)
+    with pytest.raises(IndexError, match="table of 442 rows"):
+        model(torch.tensor([[442]]))
+
+
+def test_every_parameter_of_tensor_trains_learns(joint_config):
+    model = initialize(meta_model(replace(joint_config, tt=TRAINS))).train()
+    ids, mask = random_ids([9, 5], 442)
+    sum(logits.logsumexp(-1).sum() for logits in model(ids, mask)[0]).backward()
+    for name, parameter in model.named_parameters():
+        if not name.endswith("key.bias"):  # adds a constant to each row of scores
+            assert parameter.grad is not None and parameter.grad.any(), name

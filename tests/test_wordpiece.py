@@ -1,9 +1,10 @@
 """data/wordpiece.py and WordPieceTokenizer against Hugging Face's ids: those of
-tests/golden_bert/tokens.json, and where transformers and a real vocabulary are at hand many more.
+tests/golden_bert/tokens.json, and many more if transformers and a real vocabulary are there.
 """
 
 import itertools
 import json
+import lzma
 import os
 import random
 import unicodedata
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, SAMPLE
 
-from data import UserError
+from common import UserError
 from data.tokenizer import (
     SPECIALS,
     WORDPIECE_MAGIC,
@@ -66,15 +67,15 @@ def test_equals_hugging_face(wordpiece):
         assert row.dtype == np.int32 and begin.dtype == np.int64
 
 
-def test_remembered_pieces_are_the_same(wordpiece):
+def test_cached_pieces_are_the_same(wordpiece):
     fresh = WordPieceTokenizer.from_vocab(VOCAB, True)
     for text in ("The girl reads", "girl [SEP] girl", "", "don't don't"):
         assert fresh.encode(text) == fresh.encode(text) == wordpiece[True].encode(text)
-    fresh.encode("The girl")[0] = 7  # what is handed out is a copy
+    fresh.encode("The girl")[0] = 7  # the caller gets a copy
     assert fresh.encode("The girl") == wordpiece[True].encode("The girl")
 
 
-def test_no_more_is_remembered_than_allowed(monkeypatch):
+def test_the_cache_of_pieces_is_bounded(monkeypatch):
     monkeypatch.setattr("data.tokenizer.MAX_CACHED", 3)
     tokenizer = WordPieceTokenizer.from_vocab(VOCAB, True)
     assert tokenizer.encode("the girl reads a book")[3:] == tokenizer.encode("reads a book")[1:]
@@ -92,8 +93,8 @@ def test_basic_tokens():
     assert basic_tokens(" \n\u200b", lower=True) == []
 
 
-def test_ascii_takes_the_long_way_to_the_same_tokens():
-    """Plain ASCII skips three of the steps; behind an invisible character it goes through them."""
+def test_shortcut_for_ascii_gives_the_same_tokens():
+    """Plain ASCII skips three of the steps; with an invisible character it goes through them."""
     random.seed(1)
     for _ in range(300):
         text = "".join(random.choices([chr(c) for c in range(32, 127)], k=20))
@@ -108,8 +109,8 @@ def test_every_ascii_symbol_is_punctuation():
 
 
 def test_word_pieces_by_brute_force():
-    """Of all ways to cut a word into known pieces, greedy takes the one whose first piece is longest,
-    and so on; where greedy gets stuck the word is unknown, even if another cut had worked.
+    """The longest piece is taken first; if no piece continues the word, it is unknown, even if other
+    pieces would have covered it.
     """
     vocabulary = {"a", "ab", "##b", "##ba", "##bab", "b", "##a", "aab", "##c"}
 
@@ -139,7 +140,7 @@ def test_layout(wordpiece, tokenizer):
         assert made.vocab_size == len(lines) and made.lower is lower
         assert (made.pad_id, made.mask_id) == (ids["[PAD]"], ids["[MASK]"])
         assert made.typed and len(made.sha256) == 64
-    assert wordpiece[True].sha256 != wordpiece[False].sha256  # encodings are cached by it
+    assert wordpiece[True].sha256 != wordpiece[False].sha256  # part of the key of cached encodings
     assert (tokenizer.typed, tokenizer.pad_id) == (False, 1)
     assert (WordTokenizer.typed, WordTokenizer.pad_id) == (False, 1)
 
@@ -172,7 +173,7 @@ def test_words_are_encoded_by_themselves(wordpiece):
         ends = [*first, len(ids) - 1][1:]
         for word, begin, end in zip(words, first, ends, strict=True):
             assert ids[begin:end].tolist() == (made.encode(word)[1:-1] or [made.unk_id])
-    with pytest.raises(UserError, match="give --max-length"):
+    with pytest.raises(UserError, match="use --max-length"):
         made.encode_words(sentences, 4)
 
 
@@ -219,21 +220,21 @@ FIVE = "".join(f"{special}\n" for special in SPECIALS).encode()
         (LOWER + FIVE + b"a\r\n", "is not a piece"),
     ],
 )
-def test_damaged_vocabularies_are_refused(content, message):
+def test_damaged_vocabularies_raise(content, message):
     with pytest.raises(UserError, match=message) as error:
         load_tokenizer(content, "model.pt")
     assert "\n" not in str(error.value) and str(error.value).startswith("model.pt")
 
 
-def test_a_vocabulary_too_large_is_refused(monkeypatch):
+def test_a_vocabulary_too_large_raises(monkeypatch):
     monkeypatch.setattr("data.tokenizer.MAX_MODEL_BYTES", 10)
     with pytest.raises(UserError, match="can't be a WordPiece vocabulary"):
         WordPieceTokenizer.from_vocab(VOCAB, True)
 
 
-# ------------------------------------------------------------------------- where there is more at hand
+# ------------------------------------------------------------------------- with more files or libraries
 def test_every_character_as_hugging_face():
-    """Most of Unicode, one character at a time: what is dropped, a space, an accent, a border."""
+    """Compare most of Unicode, one character at a time."""
     tokenizers = pytest.importorskip("tokenizers", reason="Hugging Face tokenizers not installed")
     split = tokenizers.pre_tokenizers.BertPreTokenizer()
     blocks = [(0, 0x3500), (0xA000, 0xAC10), (0xF8F0, 0x11000), (0x1D100, 0x1D800)]
@@ -247,19 +248,20 @@ def test_every_character_as_hugging_face():
             theirs = [token for token, _ in split.pre_tokenize_str(text)]
             if theirs != basic_tokens(f"a{char}B", lower):
                 differing.add(char)
-    # As data/wordpiece.py says: younger than Unicode 8. Python has the tables of 3.2 to tell;
-    # about four older ones (U+166D, U+1734, U+1885, U+1886) Unicode has changed its mind since.
+    # Those that differ are newer than Unicode 8, as data/wordpiece.py says. Python has the tables of
+    # 3.2 to compare; four older ones (U+166D, U+1734, U+1885, U+1886) have other categories since.
     old = {c for c in differing if unicodedata.ucd_3_2_0.category(c) != "Cn"}
     assert len(differing) < 600 and len(old) < 10, sorted(map(hex, map(ord, old)))
 
 
 def sample_lines():
-    """Every line of the committed samples, and what a user has fetched, up to 2,000."""
+    """At most 2,000 lines of the committed samples and of what was fetched."""
     lines = set()
     for folder in (SAMPLE, os.path.join(ROOT, "data", "mini"), os.path.join(ROOT, "data", "raw")):
         for path in sorted(os.path.join(p, f) for p, _, files in os.walk(folder) for f in files):
-            if path.endswith((".tsv", ".in")):
-                with open(path, encoding="utf-8", errors="replace") as file:
+            if path.endswith((".tsv", ".tsv.xz", ".in")):
+                open_file = lzma.open if path.endswith(".xz") else open
+                with open_file(path, "rt", encoding="utf-8", errors="replace") as file:
                     lines.update(itertools.islice((line.rstrip("\n") for line in file), 5000))
     lines = sorted(lines)
     return random.Random(0).sample(lines, min(2000, len(lines)))
@@ -278,7 +280,7 @@ def test_a_real_vocabulary(lower):
     assert made.vocab_size == 30522
     lines = [*sample_lines(), *ODD, *(f"{a}{b} {a}" for a in ODD for b in ODD)]
     words, rng = [*" ".join(lines).split(" "), *ODD], random.Random(0)
-    while len(lines) < 2000:  # a salad of many scripts
+    while len(lines) < 2000:  # mixed scripts
         lines.append(" ".join(rng.choices(words, k=rng.randrange(1, 40))))
     other = lines[1:] + lines[:1]
     for b, length in ((None, None), (other, 32)):

@@ -1,11 +1,11 @@
 """Backends that bench.py compares: ours and other libraries', where these are installed.
 
-`write_files` saves one model with random weights in the file of each backend, and `load_backend` loads a
-backend from its file alone, as its user would. So memory can be measured in a process of its own:
+`write_files` saves one model with random weights in the file of each backend, and `load_backend`
+loads a backend from its file alone, as its user would. So a process of its own can measure memory:
 
-    python tools/backends.py BACKEND FOLDER ROWS TOKENS      # prints the peak in bytes (Linux, macOS)
+    python tools/backends.py BACKEND FOLDER ROWS TOKENS    # prints the peak in bytes (Linux, macOS)
 
-int8 is "dynamic" if the range of each activation is found at run time, "static" if calibration set it.
+int8 is "dynamic" if activation ranges are found at run time, "static" if calibration set them.
 """
 
 import copy
@@ -16,10 +16,14 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends import opt_einsum
 
@@ -27,6 +31,7 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from checkpoint import (
+    check_config,
     checkpoint_payload,
     float_model,
     load_checkpoint,
@@ -34,13 +39,15 @@ from checkpoint import (
     read_student,
     save_atomically,
     student_payload,
+    weight_of,
 )
 from convert import key_table
-from int8 import MergedTable, integer_model, to_integer
+from data.batches import IGNORE, Batch
+from int8 import IntLinear, MergedTable, choose_kernel, integer_model, to_integer
 from model import Model, ModelConfig, build_model, initialize
 from prepare import calibrate, prepare
-from quant import QuantConfig
-from tt import TTLinear, TTMEmbedding, count_parameters
+from quant import ActQuantizer, QuantConfig, UniformQuantizer, choose_qparams
+from tt import TTConfig, TTLinear, TTMEmbedding, count_flops, count_parameters
 
 Runner = Callable[[Tensor, Tensor | None], Tensor]  # (ids, mask) -> logits
 
@@ -58,6 +65,7 @@ NEEDS = {  # backend of another library -> the packages that it needs
     "torch.ao int8 dynamic": ("transformers", "safetensors"),
     "ONNX Runtime int8 dynamic": ("transformers", "onnx", "onnxruntime"),
 }
+ATIS_INTENTS, ATIS_SLOTS, ATIS_SENTENCES = 21, 120, 4478  # of the training set
 NO_TOKENIZER = b"x"  # these models never see text
 TT_INTEGER = {  # backend of tensor trains -> bits of the cores, ranges of the activations
     "TT W8A8 dynamic": (8, "dynamic"),
@@ -89,10 +97,55 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+# ------------------------------------------------------------------------------- shapes and inputs
+def encoder_config(args: Namespace) -> ModelConfig:
+    """The encoder that bench.py's options describe, with a sequence head of three labels."""
+    return check_config(
+        ModelConfig(
+            vocab_size=args.vocab,
+            hidden_size=args.hidden,
+            num_layers=args.layers,
+            num_heads=args.hidden // 64,
+            ffn_size=4 * args.hidden,
+            max_tokens=max(512, args.tokens),
+            head="sequence",
+            num_labels=3,
+        )
+    )
+
+
+def joint_configs(args: Namespace) -> tuple[ModelConfig, ModelConfig]:
+    """The model for ATIS's intents and slots: dense, and as tensor trains."""
+    encoder = encoder_config(args)
+    dense = replace(encoder, head="joint", num_labels=ATIS_INTENTS, num_slots=ATIS_SLOTS)
+    return dense, replace(dense, tt=TTConfig(args.rank))
+
+
 def random_sequences(rows: int, tokens: int, vocab_size: int) -> Tensor:
     """Random ids (rows, tokens) without padding, the same at every call."""
     generator = torch.Generator().manual_seed(rows)
     return torch.randint(4, vocab_size - 1, (rows, tokens), generator=generator)
+
+
+def random_batches(args: Namespace, labels: int, slots: int = 0) -> list[Batch]:
+    """Four training batches of similar lengths: some rows are a little shorter, so there is a mask.
+
+    args: options of bench.py.  slots: how many tags there are; every token but the first gets one.
+    0: no tags.
+    """
+    batches, size = [], (args.batch_size, args.tokens)
+    for _ in range(4):
+        ids = torch.randint(4, args.vocab - 1, size)
+        lengths = torch.randint(max(1, args.tokens - 4), args.tokens + 1, (args.batch_size, 1))
+        mask = torch.arange(args.tokens) < lengths
+        ids = ids.masked_fill(~mask, 1)
+        classes, tags = torch.randint(labels, (args.batch_size,)), None
+        if slots:
+            tags = torch.randint(slots, size).masked_fill(~mask, IGNORE)
+            tags[:, 0] = IGNORE
+        batch = Batch(ids, mask, classes, int(mask.sum()), tags)
+        batches.append(batch.to(args.device))
+    return batches
 
 
 def quantized_copy(model: Model, quant: QuantConfig, ids: Tensor) -> Model:
@@ -106,7 +159,7 @@ def quantized_copy(model: Model, quant: QuantConfig, ids: Tensor) -> Model:
 
 # ------------------------------------------------------------------------------------------ files
 def write_files(config: ModelConfig, folder: str, names: tuple[str, ...]) -> None:
-    """Save one model with random weights in the files of our backends and of the others in `names`."""
+    """Save one model with random weights as our backends' files and the others' in `names`."""
     torch.manual_seed(0)
     model = build_model(config).eval()
     save_atomically(checkpoint_payload(model, NO_TOKENIZER), os.path.join(folder, FILES["fp32"]))
@@ -120,7 +173,7 @@ def write_files(config: ModelConfig, folder: str, names: tuple[str, ...]) -> Non
 
 
 def write_others(model: Model, folder: str, names: tuple[str, ...]) -> None:
-    """Save the same weights as a Hugging Face model, and that converted for torch.ao and ONNX Runtime."""
+    """Save the weights as a Hugging Face model, and as int8 for torch.ao and ONNX Runtime."""
     import transformers
 
     config = model.config
@@ -220,6 +273,16 @@ def load_backend(name: str, folder: str, device: torch.device) -> Runner:
     return lambda ids, mask: model(ids, mask)[0]
 
 
+def errors_of(runners: dict[str, Runner], ids: Tensor) -> dict[str, float]:
+    """Distance of each backend's logits from those of our fp32 model, relative to their norm."""
+    logits = {name: run(ids, None).double().cpu() for name, run in runners.items()}
+    return {name: relative_error(found, logits["fp32"]) for name, found in logits.items()}
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
 def load_onnx(path: str) -> Runner:
     import onnxruntime
 
@@ -235,9 +298,7 @@ def load_onnx(path: str) -> Runner:
 
 
 # ----------------------------------------------------------------------------------------- memory
-def peak_memory(
-    name: str, folder: str, rows: int, tokens: int, device: torch.device
-) -> int | None:
+def peak_memory(name: str, folder: str, rows: int, tokens: int, device: torch.device) -> int | None:
     """Bytes at the peak while a backend runs one batch: on CUDA of all tensors, on CPU of a fresh
     process that also loads the backend; None where the system does not report it.
     """
@@ -265,7 +326,40 @@ def peak_of_this_process() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-# ---------------------------------------------------------------------------------- tensor trains
+def saved_bytes(model: nn.Module, step: Callable[[], object]) -> int:
+    """Bytes that a training step keeps for its backward pass, at the end of the forward pass. A
+    storage is counted once; parameters are not counted.
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}  # keeps the storages alive, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def state_bytes(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
+    """Bytes of the parameters, gradients and optimizer states after a training step."""
+    tensors = [t for p in model.parameters() for t in (p.detach(), p.grad) if t is not None]
+    for optimizer in optimizers:
+        tensors += [value for entry in optimizer.state.values() for value in entry.values()]
+    return sum(map(tensor_bytes, filter(torch.is_tensor, tensors)))
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    if tensor.is_sparse:
+        tensor = tensor.coalesce()
+        return tensor.values().nbytes + tensor.indices().nbytes
+    return tensor.nbytes
+
+
+# ------------------------------------------------------------------------ models of tensor trains
 def tt_models(
     dense: ModelConfig, trains: ModelConfig, tokens: int, device: torch.device
 ) -> dict[str, tuple[nn.Module, int]]:
@@ -295,8 +389,8 @@ def tt_models(
 
 @torch.no_grad()
 def merge_cores(model: Model) -> Model:
-    """A copy whose layers and tables multiply their cores out to two halves once, not at every call:
-    float32 tensor trains as they would be deployed.
+    """A copy whose layers and tables multiply their cores out to two halves once, not at every
+    call: float32 tensor trains as they would be deployed.
     """
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
@@ -314,6 +408,67 @@ def merge_cores(model: Model) -> Model:
             continue
         model.set_submodule(name, new)
     return model
+
+
+# -------------------------------------------------------------------------------------- one layer
+def linear_layers(
+    M: int, K: int, N: int, device: torch.device
+) -> tuple[dict[str, Callable[[], Tensor]], Tensor]:
+    """({name: a function that applies the same Linear layer K -> N to the same x (M, K)}, its exact
+    result in float64).
+
+    "int8 product" leaves out the quantization of x: a bound of what an integer layer can reach.
+    """
+    generator = torch.Generator().manual_seed(M + K + N)
+    x, weight, bias = (
+        torch.randn(*size, generator=generator).to(device) for size in ((M, K), (N, K), (N,))
+    )
+    layers = {"fp32": partial(F.linear, x, weight, bias)}
+    half = {"bf16": torch.bfloat16}
+    if device.type == "cuda":
+        half["fp16"] = torch.float16
+    for name, dtype in half.items():
+        layers[name] = partial(F.linear, *(tensor.to(dtype) for tensor in (x, weight, bias)))
+    for act_range in ("dynamic", "static"):
+        layer = integer_layer(x, weight, bias, act_range)
+        layers[f"int8 {act_range}"] = partial(layer, x)
+    layers["int8 product"] = partial(layer, layer.codes(x))
+    if device.type == "cpu" and has_torch_ao():
+        reference = nn.Linear(K, N)
+        reference.weight.data, reference.bias.data = weight, bias
+        layers["torch.ao int8 dynamic"] = partial(torch_ao(nn.Sequential(reference)), x)
+    return layers, F.linear(x.double(), weight.double(), bias.double())
+
+
+def integer_layer(x: Tensor, weight: Tensor, bias: Tensor, act_range: str) -> IntLinear:
+    """The IntLinear of a float32 layer; a static range is that of x."""
+    config = QuantConfig(act_range=act_range)
+    quantizer = UniformQuantizer(config, weight, per_row=True, multiplied=True)
+    act = ActQuantizer(config).to(x.device)
+    if act.static:
+        low, high = torch.aminmax(x)
+        act.set_range(*choose_qparams(low, high, act.quant_min, act.quant_max, symmetric=False))
+    kernel = choose_kernel(x.device, quantizer.quant_max)
+    return IntLinear(weight_of(quantizer, weight), bias, act, kernel, x.device)
+
+
+def tt_layers(K: int, N: int, rank: int, device: torch.device) -> dict[str, nn.Module]:
+    """name -> a layer K -> N with random weights: dense, and tensor trains."""
+    dense = nn.Linear(K, N)
+    layers = {"dense": dense, "TTLinear": TTLinear.like(dense, TTConfig(rank))}
+    if has_tltorch():
+        layers |= tltorch_layers(layers["TTLinear"])
+    return {name: layer.to(device) for name, layer in layers.items()}
+
+
+def forward_flops(layer: nn.Module, tokens: int) -> int | None:
+    """Operations of a forward pass; None for other libraries, whose contraction is unknown."""
+    if isinstance(layer, TTLinear):
+        out_modes, in_modes = layer.modes[: layer.cut], layer.modes[layer.cut :]
+        return count_flops(tokens, out_modes, in_modes, layer.ranks)
+    if isinstance(layer, nn.Linear):
+        return 2 * tokens * layer.in_features * layer.out_features
+    return None
 
 
 def has_tltorch() -> bool:
