@@ -3,20 +3,19 @@
     python train.py --task xnli --bits 2 --analyze       # adds "errors" and "recovery" to results.json
     python tools/plot.py out/NAME/results.json --errors --out errors.png
 
-A student is compared with its teacher on the same sequences, at five taps of each layer: query, key,
-value, context (map @ V, per head) and output (projected). With S and T the two tensors of a layer:
+A student is compared with its teacher on the same sequences, at five taps of each layer: query, key, value, context
+(map @ V, per head) and output (projected). With S and T the two tensors of a layer:
 
     mae        mean |S - T|
     frobenius  ||S - T||_F of one sequence, averaged over sequences
     relative   ||S - T||_F / ||T||_F over all sequences, comparable between layers
 
-Each is measured twice. *Accumulated*: student and teacher each run from their own embeddings, so the
-error of a layer includes what all layers before it got wrong. *Local*: the student's layer gets the
-teacher's hidden states, so only its own quantization errs. If the first is far above the second, error
-has accumulated through depth.
+Each is measured twice. *Accumulated*: student and teacher each run from their own embeddings, so the error of a layer
+includes what all layers before it got wrong. *Local*: the student's layer gets the teacher's hidden states, so only
+its own quantization errs. If the first is far above the second, error has accumulated through depth.
 
-Attention recovery (Kim et al. 2022, arXiv 2211.11014): the attention probabilities of a token order the
-keys of its row, and quantization disturbs that order. Per layer, against the teacher:
+Attention recovery (Kim et al. 2022, arXiv 2211.11014): the attention probabilities of a token order the keys of its
+row, and quantization disturbs that order. Per layer, against the teacher:
 
     ranking      fraction of pairs of keys whose order the student flips; 0.5 is chance
     cover        cover length ratio: how many keys of the student's order contain the teacher's top 5,
@@ -143,10 +142,9 @@ def order_of_pairs(rows: Tensor) -> Tensor:
 def flipped_pairs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """The number of pairs of keys that are flipped in the student's row, and of all pairs: (N,) each.
 
-    student, teacher: (N, T), see real_rows. Pairs that are equal in the teacher have no order and are
-    left out. A pair that is equal in the student counts half: a student that attends to all keys
-    alike has 0.5, like one that guesses. (The fraction is (1 - tau) / 2 of Kendall's rank correlation
-    tau, except for the teacher's ties.)
+    student, teacher: (N, T), see real_rows. Pairs that are equal in the teacher have no order and are left out. A
+    pair that is equal in the student counts half: a student that attends to all keys alike has 0.5, like one that
+    guesses. (The fraction is (1 - tau) / 2 of Kendall's rank correlation tau, except for the teacher's ties.)
     """
     order = order_of_pairs(teacher)
     pairs = order.abs().sum(dim=(1, 2))
@@ -158,8 +156,8 @@ def flipped_pairs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def ranking_loss(student: Tensor, teacher: Tensor) -> tuple[float, int]:
     """The mean over rows of the fraction of flipped pairs, and the number of rows that have a pair.
 
-    student, teacher: (N, T), see real_rows. NOTE: all pairs of a row count alike, also those of keys
-    to which the teacher hardly attends.
+    student, teacher: (N, T), see real_rows. NOTE: all pairs of a row count alike, also those of keys to which the
+    teacher hardly attends.
     """
     T = student.shape[1]
     step = max(1, PAIRS_AT_ONCE // T**2)  # rows at a time: N * T * T would not fit into memory
@@ -175,15 +173,14 @@ def ranking_loss(student: Tensor, teacher: Tensor) -> tuple[float, int]:
 def cover_length(student: Tensor, teacher: Tensor) -> Tensor:
     """The cover length ratio of each row, (N,); student, teacher: (N, T), see real_rows.
 
-    Rows of n <= 5 keys have the ratio 1; the best ratio of a longer one is 5 / n. Of equal
-    probabilities the earlier key comes first, in both orders: a constant student gains nothing from
-    ties, and a copy of the teacher has exactly 5 / n.
+    Rows of n <= 5 keys have the ratio 1; the best ratio of a longer one is 5 / n. Of equal probabilities the earlier
+    key comes first, in both orders: a constant student gains nothing from ties, and a copy of the teacher has exactly
+    5 / n.
     """
     keys = teacher.isfinite().sum(dim=1)  # (N,)
     k = min(TOP, student.shape[1])
     order = [
-        row.nan_to_num(nan=-1.0).sort(dim=1, descending=True, stable=True).indices
-        for row in (student, teacher)
+        row.nan_to_num(nan=-1.0).sort(dim=1, descending=True, stable=True).indices for row in (student, teacher)
     ]  # the key at each place, padded ones last
     place = torch.empty_like(order[0])  # of each key: the inverse permutation
     place.scatter_(1, order[0], torch.arange(1, student.shape[1] + 1).to(place).expand_as(place))
@@ -194,8 +191,8 @@ def cover_length(student: Tensor, teacher: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention_recovery(teacher: Model, student: Model, batches: Iterable[Batch]) -> dict:
-    """{"ranking", "cover", "map_kl", "output_mse": [layer 0, 1, ...]}: means over heads and real
-    queries of all sequences (see the top).
+    """{"ranking", "cover", "map_kl", "output_mse": [layer 0, 1, ...]}: means over heads and real queries of all
+    sequences (see the top).
     """
     teacher.eval()
     student.eval()
@@ -224,8 +221,6 @@ def recovery_table(methods: dict[str, dict]) -> str:
     for name, row in methods.items():
         if "recovery" in row:
             layers = zip(row["recovery"]["ranking"], row["recovery"]["cover"], strict=True)
-            rows.append(
-                [name, *(f"{100 * flips:.1f} / {100 * cover:.1f}" for flips, cover in layers)]
-            )
+            rows.append([name, *(f"{100 * flips:.1f} / {100 * cover:.1f}" for flips, cover in layers)])
     header = ["flipped / cover, %", *(f"layer {i + 1}" for i in range(len(rows[0]) - 1))]
     return markdown_table(header, rows)

@@ -7,9 +7,9 @@
     python bench.py tt          # tensor trains: one layer, the model for ATIS, a training step
     python bench.py train --layers 4 --hidden 384 --vocab 8000
 
-A shared machine drifts by tens of percent within minutes, so measuring one variant after the other
-would compare two moments, not two programs. Here every round runs each variant once. Times are
-medians over the rounds, and a ratio is the median of the ratios within each round.
+A shared machine drifts by tens of percent within minutes, so measuring one variant after the other would compare two
+moments, not two programs. Here every round runs each variant once. Times are medians over the rounds, and a ratio is
+the median of the ratios within each round.
 """
 
 import itertools
@@ -256,8 +256,7 @@ def read_pairs(args: Namespace) -> tuple[list[str], list[str]]:
 
 def rows_table(result: dict) -> str:
     lines = [
-        [name, f"{row['median_ms'] / 1e3:,.1f}", f"{row['rows_per_second']:,.1f}"]
-        + [f"{1 / row['ratio']:.2f}x"]
+        [name, f"{row['median_ms'] / 1e3:,.1f}", f"{row['rows_per_second']:,.1f}"] + [f"{1 / row['ratio']:.2f}x"]
         for name, row in result["rows"].items()
     ]
     head = [f"{result['shape']['rows']:,} pairs", "median s", "rows/s", "speed-up"]
@@ -398,10 +397,7 @@ def tt_table(result: dict) -> str:
     ]
     layers = markdown_table([*head, "forward ms", "forward + backward ms"], lines)
     tokens, dense_bytes = result["shape"]["tokens"], result["models"][0]["size_bytes"]
-    lines = [
-        [*latency_cells(row, tokens, 2, 3), f"{dense_bytes / row['size_bytes']:.1f}x"]
-        for row in result["models"]
-    ]
+    lines = [[*latency_cells(row, tokens, 2, 3), f"{dense_bytes / row['size_bytes']:.1f}x"] for row in result["models"]]
     models = markdown_table([*LATENCY_COLUMNS, "times smaller"], lines)
     head = ["training", "ms a step", "to dense", "s an epoch", "MB weights + gradients + Adam"]
     lines = [

@@ -1,8 +1,8 @@
-"""Checkpoints: float32 (weights/NAME.pt, teachers) and packed students (student.pt). Atomic save,
-validated weights-only load.
+"""Checkpoints: float32 (weights/NAME.pt, teachers) and packed students (student.pt). Atomic save, validated
+weights-only load.
 
-A checkpoint is a dictionary of plain numbers, strings and tensors, which PyTorch reads with
-weights_only=True, so that nothing in the file is executed:
+A checkpoint is a dictionary of plain numbers, strings and tensors, which PyTorch reads with weights_only=True, so
+that nothing in the file is executed:
 
     format     "sdq-checkpoint-1", or "sdq-student-4" of a student
     config     the fields of ModelConfig
@@ -10,13 +10,13 @@ weights_only=True, so that nothing in the file is executed:
     tokenizer  the bytes of the tokenizer's file
     notes      where it came from
 
-A student also has "quant", the fields of QuantConfig, and "packed": each quantized weight as integers
-of b bits and a float32 scale per row, or one scale for a core of a tensor train. Fake quantization
-trains in float32, and a checkpoint of that would be full-size. Packed, 8 bits take one byte per
-weight, 4 bits two weights per byte, 2 bits four (3, 5, 6 and 7 bits likewise without gaps).
+A student also has "quant", the fields of QuantConfig, and "packed": each quantized weight as integers of b bits and a
+float32 scale per row, or one scale for a core of a tensor train. Fake quantization trains in float32, and a
+checkpoint of that would be full-size. Packed, 8 bits take one byte per weight, 4 bits two weights per byte, 2 bits
+four (3, 5, 6 and 7 bits likewise without gaps).
 
-Files may come from anywhere. Every config is checked, and every tensor is compared with the shape
-that the config requires and must store its elements, before a model is filled with it.
+Files may come from anywhere. Every config is checked, and every tensor is compared with the shape that the config
+requires and must store its elements, before a model is filled with it.
 
     model = load_checkpoint("weights/NAME.pt")
     student, tokenizer = load_student("out/NAME/student.pt")     # fake-quantized; as integers: int8.py
@@ -99,10 +99,7 @@ def check_config(config: ModelConfig) -> ModelConfig:
             kind = "a number" if isinstance(most, float) else "an integer"
             raise UserError(f"model config: {name} is {value!r}, not {kind} from {least} to {most}")
     if config.hidden_size % config.num_heads:
-        raise UserError(
-            f"model config: hidden size {config.hidden_size} is not divisible by "
-            f"{config.num_heads} heads"
-        )
+        raise UserError(f"model config: hidden size {config.hidden_size} is not divisible by {config.num_heads} heads")
     if config.pad_id >= config.vocab_size:
         raise UserError(f"model config: pad_id {config.pad_id} is outside the vocabulary")
     if config.head not in HEADS:
@@ -161,8 +158,8 @@ def config_of(payload: dict, path: str) -> ModelConfig:
 
 
 def load_checkpoint(path: str) -> Model:
-    """The float32 model of a checkpoint (also of one in float16), on CPU, in eval mode. Every tensor
-    is accounted for.
+    """The float32 model of a checkpoint (also of one in float16), on CPU, in eval mode. Every tensor is accounted
+    for.
     """
     payload = read_checkpoint(path)
     config = config_of(payload, path)
@@ -170,9 +167,7 @@ def load_checkpoint(path: str) -> Model:
     if not isinstance(tensors, dict):
         raise UserError(f"{path} is damaged: it holds no tensors; convert it again")
     model = meta_model(config)
-    check_tensors(
-        path, {name: tensor.shape for name, tensor in model.state_dict().items()}, tensors
-    )
+    check_tensors(path, {name: tensor.shape for name, tensor in model.state_dict().items()}, tensors)
     model.to_empty(device="cpu")
     model.load_state_dict(tensors, strict=True)
     return model.eval()
@@ -190,9 +185,7 @@ def check_tensors(
         if not isinstance(tensor, Tensor):
             raise UserError(f"{path}: tensor {name} is missing")
         if tensor.shape != shape:
-            raise UserError(
-                f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
-            )
+            raise UserError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
         if dtypes and tensor.dtype not in dtypes:
             known = " or ".join(map(str, dtypes))
             raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected {known}")
@@ -205,8 +198,8 @@ def check_tensors(
 
 
 def stores_its_elements(tensor: Tensor) -> bool:
-    """False for a tensor that repeats few stored elements (stride 0), with which a small file could
-    request any amount of memory.
+    """False for a tensor that repeats few stored elements (stride 0), with which a small file could request any
+    amount of memory.
     """
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
@@ -280,9 +273,7 @@ def weight_codes(student: Model) -> dict[str, Weight]:
             found[name] = Weight(*(part.cpu() for part in weight_of(quantizer, weight)))
             continue
         # Each row of the table has its own scale: work in pieces, to bound the memory.
-        pieces = [
-            weight_of(quantizer, rows) for rows in weight.split(max(1, CHUNK // len(weight[0])))
-        ]
+        pieces = [weight_of(quantizer, rows) for rows in weight.split(max(1, CHUNK // len(weight[0])))]
         codes, scales = ([part.cpu() for part in parts] for parts in zip(*pieces, strict=True))
         found[name] = Weight(torch.cat(codes), torch.cat(scales))
     return found
@@ -361,19 +352,13 @@ def read_student(path: str) -> Student:
     missing = sorted(set(wanted) - set(weights))
     if missing:
         raise UserError(f"{path}: packed tensor {missing[0]} is missing")
-    expected = {
-        name: shape for name, shape in shapes.items() if name not in wanted and not left_out(name)
-    }
+    expected = {name: shape for name, shape in shapes.items() if name not in wanted and not left_out(name)}
     check_tensors(path, expected, tensors, (torch.float32,))
     return Student(config, quant, weights, tensors, notes, payload.get("tokenizer"))
 
 
 def unpack_weight(
-    path: str,
-    name: str,
-    entry: dict,
-    shape: torch.Size,
-    quantizer: WeightQuantizer | LearnedScale,
+    path: str, name: str, entry: dict, shape: torch.Size, quantizer: WeightQuantizer | LearnedScale
 ) -> Weight:
     """The integers of a packed weight, after checking its parts against what the model requires."""
     if not isinstance(entry, dict) or set(entry) != {"codes", "shape", "scale"}:
@@ -390,9 +375,7 @@ def unpack_weight(
         and scale.shape == ((shape[0], 1) if quantizer.per_row else ())
     )
     if not sound:
-        raise UserError(
-            f"{path}: packed tensor {name} does not have the shape {tuple(shape)} at {bits} bits"
-        )
+        raise UserError(f"{path}: packed tensor {name} does not have the shape {tuple(shape)} at {bits} bits")
     codes = torch.empty(shape, dtype=torch.int8)
     flat, step = codes.view(-1), CHUNK // 8 * 8  # a multiple of 8 codes fills whole bytes
     for start in range(0, flat.numel(), step):
@@ -400,9 +383,7 @@ def unpack_weight(
         piece = packed[start * bits // 8 : start * bits // 8 + packed_bytes(count, bits)]
         flat[start : start + count] = unpack(piece, bits, count)
     if codes.numel() and (codes.min() < quantizer.quant_min or codes.max() > quantizer.quant_max):
-        raise UserError(
-            f"{path}: packed tensor {name} has codes outside the grid that the file names"
-        )
+        raise UserError(f"{path}: packed tensor {name} has codes outside the grid that the file names")
     return Weight(codes, scale)
 
 

@@ -1,5 +1,5 @@
-"""What every program here shares: how a mistake of the user is told, how files are written, progress
-lines, Markdown tables.
+"""What every program here shares: how a mistake of the user is told, how files are written, progress lines, Markdown
+tables.
 """
 
 import json
@@ -24,8 +24,8 @@ def flag(name: str) -> str:
 
 
 def exit_status(job: Callable[[], None], after_interrupt: str = "") -> int:
-    """Run a program and return its exit status: 0; 2 for a mistake and 130 for Ctrl-C, each told in
-    one line on stderr, without a traceback.
+    """Run a program and return its exit status: 0; 2 for a mistake and 130 for Ctrl-C, each told in one line on
+    stderr, without a traceback.
     """
     try:
         job()
@@ -41,8 +41,8 @@ def exit_status(job: Callable[[], None], after_interrupt: str = "") -> int:
 # ------------------------------------------------------------------------------------------ files
 @contextmanager
 def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary neighbour of `path`, and rename it to `path` once it is written completely: a
-    reader never sees half a file. Makes the folder if there is none.
+    """Open a temporary neighbour of `path`, and rename it to `path` once it is written completely: a reader never
+    sees half a file. Makes the folder if there is none.
     """
     path = os.fspath(path)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -82,11 +82,10 @@ def check_writable(folder: str) -> None:
 
 # ----------------------------------------------------------------------------------------- output
 class Progress:
-    """A progress line with the remaining time on stderr: kept up to date on a terminal, a new line
-    every ten seconds in a log.
+    """A progress line with the remaining time on stderr: kept up to date on a terminal, a new line every ten seconds
+    in a log.
 
-    total: in the unit that update() counts in; None if it is unknown.  done: where a resumed job
-    starts.
+    total: in the unit that update() counts in; None if it is unknown.  done: where a resumed job starts.
     """
 
     def __init__(self, name: str, total: float | None, done: float = 0):
@@ -95,9 +94,7 @@ class Progress:
         self.live = sys.stderr.isatty()
 
     def update(self, done: float, text: str | Callable[[], str] = "") -> None:
-        """done: how much is finished now.  text: shown beside it; a function is called only if the
-        line is drawn.
-        """
+        """done: how much is finished now.  text: shown beside it; a function is called only if the line is drawn."""
         now = time.monotonic()
         if now - self.shown < (0.2 if self.live else 10.0):
             return

@@ -1,7 +1,7 @@
 """Every option of train.py: its default, its help and its check, which needs no data.
 
-TrainConfig is what config.json records. A flag is the name of its field with dashes. One flag per
-ablation, and "off" is the baseline: --bits 32, --distill none. What an option is if it isn't given:
+TrainConfig is what config.json records. A flag is the name of its field with dashes. One flag per ablation, and "off"
+is the baseline: --bits 32, --distill none. What an option is if it isn't given:
 
     TrainConfig's default  <  defaults of the model  <  of the task (data/tasks.py)  <  of --recipe
 """
@@ -57,8 +57,8 @@ RECIPE_HELP = {
     "kd": "ternary weights, logits and attention maps (arXiv 2211.11014)",
     "tt": "quantized tensor trains, layer by layer (arXiv 2306.01076); --task atis",
 }
-# student_lr_at: width -> student_lr. With few bits a weight must move far to reach the next step of
-# its grid. Chosen on dev with seed 0, the same for QAT and SDQ (docs/log.md).
+# student_lr_at: width -> student_lr. With few bits a weight must move far to reach the next step of its grid. Chosen
+# on dev with seed 0, the same for QAT and SDQ (docs/log.md).
 MODEL_DEFAULTS = {
     "mini": {
         "epochs": 2,
@@ -83,23 +83,15 @@ def option(default, group: str, text: str, metavar: str | None = None):
 class TrainConfig:
     """Every option of a run."""
 
-    recipe: str = option(
-        "sdq", TASK, "defaults of a paper, see below; any other option overrides them"
-    )
+    recipe: str = option("sdq", TASK, "defaults of a paper, see below; any other option overrides them")
     task: str = option("xnli", TASK, f"one of {' '.join(TASKS)}")
     data_dir: str | None = option(
         None, TASK, "folder of the official files (default: data/raw, or built-in data)", "DIR"
     )
-    languages: tuple[str, ...] = option(
-        (), TASK, "test languages besides the training language (default: all)"
-    )
-    eval_split: str = option(
-        "test", TASK, "report on test, or on dev, which also selects the epoch"
-    )
+    languages: tuple[str, ...] = option((), TASK, "test languages besides the training language (default: all)")
+    eval_split: str = option("test", TASK, "report on test, or on dev, which also selects the epoch")
     max_train: int | None = option(None, TASK, "train on N random examples (default: all)")
-    max_eval: int | None = option(
-        None, TASK, "evaluate N random examples per language (default: all)"
-    )
+    max_eval: int | None = option(None, TASK, "evaluate N random examples per language (default: all)")
     max_length: int = option(128, TASK, "longest sequence in tokens; longer texts are truncated")
 
     model: str | None = option(
@@ -112,10 +104,7 @@ class TrainConfig:
     layers: int | None = option(None, MODEL, "number of layers of --model scratch")
     hidden: int | None = option(None, MODEL, "hidden size of --model scratch, 64 per head")
     tokenizer: str | None = option(
-        None,
-        MODEL,
-        "SentencePiece model for --model scratch (atis and snips: the words of the training set)",
-        "FILE",
+        None, MODEL, "SentencePiece model for --model scratch (atis and snips: the words of the training set)", "FILE"
     )
     tt_rank: int = option(
         0,
@@ -126,34 +115,23 @@ class TrainConfig:
     )
     tt_embedding_rank: int = option(0, MODEL, "rank of the word embeddings; 0 keeps the table", "R")
 
-    methods: tuple[str, ...] = option(
-        ("fp32", "ptq", "qat", "sdq"), QUANT, "rows of the report, see below"
-    )
+    methods: tuple[str, ...] = option(("fp32", "ptq", "qat", "sdq"), QUANT, "rows of the report, see below")
     bits: int = option(8, QUANT, "bits of weights and word embeddings: 2 to 8, 32 for float32")
     act_bits: int = option(8, QUANT, "bits of activations: 2 to 8, 32 for float32")
-    attention_bits: int = option(
-        32, QUANT, "bits of Q, K, V and the attention probabilities: 2 to 8, 32 for float32"
-    )
-    weights: str = option(
-        "uniform", QUANT, ", ".join(f"{name} ({row.help})" for name, row in WEIGHTS.items())
-    )
+    attention_bits: int = option(32, QUANT, "bits of Q, K, V and the attention probabilities: 2 to 8, 32 for float32")
+    weights: str = option("uniform", QUANT, ", ".join(f"{name} ({row.help})" for name, row in WEIGHTS.items()))
     weight_range: str | None = option(
         None,
         QUANT,
         "minmax: up to the largest weight; mse: clip outliers; lsq: 2 mean|w| / sqrt(Q_max), where "
         "trained scales start (default: lsq with --weights lsq, else minmax)",
     )
-    per_tensor: bool = option(
-        False, QUANT, "one scale per matrix and activation, not per channel and token"
-    )
-    act_range: str = option(
-        "dynamic", QUANT, "dynamic: at run time; static: calibrated; learned: trained from there"
-    )
+    per_tensor: bool = option(False, QUANT, "one scale per matrix and activation, not per channel and token")
+    act_range: str = option("dynamic", QUANT, "dynamic: at run time; static: calibrated; learned: trained from there")
     noise: float = option(
         0.5,
         QUANT,
-        "fraction of the weights quantized at a training step; 1 is ordinary QAT "
-        "(always 1 for trained scales)",
+        "fraction of the weights quantized at a training step; 1 is ordinary QAT (always 1 for trained scales)",
         "P",
     )
 
@@ -167,9 +145,7 @@ class TrainConfig:
     alpha: float = option(0.5, DISTILL, "weight of the logits")
     beta: float = option(100.0, DISTILL, "weight of every other loss that has none in --distill")
     temperature: float = option(1.0, DISTILL, "softens the logits of teacher and student")
-    task_weight: float = option(
-        1.0, DISTILL, "weight of the loss of the task; 0 distills without labels"
-    )
+    task_weight: float = option(1.0, DISTILL, "weight of the loss of the task; 0 distills without labels")
 
     epochs: int = option(3, OPTIM, "passes over the training set")
     student_epochs: int | None = option(None, OPTIM, "of qat and sdq (default: --epochs)")
@@ -182,22 +158,14 @@ class TrainConfig:
     dropout: float = option(0.1, OPTIM, "while the teacher trains")
     student_dropout: float = option(0.0, OPTIM, "while qat and sdq train; it disturbs distillation")
 
-    eval: str | None = option(
-        None, RUN, "train nothing: evaluate this student.pt as an integer model", "FILE"
-    )
+    eval: str | None = option(None, RUN, "train nothing: evaluate this student.pt as an integer model", "FILE")
     analyze: bool = option(False, RUN, "also measure the error and attention of each layer on dev")
-    check_student: bool = option(
-        False, RUN, "also evaluate the fake-quantized student; on CUDA always"
-    )
+    check_student: bool = option(False, RUN, "also evaluate the fake-quantized student; on CUDA always")
     seed: int = option(0, RUN, "of weights, batches, dropout and noise")
     device: str = option("auto", RUN, "auto, cpu or cuda")
     threads: int | None = option(None, RUN, "CPU threads (default: all cores)")
-    out: str | None = option(
-        None, RUN, "folder of this run (default: out/TASK-MODEL-wBaA-sSEED)", "DIR"
-    )
-    eval_every: int | None = option(
-        None, RUN, "steps between evaluations on dev (default: an epoch)"
-    )
+    out: str | None = option(None, RUN, "folder of this run (default: out/TASK-MODEL-wBaA-sSEED)", "DIR")
+    eval_every: int | None = option(None, RUN, "steps between evaluations on dev (default: an epoch)")
 
     @cached_property
     def loss_weights(self) -> dict[str, float]:
@@ -220,8 +188,7 @@ def parse_distill(text: str) -> dict[str, float | None]:
         weight, star, name = part.rpartition("*")
         if name not in LOSSES:
             raise ValueError(
-                f"{name!r} is unknown: join any of {', '.join(LOSSES)} with '+', or use none or "
-                f"{', '.join(LAYERWISE)}"
+                f"{name!r} is unknown: join any of {', '.join(LOSSES)} with '+', or use none or {', '.join(LAYERWISE)}"
             )
         if name in found:
             raise ValueError(f"{text!r} names {name} twice")
@@ -330,9 +297,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  python train.py --task xnli --bits 4 --distill logits            # one ablation\n"
         "  python train.py --task stsb --recipe kd\n"
         "  python train.py --task atis --recipe tt --bits 4",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, width=112, max_help_position=28
-        ),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=112, max_help_position=28),
     )
     groups = {}
     for spec in fields(TrainConfig):
@@ -355,23 +320,20 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None) -> tuple[TrainConfig, bool]:
     """Command line -> (checked options, --resume)."""
     parser = build_parser()
-    parser.add_argument(
-        "--resume", action="store_true", help="continue a stopped run of the same options"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue a stopped run of the same options")
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume")
     for name in {"languages", "methods"} & set(given):  # "en de" and "en,de" both work
         given[name] = tuple(part for text in given[name] for part in text.split(","))
     config = resolve(given)
     check(config)
+    if config.distill in LAYERWISE and "beta" in given:
+        raise UserError(f"--beta does nothing with --distill {config.distill}: drop it")
     return config, resume
 
 
 # ----------------------------------------------------------------------------------------- checks
-CHOICES = {
-    "eval_split": ("test", "dev"),
-    "device": ("auto", "cpu", "cuda"),
-}
+CHOICES = {"eval_split": ("test", "dev"), "device": ("auto", "cpu", "cuda")}
 BOUNDS = {  # name -> (least, largest)
     **dict.fromkeys(("noise", "task_weight"), (0, 1)),
     **dict.fromkeys(("dropout", "student_dropout", "label_smoothing"), (0, 0.9)),
@@ -386,19 +348,15 @@ BOUNDS = {  # name -> (least, largest)
 
 
 def check(config: TrainConfig) -> None:
-    """Raises UserError for options that can't be run, before any data is loaded: one line, with what
-    to type instead.
-    """
+    """Raises UserError for options that can't be run, before any data is loaded: one line, with what to type instead."""
     task = find_task(config.task)
-    for language in config.languages:
-        if task.languages is not None and language not in task.languages:
+    for language in config.languages if task.languages else ():
+        if language not in task.languages:
             known = " ".join(task.languages)
             raise UserError(f"--languages {language!r}: {config.task} has {known}")
     for name, known in CHOICES.items():
         if getattr(config, name) not in known:
-            raise UserError(
-                f"{flag(name)} {getattr(config, name)!r}: choose from {', '.join(known)}"
-            )
+            raise UserError(f"{flag(name)} {getattr(config, name)!r}: choose from {', '.join(known)}")
     for name, (low, high) in BOUNDS.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:  # NaN neither
@@ -425,9 +383,7 @@ def check_quantizers(config: TrainConfig) -> None:
     if config.tt_embedding_rank and not config.tt_rank:
         raise UserError("--tt-embedding-rank needs --tt-rank")
     if config.weights != "uniform" and config.tt_rank:
-        raise UserError(
-            f"--weights {config.weights} is for matrices: cores of tensor trains have learned scales"
-        )
+        raise UserError(f"--weights {config.weights} is for matrices: cores of tensor trains have learned scales")
     try:
         check_quant(quant_config(config, "qat"))
     except ValueError as error:  # name=value -> --name value
@@ -447,14 +403,11 @@ def check_methods(config: TrainConfig) -> None:
     left_alone = config.act_bits == config.attention_bits == 32
     if config.bits == 32 and left_alone and quantized and not compressed:
         raise UserError(
-            f"--bits 32 --act-bits 32 quantizes nothing, so {quantized[0]} would be fp32 again: "
-            "use --methods fp32"
+            f"--bits 32 --act-bits 32 quantizes nothing, so {quantized[0]} would be fp32 again: use --methods fp32"
         )
     static = config.act_range != "dynamic"  # learned ranges start as static ones
     if static and "ptq-static" in config.methods:
-        raise UserError(
-            f"--act-range {config.act_range} makes ptq static: drop ptq-static from --methods"
-        )
+        raise UserError(f"--act-range {config.act_range} makes ptq static: drop ptq-static from --methods")
     if left_alone and (static or "ptq-static" in config.methods):
         kind = "learned" if config.act_range == "learned" else "static"
         raise UserError(f"{kind} ranges need quantized activations: choose --act-bits 2 to 8")
@@ -473,8 +426,7 @@ def check_distill(config: TrainConfig) -> None:
         return
     if not layerwise and not any(weights.values()):
         raise UserError(
-            f"--distill {config.distill} with weights of 0 makes sdq the same as qat: use --methods "
-            "fp32 ptq qat"
+            f"--distill {config.distill} with weights of 0 makes sdq the same as qat: use --methods fp32 ptq qat"
         )
     if layerwise and config.task_weight != 1.0:
         raise UserError(f"--task-weight does nothing with --distill {config.distill}: drop it")
@@ -487,9 +439,7 @@ NOT_THE_RESULT = ("device", "threads", "out", "analyze", "check_student", "eval"
 
 
 def default_out(config: TrainConfig) -> str:
-    """out/xnli-mini-w8a8-s0, and a short hash of all other options that were changed: one folder per
-    setting.
-    """
+    """out/xnli-mini-w8a8-s0, and a short hash of all other options that were changed: one folder per setting."""
     model = os.path.splitext(os.path.basename(config.model))[0]
     recipe = "" if config.recipe == "sdq" else f"-{config.recipe}"
     name = f"{config.task}-{model}{recipe}-w{config.bits}a{config.act_bits}-s{config.seed}"

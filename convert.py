@@ -6,14 +6,13 @@
     python convert.py minilm --from DIR           # a BERT, here sentence-transformers' all-MiniLM-L6-v2
     python convert.py my-model --from DIR         # any other size: config.json gives the shape
 
-DIR holds config.json, model.safetensors or pytorch_model.bin, and sentencepiece.bpe.model or, for a
-BERT, vocab.txt (and tokenizer_config.json if the model is cased). The key tables below are the whole
-conversion: every tensor of the source is either mapped or named as skipped, and one that is missing,
-unexpected or of a wrong shape is an error that names it. Half-precision tensors (InfoXLM's file mixes
-fp16 and fp32) are cast.
+DIR holds config.json, model.safetensors or pytorch_model.bin, and sentencepiece.bpe.model or, for a BERT, vocab.txt
+(and tokenizer_config.json if the model is cased). The key tables below are the whole conversion: every tensor of the
+source is either mapped or named as skipped, and one that is missing, unexpected or of a wrong shape is an error that
+names it. Half-precision tensors (InfoXLM's file mixes fp16 and fp32) are cast.
 
-Nothing in a source file is executed: safetensors is parsed here (a JSON header and raw tensors), .bin
-files are read with weights_only=True.
+Nothing in a source file is executed: safetensors is parsed here (a JSON header and raw tensors), .bin files are read
+with weights_only=True.
 """
 
 import argparse
@@ -26,14 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from checkpoint import (
-    WEIGHTS_DIR,
-    check_config,
-    check_tensors,
-    checkpoint_payload,
-    load_untrusted,
-    save_atomically,
-)
+from checkpoint import WEIGHTS_DIR, check_config, check_tensors, checkpoint_payload, load_untrusted, save_atomically
 from common import UserError, exit_status
 from data.fetch import MODELS, fetch_model
 from data.tokenizer import MAX_MODEL_BYTES, Tokenizer, WordPieceTokenizer, load_tokenizer
@@ -61,22 +53,16 @@ LAYER_MODULES = {
     "encoder.layer.{i}.output.dense": "encoder.layers.{i}.ffn.down",
     "encoder.layer.{i}.output.LayerNorm": "encoder.layers.{i}.ffn.norm",
 }
-TOKEN_HEAD = {
-    "classifier.weight": "head.out_proj.weight",
-    "classifier.bias": "head.out_proj.bias",
-}
-POOLER = {
-    "pooler.dense.weight": "head.dense.weight",
-    "pooler.dense.bias": "head.dense.bias",
-}
+TOKEN_HEAD = {"classifier.weight": "head.out_proj.weight", "classifier.bias": "head.out_proj.bias"}
+POOLER = {"pooler.dense.weight": "head.dense.weight", "pooler.dense.bias": "head.dense.bias"}
 
 
 @dataclass(frozen=True)
 class Family:
     """What differs between RoBERTa's and BERT's files; the encoder's names are the same.
 
-    prefix: of the encoder's names in a model with a head.  heads: the key table of each head.
-    skipped: tensors of some files that are not needed -> why; a name that ends with a dot is a prefix.
+    prefix: of the encoder's names in a model with a head.  heads: the key table of each head. skipped: tensors of
+    some files that are not needed -> why; a name that ends with a dot is a prefix.
     """
 
     prefix: str
@@ -85,9 +71,7 @@ class Family:
     next_step: str
 
     def skips(self, key: str) -> bool:
-        return any(
-            key == name or (name.endswith(".") and key.startswith(name)) for name in self.skipped
-        )
+        return any(key == name or (name.endswith(".") and key.startswith(name)) for name in self.skipped)
 
 
 ROBERTA = Family(
@@ -166,8 +150,8 @@ MAX_HEADER = 100 << 20  # bytes; the format's own limit
 
 
 def read_safetensors(path: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: 8 bytes of little-endian header length, a JSON header, then
-    the raw tensors.
+    """The tensors of a .safetensors file: 8 bytes of little-endian header length, a JSON header, then the raw
+    tensors.
 
     They are views of the file, mapped into memory. Every offset and shape is checked before use.
     """
@@ -185,9 +169,7 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
                 dtype = SAFETENSORS_TYPES[entry["dtype"]]
                 entries.append((name, dtype, tuple(entry["shape"]), begin, end))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(
-                f"{path} is damaged: its header is not that of a safetensors file"
-            ) from None
+            raise UserError(f"{path} is damaged: its header is not that of a safetensors file") from None
     start = 8 + length
     data = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
     tensors = {}
@@ -197,13 +179,9 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
             if not isinstance(extent, int) or extent < 0:
                 raise UserError(f"{path} is damaged: tensor {name} has shape {shape}")
             count *= extent
-        in_file = (
-            isinstance(begin, int) and isinstance(end, int) and 0 <= begin <= end <= size - start
-        )
+        in_file = isinstance(begin, int) and isinstance(end, int) and 0 <= begin <= end <= size - start
         if not in_file or end - begin != count * dtype.itemsize:
-            raise UserError(
-                f"{path} is damaged or cut short: tensor {name} is not where the header says"
-            )
+            raise UserError(f"{path} is damaged or cut short: tensor {name} is not where the header says")
         raw = data[start + begin : start + end]
         if (start + begin) % dtype.itemsize:  # a view needs alignment
             raw = raw.clone()
@@ -230,9 +208,7 @@ def read_folder(folder: str) -> tuple[dict[str, Tensor], dict | None, bytes]:
     settings = read_json(os.path.join(folder, "config.json"))
     sentencepiece = os.path.join(folder, TOKENIZER_FILE)
     if settings is None:
-        bert = not os.path.isfile(sentencepiece) and os.path.isfile(
-            os.path.join(folder, VOCAB_FILE)
-        )
+        bert = not os.path.isfile(sentencepiece) and os.path.isfile(os.path.join(folder, VOCAB_FILE))
     else:
         bert = settings.get("model_type") == "bert"
     tokenizer = read_wordpiece(folder) if bert else Tokenizer.from_file(sentencepiece)
@@ -269,10 +245,7 @@ def read_wordpiece(folder: str) -> WordPieceTokenizer:
         "tokenizer_config.json",
         settings,
         {
-            "tokenizer_class": (
-                "BertTokenizer",
-                "BertTokenizerFast",
-            ),  # others split words otherwise
+            "tokenizer_class": ("BertTokenizer", "BertTokenizerFast"),  # others split words otherwise
             "do_basic_tokenize": (True,),
             "tokenize_chinese_chars": (True,),
             "strip_accents": (None, lower),  # None: as do_lower_case
@@ -328,13 +301,10 @@ def config_from_json(settings: dict) -> ModelConfig:
     return check_config(ModelConfig(position_offset=offset, **values))
 
 
-def convert_tensors(
-    name: str, tensors: dict[str, Tensor], settings: dict | None, tokenizer: bytes
-) -> dict:
+def convert_tensors(name: str, tensors: dict[str, Tensor], settings: dict | None, tokenizer: bytes) -> dict:
     """Source tensors -> the dictionary of weights/NAME.pt (see checkpoint.checkpoint_payload).
 
-    Raises UserError naming the first tensor that is missing, unexpected, of a wrong shape or not a
-    float.
+    Raises UserError naming the first tensor that is missing, unexpected, of a wrong shape or not a float.
     """
     preset = PRESETS.get(name)
     if settings is not None:
@@ -348,9 +318,7 @@ def convert_tensors(
     elif preset is not None:
         config = preset
     else:
-        raise UserError(
-            f"no config.json beside the weights, and {name} is not one of: {' '.join(PRESETS)}"
-        )
+        raise UserError(f"no config.json beside the weights, and {name} is not one of: {' '.join(PRESETS)}")
 
     family = family_of(config)
     tensors = plain_names(tensors, family)
@@ -372,9 +340,7 @@ def convert_tensors(
     words = tensors["embeddings.word_embeddings.weight"]
     # The two may differ in precision.
     if tied is not None and not torch.equal(tied, words.to(tied.dtype)):
-        raise UserError(
-            "lm_head.decoder.weight differs from the word embeddings: untied models are not supported"
-        )
+        raise UserError("lm_head.decoder.weight differs from the word embeddings: untied models are not supported")
 
     ours = {target: tensors[source] for source, target in table.items()}
     with torch.device("meta"):
@@ -386,22 +352,18 @@ def convert_tensors(
     file_name = VOCAB_FILE if family is BERT else TOKENIZER_FILE
     loaded = load_tokenizer(tokenizer, file_name)
     if loaded.vocab_size != config.vocab_size:
-        raise UserError(
-            f"{file_name} has {loaded.vocab_size:,} ids, the model {config.vocab_size:,}"
-        )
+        raise UserError(f"{file_name} has {loaded.vocab_size:,} ids, the model {config.vocab_size:,}")
     if family is BERT and loaded.pad_id != config.pad_id:
         raise UserError(f"{file_name} has [PAD] at {loaded.pad_id}, the model at {config.pad_id}")
-    model.load_state_dict(
-        ours, strict=True, assign=True
-    )  # a meta model has no storage to copy into
+    model.load_state_dict(ours, strict=True, assign=True)  # a meta model has no storage to copy into
     return checkpoint_payload(model, tokenizer, name=name)
 
 
 def plain_names(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
     """Tensors by the names of the key table.
 
-    In a model with a head the encoder's names have a prefix, in a bare encoder they don't. BERT files
-    that came from TensorFlow name a norm's weight and bias gamma and beta.
+    In a model with a head the encoder's names have a prefix, in a bare encoder they don't. BERT files that came from
+    TensorFlow name a norm's weight and bias gamma and beta.
     """
     renamed = {}
     for key, tensor in tensors.items():
@@ -438,15 +400,8 @@ def main(argv: list[str] | None = None) -> int:
         description="Turn a published checkpoint into weights/NAME.pt.",
         epilog="examples: python convert.py xlmr-base; python convert.py xlmr-base --from ~/models/xlm-roberta-base",
     )
-    parser.add_argument(
-        "name", help=f"{', '.join(sorted(MODELS))}; with --from also any name of your own"
-    )
-    parser.add_argument(
-        "--from",
-        dest="folder",
-        metavar="DIR",
-        help="a local Hugging Face folder; default: download",
-    )
+    parser.add_argument("name", help=f"{', '.join(sorted(MODELS))}; with --from also any name of your own")
+    parser.add_argument("--from", dest="folder", metavar="DIR", help="a local Hugging Face folder; default: download")
     parser.add_argument("--out", metavar="FILE", help="default: weights/NAME.pt")
     args = parser.parse_args(argv)
     again = "; run the same command again to continue"
@@ -471,9 +426,7 @@ def run(name: str, folder: str | None, out: str | None) -> None:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
     count = sum(tensor.numel() for tensor in payload["tensors"].values())
-    print(
-        f"wrote {out}: {payload['config']['head']} head, {count:,} parameters, {size / 1e6:,.1f} MB"
-    )
+    print(f"wrote {out}: {payload['config']['head']} head, {count:,} parameters, {size / 1e6:,.1f} MB")
     standard = os.path.abspath(out) == os.path.join(WEIGHTS_DIR, name + ".pt")
     step = family_of(ModelConfig(**payload["config"])).next_step
     print(f"next: python train.py {step} --model {name if standard else out}")

@@ -1,32 +1,30 @@
 """What the student learns from its teacher: one pure function per loss, and one row each in LOSSES.
 
-Self-distillation (arXiv 2307.05972): the teacher is the float32 model that the student was copied
-from, so both have the same layers and heads, and quantization error can be measured where it arises.
-It accumulates through the layers and is largest at the output of self-attention. SDQ therefore adds
-two terms to the cross-entropy of the task:
+Self-distillation (arXiv 2307.05972): the teacher is the float32 model that the student was copied from, so both have
+the same layers and heads, and quantization error can be measured where it arises. It accumulates through the layers
+and is largest at the output of self-attention. SDQ therefore adds two terms to the cross-entropy of the task:
 
     L = CE(y_s, y) + alpha * tau^2 * KL(p_t || p_s) + beta * 1/(L H) sum_l sum_h MSE(A_lh^s, A_lh^t)
 
     p_t, p_s   softmax of the logits of teacher and student at temperature tau (Hinton et al. 2015)
     A_lh       softmax(Q K^T / sqrt(D)) V of layer l and head h: the tap "context" of model.py
 
-Every loss is a mean over real (unpadded) elements. Its value depends neither on the batch size nor on
-the amount of padding, so alpha and beta mean the same for every batch. Gradients flow to the student
-only. All losses are computed in float32.
+Every loss is a mean over real (unpadded) elements. Its value depends neither on the batch size nor on the amount of
+padding, so alpha and beta mean the same for every batch. Gradients flow to the student only. All losses are computed
+in float32.
 
-Which part of the attention to distill is the question of Kim et al. 2022 (arXiv 2211.11014), for
-ternary weights. TernaryBERT (Zhang et al. 2020, arXiv 2009.12812) compares scores:
+Which part of the attention to distill is the question of Kim et al. 2022 (arXiv 2211.11014), for ternary weights.
+TernaryBERT (Zhang et al. 2020, arXiv 2009.12812) compares scores:
 
     score    MSE(S^s, S^t), S = Q K^T / sqrt(D)       map    KL(M^t || M^s), M = softmax(S)
     normed   MSE(O^s, O^t), O = the result of self-attention after projection, residual and norm
 
-The score loss is not enough: softmax(x + c) = softmax(x), so adding a constant to a row of scores
-raises the loss and leaves the attention unchanged, while two large scores can change their order at
-almost no cost. The map loss compares what the attention is: each row is a distribution, and KL weighs
-a key by how much the teacher attends to it. The output loss also includes the values, which ternary
-weights disturb as well, and suits deep encoders. Both are combined as a weighted sum ("map+normed").
-NOTE: differs: the paper sums over layers, here each term is the mean over layers; and its code counts
-padded positions as zeros that agree, here they are left out.
+The score loss is not enough: softmax(x + c) = softmax(x), so adding a constant to a row of scores raises the loss and
+leaves the attention unchanged, while two large scores can change their order at almost no cost. The map loss compares
+what the attention is: each row is a distribution, and KL weighs a key by how much the teacher attends to it. The
+output loss also includes the values, which ternary weights disturb as well, and suits deep encoders. Both are
+combined as a weighted sum ("map+normed"). NOTE: differs: the paper sums over layers, here each term is the mean over
+layers; and its code counts padded positions as zeros that agree, here they are left out.
 
 Layer-by-layer distillation (Yang et al. 2023, arXiv 2306.01076) is for few bits: the student learns
 the embeddings and layer 1 first, without labels, and every S steps the next layer joins
@@ -36,9 +34,9 @@ the embeddings and layer 1 first, without labels, and every S steps the next lay
 
     h_l, M_l   output and attention probabilities of layer l: the taps "hidden" and "score"
 
-In the last stage, after L * S steps, the KL of the logits and the cross-entropy of the task join, at
-a lower learning rate. NOTE: differs: the paper sums over layers, here each term is the mean over the
-active ones, so that the loss keeps its scale from stage to stage.
+In the last stage, after L * S steps, the KL of the logits and the cross-entropy of the task join, at a lower learning
+rate. NOTE: differs: the paper sums over layers, here each term is the mean over the active ones, so that the loss
+keeps its scale from stage to stage.
 """
 
 from collections.abc import Callable
@@ -54,29 +52,26 @@ Logits = Tensor | tuple[Tensor, Tensor]  # a joint head has two: intents (B, I),
 
 # ------------------------------------------------------------------------------- losses of a layer
 def row_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Sum over all rows of KL(softmax(teacher) || softmax(student)), in nats; rows are the last
-    dimension.
+    """Sum over all rows of KL(softmax(teacher) || softmax(student)), in nats; rows are the last dimension.
 
-    From logits, not from probabilities: their logarithm would need a floor, below which there is no
-    gradient, just where a student misses a key that the teacher attends to.
+    From logits, not from probabilities: their logarithm would need a floor, below which there is no gradient, just
+    where a student misses a key that the teacher attends to.
     """
     log_student = F.log_softmax(student.float(), dim=-1)
     log_teacher = F.log_softmax(teacher.detach().float(), dim=-1)
     return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
 
 
-def logits_loss(
-    student: Logits, teacher: Logits, temperature: float = 1.0, mask: Tensor | None = None
-) -> Tensor:
+def logits_loss(student: Logits, teacher: Logits, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """tau^2 * KL(teacher || student) of the softened predictions, mean over the batch.
 
-    student, teacher: logits (B, classes), or of tokens (B, T, classes), whose mean is over real
-    tokens; the losses of a joint head's two are added.  mask: (B, T) bool, for logits of tokens; None
-    if all are real. The factor tau^2 cancels the 1/tau^2 that softening puts on the gradient, so that
-    alpha keeps its meaning when tau changes (Hinton et al. 2015, sec. 2).
+    student, teacher: logits (B, classes), or of tokens (B, T, classes), whose mean is over real tokens; the losses of
+    a joint head's two are added.  mask: (B, T) bool, for logits of tokens; None if all are real. The factor tau^2
+    cancels the 1/tau^2 that softening puts on the gradient, so that alpha keeps its meaning when tau changes (Hinton
+    et al. 2015, sec. 2).
 
-    A single column is not a distribution but the prediction of a regression (STS-B). Its loss is the
-    mean squared error, without temperature, as in TernaryBERT.
+    A single column is not a distribution but the prediction of a regression (STS-B). Its loss is the mean squared
+    error, without temperature, as in TernaryBERT.
     """
     if isinstance(student, tuple):
         pairs = zip(student, teacher, strict=True)
@@ -95,16 +90,16 @@ def logits_loss(
 def vector_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """Mean squared error over real tokens.
 
-    student, teacher: (B, T, C), or (B, H, T, D) per head, where it is the mean over heads of the MSE
-    of each: 1/H sum_h MSE(A_h^s, A_h^t).  mask: (B, T) bool, True for real tokens; None if all are.
+    student, teacher: (B, T, C), or (B, H, T, D) per head, where it is the mean over heads of the MSE of each: 1/H
+    sum_h MSE(A_h^s, A_h^t).  mask: (B, T) bool, True for real tokens; None if all are.
     """
     # float32: at 8 bits the two differ in digits that bf16 does not have
     student, teacher = student.float(), teacher.detach().float()
     if mask is None:
         return F.mse_loss(student, teacher)
     weight = mask if student.dim() == 3 else mask[:, None, :]  # (B, T) or (B, 1, T)
-    # Filled before squaring, not multiplied after: padded positions may hold inf or NaN, and 0 * inf
-    # is NaN, in the backward pass, too.
+    # Filled before squaring, not multiplied after: padded positions may hold inf or NaN, and 0 * inf is NaN, in the
+    # backward pass, too.
     difference = (student - teacher).masked_fill(~weight[..., None], 0.0)
     total = difference.square().mean(dim=-1).sum()
     heads = 1 if student.dim() == 3 else student.shape[1]
@@ -119,10 +114,9 @@ def real_pairs(mask: Tensor) -> Tensor:
 def score_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """Mean squared error of the attention scores Q K^T / sqrt(D), as in TernaryBERT.
 
-    student, teacher: (B, H, T, T), queries by keys; -inf at padded keys.  mask: (B, T) bool, None if
-    all are real. The mean is over real queries, their real keys, and heads. NOTE: differs:
-    TernaryBERT's code sets scores of padded keys to 0 and counts them, so its loss shrinks as padding
-    grows.
+    student, teacher: (B, H, T, T), queries by keys; -inf at padded keys.  mask: (B, T) bool, None if all are real.
+    The mean is over real queries, their real keys, and heads. NOTE: differs: TernaryBERT's code sets scores of padded
+    keys to 0 and counts them, so its loss shrinks as padding grows.
     """
     student, teacher = student.float(), teacher.detach().float()
     difference = student - teacher
@@ -135,11 +129,10 @@ def score_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def map_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    """KL(teacher || student) of attention probabilities, in nats: mean over real queries, heads and
-    batch.
+    """KL(teacher || student) of attention probabilities, in nats: mean over real queries, heads and batch.
 
-    student, teacher: scores (B, H, T, T), queries by keys, whose softmax over the keys is the map.
-    mask: (B, T) bool, None if all are real.
+    student, teacher: scores (B, H, T, T), queries by keys, whose softmax over the keys is the map. mask: (B, T) bool,
+    None if all are real.
     """
     student, teacher = student.float(), teacher.float()
     B, H, T, _ = student.shape
@@ -154,8 +147,8 @@ def map_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
 def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """1 - cos(student, teacher), mean over real tokens; between 0 and 2.
 
-    student, teacher: (B, T, C).  mask: (B, T) bool, None if all are real.  A zero vector has no
-    direction: its token costs nothing and gets no gradient.
+    student, teacher: (B, T, C).  mask: (B, T) bool, None if all are real.  A zero vector has no direction: its token
+    costs nothing and gets no gradient.
     """
     student, teacher = student.float(), teacher.detach().float()
     counted = student.any(dim=-1) & teacher.any(dim=-1)  # (B, T)
@@ -169,8 +162,8 @@ def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor
 
 
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-# --distill joins these names with "+": "logits+context" is SDQ. A row is the tap of model.py that the
-# loss compares, in each layer, and the loss(student, teacher, mask) of one layer. "logits" has no tap.
+# --distill joins these names with "+": "logits+context" is SDQ. A row is the tap of model.py that the loss compares,
+# in each layer, and the loss(student, teacher, mask) of one layer. "logits" has no tap.
 LOSSES: dict[str, tuple[str | None, Loss]] = {
     "logits": (None, logits_loss),
     "score": ("score", score_loss),
@@ -183,9 +176,7 @@ LOSSES: dict[str, tuple[str | None, Loss]] = {
 }
 
 
-def layer_mean(
-    loss: Loss, student: list[Tensor], teacher: list[Tensor], mask: Tensor | None
-) -> Tensor:
+def layer_mean(loss: Loss, student: list[Tensor], teacher: list[Tensor], mask: Tensor | None) -> Tensor:
     """The mean of a loss over the tensors of one tap, one per layer."""
     layers = [loss(s, t, mask) for s, t in zip(student, teacher, strict=True)]
     return sum(layers) / len(layers)
@@ -194,11 +185,7 @@ def layer_mean(
 # ---------------------------------------------------------------------------------- layer by layer
 # Values of --distill that select layer-by-layer distillation -> in which order the layers join. The
 # authors' code goes from the bottom up; "together" (all from the first step) is the baseline.
-LAYERWISE = {
-    "layerwise": "bottom-up",
-    "layerwise-top-down": "top-down",
-    "layerwise-together": "together",
-}
+LAYERWISE = {"layerwise": "bottom-up", "layerwise-top-down": "top-down", "layerwise-together": "together"}
 
 
 @dataclass(frozen=True)
@@ -211,9 +198,7 @@ class LayerSchedule:
 
     def __post_init__(self):
         if self.layers < 1 or self.stage_steps < 1:
-            raise ValueError(
-                f"{self.layers} layers, {self.stage_steps} steps each: both must be >= 1"
-            )
+            raise ValueError(f"{self.layers} layers, {self.stage_steps} steps each: both must be >= 1")
         if self.order not in LAYERWISE.values():
             raise ValueError(f"unknown order {self.order!r}: {', '.join(LAYERWISE.values())}")
 
@@ -245,11 +230,11 @@ def layerwise_terms(
     layers: tuple[int, ...],
     mask: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The loss terms of the active layers: "hidden" (MSE), "cosine" and "map", each the mean over the
-    active layers; hidden and cosine include the embeddings, which are always active.
+    """The loss terms of the active layers: "hidden" (MSE), "cosine" and "map", each the mean over the active layers;
+    hidden and cosine include the embeddings, which are always active.
 
-    student_taps, teacher_taps: the taps "hidden" (embeddings, then layers) and "score"; if only the
-    lowest k layers were run, k + 1 and k tensors.  layers: see LayerSchedule.active.
+    student_taps, teacher_taps: the taps "hidden" (embeddings, then layers) and "score"; if only the lowest k layers
+    were run, k + 1 and k tensors.  layers: see LayerSchedule.active.
     """
 
     def mean(loss: Loss, tap: str, places: list[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """The integer model: what is deployed, in memory. On disk: checkpoint.py.
 
-An activation is x = s_x (q_x - z_x), q_x in 0..255, a weight is w = s_w q_w. A Linear layer is then a
-product of 8-bit integers, accumulated in 32 bits, and a correction, quant.rescale:
+An activation is x = s_x (q_x - z_x), q_x in 0..255, a weight is w = s_w q_w. A Linear layer is then a product of
+8-bit integers, accumulated in 32 bits, and a correction, quant.rescale:
 
     y = s_x s_w (sum_k q_x q_w  -  z_x sum_k q_w) + b            s_x, z_x: per token or per tensor
 
@@ -13,13 +13,12 @@ products. Word embeddings are looked up in int8. Norms, softmax, GELU and the he
 (beside tensor trains the head is quantized, too). With static ranges the feed-forward network stays in
 8 bits: the kernel applies GELU to its 32-bit sums and passes 8-bit integers to the next product.
 
-Saturation. CPUs with AVX2 or AVX-512 but without VNNI multiply 8 bits with the instruction vpmaddubsw,
-which adds *two* products in 16 bits and saturates at 32,767. Full-range operands give 255 * 127 * 2 =
-64,770: silently wrong, by half. With weights in -64..64 the sum is at most 32,640 and every CPU is
-right. So QuantConfig.grid is part of training and of the checkpoint: "portable" weights are trained
-on the grid on which they are multiplied everywhere. A "full" student (-127..127) is exact on VNNI and
-CUDA; choose_kernel finds out by trying whether a CPU would saturate, and then multiplies integers in
-float32: exact, at float32 speed.
+Saturation. CPUs with AVX2 or AVX-512 but without VNNI multiply 8 bits with the instruction vpmaddubsw, which adds
+*two* products in 16 bits and saturates at 32,767. Full-range operands give 255 * 127 * 2 = 64,770: silently wrong, by
+half. With weights in -64..64 the sum is at most 32,640 and every CPU is right. So QuantConfig.grid is part of
+training and of the checkpoint: "portable" weights are trained on the grid on which they are multiplied everywhere. A
+"full" student (-127..127) is exact on VNNI and CUDA; choose_kernel finds out by trying whether a CPU would saturate,
+and then multiplies integers in float32: exact, at float32 speed.
 
     model, tokenizer = load_integer("out/NAME/student.pt")       # fake-quantized: checkpoint.load_student
     logits, _ = model(ids, mask)
@@ -59,8 +58,7 @@ TO_INTEGER = 1.5 * 2**23
 
 
 def activation_codes(quantizer: ActQuantizer, x: Tensor) -> Codes:
-    """The integers that the student's quantizer rounds x to, one byte each (uint8), also with fewer
-    than 8 bits.
+    """The integers that the student's quantizer rounds x to, one byte each (uint8), also with fewer than 8 bits.
 
     The same as quantize(...).to(torch.uint8) in fewer passes over memory, which take the time here.
     """
@@ -72,12 +70,12 @@ def activation_codes(quantizer: ActQuantizer, x: Tensor) -> Codes:
     return Codes(low_bytes.contiguous(), scale, zero_point)
 
 
-# A kernel packs an int8 matrix (N, K) once and multiplies uint8 activations (M, K) by it many times:
-# sums(q_x) = sum_k (q_x - offset) q_w, float32 (M, N). A `fused` kernel computes a whole layer in one
-# call if the activation's range is static: see OneDNNKernel.
+# A kernel packs an int8 matrix (N, K) once and multiplies uint8 activations (M, K) by it many times: sums(q_x) =
+# sum_k (q_x - offset) q_w, float32 (M, N). A `fused` kernel computes a whole layer in one call if the activation's
+# range is static: see OneDNNKernel.
 class FloatKernel:
-    """Integers multiplied in float32, whose sums are exact below 2^24 and rounded in the seventh digit
-    above; or in float64, where every sum is exact (ReferenceKernel).
+    """Integers multiplied in float32, whose sums are exact below 2^24 and rounded in the seventh digit above; or in
+    float64, where every sum is exact (ReferenceKernel).
     """
 
     offset, fused = 0, False
@@ -95,8 +93,8 @@ class ReferenceKernel(FloatKernel):
 
 
 class OneDNNKernel:
-    """oneDNN's u8 x s8 product on CPU. The operator is undocumented, made for PyTorch's compiler:
-    choose_kernel tries it before it is used.
+    """oneDNN's u8 x s8 product on CPU. The operator is undocumented, made for PyTorch's compiler: choose_kernel tries
+    it before it is used.
     """
 
     offset, fused = 0, True
@@ -120,8 +118,8 @@ class OneDNNKernel:
     ) -> Tensor:
         """post(scale * sum_k (q_x - zero_point) q_w + bias) in one call.
 
-        scale: s_x s_w (N). oneDNN could multiply by s_x, but in an order that depends on the CPU.
-        post: "none" or "gelu".  out: scale and zero point of a uint8 result; None: float32.
+        scale: s_x s_w (N). oneDNN could multiply by s_x, but in an order that depends on the CPU. post: "none" or
+        "gelu".  out: scale and zero point of a uint8 result; None: float32.
         """
         out_scale, out_zero_point = out or (1.0, 0)
         return torch.ops.onednn.qlinear_pointwise(
@@ -183,9 +181,7 @@ def choose_kernel(device: str, largest: int) -> str:
 class IntLinear(nn.Module):
     """A Linear layer in integers, for x float32 or Codes: (..., K) -> (..., N)."""
 
-    def __init__(
-        self, weight: Weight, bias: Tensor | None, act: ActQuantizer, kernel: str, device: str
-    ):
+    def __init__(self, weight: Weight, bias: Tensor | None, act: ActQuantizer, kernel: str, device: str):
         super().__init__()
         codes, N = weight.codes.to(device), len(weight.codes)
         self.act_quantizer, self.kernel = act, KERNELS[kernel](codes)
@@ -316,8 +312,8 @@ class IntSharedAttention(Attention):
 class IntFeedForward(FeedForward):
     """Feed-forward whose inner activation stays in 8 bits if ranges and kernel allow it.
 
-    Otherwise it is in float32, the largest tensor of the model: a CPU then works on PIECE tokens at a
-    time and reuses their memory (1.5 times as fast on 32 x 64 tokens, with the same bits).
+    Otherwise it is in float32, the largest tensor of the model: a CPU then works on PIECE tokens at a time and reuses
+    their memory (1.5 times as fast on 32 x 64 tokens, with the same bits).
     """
 
     PIECE = 512
@@ -343,9 +339,7 @@ class IntFeedForward(FeedForward):
 
 
 @torch.no_grad()
-def to_integer(
-    student: Model, config: QuantConfig, device: str | torch.device = "cpu", kernel: str = "auto"
-) -> Model:
+def to_integer(student: Model, config: QuantConfig, device: str | torch.device = "cpu", kernel: str = "auto") -> Model:
     """The integer model of a fake-quantized student; it gives the same logits."""
     weights, tensors = weight_codes(student), float_tensors(student)
     parts = Student(student.config, config, weights, tensors, notes={}, vocabulary=None)
@@ -353,18 +347,14 @@ def to_integer(
 
 
 @torch.no_grad()
-def integer_model(
-    student: Student, device: str | torch.device = "cpu", kernel: str = "auto"
-) -> Model:
+def integer_model(student: Student, device: str | torch.device = "cpu", kernel: str = "auto") -> Model:
     """The integer model of the parts of a student.  kernel: a key of KERNELS, or "auto".
 
     Raises UserError if weights or activations are not quantized.
     """
     config, quant, weights, tensors = student[:4]
     if quant.weight_bits == 32 or quant.act_bits == 32:
-        raise UserError(
-            "integers need quantized weights and activations: --bits and --act-bits 2 to 8"
-        )
+        raise UserError("integers need quantized weights and activations: --bits and --act-bits 2 to 8")
     if config.tt:
         return integer_trains(student, device, kernel)
     if quant.keep != default_keep(None):
@@ -407,13 +397,9 @@ def integer_trains(student: Student, device: str | torch.device, kernel: str) ->
     if any(type(module) in (nn.Linear, TTLinear) for module in model.encoder.modules()):
         keep = student.quant.keep
         raise UserError(f"integers need every Linear layer of the encoder: keep is {keep}")
-    linears = {
-        n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantTTLinear))
-    }
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantTTLinear))}
     if kernel == "auto":
-        quantizers = (
-            getattr(m, "B_quantizer", None) or m.weight_quantizer for m in linears.values()
-        )
+        quantizers = (getattr(m, "B_quantizer", None) or m.weight_quantizer for m in linears.values())
         kernel = choose_kernel(device, max(quantizer.quant_max for quantizer in quantizers))
     for name, linear in linears.items():
         act = act_of(model, name)

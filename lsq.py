@@ -1,39 +1,28 @@
 """Scales that are trained together with what they quantize: LSQ (Esser et al. 2020).
 
-quant.py takes the scale of a tensor from its range. Here the scale s is a parameter with a gradient
-of its own:
+quant.py takes the scale of a tensor from its range. Here the scale s is a parameter with a gradient of its own:
 
     Q(x) = s * round(clip(x / s, Q_min, Q_max))
 
     d Q / d s = q - x/s        inside the grid: how the rounding error grows with s
                 Q_min or Q_max where x is clipped to it
 
-This is summed over the N elements that share a scale and divided by sqrt(N Q_max), which makes it as
-large as the gradient of a weight (LSQ, sec. 2.1-2.2). A scale can thus trade clipping for finer
-steps by what the loss gains, not by the squared error. NOTE: differs for activations: N counts the
-elements of the batch, not of one example, so this gradient shrinks with the square root of the batch
-size; Adam divides that out again.
+This is summed over the N elements that share a scale and divided by sqrt(N Q_max), which makes it as large as the
+gradient of a weight (LSQ, sec. 2.1-2.2). A scale can thus trade clipping for finer steps by what the loss gains, not
+by the squared error. NOTE: differs for activations: N counts the elements of the batch, not of one example, so this
+gradient shrinks with the square root of the batch size; Adam divides that out again.
 
     LearnedScale          weights, and cores of tensor trains (Yang et al. 2023)
     LearnedActQuantizer   activations: a calibrated range, trained from there
 
-NOTE: differs from the papers: log s is the parameter. So s stays positive, and Adam, whose steps are
-as large as the learning rate, changes it by a fraction of itself. A step of 5e-4 in s would be a
-seventh of an 8-bit scale.
+NOTE: differs from the papers: log s is the parameter. So s stays positive, and Adam, whose steps are as large as the
+learning rate, changes it by a fraction of itself. A step of 5e-4 in s would be a seventh of an 8-bit scale.
 """
 
 import torch
 from torch import Tensor, nn
 
-from quant import (
-    SMALLEST_SCALE,
-    ActQuantizer,
-    QuantConfig,
-    best_clip,
-    integer_limits,
-    min_max,
-    quantize,
-)
+from quant import SMALLEST_SCALE, ActQuantizer, QuantConfig, best_clip, integer_limits, min_max, quantize
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -58,8 +47,8 @@ class _LearnedStep(torch.autograd.Function):
 
 
 class LearnedScale(nn.Module):
-    """Fake-quantizes a weight on a grid whose scale is trained with it. Arguments: see
-    quant.WeightQuantizer. Quantization noise does not apply: all elements are always quantized.
+    """Fake-quantizes a weight on a grid whose scale is trained with it. Arguments: see quant.WeightQuantizer.
+    Quantization noise does not apply: all elements are always quantized.
 
     config.weight_range says where the scale starts:
         "minmax"  max|x| / Q_max: nothing is clipped (Yang et al. 2023)
@@ -70,9 +59,7 @@ class LearnedScale(nn.Module):
     The grid is -2^(b-1) .. 2^(b-1) - 1, as in the papers, but for 8-bit matrices that of quant.py.
     """
 
-    def __init__(
-        self, config: QuantConfig, weight: Tensor, per_row: bool = False, multiplied: bool = False
-    ):
+    def __init__(self, config: QuantConfig, weight: Tensor, per_row: bool = False, multiplied: bool = False):
         super().__init__()
         self.bits, self.per_row = config.weight_bits, per_row
         self.quant_min, self.quant_max = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
@@ -107,8 +94,8 @@ class LearnedScale(nn.Module):
 class LearnedActQuantizer(ActQuantizer):
     """An ActQuantizer whose range is set by calibrate() and trained from there.
 
-    The scale is learned and the zero point stays: the range is stretched or shrunk around 0. It
-    learns where to clip, as in PACT (Choi et al. 2018), and how finely to round.
+    The scale is learned and the zero point stays: the range is stretched or shrunk around 0. It learns where to clip,
+    as in PACT (Choi et al. 2018), and how finely to round.
     """
 
     def make_range(self) -> None:

@@ -5,16 +5,15 @@ An encoder turns T token ids into T vectors of size C. Each of its L layers does
     attention   every token attends to every other: softmax(Q K^T / sqrt(D)) V, in H heads of size D
     ffn         every token is transformed alone:   C -> F -> C with a GELU in between
 
-After each of the two the result is added to the input and normalized ("post-LN": x = norm(x + f(x)),
-as in BERT and RoBERTa). A head on top turns the vectors into logits.
+After each of the two the result is added to the input and normalized ("post-LN": x = norm(x + f(x)), as in BERT and
+RoBERTa). A head on top turns the vectors into logits.
 
 Letters used for shapes in every file of this repository:
 
     B batch   T tokens   C hidden size   H heads   D = C / H head size   F ffn size   L layers
     V vocabulary
 
-Distillation compares intermediate tensors of two such models. `forward` returns them on request, as
-*taps*:
+Distillation compares intermediate tensors of two such models. `forward` returns them on request, as *taps*:
 
     logits, taps = model(ids, mask, capture=("context",))    # taps["context"]: L x (B, H, T, D)
 
@@ -29,13 +28,12 @@ Distillation compares intermediate tensors of two such models. `forward` returns
     normed   (B, T, C)     the same after the norm, which the ffn reads (arXiv 2211.11014)
     hidden   (B, T, C)     the embeddings and the output of every layer: L + 1 tensors
 
-Only the requested taps are kept, and PyTorch's fused attention is used unless "score" or "map" is
-requested.
+Only the requested taps are kept, and PyTorch's fused attention is used unless "score" or "map" is requested.
 
-NOTE: differs from the originals: there is no dropout on the attention probabilities (it would rule
-out the fused kernel on CPU), and padding stands on the right only. BERT is the same encoder with
-positions from 0 (position_offset) and a second token type for the second text. Sources: Conneau et
-al. 2020 (XLM-R), Liu et al. 2019 (RoBERTa), Devlin et al. 2019 (BERT), Vaswani et al. 2017.
+NOTE: differs from the originals: there is no dropout on the attention probabilities (it would rule out the fused
+kernel on CPU), and padding stands on the right only. BERT is the same encoder with positions from 0 (position_offset)
+and a second token type for the second text. Sources: Conneau et al. 2020 (XLM-R), Liu et al. 2019 (RoBERTa), Devlin
+et al. 2019 (BERT), Vaswani et al. 2017.
 """
 
 import math
@@ -73,13 +71,9 @@ class ModelConfig:
     tt: object | None = None
 
 
-BERT = ModelConfig(
-    vocab_size=30522, position_offset=0, type_vocab_size=2, pad_id=0, norm_eps=1e-12
-)  # base, uncased
+BERT = ModelConfig(vocab_size=30522, position_offset=0, type_vocab_size=2, pad_id=0, norm_eps=1e-12)  # base, uncased
 PRESETS = {
-    "mini": ModelConfig(
-        vocab_size=5002, hidden_size=128, num_layers=4, num_heads=4, ffn_size=512, max_tokens=128
-    ),
+    "mini": ModelConfig(vocab_size=5002, hidden_size=128, num_layers=4, num_heads=4, ffn_size=512, max_tokens=128),
     "xlmr-base": ModelConfig(),
     "xlmr-large": ModelConfig(hidden_size=1024, num_layers=24, num_heads=16, ffn_size=4096),
     "infoxlm-base": ModelConfig(),  # the same architecture, other weights (Chi et al. 2021)
@@ -112,9 +106,7 @@ class Embeddings(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout with cheaper random numbers on CPU: PyTorch's own took a third of a training step of
-    tensor trains.
-    """
+    """nn.Dropout with cheaper random numbers on CPU: PyTorch's own took a third of a training step of tensor trains."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda or not self.training or self.p == 0.0:
@@ -126,9 +118,9 @@ class Dropout(nn.Dropout):
 def random_mask(shape: torch.Size, p: float, device: torch.device) -> Tensor:
     """A bool tensor, each element True with probability p (to the nearest 1/65536).
 
-    Compares 16 random bits with a threshold. One 64-bit draw serves four elements, which makes this
-    2-3 times as fast on CPU as torch.rand and 8 times as fast as bernoulli_. Quantization noise uses
-    it for every weight at every step (quant.py).
+    Compares 16 random bits with a threshold. One 64-bit draw serves four elements, which makes this 2-3 times as fast
+    on CPU as torch.rand and 8 times as fast as bernoulli_. Quantization noise uses it for every weight at every step
+    (quant.py).
     """
     count = shape.numel()
     words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
@@ -139,9 +131,9 @@ def random_mask(shape: torch.Size, p: float, device: torch.device) -> Tensor:
 class WordEmbedding(nn.Embedding):
     """nn.Embedding whose gradient holds only the rows that the batch used.
 
-    XLM-R's table has 250,002 rows, of which a batch uses a few hundred. A dense gradient would write,
-    clip and update 192 million parameters to change 0.2 % of them. Here each distinct id is gathered
-    once, and the gradient is a sparse tensor of these rows.
+    XLM-R's table has 250,002 rows, of which a batch uses a few hundred. A dense gradient would write, clip and update
+    192 million parameters to change 0.2 % of them. Here each distinct id is gathered once, and the gradient is a
+    sparse tensor of these rows.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, sparse: bool):
@@ -168,8 +160,8 @@ class Attention(nn.Module):
         self.output = nn.Linear(size, size)
         self.norm = nn.LayerNorm(size, eps=config.norm_eps)
         self.dropout = Dropout(config.dropout)
-        # Query, key and value read the same tensor: prepare.py puts one activation quantizer here for
-        # all three, and those of the two products inside below (Kim et al. 2022).
+        # Query, key and value read the same tensor: prepare.py puts one activation quantizer here for all three, and
+        # those of the two products inside below (Kim et al. 2022).
         self.input_quantizer = nn.Identity()
         self.query_quantizer = nn.Identity()
         self.key_quantizer = nn.Identity()
@@ -254,9 +246,7 @@ class Encoder(nn.Module):
         taps: dict[str, list[Tensor]],
         depth: int | None = None,
     ) -> Tensor:
-        key_mask = (
-            None if mask is None else mask[:, None, None, :]
-        )  # (B, 1, 1, T): keys to attend to
+        key_mask = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, T): keys to attend to
         x = self.embeddings(ids, types)
         record(taps, "hidden", x)
         for layer in self.layers[:depth]:
@@ -303,8 +293,8 @@ class TokenHead(nn.Module):
 class JointHead(nn.Module):
     """Logits of each sequence and of each token: (B, T, C) -> ((B, num_labels), (B, T, num_slots)).
 
-    Two heads of the form dense -> tanh -> out_proj: the intent of a sentence from <s>, and the slot
-    of each word (Chen et al. 2019, JointBERT; the second dense as in the code of Yang et al. 2023).
+    Two heads of the form dense -> tanh -> out_proj: the intent of a sentence from <s>, and the slot of each word
+    (Chen et al. 2019, JointBERT; the second dense as in the code of Yang et al. 2023).
     """
 
     def __init__(self, config: ModelConfig):
@@ -335,9 +325,7 @@ class MLMHead(nn.Module):
 
 
 class PoolerHead(nn.Module):
-    """BERT's pretrained pooler: (B, T, C) -> (B, C). with_head makes it the first half of a sequence
-    head.
-    """
+    """BERT's pretrained pooler: (B, T, C) -> (B, C). with_head makes it the first half of a sequence head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -386,10 +374,9 @@ class Model(nn.Module):
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Returns (logits, taps), taps[name] being one tensor per layer (see the top).
 
-        ids: (B, T) token ids, padded on the right.  mask: (B, T) bool, True for real tokens; None if
-        all are.  capture: names from TAPS. Taps at padded positions are arbitrary: losses mask them.
-        types: (B, T) token types; None if all are 0.  depth: run only the lowest layers, for their
-        taps; the logits are None then.
+        ids: (B, T) token ids, padded on the right.  mask: (B, T) bool, True for real tokens; None if all are.
+        capture: names from TAPS. Taps at padded positions are arbitrary: losses mask them. types: (B, T) token types;
+        None if all are 0.  depth: run only the lowest layers, for their taps; the logits are None then.
         """
         unknown = set(capture) - set(TAPS)
         if unknown:
@@ -413,8 +400,8 @@ def build_model(config: ModelConfig) -> Model:
 
 
 def initialize(model: Model) -> Model:
-    """Give a model on the meta device its storage and BERT's initial weights: normal with std 0.02,
-    biases 0, norms 1, the padding vector 0.
+    """Give a model on the meta device its storage and BERT's initial weights: normal with std 0.02, biases 0, norms
+    1, the padding vector 0.
     """
     model.to_empty(device="cpu")
     for module in model.modules():
@@ -438,8 +425,8 @@ def initialize(model: Model) -> Model:
 def with_head(model: Model, head: str, num_labels: int, num_slots: int = 0) -> Model:
     """The same encoder (shared, not copied) with a new head: where fine-tuning starts.
 
-    A sequence head keeps the dense layer of BERT's pretrained pooler. The new head is dense: of a model
-    of tensor trains, tensorize it.
+    A sequence head keeps the dense layer of BERT's pretrained pooler. The new head is dense: of a model of tensor
+    trains, tensorize it.
     """
     new = Model.__new__(Model)
     nn.Module.__init__(new)

@@ -1,12 +1,11 @@
 """Quantizers into a model: which tensor gets which quantizer, in one table and one walk.
 
-`prepare(model, QuantConfig())` replaces the encoder's Linear layers by QuantLinear and gives the word
-embeddings a row quantizer. Embedding rows are quantized after they are gathered: with one scale per
-row the result is the same as for the whole table, and XLM-R's table has 250,002 rows, of which a
-batch uses a few hundred. `calibrate` sets the ranges of static activation quantizers.
+`prepare(model, QuantConfig())` replaces the encoder's Linear layers by QuantLinear and gives the word embeddings a
+row quantizer. Embedding rows are quantized after they are gathered: with one scale per row the result is the same as
+for the whole table, and XLM-R's table has 250,002 rows, of which a batch uses a few hundred. `calibrate` sets the
+ranges of static activation quantizers.
 
-Biases, norms, position and type embeddings and the head stay in float32 (together 0.4 % of XLM-R
-base).
+Biases, norms, position and type embeddings and the head stay in float32 (together 0.4 % of XLM-R base).
 
     student = copy.deepcopy(teacher)
     print(prepare(student, QuantConfig(weight_bits=2, weights="ternary")))
@@ -49,12 +48,8 @@ def table_quantizer(config: QuantConfig, *arguments) -> WeightQuantizer:
 
 WEIGHTS = {  # QuantConfig.weights
     "uniform": Weights(UniformQuantizer, UniformQuantizer, "equal steps up to the largest weight"),
-    "ternary": Weights(
-        TernaryQuantizer, TernaryQuantizer, "-a, 0, a with 2 bits", bits=(2,), ranges=("minmax",)
-    ),
-    "lsq": Weights(
-        LearnedScale, table_quantizer, "scales are trained", ranges=("lsq", "minmax", "mse")
-    ),
+    "ternary": Weights(TernaryQuantizer, TernaryQuantizer, "-a, 0, a with 2 bits", bits=(2,), ranges=("minmax",)),
+    "lsq": Weights(LearnedScale, table_quantizer, "scales are trained", ranges=("lsq", "minmax", "mse")),
 }
 CHOICES = {
     "grid": ("portable", "full"),
@@ -84,10 +79,7 @@ def check_quant(config: QuantConfig) -> None:
         known = " or ".join(map(str, row.bits))
         raise ValueError(f"weights={config.weights} has {known} bits, not weight_bits={bits}")
     if config.weight_range not in row.ranges:
-        raise ValueError(
-            f"weight_range={config.weight_range!r}: weights={config.weights} has "
-            f"{', '.join(row.ranges)}"
-        )
+        raise ValueError(f"weight_range={config.weight_range!r}: weights={config.weights} has {', '.join(row.ranges)}")
 
 
 @dataclass
@@ -186,14 +178,11 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
 
 
 @torch.no_grad()
-def calibrate(
-    model: nn.Module, batches: Iterable[tuple[Tensor | None, ...]], observer: str
-) -> None:
-    """Set the ranges of all static activation quantizers from batches of (ids, mask) or (ids, mask,
-    types).
+def calibrate(model: nn.Module, batches: Iterable[tuple[Tensor | None, ...]], observer: str) -> None:
+    """Set the ranges of all static activation quantizers from batches of (ids, mask) or (ids, mask, types).
 
-    While observing, weights are quantized and activations are not. Padded positions would be
-    observed too: give batches of equal length.
+    While observing, weights are quantized and activations are not. Padded positions would be observed too: give
+    batches of equal length.
     """
     quantizers = [m for m in model.modules() if isinstance(m, ActQuantizer) and m.static]
     for quantizer in quantizers:

@@ -1,7 +1,6 @@
 """Quantization from the ground up: round to a small integer grid, and train through the rounding.
 
-The grid. b bits give 2^b integers. A real number x is stored as an integer q with a scale s and a
-zero point z:
+The grid. b bits give 2^b integers. A real number x is stored as an integer q with a scale s and a zero point z:
 
     q = clamp(round(x / s + z), quant_min, quant_max)            quantize
     x ~ (q - z) * s                                              dequantize
@@ -13,18 +12,17 @@ is never below -0.17. A scale may serve a whole tensor (per tensor), each output
 scales. The symmetric 2-bit grid is ternary, {-1, 0, 1}, and has a rule of its own
 (TernaryQuantizer); the fourth value of two bits, -2, is used by scales that are trained (lsq.py).
 
-Training. round() has derivative 0 almost everywhere, so nothing would learn. The straight-through
-estimator (Bengio et al. 2013) treats rounding as the identity, except where x was clipped: there,
-moving x changes nothing. The result of `fake_quantize` is a float tensor that lies on the grid: what
-an integer model will compute, but differentiable. *Quantization noise* (Fan et al. 2020, arXiv
-2004.07320) quantizes only a random fraction p of the weights at each step; the others pass unchanged
-and get an exact gradient. p = 1 is ordinary quantization-aware training. In evaluation everything is
-quantized.
+Training. round() has derivative 0 almost everywhere, so nothing would learn. The straight-through estimator (Bengio
+et al. 2013) treats rounding as the identity, except where x was clipped: there, moving x changes nothing. The result
+of `fake_quantize` is a float tensor that lies on the grid: what an integer model will compute, but differentiable.
+*Quantization noise* (Fan et al. 2020, arXiv 2004.07320) quantizes only a random fraction p of the weights at each
+step; the others pass unchanged and get an exact gradient. p = 1 is ordinary quantization-aware training. In
+evaluation everything is quantized.
 
-Evaluation. A Linear layer of a student in evaluation computes as the integer model does: it
-multiplies integers, accumulates them exactly and applies the scales afterwards (`rescale`). In exact
-arithmetic that equals fake quantization. In floats the last digits differ, and one digit is enough to
-flip the rounding of the next activation. So student and integer model agree bit for bit.
+Evaluation. A Linear layer of a student in evaluation computes as the integer model does: it multiplies integers,
+accumulates them exactly and applies the scales afterwards (`rescale`). In exact arithmetic that equals fake
+quantization. In floats the last digits differ, and one digit is enough to flip the rounding of the next activation.
+So student and integer model agree bit for bit.
 
 Next: lsq.py trains scales together with the weights, prepare.py puts quantizers into a model.
 
@@ -42,8 +40,8 @@ from torch import Tensor, nn
 
 from model import random_mask
 
-# CPUs without VNNI instructions add two 8-bit products in 16 bits, which saturates: 255 * 127 * 2 is
-# too large, 255 * 64 * 2 is not (see int8.py). Fewer than 8 bits never saturate.
+# CPUs without VNNI instructions add two 8-bit products in 16 bits, which saturates: 255 * 127 * 2 is too large, 255 *
+# 64 * 2 is not (see int8.py). Fewer than 8 bits never saturate.
 PORTABLE = 64
 SMALLEST_SCALE = 1e-12  # an all-zero tensor has the range [0, 0]; its scale must still divide
 
@@ -70,9 +68,8 @@ def choose_qparams(
 ) -> tuple[Tensor, Tensor]:
     """The scale (> 0) and zero point that cover [x_min, x_max] (Jacob et al. 2018, eq. 1-3).
 
-    x_min, x_max: float32, of equal shape.  Returns two float32 tensors of that shape; the zero point
-    is an integer. The range is first widened to include 0, because padding, ReLU and dropout make
-    exact zeros.
+    x_min, x_max: float32, of equal shape.  Returns two float32 tensors of that shape; the zero point is an integer.
+    The range is first widened to include 0, because padding, ReLU and dropout make exact zeros.
     """
     x_min, x_max = x_min.clamp(max=0.0), x_max.clamp(min=0.0)
     if symmetric:
@@ -83,14 +80,11 @@ def choose_qparams(
     return scale, zero_point
 
 
-def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
-) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """Real numbers -> integers, halves to even. scale, zero_point: broadcastable to x.
 
-    The integers stay in float32, which is exact for integers below 2^24. x is multiplied by 1 / scale
-    and the zero point is added before rounding, as in oneDNN's kernels: other orders round
-    differently in rare cases.
+    The integers stay in float32, which is exact for integers below 2^24. x is multiplied by 1 / scale and the zero
+    point is added before rounding, as in oneDNN's kernels: other orders round differently in rare cases.
     """
     return torch.mul(x, scale.reciprocal()).add_(zero_point).round_().clamp_(quant_min, quant_max)
 
@@ -119,14 +113,12 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None, None
 
 
-def straight_through(
-    x: Tensor, rounded: Tensor, inside: Tensor | None, where: Tensor | None
-) -> Tensor:
+def straight_through(x: Tensor, rounded: Tensor, inside: Tensor | None, where: Tensor | None) -> Tensor:
     """`rounded`, with the gradient of the identity.
 
-    rounded: x on its grid; it is overwritten.  inside: bool, False where x was clipped, which gets no
-    gradient; None if nothing was clipped.  where: bool, True where to quantize at all (quantization
-    noise); elsewhere x passes unchanged. None: everywhere.
+    rounded: x on its grid; it is overwritten.  inside: bool, False where x was clipped, which gets no gradient; None
+    if nothing was clipped.  where: bool, True where to quantize at all (quantization noise); elsewhere x passes
+    unchanged. None: everywhere.
     """
     if where is not None:
         # lerp with a weight of 0 or 1 gives exactly one of its ends, and is faster than torch.where.
@@ -147,18 +139,16 @@ def fake_quantize(
 ) -> Tensor:
     """Round x to the integer grid and back: what an integer model would see, but differentiable.
 
-    x: any shape, float32.  scale (> 0), zero_point: broadcastable to x, as choose_qparams returns
-    them. Forward is dequantize(quantize(x)) bit for bit.  Backward is the straight-through
-    estimator: the gradient passes unchanged where x fell inside [quant_min, quant_max] and is zero
-    where it was clipped (Jacob et al. 2018, sec. 3).
+    x: any shape, float32.  scale (> 0), zero_point: broadcastable to x, as choose_qparams returns them. Forward is
+    dequantize(quantize(x)) bit for bit.  Backward is the straight-through estimator: the gradient passes unchanged
+    where x fell inside [quant_min, quant_max] and is zero where it was clipped (Jacob et al. 2018, sec. 3).
 
-    clips=False: the range was taken from x itself, so nothing can be clipped, and the time and memory
-    to record where are saved.  where: see straight_through.
+    clips=False: the range was taken from x itself, so nothing can be clipped, and the time and memory to record where
+    are saved.  where: see straight_through.
     """
     with torch.no_grad():
-        # quantize and dequantize in place: four passes over x with the range as plain numbers are
-        # twice as fast on CPU as two with clamp(x / s, quant_min - z, quant_max - z), whose bounds
-        # would be tensors.
+        # quantize and dequantize in place: four passes over x with the range as plain numbers are twice as fast on
+        # CPU as two with clamp(x / s, quant_min - z, quant_max - z), whose bounds would be tensors.
         codes = torch.mul(x, scale.reciprocal()).add_(zero_point).round_()
         inside = (codes >= quant_min) & (codes <= quant_max) if clips else None
         rounded = codes.clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
@@ -181,8 +171,8 @@ def rescale(sums: Tensor, column: Tensor, x: Codes, scale: Tensor, bias: Tensor 
 
         y = s_x s_w (sum_k q_x q_w  -  z_x sum_k q_w) + b
 
-    sums: the first sum, column (N): the second; integers in float32, so their difference is exact
-    below 2^24.  x: scale and zero point of the activation.  scale: s_w, (N) or ().
+    sums: the first sum, column (N): the second; integers in float32, so their difference is exact below 2^24.  x:
+    scale and zero point of the activation.  scale: s_w, (N) or ().
     """
     sums = sums.addcmul_(x.zero_point, column, value=-1)
     if x.scale.dim():  # per token: the products with s_w would be a matrix
@@ -203,18 +193,13 @@ def min_max(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def best_clip(
-    x: Tensor,
-    quant_min: int,
-    quant_max: int,
-    symmetric: bool,
-    per_row: bool,
-    one_factor: bool = False,
+    x: Tensor, quant_min: int, quant_max: int, symmetric: bool, per_row: bool, one_factor: bool = False
 ) -> Tensor:
     """The factor on the min-max range of x with the least squared quantization error.
 
-    Clipping a few outliers makes the steps finer for all other values; it pays more with fewer bits.
-    Searched over 0.10, 0.12 .. 1.00. Returns factors (..., 1) per row, or a scalar: of a single range,
-    or with one_factor common to the ranges of all rows.
+    Clipping a few outliers makes the steps finer for all other values; it pays more with fewer bits. Searched over
+    0.10, 0.12 .. 1.00. Returns factors (..., 1) per row, or a scalar: of a single range, or with one_factor common to
+    the ranges of all rows.
 
     >>> best_clip(torch.tensor([[0.1, -0.1, 0.1, -0.1, 0.12]]), -1, 1, True, per_row=True)
     tensor([[0.8600]])
@@ -317,8 +302,8 @@ class QuantConfig:
 
 # ---------------------------------------------------------------------------------------- weights
 def integer_limits(config: QuantConfig, multiplied: bool) -> tuple[int, int]:
-    """The symmetric grid of a weight. multiplied: whether it is a matrix, which integer kernels
-    multiply by activations, and not a table, which is only looked up.
+    """The symmetric grid of a weight. multiplied: whether it is a matrix, which integer kernels multiply by
+    activations, and not a table, which is only looked up.
     """
     low, high = quant_range(config.weight_bits, symmetric=True)
     if multiplied and config.grid == "portable" and config.act_bits == 8:
@@ -329,8 +314,8 @@ def integer_limits(config: QuantConfig, multiplied: bool) -> tuple[int, int]:
 class WeightQuantizer(nn.Module):
     """Fake-quantizes a weight (rows, N) with noise in training. Subclasses define `codes`.
 
-    weight: the tensor to be quantized, for subclasses that choose something from it.  per_row: a
-    scale per row, else one for all.  multiplied: see integer_limits.
+    weight: the tensor to be quantized, for subclasses that choose something from it.  per_row: a scale per row, else
+    one for all.  multiplied: see integer_limits.
     """
 
     def __init__(self, config: QuantConfig, weight: Tensor, per_row: bool, multiplied: bool):
@@ -367,8 +352,8 @@ class WeightQuantizer(nn.Module):
 
 
 class UniformQuantizer(WeightQuantizer):
-    """Equal steps. The scale covers the largest weight (min-max), or with weight_range="mse" that
-    range times the factor of least squared error, chosen once from the weight at the start.
+    """Equal steps. The scale covers the largest weight (min-max), or with weight_range="mse" that range times the
+    factor of least squared error, chosen once from the weight at the start.
     """
 
     def __init__(self, config: QuantConfig, weight: Tensor, per_row: bool, multiplied: bool):
@@ -406,14 +391,13 @@ class UniformQuantizer(WeightQuantizer):
 
 
 class TernaryQuantizer(WeightQuantizer):
-    """Weights as {-alpha, 0, alpha}, by the rule of Ternary Weight Networks (Li et al. 2016,
-    arXiv 1605.04711, eq. 5-6), with which TernaryBERT and Kim et al. 2022 train:
+    """Weights as {-alpha, 0, alpha}, by the rule of Ternary Weight Networks (Li et al. 2016, arXiv 1605.04711, eq.
+    5-6), with which TernaryBERT and Kim et al. 2022 train:
 
         delta = 0.7 mean|w|         alpha = mean of |w| over the weights above delta
 
-    For Gaussian or uniform weights this is close to the least squared error. Min-max would choose
-    alpha = max|w|, which rounds nearly all weights to 0. Nothing is clipped: every weight gets a
-    gradient.
+    For Gaussian or uniform weights this is close to the least squared error. Min-max would choose alpha = max|w|,
+    which rounds nearly all weights to 0. Nothing is clipped: every weight gets a gradient.
 
     >>> weight = torch.tensor([[0.1, -0.4, 0.6, 0.05]])       # delta = 0.7 * 0.2875 = 0.2
     >>> TernaryQuantizer(QuantConfig(weight_bits=2), weight, True, True)(weight)
@@ -455,12 +439,11 @@ class FixedQuantizer(WeightQuantizer):
 class ActQuantizer(nn.Module):
     """Fake-quantizes an activation (..., C) on an affine grid.
 
-    Dynamic: the range is that of the tensor itself, per token or per tensor.
-    Static: one range, set by calibrate(); values outside are clipped.
+    Dynamic: the range is that of the tensor itself, per token or per tensor. Static: one range, set by calibrate();
+    values outside are clipped.
 
-    In evaluation it returns the Codes themselves if it stands before a product with quantized
-    weights.  inside: whether it stands before a product inside attention, of two activations, which
-    is computed in floats.
+    In evaluation it returns the Codes themselves if it stands before a product with quantized weights.  inside:
+    whether it stands before a product inside attention, of two activations, which is computed in floats.
     """
 
     def __init__(self, config: QuantConfig, inside: bool = False):

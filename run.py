@@ -25,17 +25,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import read_checkpoint, save_atomically
-from common import (
-    Progress,
-    UserError,
-    check_writable,
-    flag,
-    hardware,
-    markdown_table,
-    remove,
-    write_json,
-    write_text,
-)
+from common import Progress, UserError, check_writable, flag, hardware, markdown_table, remove, write_json, write_text
 from config import NOT_THE_RESULT, TRAINED, TrainConfig
 from data.batches import Batch, Dataset, collate, training_order
 from data.tasks import Task, find_task
@@ -66,12 +56,8 @@ class Run:
         return os.path.join(self.out, name)
 
     def check_same(self) -> None:
-        """Raises UserError instead of resuming with other options, or overwriting another run or a
-        stopped one.
-        """
-        settings = json.loads(
-            json.dumps(asdict(self.config))
-        )  # tuples become lists, as in the file
+        """Raises UserError instead of resuming with other options, or overwriting another run or a stopped one."""
+        settings = json.loads(json.dumps(asdict(self.config)))  # tuples become lists, as in the file
         try:
             with open(self.path("config.json"), encoding="utf-8") as file:
                 before = json.load(file)
@@ -82,9 +68,7 @@ class Run:
         except ValueError:
             before = None
         if not isinstance(before, dict) or "task" not in before:
-            raise UserError(
-                f"{self.out}/config.json is not of a run of train.py: choose another --out"
-            )
+            raise UserError(f"{self.out}/config.json is not of a run of train.py: choose another --out")
         may_differ = {*NOT_THE_RESULT, *(("lr", "student_lr") if self.resume else ())}
         differs = [k for k in settings if before.get(k) != settings[k] and k not in may_differ]
         if differs:
@@ -95,14 +79,10 @@ class Run:
                 f"{settings[name]}: {advice}, or delete it"
             )
         if not self.resume and os.path.exists(self.path("state.pt")):
-            raise UserError(
-                f"{self.out} holds a stopped run: continue it with --resume, or delete it"
-            )
+            raise UserError(f"{self.out} holds a stopped run: continue it with --resume, or delete it")
 
     def start(self, model: str, data: Data) -> None:
-        """Read the rows that a resumed run has finished, else remove what an earlier run left; write
-        config.json.
-        """
+        """Read the rows that a resumed run has finished, else remove what an earlier run left; write config.json."""
         os.makedirs(self.out, exist_ok=True)
         self.results = {
             "config": asdict(self.config),
@@ -174,18 +154,11 @@ class Run:
 class Training:
     """The steps of one training, its best parameters, and its state on disk.
 
-    Everything follows from the seed and the step: a training that continues from a state gives the
-    same bits as one that was never stopped.
+    Everything follows from the seed and the step: a training that continues from a state gives the same bits as one
+    that was never stopped.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        name: str,
-        model: Model,
-        optimizers: list[torch.optim.Optimizer],
-        dataset: Dataset,
-    ):
+    def __init__(self, run: Run, name: str, model: Model, optimizers: list[torch.optim.Optimizer], dataset: Dataset):
         self.run, self.name, self.model, self.optimizers = run, name, model, optimizers
         config, student = run.config, name in TRAINED
         self.dataset, self.batch_size = dataset, config.batch_size
@@ -318,8 +291,7 @@ def total_steps(config: TrainConfig, examples: int, student: bool) -> int:
 
 
 TEACHER_OPTIONS = (  # all that the parameters of a teacher depend on, besides model and data
-    "task max_train max_eval max_length epochs steps batch_size lr dropout seed eval_every "
-    "label_smoothing"
+    "task max_train max_eval max_length epochs steps batch_size lr dropout seed eval_every label_smoothing"
 ).split()
 
 
@@ -415,11 +387,7 @@ def report(results: dict) -> str:
         f"{results['train_examples']:,} examples.",
         f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}.",
         "The epoch was selected on dev, in the training language."
-        + (
-            " These figures are of dev, too: they flatter every trained row."
-            if run["eval_split"] == "dev"
-            else ""
-        ),
+        + (" These figures are of dev, too: they flatter every trained row." if run["eval_split"] == "dev" else ""),
         "Rows are of the integer model, fp32 apart. MB: the checkpoint on disk. recovered: of the loss "
         "of ptq. train s: wall time, with evaluations on dev and saved states.",
     ]

@@ -10,12 +10,11 @@
     qat         trained on through the quantizers, with quantization noise and the loss of the task
     sdq         qat, distilled from the teacher: logits and every self-attention output, or --distill
 
-Students train fake-quantized, in float32 on the integer grid. The integer model made of them (int8.py)
-is what is evaluated; on CPU the fake-quantized student gives the same bits.
+Students train fake-quantized, in float32 on the integer grid. The integer model made of them (int8.py) is what is
+evaluated; on CPU the fake-quantized student gives the same bits.
 
-Training sees one language (English), every language is tested (zero-shot transfer), and the best epoch
-is selected on dev in the training language. run.py says what a run writes; a stopped run continues
-with --resume.
+Training sees one language (English), every language is tested (zero-shot transfer), and the best epoch is selected on
+dev in the training language. run.py says what a run writes; a stopped run continues with --resume.
 """
 
 import copy
@@ -47,41 +46,17 @@ from checkpoint import (
 )
 from common import Progress, UserError, clock, exit_status, hardware, remove, write_text
 from config import TRAINED, TrainConfig, default_out, parse_args, quant_config, tt_config
-from data.batches import (
-    IGNORE,
-    Batch,
-    Dataset,
-    encode_split,
-    evaluation_batches,
-    unpadded_batches,
-)
+from data.batches import IGNORE, Batch, Dataset, encode_split, evaluation_batches, unpadded_batches
 from data.fetch import MODELS
 from data.metrics import scores
 from data.slots import slot_scores
 from data.tasks import RAW_DIR, Task, file_paths, find_data, find_task, languages_of, load
 from data.tokenizer import Tokenizer, WordTokenizer
-from distill import (
-    LAYERWISE,
-    LOSSES,
-    LayerSchedule,
-    Logits,
-    layer_mean,
-    layerwise_terms,
-    logits_loss,
-)
+from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_loss
 from int8 import integer_model, to_integer
 from model import PRESETS, Model, ModelConfig, initialize, set_dropout, with_head
 from prepare import calibrate, prepare
-from run import (
-    Data,
-    Run,
-    Training,
-    report,
-    report_table,
-    summarize_languages,
-    teacher_path,
-    total_steps,
-)
+from run import Data, Run, Training, report, report_table, summarize_languages, teacher_path, total_steps
 from tt import tensorize
 
 WARMUP = 0.1  # fraction of the steps in which the learning rate rises
@@ -99,16 +74,15 @@ def forward(
 ) -> tuple[Logits, dict[str, list[Tensor]]]:
     """Logits and taps of a batch. On CUDA matrix products run in bf16, which takes half the time.
 
-    NOTE: bf16 also rounds the quantized values (8 bits of mantissa). Losses and evaluation are always
-    in float32.
+    NOTE: bf16 also rounds the quantized values (8 bits of mantissa). Losses and evaluation are always in float32.
     """
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=batch.ids.is_cuda):
         return model(batch.ids, batch.mask, capture, batch.types, depth)
 
 
 def task_loss(logits: Logits, batch: Batch, smoothing: float) -> Tensor:
-    """Cross-entropy with the labels; of a joint head, that of the sequence plus that of its words. In
-    a regression (STS-B), the squared error.
+    """Cross-entropy with the labels; of a joint head, that of the sequence plus that of its words. In a regression
+    (STS-B), the squared error.
     """
     if batch.labels.is_floating_point():
         return F.mse_loss(logits[:, 0].float(), batch.labels)
@@ -120,9 +94,7 @@ def task_loss(logits: Logits, batch: Batch, smoothing: float) -> Tensor:
     return F.cross_entropy(intents.float(), batch.labels, label_smoothing=smoothing) + of_words
 
 
-def sdq_loss(
-    student: Model, teacher: Model | None, batch: Batch, config: TrainConfig, step: int
-) -> dict[str, Tensor]:
+def sdq_loss(student: Model, teacher: Model | None, batch: Batch, config: TrainConfig, step: int) -> dict[str, Tensor]:
     """L = CE + alpha tau^2 KL(teacher || student) + beta mean_lh MSE(A_lh^s, A_lh^t), term by term
     (arXiv 2307.05972); or the losses of --distill. Without a teacher: CE alone.
     """
@@ -146,15 +118,10 @@ def sdq_loss(
 
 
 def layerwise_loss(
-    student: Model,
-    teacher: Model,
-    batch: Batch,
-    config: TrainConfig,
-    step: int,
-    schedule: LayerSchedule,
+    student: Model, teacher: Model, batch: Batch, config: TrainConfig, step: int, schedule: LayerSchedule
 ) -> dict[str, Tensor]:
-    """Layer-by-layer distillation (arXiv 2306.01076): hidden states and attention maps of the layers
-    that are active at this step; in the last stage also the logits and the task.
+    """Layer-by-layer distillation (arXiv 2306.01076): hidden states and attention maps of the layers that are active
+    at this step; in the last stage also the logits and the task.
     """
     layers, last = schedule.active(step), schedule.is_last(step)
     depth = None if last else max(layers)  # the layers above have no loss yet and don't run
@@ -209,9 +176,9 @@ def train(run: Run, name: str, model: Model, teacher: Model | None, data: Data) 
 def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """AdamW, and SparseAdam for the word embeddings, whose gradient is sparse.
 
-    SparseAdam updates only the rows of the batch, which is 30 times as fast on XLM-R's table as a step
-    through 250,002 rows. NOTE: differs: a row's moments decay only when its token occurs, and
-    embeddings have no weight decay.
+    SparseAdam updates only the rows of the batch, which is 30 times as fast on XLM-R's table as a step through
+    250,002 rows. NOTE: differs: a row's moments decay only when its token occurs, and embeddings have no weight
+    decay.
     """
     matrices, vectors, tables = [], [], []
     sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
@@ -239,8 +206,8 @@ def linear_rate(step: int, total: int, peak: float) -> float:
 
 
 def layerwise_rate(step: int, total: int, peak: float, schedule: LayerSchedule) -> float:
-    """Learning rate for layer-by-layer distillation: warm-up, then constant while layers are added;
-    in the last stage from a lower rate linearly to zero.
+    """Learning rate for layer-by-layer distillation: warm-up, then constant while layers are added; in the last stage
+    from a lower rate linearly to zero.
     """
     first = schedule.last_stage_start
     if schedule.is_last(step):
@@ -279,8 +246,8 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
     """The metrics of the dataset in %, "score" (their mean) and the counts behind them.
 
-    With tags: accuracy is that of the intents; the scores of the slots, and "exact", the sentences
-    with everything correct, stand beside it.
+    With tags: accuracy is that of the intents; the scores of the slots, and "exact", the sentences with everything
+    correct, stand beside it.
     """
     model.eval()
     predictions, labels = [], []  # of sequences
@@ -314,9 +281,7 @@ def in_words(evaluation: dict, dataset: Dataset) -> str:
     return ", ".join(f"{name} {evaluation[name]:.2f}" for name in dataset.metrics)
 
 
-def evaluate_languages(
-    name: str, model: Model, tests: dict[str, Dataset], task: Task, device: torch.device
-) -> dict:
+def evaluate_languages(name: str, model: Model, tests: dict[str, Dataset], task: Task, device: torch.device) -> dict:
     progress, found = Progress(name + ", languages", len(tests)), {}
     for i, (language, dataset) in enumerate(tests.items()):
         found[language] = evaluate(model, dataset, device)
@@ -333,6 +298,7 @@ class Source:
     def __init__(self, config: TrainConfig, folder: str):
         task = find_task(config.task)
         self.seed, self.path = config.seed, None
+        self.data = "own" if config.data_dir else "official" if folder == RAW_DIR else "built in"
         self.labels, self.slots = class_names(task, folder)
         head = {"num_labels": len(self.labels), "num_slots": len(self.slots)}
         self.head = {"head": task.head, **head}
@@ -369,8 +335,7 @@ class Source:
         longest = self.config.max_tokens
         if config.max_length > longest:
             raise UserError(
-                f"--max-length {config.max_length}: {self.name} has {longest} positions; use "
-                f"{longest} or less"
+                f"--max-length {config.max_length}: {self.name} has {longest} positions; use {longest} or less"
             )
 
     def build(self) -> Model:
@@ -394,9 +359,7 @@ def find_model(name: str) -> str:
         return path
     if is_path or name not in PRESETS:
         known = " ".join(PRESETS)
-        raise UserError(
-            f"no model {name!r}: give a .pt file of convert.py, 'scratch', or one of: {known}"
-        )
+        raise UserError(f"no model {name!r}: give a .pt file of convert.py, 'scratch', or one of: {known}")
     how = name if name in MODELS else f"{name} --from DIR"
     raise UserError(f"no weights for {name} yet: make them with 'python convert.py {how}'")
 
@@ -411,12 +374,11 @@ def class_names(task: Task, folder: str) -> tuple[tuple[str, ...], tuple[str, ..
 
 def get_teacher(run: Run, source: Source, data: Data) -> tuple[Model, int, float]:
     """The float32 teacher, trained now or before: (model, bytes on disk, seconds of training)."""
-    path = teacher_path(run, source.name, source.identity, data)
+    identity = [*source.identity, WARMUP, WEIGHT_DECAY, CLIP_NORM]
+    path = teacher_path(run, source.name, identity, data)
     if not os.path.exists(path):
         if run.resume and os.path.exists(run.path("results.json")):
-            raise UserError(
-                f"this run's teacher, {path}, is gone (or --lr changed): start with another --out"
-            )
+            raise UserError(f"this run's teacher, {path}, is gone (or --lr changed): start with another --out")
         model = source.build()
         set_dropout(model, run.config.dropout)
         seconds = train(run, "fp32", model.to(run.device), None, data)
@@ -459,7 +421,7 @@ def run_student(run: Run, source: Source, teacher: Model, method: str, data: Dat
     if method in TRAINED:
         seconds = train(run, method, student, teacher if method == "sdq" else None, data)
     quant = quant_config(config, method)
-    notes = dict(task=config.task, model=source.name, method=method)
+    notes = dict(task=config.task, model=source.name, method=method, data=source.data)
     notes |= {"labels": " ".join(source.labels), "slots": " ".join(source.slots)}
     payload = student_payload(student, quant, source.tokenizer.bytes, **notes)
     size = save_atomically(payload, run.path("student.pt"))
@@ -487,11 +449,15 @@ def run_recipe(config: TrainConfig, resume: bool) -> None:
     source = Source(config, folder)
     run = Run(config.out or default_out(config), config, device, resume)
     print(f"{hardware(device)}, {torch.get_num_threads()} threads, out {run.out}")
-    data = load_data(config, task, folder, source.tokenizer)
-    rows = sum(map(len, data.tests.values()))
-    print(
-        f"{len(data.train):,} training examples, {rows:,} test examples in {len(data.tests)} sets"
+    tests = load_tests(config, task, folder, source.tokenizer)
+    training = (config, folder, source.tokenizer)
+    data = Data(
+        encode(*training, "train", task.train_language, config.max_train),
+        encode(*training, "dev", task.train_language, config.max_eval),
+        tests,
     )
+    rows = sum(map(len, tests.values()))
+    print(f"{len(data.train):,} training examples, {rows:,} test examples in {len(data.tests)} sets")
     if config.distill in LAYERWISE and "sdq" in config.methods:  # too few steps? before training
         steps = total_steps(config, len(data.train), student=True)
         layer_schedule(config, source.config.num_layers, steps)
@@ -515,43 +481,42 @@ def run_recipe(config: TrainConfig, resume: bool) -> None:
 
 
 def introduction(config: TrainConfig, task: Task, folder: str) -> str:
-    """The first lines of a run: which model and data these are, how to get the real ones, and what
-    to try instead of a setting that is known to lose.
+    """The first lines of a run: which model and data these are, how to get the real ones, and what to try instead of
+    a setting that is known to lose.
     """
     text = f"model {config.model}, data {os.path.relpath(folder)}"
     if folder != RAW_DIR and not config.data_dir:
         text += f": built in. For the real thing: {task.real_thing}"
-    if (config.bits, config.weights, config.weight_range) != (2, "uniform", "minmax"):
+    coarse = (config.bits, config.weights, config.weight_range) == (2, "uniform", "minmax")
+    if not coarse or config.methods == ("fp32",):
         return text
     if config.tt_rank:
         return f"{text}\n2 bits: most elements of a core round to 0; try --weight-range mse"
     return f"{text}\n2 bits: most weights round to 0; --weights lsq keeps far more"
 
 
-def load_data(config: TrainConfig, task: Task, folder: str, tokenizer: Tokenizer) -> Data:
-    """Encoded training and dev set in the training language, and the test set of each language."""
-    for split in (config.eval_split, "train"):
-        missing = [p for p in file_paths(task, folder, split) if not os.path.exists(p)]
-        if missing:
-            hint = " --eval-split dev needs no test file." if split == "test" else ""
-            raise UserError(
-                f"no file {missing[0]}: fetch it with '{task.fetch}', or name its folder with "
-                f"--data-dir.{hint}"
-            )
-
-    def encode(split: str, language: str, limit: int | None) -> Dataset:
-        length = config.max_length
-        return encode_split(task.name, split, language, folder, tokenizer, length, limit)
-
-    source = task.train_language
-    chosen = config.languages and {source, *config.languages}
-    tests = {
-        language: encode(config.eval_split, language, config.max_eval)
-        for language in languages_of(task, folder, config.eval_split)
-        if not chosen or language in chosen
+def load_tests(config: TrainConfig, task: Task, folder: str, tokenizer: Tokenizer) -> dict[str, Dataset]:
+    """The encoded test set of each language: all, or the training language and --languages."""
+    split = config.eval_split
+    missing = [p for p in file_paths(task, folder, split) if not os.path.exists(p)]
+    if missing:
+        hint = "" if split == "dev" else ". --eval-split dev needs no test file"
+        raise UserError(f"no file {missing[0]}: fetch it with '{task.fetch}', or name its folder with --data-dir{hint}")
+    known = languages_of(task, folder, split)
+    for language in config.languages:
+        if language not in known:
+            raise UserError(f"--languages {language!r}: {task.name} has {' '.join(known)}")
+    chosen = {task.train_language, *(config.languages or known)}
+    return {
+        language: encode(config, folder, tokenizer, split, language, config.max_eval)
+        for language in known
+        if language in chosen
     }
-    dev = encode("dev", source, config.max_eval)
-    return Data(encode("train", source, config.max_train), dev, tests)
+
+
+def encode(config: TrainConfig, folder: str, tokenizer: Tokenizer, split: str, language: str, limit: int) -> Dataset:
+    length = config.max_length
+    return encode_split(config.task, split, language, folder, tokenizer, length, limit)
 
 
 def evaluate_file(config: TrainConfig) -> None:
@@ -567,14 +532,16 @@ def evaluate_file(config: TrainConfig) -> None:
     else:
         model = integer_model(read, device)
         kind = f"integers, {type(model.encoder.layers[0].ffn.up.kernel).__name__}"
-    folder = find_data(task, config.data_dir, read.notes.get("model", "").split("-")[0])
-    data = load_data(config, task, folder, tokenizer_of(config.eval, read))
-    if read.notes.get("labels") != " ".join(class_names(task, folder)[0]):
+    sample = task.sample_model if read.notes.get("data") == "built in" else ""
+    folder = find_data(task, config.data_dir, sample)
+    tests = load_tests(config, task, folder, tokenizer_of(config.eval, read))
+    names = [" ".join(each) for each in class_names(task, folder)]
+    if [read.notes.get("labels"), read.notes.get("slots")] != names:
         raise UserError(f"{config.eval} has other labels than {folder}: name its --data-dir")
-    row = evaluate_languages("student", model, data.tests, task, device)
+    row = evaluate_languages("student", model, tests, task, device)
     row |= {"size_bytes": os.path.getsize(config.eval), "train_seconds": 0}
     name = f"{read.notes.get('method')} W{quant.weight_bits}A{quant.act_bits}"
-    results = {"config": asdict(config), "methods": {name: row}, "languages": list(data.tests)}
+    results = {"config": asdict(config), "methods": {name: row}, "languages": list(tests)}
     print(f"\n{report_table(results)}\n")
     print(f"{kind}, {hardware(device)}, {torch.get_num_threads()} threads; ", end="")
     print(f"{clock(time.monotonic() - started)} in all")

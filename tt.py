@@ -1,8 +1,8 @@
 """Tensor trains: a large matrix as a chain of small cores, trained without ever building the matrix.
 
-A matrix W (out, in) has out * in parameters. Factor both sides into d factors each, out = o_1 ... o_d
-and in = i_1 ... i_d, and write an entry as a product of small matrices, one per digit of its row and
-of its column (Oseledets 2011; Novikov et al. 2015):
+A matrix W (out, in) has out * in parameters. Factor both sides into d factors each, out = o_1 ... o_d and in = i_1
+... i_d, and write an entry as a product of small matrices, one per digit of its row and of its column (Oseledets
+2011; Novikov et al. 2015):
 
     W[(a_1..a_d), (b_1..b_d)] = G_1[a_1] ... G_d[a_d] G_d+1[b_1] ... G_2d[b_d]
 
@@ -11,27 +11,26 @@ of its column (Oseledets 2011; Novikov et al. 2015):
 
 768 x 768 = (12 8 8) x (8 8 12) at rank 20 has 10,528 parameters instead of 589,824.
 
-TTLinear. Contract the output cores to B (out, r) and the input cores to A (r, in), where r is the
-rank in the middle: once per step, since neither depends on the tokens. Then
+TTLinear. Contract the output cores to B (out, r) and the input cores to A (r, in), where r is the rank in the middle:
+once per step, since neither depends on the tokens. Then
 
     y = (x A^T) B^T + b                  2 r (in + out) operations per token instead of 2 in out
 
-and only x and a (tokens, r) tensor are kept for the backward pass. Autograd differentiates the few
-small products of the contraction; a hand-written backward pass was no faster (docs/log.md).
+and only x and a (tokens, r) tensor are kept for the backward pass. Autograd differentiates the few small products of
+the contraction; a hand-written backward pass was no faster (docs/log.md).
 
-TTMEmbedding. A table (V, C) whose cores have two digits, (r_k-1, n_k, m_k, r_k): row i is the
-product over k of G_k[digit k of i]. The first half of the cores is contracted to L (V_1, C_1, r),
-the second to R (V_2, r, C_2), and row i = (i_1, i_2) is the product L[i_1] R[i_2]. Each half has about
-sqrt(V) rows; the table itself is never built.
+TTMEmbedding. A table (V, C) whose cores have two digits, (r_k-1, n_k, m_k, r_k): row i is the product over k of
+G_k[digit k of i]. The first half of the cores is contracted to L (V_1, C_1, r), the second to R (V_2, r, C_2), and
+row i = (i_1, i_2) is the product L[i_1] R[i_2]. Each half has about sqrt(V) rows; the table itself is never built.
 
-Quantized cores (Yang et al. 2023, arXiv 2306.01076): each core goes through lsq.LearnedScale, a grid
-whose scale is trained. To compute in integers, A and B, merged from quantized cores, are rounded to 8
-bits per row like any other weight, in training as in deployment.
+Quantized cores (Yang et al. 2023, arXiv 2306.01076): each core goes through lsq.LearnedScale, a grid whose scale is
+trained. To compute in integers, A and B, merged from quantized cores, are rounded to 8 bits per row like any other
+weight, in training as in deployment.
 
     python train.py --recipe tt
 
-Simplified: all cuts of all layers have one rank (`ranks` of a single layer can be given), and the
-modes are as equal as possible. A layer that would have more parameters as a tensor train is kept.
+Simplified: all cuts of all layers have one rank (`ranks` of a single layer can be given), and the modes are as equal
+as possible. A layer that would have more parameters as a tensor train is kept.
 """
 
 import math
@@ -55,8 +54,8 @@ class TTConfig:
     embedding_rank: int = 0  # of the word table; 0 keeps the table
     modes: int = 3  # d: factors of each side of a Linear layer
     table_modes: int = 2  # the same for tables
-    # Kept as they are, by the beginning of their names: the last matrices. Each of their few rows is
-    # a class, which is learned slowly as a row of a tensor train.
+    # Kept as they are, by the beginning of their names: the last matrices. Each of their few rows is a class, which
+    # is learned slowly as a row of a tensor train.
     keep: tuple[str, ...] = ("head.out_proj", "head.intent.out_proj")
 
     def __post_init__(self):
@@ -88,8 +87,8 @@ def factorize(n: int, d: int) -> tuple[int, ...]:
 
 
 def pad_factors(n: int, d: int) -> tuple[int, ...]:
-    """d nearly equal factors whose product is n or slightly more: for a vocabulary, whose size may be
-    prime. Unused rows cost only a few parameters of the cores.
+    """d nearly equal factors whose product is n or slightly more: for a vocabulary, whose size may be prime. Unused
+    rows cost only a few parameters of the cores.
 
     >>> pad_factors(867, 4), pad_factors(250002, 4)
     ((6, 6, 5, 5), (23, 23, 22, 22))
@@ -119,9 +118,7 @@ def count_parameters(modes: Sequence[int], ranks: Sequence[int]) -> int:
     return sum(ranks[k] * n * ranks[k + 1] for k, n in enumerate(modes))
 
 
-def count_flops(
-    tokens: int, out_modes: Sequence[int], in_modes: Sequence[int], rank: int | Sequence[int]
-) -> int:
+def count_flops(tokens: int, out_modes: Sequence[int], in_modes: Sequence[int], rank: int | Sequence[int]) -> int:
     """Floating-point operations of the forward pass of a TTLinear: A and B, and the two products."""
     ranks = clip_ranks((*out_modes, *in_modes), rank)
     d, total = len(out_modes), 0
@@ -214,13 +211,12 @@ class TensorTrain(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Random orthogonal cores; the entries of their product have mean 0 and this standard
-        deviation.
+        """Random orthogonal cores; the entries of their product have mean 0 and this standard deviation.
 
-        NOTE: differs from the paper, which draws Gaussian cores of variance sigma^(2/N) / r_k-1. Their
-        product has the right scale on average, but a product of Gaussian matrices is nearly singular
-        and learns more slowly. Here all cores before the cut have orthonormal columns and all after
-        it orthonormal rows: the r singular values are equal.
+        NOTE: differs from the paper, which draws Gaussian cores of variance sigma^(2/N) / r_k-1. Their product has
+        the right scale on average, but a product of Gaussian matrices is nearly singular and learns more slowly. Here
+        all cores before the cut have orthonormal columns and all after it orthonormal rows: the r singular values are
+        equal.
         """
         if self.cores[0].is_meta:  # only shapes are needed
             return
@@ -240,13 +236,7 @@ class TensorTrain(nn.Module):
 class TTLinear(TensorTrain):
     """y = x W^T + b, W (out, in) a tensor train of len(out_modes) + len(in_modes) cores."""
 
-    def __init__(
-        self,
-        out_modes: Sequence[int],
-        in_modes: Sequence[int],
-        rank: int | Sequence[int],
-        bias: bool = True,
-    ):
+    def __init__(self, out_modes: Sequence[int], in_modes: Sequence[int], rank: int | Sequence[int], bias: bool = True):
         self.modes = (*out_modes, *in_modes)
         self.ranks = ranks = clip_ranks(self.modes, rank)
         super().__init__([(ranks[k], n, ranks[k + 1]) for k, n in enumerate(self.modes)])
@@ -257,8 +247,8 @@ class TTLinear(TensorTrain):
 
     @classmethod
     def like(cls, linear: nn.Linear, config: TTConfig) -> "TTLinear":
-        """A layer of the same size. Large output modes come first and large input modes last: the
-        cores at the ends have rank 1 on one side.
+        """A layer of the same size. Large output modes come first and large input modes last: the cores at the ends
+        have rank 1 on one side.
         """
         out_modes = factorize(linear.out_features, config.modes)[::-1]
         in_modes = factorize(linear.in_features, config.modes)
@@ -307,8 +297,8 @@ class TTLinear(TensorTrain):
 class QuantTTLinear(TTLinear):
     """A TTLinear with quantized cores, and two quantized products: y = Q(Q(x) Q(A)^T) Q(B)^T + b.
 
-    A and B, merged from the cores, are rounded to 8 bits per row, as they are deployed, whatever the
-    bits of the cores. With float32 activations (weight-only quantization) they are not rounded.
+    A and B, merged from the cores, are rounded to 8 bits per row, as they are deployed, whatever the bits of the
+    cores. With float32 activations (weight-only quantization) they are not rounded.
     """
 
     def __init__(self, layer: TTLinear, config: QuantConfig, act: nn.Module, middle: nn.Module):
@@ -339,11 +329,7 @@ class TTMEmbedding(TensorTrain):
     """
 
     def __init__(
-        self,
-        num_embeddings: int,
-        row_modes: Sequence[int],
-        column_modes: Sequence[int],
-        rank: int | Sequence[int],
+        self, num_embeddings: int, row_modes: Sequence[int], column_modes: Sequence[int], rank: int | Sequence[int]
     ):
         modes = [n * m for n, m in zip(row_modes, column_modes, strict=True)]
         if math.prod(row_modes) < num_embeddings:
@@ -427,11 +413,11 @@ class TensorizeReport:
 
 @torch.no_grad()
 def tensorize(model: nn.Module, config: TTConfig, from_weights: bool = False) -> TensorizeReport:
-    """Replace Linear layers and tables by tensor trains, in place, where that has fewer parameters;
-    model.config.tt then says so.
+    """Replace Linear layers and tables by tensor trains, in place, where that has fewer parameters; model.config.tt
+    then says so.
 
-    from_weights: by TT-SVD of the weights; else with random cores.  A table is a module that has a
-    `row_quantizer` (word embeddings) or that is named "position".
+    from_weights: by TT-SVD of the weights; else with random cores.  A table is a module that has a `row_quantizer`
+    (word embeddings) or that is named "position".
     """
     report = TensorizeReport({})
     for full, child in list(model.named_modules()):

@@ -1,17 +1,17 @@
 """Examples -> token ids -> batches, without a Python loop over samples and with little padding.
 
-A Dataset holds all token ids of a split in one flat array, like a compressed sparse matrix. A batch is
-cut out of it by one index computation and padded to its longest row. Rows of similar length share a
-batch: on XNLI's English training set this leaves 2.5 % padding, where batches in file order have 53 %.
+A Dataset holds all token ids of a split in one flat array, like a compressed sparse matrix. A batch is cut out of it
+by one index computation and padded to its longest row. Rows of similar length share a batch: on XNLI's English
+training set this leaves 2.5 % padding, where batches in file order have 53 %.
 
-If every word has a tag (ATIS, SNIPS), the tags lie beside the ids: the tag's id at the first piece of
-a word, IGNORE at its other pieces, the special tokens and the padding.
+If every word has a tag (ATIS, SNIPS), the tags lie beside the ids: the tag's id at the first piece of a word, IGNORE
+at its other pieces, the special tokens and the padding.
 
-BERT has token types, 0 for the tokens of the first text and 1 for those of the second. One number per
-row says where the second text begins. XLM-R has no types.
+BERT has token types, 0 for the tokens of the first text and 1 for those of the second. One number per row says where
+the second text begins. XLM-R has no types.
 
-Encodings are cached under .cache/; the key holds task, split, language, length, tokenizer and the
-state of the data files.
+Encodings are cached under .cache/; the key holds task, split, language, length, tokenizer and the state of the data
+files.
 """
 
 import hashlib
@@ -60,9 +60,9 @@ class Dataset:
 
 @dataclass
 class Batch:
-    """ids (B, T) int64; mask (B, T) bool, None if nothing is padded; labels (B,) int64, or float32
-    in a regression; tokens: the number of real ones; tags (B, T) int64, None if the task has none;
-    types (B, T) int64, 1 in the second text and 0 elsewhere, None if the tokenizer has none.
+    """ids (B, T) int64; mask (B, T) bool, None if nothing is padded; labels (B,) int64, or float32 in a regression;
+    tokens: the number of real ones; tags (B, T) int64, None if the task has none; types (B, T) int64, 1 in the second
+    text and 0 elsewhere, None if the tokenizer has none.
     """
 
     ids: Tensor
@@ -87,8 +87,8 @@ def encode_split(
     max_length: int,
     limit: int | None = None,
 ) -> Dataset:
-    """Load and encode a split in one language; at most `limit` examples, the same rows in every
-    language. The labels of a joint task are intents, and it has tags.
+    """Load and encode a split in one language; at most `limit` examples, the same rows in every language. The labels
+    of a joint task are intents, and it has tags.
     """
     row = find_task(task)
     path = cache_path(task, split, language, folder, tokenizer, max_length, limit)
@@ -113,8 +113,8 @@ def encode_examples(
     row = find_task(task)
     examples = load(task, split, language, folder)
     if limit is not None and limit < len(examples):
-        # Drawn with a fixed seed: XNLI's rows come in triples of one premise, so the first rows are not
-        # a sample; and its languages are translations of each other, so all get the same rows.
+        # Drawn with a fixed seed: XNLI's rows come in triples of one premise, so the first rows are not a sample; and
+        # its languages are translations of each other, so all get the same rows.
         rows = np.sort(np.random.default_rng(0).permutation(len(examples))[:limit])
         examples = [examples[i] for i in rows]
     if row.names is not None:
@@ -149,9 +149,7 @@ def encode_sentences(
 
 
 def dataset_of(
-    encoded: list[np.ndarray],
-    labels: list[int] | np.ndarray,
-    tags: list[np.ndarray] | None = None,
+    encoded: list[np.ndarray], labels: list[int] | np.ndarray, tags: list[np.ndarray] | None = None
 ) -> Dataset:
     """Rows of ids -> Dataset. Labels in a list are ids; an array keeps its type."""
     starts = np.concatenate(([0], np.cumsum([len(row) for row in encoded]))).astype(np.int64)
@@ -222,8 +220,8 @@ def write_cache(path: str | None, dataset: Dataset) -> None:
 def collate(dataset: Dataset, rows: np.ndarray) -> Batch:
     """The given rows, cut out of the flat array and padded to the longest of them.
 
-    Two rows, ids [5, 6, 7, 8] with second 2 and [5, 9] with second 2 (its length: one text), give
-    ids [[5, 6, 7, 8], [5, 9, pad, pad]] and types [[0, 0, 1, 1], [0, 0, 0, 0]].
+    Two rows, ids [5, 6, 7, 8] with second 2 and [5, 9] with second 2 (its length: one text), give ids [[5, 6, 7, 8],
+    [5, 9, pad, pad]] and types [[0, 0, 1, 1], [0, 0, 0, 0]].
     """
     lengths = dataset.lengths[rows]
     columns = np.arange(lengths.max())
@@ -237,9 +235,7 @@ def collate(dataset: Dataset, rows: np.ndarray) -> Batch:
         tags = torch.from_numpy(np.where(real, dataset.tags[where], IGNORE))
     types = None
     if dataset.second is not None:  # padding has type 0
-        types = torch.from_numpy(
-            (real & (columns >= dataset.second[rows][:, None])).astype(np.int64)
-        )
+        types = torch.from_numpy((real & (columns >= dataset.second[rows][:, None])).astype(np.int64))
     return Batch(torch.from_numpy(ids), mask, labels, int(lengths.sum()), tags, types)
 
 
@@ -276,7 +272,5 @@ def unpadded_batches(dataset: Dataset, examples: int, batch_size: int, seed: int
     batches = []
     for length in np.unique(lengths):
         same = rows[lengths == length]
-        batches += [
-            collate(dataset, same[i : i + batch_size]) for i in range(0, len(same), batch_size)
-        ]
+        batches += [collate(dataset, same[i : i + batch_size]) for i in range(0, len(same), batch_size)]
     return batches

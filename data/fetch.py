@@ -5,14 +5,12 @@
     python data/fetch.py rte            # a task of GLUE: also cola sst2 stsb qqp mnli qnli
     python data/fetch.py glue           # downloads nothing: which of GLUE's tasks are present
 
-A download goes to NAME.part and is renamed when it is complete and correct. After a cut connection the
-next call continues the .part file (HTTP Range); a wrong hash deletes it. Of an archive only the files
-named below are unpacked, each to a temporary name first, and an archive with a member that points
-outside its folder is refused.
+A download goes to NAME.part and is renamed when it is complete and correct. After a cut connection the next call
+continues the .part file (HTTP Range); a wrong hash deletes it. Of an archive only the files named below are unpacked,
+each to a temporary name first, and an archive with a member that points outside its folder is refused.
 
-The checksums were published by several independent projects for the same addresses. ATIS, SNIPS and
-GLUE's MRPC are not downloaded: the command says who publishes them, where to put them, and what is
-present already.
+The checksums were published by several independent projects for the same addresses. ATIS, SNIPS and GLUE's MRPC are
+not downloaded: the command says who publishes them, where to put them, and what is present already.
 """
 
 import argparse
@@ -57,8 +55,8 @@ class Remote:
 
 @dataclass(frozen=True)
 class ByHand:
-    """A data set that the user gets: what it is, its licence, who publishes it in the layout that
-    data/slots.py or data/glue.py reads, and its tasks.
+    """A data set that the user gets: what it is, its licence, who publishes it in the layout that data/slots.py or
+    data/glue.py reads, and its tasks.
     """
 
     title: str
@@ -83,11 +81,11 @@ XNLI = (
 )
 _XLMR = "https://huggingface.co/FacebookAI/xlm-roberta-base/resolve/e73636d4f797dec63c3081bb6ed5c7b0bb3f2089/"
 _XLMR_TOKENIZER = Remote(
-    _XLMR + "sentencepiece.bpe.model",
-    5_069_051,
-    "cfc8146abe2a0488e9e2a0c56de7952f7c11ab059eca145a0a727afce0db2865",
+    _XLMR + "sentencepiece.bpe.model", 5_069_051, "cfc8146abe2a0488e9e2a0c56de7952f7c11ab059eca145a0a727afce0db2865"
 )
-_MINILM = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/1110a243fdf4706b3f48f1d95db1a4f5529b4d41/"
+_MINILM = (
+    "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/1110a243fdf4706b3f48f1d95db1a4f5529b4d41/"
+)
 MODELS = {
     "xlmr-base": (
         Remote(
@@ -113,20 +111,10 @@ MODELS = {
             90_868_376,
             "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         ),
+        Remote(_MINILM + "config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+        Remote(_MINILM + "vocab.txt", 231_508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
         Remote(
-            _MINILM + "config.json",
-            612,
-            "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-        ),
-        Remote(
-            _MINILM + "vocab.txt",
-            231_508,
-            "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-        ),
-        Remote(
-            _MINILM + "tokenizer_config.json",
-            350,
-            "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+            _MINILM + "tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"
         ),
     ),
 }
@@ -143,8 +131,7 @@ ATIS = ByHand(
 )
 SNIPS = ByHand(
     "SNIPS: 13,084 + 700 + 700 requests to a voice assistant (Coucke et al. 2018, arXiv 1805.10190)",
-    "CC0 1.0, published by Snips: https://github.com/sonos/nlu-benchmark "
-    "(2017-06-custom-intent-engines)",
+    "CC0 1.0, published by Snips: https://github.com/sonos/nlu-benchmark (2017-06-custom-intent-engines)",
     _LAYOUT.format("snips"),
     ("snips",),
 )
@@ -164,41 +151,13 @@ ALL_OF_GLUE = ByHand(
 # Task of GLUE -> archive under _GLUE, bytes, SHA-256; its files are what the task is read from.
 _GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
 _ARCHIVES = {
-    "cola": (
-        "CoLA.zip",
-        376_971,
-        "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff",
-    ),
-    "sst2": (
-        "SST-2.zip",
-        7_439_277,
-        "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa",
-    ),
-    "stsb": (
-        "STS-B.zip",
-        802_872,
-        "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85",
-    ),
-    "qqp": (
-        "QQP-clean.zip",
-        41_696_084,
-        "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0",
-    ),
-    "mnli": (
-        "MNLI.zip",
-        312_783_507,
-        "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633",
-    ),
-    "qnli": (
-        "QNLIv2.zip",
-        10_627_589,
-        "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5",
-    ),
-    "rte": (
-        "RTE.zip",
-        697_150,
-        "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee",
-    ),
+    "cola": ("CoLA.zip", 376_971, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
+    "sst2": ("SST-2.zip", 7_439_277, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
+    "stsb": ("STS-B.zip", 802_872, "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
+    "qqp": ("QQP-clean.zip", 41_696_084, "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
+    "mnli": ("MNLI.zip", 312_783_507, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
+    "qnli": ("QNLIv2.zip", 10_627_589, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
+    "rte": ("RTE.zip", 697_150, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
 }
 
 
@@ -225,9 +184,7 @@ def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0) ->
     if os.path.exists(path):
         if sha256_of(path) == remote.sha256:
             return path
-        raise UserError(
-            f"{path} exists but is not the published file: delete it and run this again"
-        )
+        raise UserError(f"{path} exists but is not the published file: delete it and run this again")
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -247,23 +204,17 @@ def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0) ->
             time.sleep(pause * 2**attempt)
     else:
         have = os.path.getsize(part) if os.path.exists(part) else 0
-        raise UserError(
-            f"{remote.url}: cut at {have:,} bytes, {tries} times ({cause}); run this again to continue"
-        )
+        raise UserError(f"{remote.url}: cut at {have:,} bytes, {tries} times ({cause}); run this again to continue")
     found = sha256_of(part)
     if found != remote.sha256:
         os.unlink(part)
-        raise UserError(
-            f"{remote.name}: SHA-256 is {found}, published is {remote.sha256}; the file was deleted"
-        )
+        raise UserError(f"{remote.name}: SHA-256 is {found}, published is {remote.sha256}; the file was deleted")
     os.replace(part, path)
     return path
 
 
 def receive(remote: Remote, part: str) -> bool:
-    """Append what is missing of a file to `part`. True if it is complete, False if the connection was
-    cut.
-    """
+    """Append what is missing of a file to `part`. True if it is complete, False if the connection was cut."""
     have = os.path.getsize(part) if os.path.exists(part) else 0
     if remote.size is not None and have >= remote.size:
         return True  # complete (or too long, which the hash will tell)
@@ -271,9 +222,7 @@ def receive(remote: Remote, part: str) -> bool:
     if have:
         headers["Range"] = f"bytes={have}-"
     try:
-        response = urllib.request.urlopen(
-            urllib.request.Request(remote.url, headers=headers), timeout=TIMEOUT
-        )
+        response = urllib.request.urlopen(urllib.request.Request(remote.url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:  # the server has no byte after ours
             if remote.size is None:
@@ -291,9 +240,7 @@ def receive(remote: Remote, part: str) -> bool:
         if remote.size is not None and total is not None and total != remote.size:
             if os.path.exists(part):
                 os.unlink(part)
-            raise UserError(
-                f"{remote.url} holds {total:,} bytes, published are {remote.size:,}; nothing was kept"
-            )
+            raise UserError(f"{remote.url} holds {total:,} bytes, published are {remote.size:,}; nothing was kept")
         limit = remote.size or total or MAX_UNPACKED
         with open(part, "ab" if have else "wb") as file:
             started, megabytes = time.monotonic(), (remote.size or total or 0) / 1e6 or None
@@ -315,9 +262,7 @@ def receive(remote: Remote, part: str) -> bool:
             progress.clear()
     if have > limit:
         os.unlink(part)
-        raise UserError(
-            f"{remote.url} sends more than the published {limit:,} bytes; nothing was kept"
-        )
+        raise UserError(f"{remote.url} sends more than the published {limit:,} bytes; nothing was kept")
     expected = remote.size if remote.size is not None else total
     return expected is None or have == expected
 
@@ -346,9 +291,7 @@ def unpack(archive: str, members: tuple[str, ...], folder: str) -> list[str]:
                 if member not in present:
                     raise UserError(f"{name} has no file {member}")
             if sum(present[member].file_size for member in members) > MAX_UNPACKED:
-                raise UserError(
-                    f"{name} unpacks to more than {MAX_UNPACKED >> 30} GB and was refused"
-                )
+                raise UserError(f"{name} unpacks to more than {MAX_UNPACKED >> 30} GB and was refused")
             written = []
             try:
                 for member in members:
@@ -362,9 +305,7 @@ def unpack(archive: str, members: tuple[str, ...], folder: str) -> list[str]:
                     os.unlink(target + ".part")
                 raise
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(
-            f"{name} is not a sound zip file ({error}): delete it and fetch it again"
-        ) from None
+        raise UserError(f"{name} is not a sound zip file ({error}): delete it and fetch it again") from None
     except OSError as error:
         raise UserError(f"cannot unpack {name} into {folder}: {error.strerror or error}") from None
     for target in written:
@@ -376,9 +317,7 @@ def check_member(archive: str, info: zipfile.ZipInfo) -> None:
     parts = info.filename.replace("\\", "/").split("/")
     outside = ".." in parts or parts[0] == "" or ":" in parts[0]
     if outside or stat.S_ISLNK(info.external_attr >> 16):
-        raise UserError(
-            f"{archive} has a member that points outside its folder ({info.filename!r}) and was refused"
-        )
+        raise UserError(f"{archive} has a member that points outside its folder ({info.filename!r}) and was refused")
 
 
 def fetch_dataset(name: str, folder: str) -> None:
@@ -391,9 +330,7 @@ def fetch_dataset(name: str, folder: str) -> None:
         if all(os.path.exists(target) for target in targets):
             print(f"already there: {', '.join(targets)}")
             continue
-        for target in unpack(
-            download(remote, os.path.join(folder, "downloads")), remote.members, folder
-        ):
+        for target in unpack(download(remote, os.path.join(folder, "downloads")), remote.members, folder):
             print(f"wrote {target}")
 
 
@@ -428,9 +365,7 @@ def contents(task: Task, folder: str, split: str) -> str:
     """The number of examples: of all splits of a GLUE task, or of one split of another."""
     if task.name not in GLUE:
         return f"{len(task.read(folder, split)[task.train_language]):,} sentences"
-    counts = [
-        f"{len(rows):,} {each}" for each in task.files for rows in task.read(folder, each).values()
-    ]
+    counts = [f"{len(rows):,} {each}" for each in task.files for rows in task.read(folder, each).values()]
     paths = [*file_paths(task, folder, "train"), *file_paths(task, folder, "test")]
     left_out = sum(len(read_file(task.name, path, task.fetch)[1]) for path in paths)
     note = f" ({left_out:,} malformed ones left out)" if left_out else ""

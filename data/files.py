@@ -10,9 +10,7 @@ from common import UserError
 
 
 def existing(path: str) -> str | None:
-    """The path if there is such a file, else that of its compressed form (.xz); None if there is
-    neither.
-    """
+    """The path if there is such a file, else that of its compressed form (.xz); None if there is neither."""
     return next((name for name in (path, path + ".xz") if os.path.isfile(name)), None)
 
 
@@ -20,23 +18,19 @@ def existing(path: str) -> str | None:
 def open_text(path: str, fetch: str) -> Iterator[TextIO]:
     """Open a UTF-8 file, PATH or PATH.xz. fetch: the command that brings it or tells its source.
 
-    Lines end with "\\n" alone: some texts hold other characters that Python would take for a line
-    end. A byte order mark at the start is dropped.
+    Lines end with "\\n" alone: some texts hold other characters that Python would take for a line end. A byte order
+    mark at the start is dropped.
     """
     found = existing(path)
     if found is None:
-        raise UserError(
-            f"no file {path}: fetch it with '{fetch}', or name its folder with --data-dir"
-        )
+        raise UserError(f"no file {path}: fetch it with '{fetch}', or name its folder with --data-dir")
     open_file = lzma.open if found.endswith(".xz") else open
     try:
         with open_file(found, "rt", encoding="utf-8-sig", newline="\n") as file:
             yield file
     except UnicodeDecodeError as error:
         where = f"byte {error.start}"
-        raise UserError(
-            f"{found} is not UTF-8 text ({where}): fetch it again with '{fetch}'"
-        ) from None
+        raise UserError(f"{found} is not UTF-8 text ({where}): fetch it again with '{fetch}'") from None
     except (lzma.LZMAError, EOFError):
         raise UserError(f"{found} is damaged: fetch it again with '{fetch}'") from None
     except OSError as error:
@@ -44,25 +38,18 @@ def open_text(path: str, fetch: str) -> Iterator[TextIO]:
 
 
 def read_tsv(
-    path: str,
-    columns: tuple[str, ...],
-    fetch: str,
-    header: tuple[str, ...] = (),
-    malformed: list[int] | None = None,
+    path: str, columns: tuple[str, ...], fetch: str, header: tuple[str, ...] = (), malformed: list[int] | None = None
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, the cells of `columns`) of a tab-separated file. Quotes are ordinary
-    characters.
+    """Yield (line number, the cells of `columns`) of a tab-separated file. Quotes are ordinary characters.
 
-    header: the names of all columns, if the first line is a row and doesn't name them.
-    malformed: collects the numbers of lines with too few or too many columns; None: they are errors.
+    header: the names of all columns, if the first line is a row and doesn't name them. malformed: collects the
+    numbers of lines with too few or too many columns; None: they are errors.
     """
     with open_text(path, fetch) as file:
         names = list(header) or file.readline().rstrip("\r\n").split("\t")
         missing = [name for name in columns if name not in names]
         if missing:
-            raise UserError(
-                f"{path}, line 1: no column {missing[0]!r}; it has: {' '.join(names)[:200]}"
-            )
+            raise UserError(f"{path}, line 1: no column {missing[0]!r}; it has: {' '.join(names)[:200]}")
         wanted = [names.index(name) for name in columns]
         for number, line in enumerate(file, start=1 if header else 2):
             cells = line.rstrip("\r\n").split("\t")
@@ -72,6 +59,4 @@ def read_tsv(
                 malformed.append(number)
             else:
                 expected = "the layout" if header else "the header"
-                raise UserError(
-                    f"{path}, line {number}: {len(cells)} columns, {expected} has {len(names)}"
-                )
+                raise UserError(f"{path}, line {number}: {len(cells)} columns, {expected} has {len(names)}")

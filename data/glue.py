@@ -18,16 +18,16 @@ their name in the first line. About the files:
     ('python data/fetch.py glue' counts them); elsewhere, and if more than 1 % of QQP is like this, the
     line is reported.
 
-Splits. The labels of GLUE's test files are not public, so others report on the official dev file, and
-many choose their best epoch on it as well. Here nothing is chosen on what is reported:
+Splits. The labels of GLUE's test files are not public, so others report on the official dev file, and many choose
+their best epoch on it as well. Here nothing is chosen on what is reported:
 
     train   the official train.tsv without the rows below
     dev     10 % of train.tsv, at most 1,000 rows, always the same: chooses the epoch
     test    the official dev.tsv (of MNLI dev_matched.tsv and dev_mismatched.tsv): reported
 
-No example is in both train and dev: a text (a pair, in its order) of dev is removed from train
-wherever it occurs. NOTE: its parts may occur. SST-2's train.tsv holds phrases of its sentences, and
-single sentences of STS-B, MRPC and RTE occur in several pairs, so dev may be easier than test.
+No example is in both train and dev: a text (a pair, in its order) of dev is removed from train wherever it occurs.
+NOTE: its parts may occur. SST-2's train.tsv holds phrases of its sentences, and single sentences of STS-B, MRPC and
+RTE occur in several pairs, so dev may be easier than test.
 """
 
 import os
@@ -175,8 +175,7 @@ def read_glue(task: str, folder: str, split: str, fetch: str) -> dict[str, list[
     layout = GLUE[task]
     if split == "test":
         return {
-            language: read_file(task, os.path.join(folder, name), fetch)[0]
-            for language, name in layout.tests.items()
+            language: read_file(task, os.path.join(folder, name), fetch)[0] for language, name in layout.tests.items()
         }
     path = os.path.join(folder, "train.tsv")
     examples, _ = read_file(task, path, fetch)
@@ -186,8 +185,7 @@ def read_glue(task: str, folder: str, split: str, fetch: str) -> dict[str, list[
     train = [example for example in examples if (example.text_a, example.text_b) not in held]
     if not train:
         raise UserError(
-            f"{path}: {len(examples)} rows are too few to hold one out for dev: fetch it again with "
-            f"'{fetch}'"
+            f"{path}: {len(examples)} rows are too few to hold one out for dev: fetch it again with '{fetch}'"
         )
     first = next(iter(layout.tests))  # English, or MNLI's "matched"
     return {first: train if split == "train" else dev}

@@ -1,11 +1,11 @@
 """Metrics of predictions: the five in which GLUE's tasks are reported.
 
-Each takes arrays of N predictions and N labels and returns a float. Where a metric is not defined (a
-constant prediction has no correlation) it is 0.0, never NaN, so that one collapsed run does not spoil
-a mean over tasks or seeds.
+Each takes arrays of N predictions and N labels and returns a float. Where a metric is not defined (a constant
+prediction has no correlation) it is 0.0, never NaN, so that one collapsed run does not spoil a mean over tasks or
+seeds.
 
-Labels are class ids for accuracy, f1 and matthews, and numbers for pearson and spearman. f1 and
-matthews are for two classes, of which class 1 is the positive one:
+Labels are class ids for accuracy, f1 and matthews, and numbers for pearson and spearman. f1 and matthews are for two
+classes, of which class 1 is the positive one:
 
                     label 1    label 0
     predicted 1       tp         fp
@@ -42,8 +42,8 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
 
         (tp tn - fp fn) / sqrt((tp + fp) (tp + fn) (tn + fp) (tn + fn))
 
-    From -1 to 1, and 0 for guessing, however unequal the classes are: 70 % of CoLA is class 1, so
-    always predicting 1 has an accuracy of 70 % and a Matthews correlation of 0.
+    From -1 to 1, and 0 for guessing, however unequal the classes are: 70 % of CoLA is class 1, so always predicting 1
+    has an accuracy of 70 % and a Matthews correlation of 0.
 
     (2 * 1 - 1 * 1) / sqrt(3 * 3 * 2 * 2):
     >>> round(matthews(np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 1, 0])), 4)
@@ -107,13 +107,7 @@ def has_spread(values: np.ndarray) -> bool:
     return len(values) > 0 and bool(np.isfinite(values).all()) and values.min() < values.max()
 
 
-METRICS = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
-}
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
 REGRESSION = ("pearson", "spearman")
 
 

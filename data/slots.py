@@ -6,8 +6,8 @@ ATIS and SNIPS are published as three text files per split, with one sentence pe
     train/seq.out    O B-from O B-to O B-day
     train/label      find_train
 
-Each word has a tag: O for none, B-x where a slot x begins, I-x where it continues. A slot counts as
-found only if its type, first word and last word are right, as in conlleval.
+Each word has a tag: O for none, B-x where a slot x begins, I-x where it continues. A slot counts as found only if its
+type, first word and last word are right, as in conlleval.
 """
 
 import os
@@ -33,8 +33,8 @@ class Sentence(NamedTuple):
 class Names(NamedTuple):
     """The names of the ids of intents and tags.
 
-    A model knows the first `known_*` names, those of the training files. The others occur only in
-    dev or test: no model can predict them, so they count as wrong.
+    A model knows the first `known_*` names, those of the training files. The others occur only in dev or test: no
+    model can predict them, so they count as wrong.
     """
 
     intents: tuple[str, ...]
@@ -52,9 +52,7 @@ def read_sentences(folder: str, split: str, fetch: str) -> list[Sentence]:
     """
     texts, tags, labels = (read_lines(os.path.join(folder, split, name), fetch) for name in FILES)
     if not len(texts) == len(tags) == len(labels):
-        counts = ", ".join(
-            f"{name} {len(lines)}" for name, lines in zip(FILES, (texts, tags, labels), strict=True)
-        )
+        counts = ", ".join(f"{name} {len(lines)}" for name, lines in zip(FILES, (texts, tags, labels), strict=True))
         raise UserError(
             f"{os.path.join(folder, split)}: the files must have equally many lines, but they have "
             f"{counts}: bring them again, '{fetch}' tells from where"
@@ -63,14 +61,10 @@ def read_sentences(folder: str, split: str, fetch: str) -> list[Sentence]:
     for number, (words, marks, intent) in enumerate(zip(texts, tags, labels, strict=True), start=1):
         path = os.path.join(folder, split, "seq.out")
         if len(words) != len(marks):
-            raise UserError(
-                f"{path}, line {number}: {len(marks)} tags, but seq.in has {len(words)} words there"
-            )
+            raise UserError(f"{path}, line {number}: {len(marks)} tags, but seq.in has {len(words)} words there")
         for tag in marks:
             if tag != "O" and (tag[:2] not in ("B-", "I-") or len(tag) == 2):
-                raise UserError(
-                    f"{path}, line {number}: the tag {tag!r} is not O, B-name or I-name"
-                )
+                raise UserError(f"{path}, line {number}: the tag {tag!r} is not O, B-name or I-name")
         sentences.append(Sentence(words, marks, " ".join(intent)))
     return sentences
 
@@ -87,9 +81,7 @@ def read_lines(path: str, fetch: str) -> list[tuple[str, ...]]:
 
 
 def read_names(folder: str, fetch: str) -> Names:
-    """The intents and tags of a data set: the sorted names of train (O first), then those that only
-    dev or test have.
-    """
+    """The intents and tags of a data set: the sorted names of train (O first), then those that only dev or test have."""
     intents: list[str] = []
     slots: list[str] = []
     known_intents = known_slots = 0

@@ -5,12 +5,11 @@
     load("stsb", "test", "en", folder)    -> list of Example, whose labels are numbers
     load("atis", "train", "en", folder)   -> list of Sentence: words, their tags, an intent
 
-XNLI's protocol is zero-shot transfer: train on English, choose the epoch on English dev, test on every
-language. The other tasks are English: GLUE's eight, whose files and splits data/glue.py explains, and
-ATIS and SNIPS, which data/slots.py does. The two test sets of mnli take the place of languages.
+XNLI's protocol is zero-shot transfer: train on English, choose the epoch on English dev, test on every language. The
+other tasks are English: GLUE's eight, whose files and splits data/glue.py explains, and ATIS and SNIPS, which
+data/slots.py does. The two test sets of mnli take the place of languages.
 
-A row holds all that differs between tasks; no other file names a task or a language. docs/extending.md
-adds one.
+A row holds all that differs between tasks; no other file names a task or a language. docs/extending.md adds one.
 """
 
 import os
@@ -44,17 +43,13 @@ class Task:
     train_language: str = "en"
     zero_shot: bool = False  # whether reports give the mean over all but the train language
     metrics: tuple[str, ...] = ("accuracy",)  # keys of an evaluation; their mean is its "score"
-    columns: dict[str, str] = field(
-        default_factory=dict
-    )  # of reports: head -> key of an evaluation
+    columns: dict[str, str] = field(default_factory=dict)  # of reports: head -> key of an evaluation
     regression: bool = False
     subfolder: str = ""  # of the data folder, where the files usually are
     models: tuple[str, ...] = ("xlmr-base", "mini")  # the default --model: the first that is there
     # Model, or "*" for any -> defaults of options (config.py). "sample": where the sample is used.
     defaults: dict[str, dict] = field(default_factory=dict)
-    sample: str | None = (
-        None  # a folder of this repository to use instead of the official files ...
-    )
+    sample: str | None = None  # a folder of this repository to use instead of the official files ...
     sample_model: str | None = None  # ... with this model
     real_thing: str = ""  # how to get the official files and a published model instead
 
@@ -62,8 +57,8 @@ class Task:
 def load(task: str, split: str, language: str, folder: str) -> list[Example] | list[Sentence]:
     """The examples of a split ("train", "dev", "test") in one language.
 
-    Raises UserError for an unknown task, a language that the task or the file doesn't have, a missing
-    file or a bad row.
+    Raises UserError for an unknown task, a language that the task or the file doesn't have, a missing file or a bad
+    row.
     """
     row = find_task(task)
     if row.languages is not None and language not in row.languages:
@@ -71,9 +66,7 @@ def load(task: str, split: str, language: str, folder: str) -> list[Example] | l
     found = row.read(folder, split)
     if not found.get(language):
         there = " ".join(name for name in found if found[name]) or "none"
-        raise UserError(
-            f"{task}: no {split} row in language {language!r} under {folder}, only in: {there}"
-        )
+        raise UserError(f"{task}: no {split} row in language {language!r} under {folder}, only in: {there}")
     return found[language]
 
 
@@ -91,8 +84,8 @@ def languages_of(task: Task, folder: str, split: str) -> tuple[str, ...]:
 
 
 def task_folder(task: Task, folder: str) -> str:
-    """The folder of a task's files: its own below the data folder (data/raw/glue/RTE), or what is left
-    of that path if the data folder is named further down (--data-dir glue, or glue/RTE).
+    """The folder of a task's files: its own below the data folder (data/raw/glue/RTE), or what is left of that path
+    if the data folder is named further down (--data-dir glue, or glue/RTE).
     """
     parts = task.subfolder.split("/")
     for i in range(len(parts)):
@@ -115,8 +108,8 @@ def file_paths(task: Task, folder: str, split: str) -> list[str]:
 def find_data(task: Task, data_dir: str | None, model: str) -> str:
     """The folder to read a task from: --data-dir, the sample of this repository, or data/raw.
 
-    The built-in model knows no other words than its sample's. A model with random weights gets the
-    sample if the official files are not there.
+    The built-in model knows no other words than its sample's. A model with random weights gets the sample if the
+    official files are not there.
     """
     if data_dir:
         return data_dir
@@ -154,9 +147,7 @@ def read_xnli(folder: str, split: str) -> dict[str, list[Example]]:
         premise, hypothesis, label = row[:3]
         language = row[3] if len(row) > 3 else "en"
         if label not in label_ids:
-            raise UserError(
-                f"{path}, line {number}: unknown label {label!r}; known: {' '.join(label_ids)}"
-            )
+            raise UserError(f"{path}, line {number}: unknown label {label!r}; known: {' '.join(label_ids)}")
         if language not in XNLI_LANGUAGES:
             raise UserError(f"{path}, line {number}: unknown language {language!r}")
         found.setdefault(language, []).append(Example(premise, hypothesis, label_ids[label]))
@@ -172,11 +163,7 @@ def glue_task(name: str) -> Task:
         name=name,
         head="sequence",
         read=partial(read_glue_split, name),
-        files={
-            "train": ("train.tsv",),
-            "dev": ("train.tsv",),
-            "test": tuple(layout.tests.values()),
-        },
+        files={"train": ("train.tsv",), "dev": ("train.tsv",), "test": tuple(layout.tests.values())},
         fetch=f"python data/fetch.py {name}",
         labels=layout.labels,
         languages=languages,
@@ -216,12 +203,7 @@ def joint_task(name: str, sample: str | None = None) -> Task:
         fetch=f"python data/fetch.py {name}",
         names=partial(joint_names, name),
         metrics=("accuracy", "slot_f1"),
-        columns={
-            "intent": "accuracy",
-            "slot F1": "slot_f1",
-            "words": "slot_token_f1",
-            "sentences": "exact",
-        },
+        columns={"intent": "accuracy", "slot F1": "slot_f1", "words": "slot_token_f1", "sentences": "exact"},
         subfolder=name,
         models=("scratch",),
         defaults={

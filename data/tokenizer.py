@@ -1,9 +1,8 @@
 """Text -> ids: with XLM-R's SentencePiece pieces, with BERT's WordPiece, or with whole words.
 
-Tokenizer is a SentencePiece unigram model with its ids shifted by one. SentencePiece numbers its
-pieces <unk> 0, <s> 1, </s> 2, then the vocabulary from 3. XLM-R was trained with fairseq, whose
-dictionary begins <s> 0, <pad> 1, </s> 2, <unk> 3. So every piece moves up by one, <unk> becomes 3, and
-<mask> comes last:
+Tokenizer is a SentencePiece unigram model with its ids shifted by one. SentencePiece numbers its pieces <unk> 0, <s>
+1, </s> 2, then the vocabulary from 3. XLM-R was trained with fairseq, whose dictionary begins <s> 0, <pad> 1, </s> 2,
+<unk> 3. So every piece moves up by one, <unk> becomes 3, and <mask> comes last:
 
     id = 3 if spm_id == 0 else spm_id + 1      <mask> = pieces + 1      V = pieces + 2
 
@@ -13,15 +12,15 @@ dictionary begins <s> 0, <pad> 1, </s> 2, <unk> 3. So every piece moves up by on
 >>> tokenizer.encode("Hello world!")               # with XLM-R's own model
 [0, 35378, 8999, 38, 2]
 
-WordPieceTokenizer has the ids of a BERT's vocab.txt, which are line numbers. One separator stands
-between two texts, and a *token type* says to which text a token belongs:
+WordPieceTokenizer has the ids of a BERT's vocab.txt, which are line numbers. One separator stands between two texts,
+and a *token type* says to which text a token belongs:
 
     two texts    [CLS] a [SEP] b [SEP]
     types          0   0   0   1   1               (encode_typed: the index of the first 1)
 
-WordTokenizer has XLM-R's four special ids, then one id for each frequent word of a training set: for
-small tasks without a pretrained model, such as ATIS. All of them encode single words, so that each
-can carry a tag (encode_words); load_tokenizer finds out which of them some bytes are.
+WordTokenizer has XLM-R's four special ids, then one id for each frequent word of a training set: for small tasks
+without a pretrained model, such as ATIS. All of them encode single words, so that each can carry a tag
+(encode_words); load_tokenizer finds out which of them some bytes are.
 """
 
 import hashlib
@@ -62,12 +61,7 @@ class Tokenizer:
             raise UserError(
                 f"{source} is not a SentencePiece model; XLM-R's is named sentencepiece.bpe.model"
             ) from None
-        layout = (
-            self.pieces.unk_id(),
-            self.pieces.bos_id(),
-            self.pieces.eos_id(),
-            self.pieces.pad_id(),
-        )
+        layout = (self.pieces.unk_id(), self.pieces.bos_id(), self.pieces.eos_id(), self.pieces.pad_id())
         if layout != (0, 1, 2, -1):
             raise UserError(
                 f"{source}: <unk> <s> </s> <pad> have the SentencePiece ids {layout}; XLM-R's layout is (0, 1, 2, -1)"
@@ -82,41 +76,31 @@ class Tokenizer:
         if not os.path.isfile(path):
             raise UserError(f"no tokenizer at {path}: give a SentencePiece .model file")
         if os.path.getsize(path) > MAX_MODEL_BYTES:
-            raise UserError(
-                f"{path}: {os.path.getsize(path):,} bytes can't be a SentencePiece model"
-            )
+            raise UserError(f"{path}: {os.path.getsize(path):,} bytes can't be a SentencePiece model")
         with open(path, "rb") as file:
             return cls(file.read(), path)
 
     @staticmethod
-    def from_payload(
-        payload: dict, path: str, vocab_size: int
-    ) -> "Tokenizer | WordPieceTokenizer | WordTokenizer":
-        """The tokenizer (of any kind) of a checkpoint's dictionary, which must fit the model's
-        vocabulary.
-        """
+    def from_payload(payload: dict, path: str, vocab_size: int) -> "Tokenizer | WordPieceTokenizer | WordTokenizer":
+        """The tokenizer (of any kind) of a checkpoint's dictionary, which must fit the model's vocabulary."""
         stored = payload.get("tokenizer")
         try:
             tokenizer = load_tokenizer(stored.numpy().tobytes(), path)
         except (AttributeError, TypeError):
             raise UserError(f"{path} holds no tokenizer: convert it again") from None
         if tokenizer.vocab_size != vocab_size:
-            raise UserError(
-                f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its model {vocab_size:,}"
-            )
+            raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its model {vocab_size:,}")
         return tokenizer
 
     def encode(self, a: str, b: str | None = None, max_length: int | None = None) -> list[int]:
         """One text or a pair -> ids with <s> and </s>, cut to max_length if given."""
         return self.encode_batch([a], None if b is None else [b], max_length)[0].tolist()
 
-    def encode_batch(
-        self, a: list[str], b: list[str] | None = None, max_length: int | None = None
-    ) -> list[np.ndarray]:
+    def encode_batch(self, a: list[str], b: list[str] | None = None, max_length: int | None = None) -> list[np.ndarray]:
         """Many texts or pairs at once. Returns one int32 array each (not padded).
 
-        A pair that is too long loses tokens from its longer text first ("longest first"), as in
-        Hugging Face tokenizers.
+        A pair that is too long loses tokens from its longer text first ("longest first"), as in Hugging Face
+        tokenizers.
         """
         refuse_unequal(a, b)
         room_for = 2 if b is None else 4  # special tokens
@@ -137,8 +121,7 @@ class Tokenizer:
     def encode_words(
         self, sentences: Sequence[Sequence[str]], max_length: int | None = None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Sentences of words -> (ids with <s> and </s>, int32; the index of each word's first piece,
-        int64).
+        """Sentences of words -> (ids with <s> and </s>, int32; the index of each word's first piece, int64).
 
         Each word is encoded by itself, and its tag belongs to its first piece. A word without a piece
         (such as a control character) becomes <unk>, so that its tag has a place.
@@ -167,8 +150,8 @@ class Tokenizer:
 class WordPieceTokenizer:
     """BERT's vocab.txt: the id of a piece is the number of its line, from 0.
 
-    vocabulary: the bytes of UTF-8 text, "sdq-wordpiece-1 lower" (an uncased model) or "... cased" in
-    the first line, then the lines of vocab.txt.  source: its name in error messages.
+    vocabulary: the bytes of UTF-8 text, "sdq-wordpiece-1 lower" (an uncased model) or "... cased" in the first line,
+    then the lines of vocab.txt.  source: its name in error messages.
 
     As in Hugging Face's, "[SEP]" and the other special tokens inside a text become their ids.
     """
@@ -186,13 +169,9 @@ class WordPieceTokenizer:
         if first not in kinds or rest:
             raise UserError(f"{source} is not a whole WordPiece vocabulary: convert it again")
         # Words have no spaces, so such a piece could never be found: the file is something else.
-        bad = next(
-            (i for i, piece in enumerate(pieces) if not piece or set(piece) & set(" \t\r")), -1
-        )
+        bad = next((i for i, piece in enumerate(pieces) if not piece or set(piece) & set(" \t\r")), -1)
         if bad >= 0:
-            raise UserError(
-                f"{source}: line {bad + 1}, {pieces[bad][:40]!r}, is not a piece of a word"
-            )
+            raise UserError(f"{source}: line {bad + 1}, {pieces[bad][:40]!r}, is not a piece of a word")
         self.ids = {piece: i for i, piece in enumerate(pieces)}
         if len(self.ids) != len(pieces):
             twice = next(piece for piece, count in Counter(pieces).items() if count > 1)
@@ -201,9 +180,7 @@ class WordPieceTokenizer:
         if missing:
             raise UserError(f"{source} has no {missing[0]}: it is not the vocab.txt of a BERT")
         self.pieces, self.lower = pieces, kinds[first]
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-            self.ids[special] for special in SPECIALS
-        )
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (self.ids[special] for special in SPECIALS)
         self.bytes = vocabulary
         self.vocab_size = len(pieces)
         self.sha256 = hashlib.sha256(vocabulary).hexdigest()
@@ -211,9 +188,7 @@ class WordPieceTokenizer:
         self._known: dict[str, list[int]] = {}
 
     @classmethod
-    def from_vocab(
-        cls, vocab: bytes, lower: bool, source: str = "vocab.txt"
-    ) -> "WordPieceTokenizer":
+    def from_vocab(cls, vocab: bytes, lower: bool, source: str = "vocab.txt") -> "WordPieceTokenizer":
         """From the bytes of a vocab.txt as published. lower: the model is uncased."""
         first = f"{WORDPIECE_MAGIC} {'lower' if lower else 'cased'}\n".encode()
         lines = vocab.replace(b"\r\n", b"\n").removesuffix(b"\n")
@@ -223,9 +198,7 @@ class WordPieceTokenizer:
         """One text or a pair -> ids with [CLS] and [SEP], cut to max_length if given."""
         return self.encode_batch([a], None if b is None else [b], max_length)[0].tolist()
 
-    def encode_batch(
-        self, a: list[str], b: list[str] | None = None, max_length: int | None = None
-    ) -> list[np.ndarray]:
+    def encode_batch(self, a: list[str], b: list[str] | None = None, max_length: int | None = None) -> list[np.ndarray]:
         """As Tokenizer.encode_batch, with BERT's special tokens."""
         return self.encode_typed(a, b, max_length)[0]
 
@@ -265,8 +238,8 @@ class WordPieceTokenizer:
     def _text(self, text: str) -> list[int]:
         """The ids of a text, without [CLS] and [SEP].
 
-        No token spans a plain space (data/wordpiece.py), so what stands between two spaces is encoded
-        by itself and remembered: most words of a text have occurred before.
+        No token spans a plain space (data/wordpiece.py), so what stands between two spaces is encoded by itself and
+        remembered: most words of a text have occurred before.
         """
         ids: list[int] = []
         for chunk in text.split(" "):
@@ -289,8 +262,8 @@ class WordPieceTokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> words separated by spaces, without special tokens. The spaces of the text, and the
-        accents and capitals of an uncased model, are lost.
+        """Ids -> words separated by spaces, without special tokens. The spaces of the text, and the accents and
+        capitals of an uncased model, are lost.
         """
         pieces = [self.pieces[int(i)] for i in ids]
         return " ".join(p for p in pieces if p not in SPECIALS).replace(" ##", "")
@@ -299,8 +272,8 @@ class WordPieceTokenizer:
 class WordTokenizer:
     """A list of words: ids 0 to 3 are <s> <pad> </s> <unk>, the first word has id 4.
 
-    vocabulary: the bytes of UTF-8 text, WORDS_MAGIC in the first line, then one word per line.
-    source: its name in error messages.
+    vocabulary: the bytes of UTF-8 text, WORDS_MAGIC in the first line, then one word per line. source: its name in
+    error messages.
     """
 
     typed = False
@@ -342,9 +315,7 @@ class WordTokenizer:
         """One text, split at its spaces -> ids with <s> and </s>, cut to max_length if given."""
         return self.encode_batch([a], None if b is None else [b], max_length)[0].tolist()
 
-    def encode_batch(
-        self, a: list[str], b: list[str] | None = None, max_length: int | None = None
-    ) -> list[np.ndarray]:
+    def encode_batch(self, a: list[str], b: list[str] | None = None, max_length: int | None = None) -> list[np.ndarray]:
         """Many texts at once. Returns one int32 array each (not padded)."""
         if b is not None:
             raise UserError("a tokenizer of words takes no pairs of texts: give single texts")
@@ -356,19 +327,14 @@ class WordTokenizer:
         self, sentences: Sequence[Sequence[str]], max_length: int | None = None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """As Tokenizer.encode_words: here each word is one id."""
-        rows = [
-            (self._with_specials(words), np.arange(1, len(words) + 1, dtype=np.int64))
-            for words in sentences
-        ]
+        rows = [(self._with_specials(words), np.arange(1, len(words) + 1, dtype=np.int64)) for words in sentences]
         return refuse_long(rows, max_length)
 
     def _with_specials(self, words: Sequence[str]) -> np.ndarray:
         return np.array([BOS, *(self.ids.get(word, UNK) for word in words), EOS], dtype=np.int32)
 
 
-def load_tokenizer(
-    model: bytes, source: str = "tokenizer"
-) -> Tokenizer | WordPieceTokenizer | WordTokenizer:
+def load_tokenizer(model: bytes, source: str = "tokenizer") -> Tokenizer | WordPieceTokenizer | WordTokenizer:
     """The tokenizer of these bytes: a text format has its name in the first line."""
     if model.startswith(WORDPIECE_MAGIC.encode()):
         return WordPieceTokenizer(model, source)
@@ -379,9 +345,7 @@ def load_tokenizer(
 
 def refuse_short(max_length: int | None, specials: int) -> None:
     if max_length is not None and max_length < specials:
-        raise UserError(
-            f"a maximum of {max_length} tokens leaves no room for the {specials} special ones"
-        )
+        raise UserError(f"a maximum of {max_length} tokens leaves no room for the {specials} special ones")
 
 
 def refuse_unequal(a: list[str], b: list[str] | None) -> None:

@@ -4,16 +4,15 @@
       basic_tokens    die | baume | , | 2019 | !          words, in one spelling
       word_pieces     die | ba ##um ##e | , | 2019 | !    each word cut into pieces of the vocabulary
 
-Step one drops control characters, separates Chinese characters (Chinese has no spaces between words),
-removes accents and capitals for an uncased model, and splits at spaces and around every punctuation
-mark. Step two is greedy: the longest piece of the vocabulary that begins the word, then the longest
-that continues it; "##" marks a piece that continues. Unlike in SentencePiece, spaces are lost.
+Step one drops control characters, separates Chinese characters (Chinese has no spaces between words), removes accents
+and capitals for an uncased model, and splits at spaces and around every punctuation mark. Step two is greedy: the
+longest piece of the vocabulary that begins the word, then the longest that continues it; "##" marks a piece that
+continues. Unlike in SentencePiece, spaces are lost.
 
-The ids are meant to equal Hugging Face's, so the functions follow its BertTokenizer (the one in Rust)
-where that and Google's Python code disagree: unassigned characters are kept, one range of rare
-Chinese characters begins later, and capitals are lowered one by one. NOTE: differs from Hugging Face:
-accents and punctuation marks that came after Unicode 8 (2015), some 500 characters of rare scripts,
-follow Python's tables; there they are letters.
+The ids are meant to equal Hugging Face's, so the functions follow its BertTokenizer (the one in Rust) where that and
+Google's Python code disagree: unassigned characters are kept, one range of rare Chinese characters begins later, and
+capitals are lowered one by one. NOTE: differs from Hugging Face: accents and punctuation marks that came after
+Unicode 8 (2015), some 500 characters of rare scripts, follow Python's tables; there they are letters.
 
 Nothing here knows ids or special tokens: data/tokenizer.py does.
 """
@@ -99,8 +98,7 @@ def is_punctuation(char: str) -> bool:
 
 
 def word_pieces(word: str, vocabulary: Container[str], unknown: str = "[UNK]") -> list[str]:
-    """One word -> its pieces, greedily the longest first. If a part has no piece, the whole word is
-    unknown.
+    """One word -> its pieces, greedily the longest first. If a part has no piece, the whole word is unknown.
 
     >>> word_pieces("unaffable", {"un", "##aff", "##able", "##a"})
     ['un', '##aff', '##able']

@@ -70,9 +70,7 @@ def main() -> None:
     expected = {"ids": ids, "mask": mask}
     with torch.no_grad():
         for name, model in (("st", mlm), ("bin", half), ("seq", seq)):
-            out = model(
-                ids, attention_mask=mask.long(), output_hidden_states=True, output_attentions=True
-            )
+            out = model(ids, attention_mask=mask.long(), output_hidden_states=True, output_attentions=True)
             expected[name + "_hidden"] = torch.stack(out.hidden_states)
             expected[name + "_logits"] = out.logits
             expected[name + "_map"] = torch.stack(out.attentions)

@@ -37,10 +37,7 @@ ODD = [
     ("The [SEP] man [MASK][CLS]reads[UNK]. [sep] [ SEP ] [PAD]", "girl[SEP]"),
     ("Él leyó a naïve café; e\u0301 o\u0302\u0323 ñ Å", "İstanbul Iğdır ılık TİTİZ"),
     ("ΟΔΟΣ Το ΚΟΡΊΤΣΙ Σ", "МУЖЧИНА Ёлка й"),
-    (
-        "zero\u200bwidth\u200djoin\ufeff soft\u00adhyphen",
-        "nul\x00 bell\x07 c1\x85 bad\ufffd \ue000",
-    ),
+    ("zero\u200bwidth\u200djoin\ufeff soft\u00adhyphen", "nul\x00 bell\x07 c1\x85 bad\ufffd \ue000"),
     ("女孩read在。\U00020000\U0002b820a\U0002b920b\uf900", "カタカナ ｶﾞ 한국어 각"),
     ("emoji 🙂🧑‍🚀👍🏽 flags 🇩🇪", "ﬁ ＡＢＣ ① ½ ẞ K"),
     ("a" * 100 + " " + "a" * 101 + " the", "e\u0301" * 100),

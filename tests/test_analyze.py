@@ -126,12 +126,7 @@ def random_maps(seed, mask, levels=None, heads=3):
 
 
 def rows_of(maps, lengths):
-    return [
-        maps[b, h, q, :n].tolist()
-        for b, n in enumerate(lengths)
-        for q in range(n)
-        for h in range(maps.shape[1])
-    ]
+    return [maps[b, h, q, :n].tolist() for b, n in enumerate(lengths) for q in range(n) for h in range(maps.shape[1])]
 
 
 @pytest.mark.parametrize("levels", [None, 2, 4])
@@ -180,10 +175,7 @@ def test_rows_by_hand():
 def test_recovery_of_padded_batches_equals_that_of_single_sequences(models):
     batches = [batch([9, 5, 3]), batch([6, 6]), batch([1, 1])]
     found = attention_recovery(*models, batches)
-    taps = [
-        [model(ids, None, ("score", "map", "normed"))[1] for model in models]
-        for ids in sequences_of(batches)
-    ]
+    taps = [[model(ids, None, ("score", "map", "normed"))[1] for model in models] for ids in sequences_of(batches)]
     for layer in range(2):
         lists, kl, mse, tokens = [], 0.0, 0.0, 0
         for target, seen in taps:

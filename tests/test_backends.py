@@ -60,9 +60,7 @@ def test_random_batches_look_like_training_data():
 
 # ---------------------------------------------------------------------------------- tensor trains
 def test_merged_cores_give_the_same_logits():
-    config = ModelConfig(
-        100, 64, 1, 1, 128, 64, head="joint", num_labels=3, num_slots=5, tt=TTConfig(4, 5)
-    )
+    config = ModelConfig(100, 64, 1, 1, 128, 64, head="joint", num_labels=3, num_slots=5, tt=TTConfig(4, 5))
     model, ids = initialize(meta_model(config)).eval(), torch.randint(4, 99, (3, 9))
     assert any(isinstance(module, TTLinear) for module in model.modules())
     merged = backends.merge_cores(model)

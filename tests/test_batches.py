@@ -17,15 +17,7 @@ from test_tasks import rewrite
 import data.batches as batches
 from common import UserError
 from data import tasks
-from data.batches import (
-    IGNORE,
-    Dataset,
-    collate,
-    encode_split,
-    evaluation_batches,
-    training_order,
-    unpadded_batches,
-)
+from data.batches import IGNORE, Dataset, collate, encode_split, evaluation_batches, training_order, unpadded_batches
 from data.glue import Example
 from data.slots import read_sentences
 from data.tasks import XNLI_LANGUAGES, Task, find_task, load, read_xnli
@@ -120,10 +112,7 @@ def test_labels_of_a_regression_are_numbers(tmp_path, tokenizer, monkeypatch):
 
 
 def test_limit_takes_the_same_rows_in_every_language(folder, tokenizer):
-    labels = {
-        tuple(encode_split("xnli", "dev", x, str(folder), tokenizer, 32, 2).labels)
-        for x in XNLI_LANGUAGES
-    }
+    labels = {tuple(encode_split("xnli", "dev", x, str(folder), tokenizer, 32, 2).labels) for x in XNLI_LANGUAGES}
     assert len(labels) == 1
 
 
@@ -191,9 +180,7 @@ def test_cache_notices_changed_data_and_settings(folder, tokenizer):
     assert encode(length=9).lengths.max() == 9 < long.lengths.max()
     assert len(encode(limit=2)) == 2
     read_xnli.cache_clear()
-    rewrite(
-        folder, "dev", lambda lines: lines.insert(1, "de\tneutral\tnoch ein Satz\tund einer\t1")
-    )
+    rewrite(folder, "dev", lambda lines: lines.insert(1, "de\tneutral\tnoch ein Satz\tund einer\t1"))
     assert len(encode()) == len(long) + 1
 
 

@@ -75,14 +75,10 @@ def test_matmul_benchmark(tmp_path, capsys):
 def test_model_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(backends, "available_backends", lambda device: OURS)
     measure = backends.peak_memory  # one real process is enough for a test
-    monkeypatch.setattr(
-        backends, "peak_memory", lambda name, *x: measure(name, *x) if name == "fp32" else None
-    )
+    monkeypatch.setattr(backends, "peak_memory", lambda name, *x: measure(name, *x) if name == "fp32" else None)
     options = "model --vocab 30000 --tokens 20 --sizes 1 3".split()
     rows = bench_to_json(tmp_path, *options)["rows"]
-    assert [(row["name"], row["batch_size"]) for row in rows] == [
-        (n, b) for b in (1, 3) for n in OURS
-    ]
+    assert [(row["name"], row["batch_size"]) for row in rows] == [(n, b) for b in (1, 3) for n in OURS]
     found = {row["name"]: row for row in rows}
     sizes = {name: row["size_bytes"] for name, row in found.items()}
     assert sizes["int8 static"] < 0.3 * sizes["fp32"]
@@ -97,10 +93,7 @@ def test_rows_benchmark(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(backends, "available_backends", lambda device: OURS)
     result = bench_to_json(tmp_path, "rows", "--rows", "40", "--tokens", "32")
     assert result["same_logits_as_student"] == 40 and result["shape"]["rows"] == 40
-    assert set(result["rows"]) == {
-        "fp32, file order",
-        *(f"{n}, by length" for n in OURS if n != "fake-quantized"),
-    }
+    assert set(result["rows"]) == {"fp32, file order", *(f"{n}, by length" for n in OURS if n != "fake-quantized")}
     assert all(row["rows_per_second"] > 0 for row in result["rows"].values())
     assert all(share >= 1 for share in result["tokens_with_padding"].values())
     assert "bit for bit, in 40 rows" in capsys.readouterr().out
@@ -168,9 +161,7 @@ def test_defaults_of_tt(monkeypatch):
     for what, expected in (("tt", (2, 614, 32, 14, [4096])), ("train", (12, 250002, 16, 128))):
         seen = []
         _, *rest = bench.BENCHMARKS[what]
-        monkeypatch.setitem(
-            bench.BENCHMARKS, what, (lambda args, seen=seen: seen.append(args) or {}, *rest)
-        )
+        monkeypatch.setitem(bench.BENCHMARKS, what, (lambda args, seen=seen: seen.append(args) or {}, *rest))
         with pytest.raises(KeyError):  # there are no figures to show
             bench.main([what, "--device", "cpu"])
         names = ("layers", "vocab", "batch_size", "tokens", "sizes")[: len(expected)]

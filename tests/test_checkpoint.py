@@ -46,9 +46,7 @@ def test_checkpoint_round_trip(tiny_config, tmp_path):
     assert save_atomically(checkpoint_payload(model, b"abc"), path) == os.path.getsize(path)
     again = load_checkpoint(path)
     assert again.config == tiny_config and not again.training
-    for (name, a), (_, b) in zip(
-        model.state_dict().items(), again.state_dict().items(), strict=True
-    ):
+    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     assert os.listdir(tmp_path) == ["m.pt"]
 
@@ -80,10 +78,7 @@ def damaged_checkpoints(config):
         "foreign": ({"weight": torch.zeros(2)}, "not a checkpoint of this project"),
         "list": ([1, 2], "not a checkpoint of this project"),
         "missing": ({**good, "tensors": without_first}, "is missing"),
-        "extra": (
-            {**good, "tensors": {**tensors, "spare": torch.zeros(1)}},
-            "unexpected tensor spare",
-        ),
+        "extra": ({**good, "tensors": {**tensors, "spare": torch.zeros(1)}}, "unexpected tensor spare"),
         "shape": (with_first(torch.zeros(3, 3)), "has shape (3, 3)"),
         "dtype": (with_first(tensors[first].bfloat16()), "torch.bfloat16"),
         "config": (with_config(num_layers=10**9), "num_layers is 1000000000"),
@@ -323,10 +318,7 @@ def damaged_students(payload):
         "extra key": (packed(spare=1), "is damaged"),
         "grid": (packed(codes=torch.full_like(entry["codes"], 127 + 100)), "outside the grid"),
         "missing": ({**payload, "packed": without}, "is missing"),
-        "unexpected": (
-            {**payload, "packed": {**payload["packed"], "x.weight": entry}},
-            "no place in the model",
-        ),
+        "unexpected": ({**payload, "packed": {**payload["packed"], "x.weight": entry}}, "no place in the model"),
         "quant": ({**payload, "quant": {"bits": 8}}, "damaged"),
         "config": ({**payload, "config": {}}, "model config is damaged"),
         "tokenizer": ({**payload, "tokenizer": torch.zeros(9, dtype=torch.uint8)}, "SentencePiece"),
@@ -411,10 +403,7 @@ def damaged_cores(payload):
         ),
         "one too many": ({**payload, "packed": moved}, "cores.4 has no place in the model"),
         "other ranks": ({**payload, "config": rank}, "does not have the shape"),
-        "no tensor trains": (
-            {**payload, "config": {**payload["config"], "tt": None}},
-            "has no place in the model",
-        ),
+        "no tensor trains": ({**payload, "config": {**payload["config"], "tt": None}}, "has no place in the model"),
         "log scale": (
             {**payload, "tensors": {**payload["tensors"], "x.log_scale": torch.ones(())}},
             "unexpected tensor x.log_scale",

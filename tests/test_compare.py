@@ -52,10 +52,7 @@ def test_over_seeds(tmp_path, capsys):
     paths = []
     for bits in (8, 2):
         for seed, plus in ((0, 0.0), (1, 2.0)):
-            rows = {
-                "fp32": row(90 + plus, {"de": 80.0}),
-                "ptq": row(50 + bits + plus, {"de": 40.0}),
-            }
+            rows = {"fp32": row(90 + plus, {"de": 80.0}), "ptq": row(50 + bits + plus, {"de": 40.0})}
             path = tmp_path / f"{bits}-{seed}.json"
             path.write_text(json.dumps(run(seed, bits, **rows)))
             paths.append(str(path))
@@ -248,8 +245,7 @@ def test_table_over_seeds_ranks_and_widths(tmp_path, capsys):
 def test_shapes_of_joint_models(tmp_path, capsys):
     """Tables of embeddings are told apart, and the teacher of a pretrained model is dense."""
     runs = joint_runs(
-        (4, 8, ["fp32", "ptq"], {"model": "minilm"}),
-        (4, 8, ["ptq"], {"model": "minilm", "tt_embedding_rank": 6}),
+        (4, 8, ["fp32", "ptq"], {"model": "minilm"}), (4, 8, ["ptq"], {"model": "minilm", "tt_embedding_rank": 6})
     )
     assert compare.main(write_runs(tmp_path, runs)) == 0
     assert [line[0] for line in cells_of(capsys)[2:]] == [
@@ -258,9 +254,7 @@ def test_shapes_of_joint_models(tmp_path, capsys):
 
 
 def test_latency_stands_beside_its_backend(tmp_path, capsys):
-    (results,) = write_runs(
-        tmp_path, joint_runs((4, 8, ["fp32", "ptq"], {"act_range": "static"}))[:1]
-    )
+    (results,) = write_runs(tmp_path, joint_runs((4, 8, ["fp32", "ptq"], {"act_range": "static"}))[:1])
     measured = [
         {"name": name, "batch_size": size, "median_ms": 10 * size + i}
         for size in (1, 2)

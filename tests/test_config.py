@@ -250,29 +250,14 @@ def test_invalid_losses_and_weights(text, message):
 @pytest.mark.parametrize(
     ("distill", "alpha", "beta", "weights"),
     [
-        (
-            "logits+map+output+hidden",
-            0.5,
-            10.0,
-            {"logits": 0.5, "map": 10.0, "output": 10.0, "hidden": 10.0},
-        ),
+        ("logits+map+output+hidden", 0.5, 10.0, {"logits": 0.5, "map": 10.0, "output": 10.0, "hidden": 10.0}),
         # gamma = 0.3 of Kim et al. 2022: gamma beta map + (1 - gamma) beta output
-        (
-            "logits+3*map+7*output+hidden",
-            0.5,
-            10.0,
-            {"logits": 0.5, "map": 3.0, "output": 7.0, "hidden": 10.0},
-        ),
+        ("logits+3*map+7*output+hidden", 0.5, 10.0, {"logits": 0.5, "map": 3.0, "output": 7.0, "hidden": 10.0}),
         # the forms in their code: map + c * output, c * map + output
         ("map+0.3*output", 1.0, 1.0, {"map": 1.0, "output": 0.3}),
         ("0.3*map+output", 1.0, 1.0, {"map": 0.3, "output": 1.0}),
         # weights of its own: neither alpha nor beta applies
-        (
-            "2*logits+0.1*map+output+0*hidden",
-            1.0,
-            9.0,
-            {"logits": 2.0, "map": 0.1, "output": 9.0, "hidden": 0.0},
-        ),
+        ("2*logits+0.1*map+output+0*hidden", 1.0, 9.0, {"logits": 2.0, "map": 0.1, "output": 9.0, "hidden": 0.0}),
         ("none", 1.0, 1.0, {}),
         *((name, 0.7, 1.0, {}) for name in LAYERWISE),
     ],

@@ -37,9 +37,7 @@ def rejected(folder, capsys, message, **kwargs):
     """Check that the program exits with 2 and one line that contains the message, and writes no file."""
     status, output, out = run(folder, capsys, **kwargs)
     assert status == 2 and not out.exists()
-    assert (
-        message in output.err and output.err.count("\n") == 1 and output.err.startswith("error: ")
-    )
+    assert message in output.err and output.err.count("\n") == 1 and output.err.startswith("error: ")
     assert [f for f in os.listdir(folder.parent) if f.endswith(".part")] == []
 
 
@@ -155,9 +153,7 @@ def test_config_is_checked(folder, capsys):
 
 
 def test_preset_names_are_reserved_for_their_shape(folder, capsys):
-    rejected(
-        folder, capsys, "config.json has vocab_size = 442, xlmr-base has 250002", name="xlmr-base"
-    )
+    rejected(folder, capsys, "config.json has vocab_size = 442, xlmr-base has 250002", name="xlmr-base")
 
 
 def test_missing_or_damaged_tokenizer(folder, capsys):
@@ -450,9 +446,7 @@ def test_real_minilm(capsys, tmp_path):
     first = ["A man plays a guitar.", "The café was closed; we walked home in the rain.", "Hi"]
     second = ["Someone makes music on an instrument.", "Nobody went out.", "Where is the station?"]
     rows, begins = tokenizer.encode_typed(first, second)
-    ids = torch.nn.utils.rnn.pad_sequence(
-        [torch.from_numpy(row).long() for row in rows], True, tokenizer.pad_id
-    )
+    ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row).long() for row in rows], True, tokenizer.pad_id)
     places = torch.arange(ids.shape[1])
     mask = places < torch.tensor([len(row) for row in rows])[:, None]
     types = ((places >= torch.from_numpy(begins)[:, None]) & mask).long()

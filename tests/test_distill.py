@@ -121,10 +121,7 @@ def test_gradient_reaches_the_student_only(name):
 def test_padding_changes_neither_value_nor_gradient(name, garbage):
     tap, wide_mask = LOSSES[name][0], pad(MASK, (0, 5), value=False)
     tensors = loss_inputs(name, 1), loss_inputs(name, 2)
-    wide = [
-        widen({tap: [tensor]}, value)[tap][0]
-        for tensor, value in zip(tensors, (garbage, -garbage), strict=True)
-    ]
+    wide = [widen({tap: [tensor]}, value)[tap][0] for tensor, value in zip(tensors, (garbage, -garbage), strict=True)]
     require_grad(tensors[0], *wide)
     before, after = loss_value(name, *tensors), loss_value(name, *wide, wide_mask)
     assert after.item() == pytest.approx(before.item(), rel=1e-5)

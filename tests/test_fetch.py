@@ -125,9 +125,7 @@ def test_cut_connection_is_resumed(server, tmp_path, size):
 
 def test_connection_cut_too_often_keeps_only_the_part(server, tmp_path):
     Handler.cuts = 3
-    with pytest.raises(
-        UserError, match="cut at 900,000 bytes, 3 times .*; run this again"
-    ) as error:
+    with pytest.raises(UserError, match="cut at 900,000 bytes, 3 times .*; run this again") as error:
         get(remote(server, "cut/f.bin"), tmp_path)
     assert one_line(error) and os.listdir(tmp_path) == ["f.bin.part"]
     Handler.cuts = 0
@@ -213,9 +211,7 @@ def test_unpack_writes_only_the_named_members(tmp_path):
     assert found == [str(tmp_path / "out" / "a" / "wanted.tsv")]
 
 
-@pytest.mark.parametrize(
-    "name", ["../evil", "a/../../evil", "/evil", "..\\evil", "C:/evil", "\\\\server\\evil"]
-)
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "..\\evil", "C:/evil", "\\\\server\\evil"])
 def test_archives_with_members_outside_their_folder_raise(tmp_path, name):
     path = archive(tmp_path, {"a/wanted.tsv": "1", name: "2"})
     with pytest.raises(UserError, match="points outside its folder") as error:
@@ -308,9 +304,7 @@ def test_glue_is_explained(tmp_path, capsys):
         assert f"{tmp_path / 'glue' / 'QQP'}/{{train.tsv,dev.tsv}}: all missing\n" in text
         assert "MNLI/{train.tsv,dev_matched.tsv,dev_mismatched.tsv}: all missing\n" in text
         assert "CoLA/{train.tsv,dev.tsv}: not usable: " in text
-        (tmp_path / "glue" / "RTE" / "dev.tsv").write_text(
-            header + "0\ta\tb\tentailment\n1\ta\tb\tnot_entailment\n"
-        )
+        (tmp_path / "glue" / "RTE" / "dev.tsv").write_text(header + "0\ta\tb\tentailment\n1\ta\tb\tnot_entailment\n")
 
 
 def test_a_task_of_glue_is_unpacked_where_it_is_read(tmp_path, capsys, monkeypatch):

@@ -39,8 +39,7 @@ def rows_of(task, count, start=0):
     """Rows whose first text holds the row's number; the labels of the task alternate."""
     labels, row = spelled(task), FILES[task][1]
     return [
-        row.format(a=f"text {i}", b=f"other {i}", label=labels[i % len(labels)])
-        for i in range(start, start + count)
+        row.format(a=f"text {i}", b=f"other {i}", label=labels[i % len(labels)]) for i in range(start, start + count)
     ]
 
 
@@ -132,11 +131,7 @@ def message_of(task, folder, split="test", language=None):
         ("sst2", "", "line 4: 1 columns, the header has 2"),
         ("mrpc", "1\t7\t8\tonly one", "line 4: 4 columns, the header has 5"),
         ("mnli", "0\t1\t1n\tg\ta\tb\tneutral\t-", "line 4: unknown label '-'"),
-        (
-            "stsb",
-            rows_of("stsb", 1)[0][:-5] + "5.1",
-            "line 4: the score '5.1' is not a number from 0",
-        ),
+        ("stsb", rows_of("stsb", 1)[0][:-5] + "5.1", "line 4: the score '5.1' is not a number from 0"),
         ("stsb", rows_of("stsb", 1)[0][:-5] + "nan", "the score 'nan'"),
         ("stsb", rows_of("stsb", 1)[0][:-5] + "", "the score ''"),
     ],
@@ -174,15 +169,11 @@ def test_malformed_rows_of_qqp_are_left_out_and_counted(tmp_path, capsys):
     assert left_out == [9, 102] and len(examples) == 298
     assert {7, 100}.isdisjoint(numbers(examples))
     assert fetch.main(["glue", "--data-dir", str(tmp_path)]) == 0
-    line = next(
-        line for line in capsys.readouterr().out.split("\n") if "QQP" in line and "{" in line
-    )
+    line = next(line for line in capsys.readouterr().out.split("\n") if "QQP" in line and "{" in line)
     assert line.endswith("269 train + 29 dev + 6 test rows (2 malformed ones left out), readable")
     rows[8:10] = ["cut", "cut"]
     write(place, "qqp", "train.tsv", rows)
-    assert "train.tsv, line 9 and 3 more have too few or too many" in message_of(
-        "qqp", tmp_path, "dev"
-    )
+    assert "train.tsv, line 9 and 3 more have too few or too many" in message_of("qqp", tmp_path, "dev")
 
 
 # ----------------------------------------------------------------------------------------- splits
@@ -210,9 +201,7 @@ def test_mnli_has_two_tests_and_one_dev(tmp_path):
     expected = [str(place / name) for name in task.files["test"]]
     assert file_paths(task, str(tmp_path), "test") == expected
     os.unlink(place / "dev_mismatched.tsv")
-    assert "no file" in message_of("mnli", tmp_path) and "dev_mismatched" in message_of(
-        "mnli", tmp_path
-    )
+    assert "no file" in message_of("mnli", tmp_path) and "dev_mismatched" in message_of("mnli", tmp_path)
 
 
 def test_the_official_files():

@@ -8,13 +8,7 @@ from conftest import random_ids
 from test_checkpoint import make_bert_student, make_student, make_train_student
 
 import int8
-from checkpoint import (
-    float_model,
-    load_student,
-    read_student,
-    save_atomically,
-    student_payload,
-)
+from checkpoint import float_model, load_student, read_student, save_atomically, student_payload
 from common import UserError
 from int8 import (
     KERNELS,
@@ -38,9 +32,7 @@ KERNEL_NAMES = list(KERNELS)
 
 
 @pytest.mark.parametrize("kernel", KERNEL_NAMES)
-@pytest.mark.parametrize(
-    "shape", [(1, 8, 8), (5, 30, 7), (17, 64, 33), (40, 768, 96), (3, 3072, 24)]
-)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (5, 30, 7), (17, 64, 33), (40, 768, 96), (3, 3072, 24)])
 def test_sums_against_int64(kernel, shape):
     M, K, N = shape
     values = torch.randint(0, 256, (M, K), dtype=torch.uint8)
@@ -238,11 +230,7 @@ def test_integer_logits_on_cuda(values, tiny_config):
 
 
 # ----------------------------------------------------------------------------------- tensor trains
-RANGES = [
-    {},
-    {"per_channel": False, "per_token": False},
-    {"act_range": "static"},
-]
+RANGES = [{}, {"per_channel": False, "per_token": False}, {"act_range": "static"}]
 TRAIN_CONFIGS = [{"weight_bits": bits, **ranges} for bits in (8, 4, 2) for ranges in RANGES]
 TRAIN_CONFIGS += [
     {"grid": "full", "act_range": "static"},
@@ -257,9 +245,7 @@ def same_logits(found, expected):
 
 
 @pytest.mark.parametrize("values", TRAIN_CONFIGS, ids=str)
-def test_tensor_trains_give_the_same_logits(
-    values, tiny_config, tokenizer_bytes, tmp_path, monkeypatch
-):
+def test_tensor_trains_give_the_same_logits(values, tiny_config, tokenizer_bytes, tmp_path, monkeypatch):
     """The student, the student loaded from its file and the integer models agree bit for bit with every
     kernel.
     """
@@ -286,9 +272,7 @@ def test_tensor_trains_give_the_same_logits(
         logits, taps = found(ids, mask, ("context", "hidden"))
         assert same_logits(logits, expected), kernel
         assert len(taps["context"]) == 1
-    assert same_logits(
-        integer_model(read)(ids, mask)[0], expected
-    )  # with the kernel that it chooses
+    assert same_logits(integer_model(read)(ids, mask)[0], expected)  # with the kernel that it chooses
     for one, other in zip(found(ids[:1, :1])[0], single, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 

@@ -20,11 +20,7 @@ from tools import make_mini as mini
 from tools.make_mini import LABELS, LANGUAGES, LEXICON, Meaning, realize
 
 MINI = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data", "mini")
-FILES = (
-    "XNLI-MT-1.0/multinli/multinli.train.en.tsv",
-    "XNLI-1.0/xnli.dev.tsv",
-    "XNLI-1.0/xnli.test.tsv",
-)
+FILES = ("XNLI-MT-1.0/multinli/multinli.train.en.tsv", "XNLI-1.0/xnli.dev.tsv", "XNLI-1.0/xnli.test.tsv")
 SCRIPTS = {"ar": "ARABIC", "ur": "ARABIC", "hi": "DEVANAGARI", "th": "THAI", "zh": "CJK"}
 SCRIPTS |= {"el": "GREEK", "bg": "CYRILLIC", "ru": "CYRILLIC"}
 
@@ -85,10 +81,7 @@ def test_splits_share_no_premise():
 
 
 def test_splits_share_no_premise_sentence():
-    texts = [
-        {row.text_a for row in tasks.load("xnli", split, "en", MINI)}
-        for split in ("train", "dev", "test")
-    ]
+    texts = [{row.text_a for row in tasks.load("xnli", split, "en", MINI)} for split in ("train", "dev", "test")]
     for one, other in itertools.combinations(texts, 2):
         assert not one & other
 
@@ -242,10 +235,7 @@ def fitting(meaning):
 def oracle(premise, hypothesis):
     one, other = fitting(premise), fitting(hypothesis)
     # Values that fit the same sentences are interchangeable: one of each sort is enough.
-    sorts = [
-        {(value in one[name], value in other[name]) for value in UNIVERSE[name]}
-        for name in ATTRIBUTES
-    ]
+    sorts = [{(value in one[name], value in other[name]) for value in UNIVERSE[name]} for name in ATTRIBUTES]
     outcomes = set()
     for event in itertools.product(*sorts):
         if all(fits for fits, _ in event) != premise.negated:
@@ -345,9 +335,7 @@ def linear_accuracy(train, train_labels, test, test_labels):
     return 100 * right.float().mean().item()
 
 
-@pytest.mark.parametrize(
-    ("cue", "limit"), [("both bags of words", 45), ("hypothesis alone", 45), ("overlap", 60)]
-)
+@pytest.mark.parametrize(("cue", "limit"), [("both bags of words", 45), ("hypothesis alone", 45), ("overlap", 60)])
 def test_no_single_cue_gives_the_label(cue, limit):
     """Chance is 33.3 %. Dev and test together: 1,500 rows, standard error 1.2 points."""
     train = tasks.load("xnli", "train", "en", MINI)
@@ -369,9 +357,7 @@ def test_near_misses_differ_in_one_slot():
     slots = Counter()
     for meaning in mini.random_meanings(rng, 3000):
         one, other = (mini.content(m) for m in (meaning, mini.near_miss(rng, meaning)))
-        changed = [
-            f.name for f in fields(Meaning) if getattr(one, f.name) != getattr(other, f.name)
-        ]
+        changed = [f.name for f in fields(Meaning) if getattr(one, f.name) != getattr(other, f.name)]
         assert len(changed) == 1, (meaning, changed)
         assert not (other.negated and other.agent == "someone")
         slots[changed[0]] += 1

@@ -23,10 +23,7 @@ def by_brute_force(predictions, labels):
 
 
 def slow_ranks(values):
-    return [
-        sum(other < x for other in values) + (sum(other == x for other in values) + 1) / 2
-        for x in values
-    ]
+    return [sum(other < x for other in values) + (sum(other == x for other in values) + 1) / 2 for x in values]
 
 
 def slow_pearson(a, b):
@@ -42,11 +39,7 @@ def test_metrics_by_brute_force():
         count = int(rng.integers(1, 20))
         predictions, labels = rng.integers(0, 2, (2, count))
         expected = by_brute_force(predictions, labels)
-        found = (
-            accuracy(predictions, labels),
-            f1(predictions, labels),
-            matthews(predictions, labels),
-        )
+        found = (accuracy(predictions, labels), f1(predictions, labels), matthews(predictions, labels))
         assert found == pytest.approx(expected)
         x = rng.integers(0, 6, count + 2).astype(np.float32)
         y = rng.normal(size=count + 2).round(1)
@@ -83,12 +76,8 @@ def test_metrics_by_sklearn():
     for _ in range(50):
         predictions, labels = rng.integers(0, 2, (2, 40))
         assert f1(predictions, labels) == pytest.approx(sklearn.f1_score(labels, predictions))
-        assert matthews(predictions, labels) == pytest.approx(
-            sklearn.matthews_corrcoef(labels, predictions)
-        )
-        assert accuracy(predictions, labels) == pytest.approx(
-            sklearn.accuracy_score(labels, predictions)
-        )
+        assert matthews(predictions, labels) == pytest.approx(sklearn.matthews_corrcoef(labels, predictions))
+        assert accuracy(predictions, labels) == pytest.approx(sklearn.accuracy_score(labels, predictions))
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-30, 2.3e30, math.nan, math.inf])

@@ -11,13 +11,7 @@ import torch
 from conftest import DEVICES, GOLDEN, TOKENIZER, random_ids
 
 import convert
-from checkpoint import (
-    check_config,
-    checkpoint_payload,
-    load_checkpoint,
-    meta_model,
-    save_atomically,
-)
+from checkpoint import check_config, checkpoint_payload, load_checkpoint, meta_model, save_atomically
 from common import UserError
 from model import PRESETS, TAPS, Model, build_model, initialize, set_dropout, with_head
 from tt import TTConfig
@@ -88,9 +82,7 @@ def test_taps_are_consistent(tiny_config):
     torch.testing.assert_close(taps["map"][0], taps["score"][0].softmax(-1))
     assert (taps["map"][0][1, :, :, 4:] == 0).all()  # nothing attends to padding
     query, key = taps["query"][0], taps["key"][0]
-    score = (query @ key.transpose(-2, -1) / (C // H) ** 0.5)[
-        0
-    ]  # the first sequence has no padding
+    score = (query @ key.transpose(-2, -1) / (C // H) ** 0.5)[0]  # the first sequence has no padding
     torch.testing.assert_close(taps["score"][0][0], score)
     torch.testing.assert_close(taps["context"][0], taps["map"][0] @ taps["value"][0])
     residual = taps["hidden"][0] + taps["output"][0]

@@ -36,10 +36,7 @@ from tt import QuantTTLinear, TTConfig, TTLinear, TTMEmbedding
 
 MATRICES = [f"attention.{n}" for n in ("query", "key", "value", "output")] + ["ffn.up", "ffn.down"]
 ROWS = [  # of WEIGHTS, with all that each allows
-    (name, bits, weight_range)
-    for name, row in WEIGHTS.items()
-    for bits in row.bits
-    for weight_range in row.ranges
+    (name, bits, weight_range) for name, row in WEIGHTS.items() for bits in row.bits for weight_range in row.ranges
 ]
 EXTREMES = [case for case in ROWS if case[1] in (WEIGHTS[case[0]].bits[0], 4, 8)]
 
@@ -87,18 +84,9 @@ WRONG = [  # fields, what the message says
     ({"weights": "ternary", "weight_bits": 4}, "weights=ternary has 2 bits, not weight_bits=4"),
     ({"weight_range": "best"}, "weight_range='best': weights=uniform has minmax, mse"),
     ({"weight_range": "lsq"}, "weight_range='lsq': weights=uniform has minmax, mse"),
-    (
-        {"weight_range": "lsq", "weights": "ternary", "weight_bits": 2},
-        "weight_range='lsq': weights=ternary has minmax",
-    ),
-    (
-        {"weight_range": "mse", "weights": "ternary", "weight_bits": 2},
-        "weight_range='mse': weights=ternary has minmax",
-    ),
-    (
-        {"weights": "lsq", "weight_bits": 32},
-        "weights=lsq needs quantized weights: weight_bits=2 to 8",
-    ),
+    ({"weight_range": "lsq", "weights": "ternary", "weight_bits": 2}, "weight_range='lsq': weights=ternary has minmax"),
+    ({"weight_range": "mse", "weights": "ternary", "weight_bits": 2}, "weight_range='mse': weights=ternary has minmax"),
+    ({"weights": "lsq", "weight_bits": 32}, "weights=lsq needs quantized weights: weight_bits=2 to 8"),
 ]
 
 
@@ -273,9 +261,7 @@ def test_prepared_model_equals_explicit_arithmetic(bits, per_channel, device, ti
     """The whole prepared model against the float32 model whose weights and inputs were quantized
     from outside.
     """
-    config = QuantConfig(
-        weight_bits=bits, act_bits=bits, per_channel=per_channel, per_token=per_channel, grid="full"
-    )
+    config = QuantConfig(weight_bits=bits, act_bits=bits, per_channel=per_channel, per_token=per_channel, grid="full")
     original, model, _ = prepared(config, tiny_config, 3)
     original, model = original.to(device), model.to(device)
 
@@ -515,13 +501,7 @@ def assert_on_grid(found, x, bits, low, high):
 
 @pytest.mark.parametrize(
     "values",
-    [
-        {},
-        {"per_token": False},
-        {"act_range": "static"},
-        {"act_range": "learned"},
-        {"weight_bits": 32, "act_bits": 32},
-    ],
+    [{}, {"per_token": False}, {"act_range": "static"}, {"act_range": "learned"}, {"weight_bits": 32, "act_bits": 32}],
     ids=str,
 )
 @pytest.mark.parametrize("bits", [8, 4])
@@ -612,25 +592,19 @@ def core_names(trains):
     return {f"{name}.cores.{k}" for name, count in trains.items() for k in range(count)}
 
 
-@pytest.mark.parametrize(
-    "keep", [(), ("head",), ("encoder.layers.0.ffn", "encoder.embeddings.word")]
-)
+@pytest.mark.parametrize("keep", [(), ("head",), ("encoder.layers.0.ffn", "encoder.embeddings.word")])
 def test_prepare_reports_tensor_trains(keep, train_config):
     original, model, report = prepared(QuantConfig(keep=keep), train_config)
     every = {**TABLES, **LAYERS, **HEADS}
     trains = {name: count for name, count in every.items() if not name.startswith(keep)}
-    linears = {
-        f"head{name}.weight" for name in (".out_proj", ".intent.out_proj") if "head" not in keep
-    }
+    linears = {f"head{name}.weight" for name in (".out_proj", ".intent.out_proj") if "head" not in keep}
     assert set(report.replaced) == core_names(trains) | linears
     # per layer: one for query, key and value, one in the middle of each, two for each of the others
     acts = 2 * (1 + 3 + 3 * 2) + 2 * 2 + 2
     assert report.act_quantizers == {0: acts, 1: acts - 6, 2: acts - 4}[len(keep)]
     parameters = dict(model.named_parameters())
     scales = {name for name in parameters if name.endswith("log_scale")}
-    assert scales == {
-        f"{name}.core_quantizers.{k}.log_scale" for name, n in trains.items() for k in range(n)
-    }
+    assert scales == {f"{name}.core_quantizers.{k}.log_scale" for name, n in trains.items() for k in range(n)}
     assert set(report.replaced) | set(report.kept) == set(parameters)
     for name, count in {**report.replaced, **report.kept}.items():
         assert parameters[name].numel() == count
@@ -688,9 +662,7 @@ def test_tensor_trains_with_float32_activations(train_config):
             module, quantized = original.get_submodule(name), model.get_submodule(name)
             for k in range(count):
                 scale = quantized.core_quantizers[k].log_scale.exp()
-                module.cores[k].copy_(
-                    fake_quantize(module.cores[k], scale, torch.zeros(()), -128, 127)
-                )
+                module.cores[k].copy_(fake_quantize(module.cores[k], scale, torch.zeros(()), -128, 127))
         for module in (original.head.out_proj, original.head.intent.out_proj):
             low, high = quant_range(8, True)
             scale, zero = choose_qparams(*min_max(module.weight, True), low, high, True)

@@ -36,13 +36,7 @@ def blocks(page, language):
 
 
 COMMANDS = sorted(
-    {
-        line
-        for page in PAGES
-        for block in blocks(page, "bash")
-        for line in block.splitlines()
-        if line.strip()
-    }
+    {line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines() if line.strip()}
 )
 
 

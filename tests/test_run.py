@@ -409,11 +409,7 @@ def test_zero_shot_mean_leaves_the_training_language_out():
 
 
 def test_recovered():
-    rows = {
-        "fp32": row(90, {"de": 80.0}),
-        "ptq": row(60, {"de": 40.0}),
-        "sdq": row(80, {"de": 70.0}),
-    }
+    rows = {"fp32": row(90, {"de": 80.0}), "ptq": row(60, {"de": 40.0}), "sdq": row(80, {"de": 70.0})}
     assert recovered(rows, "sdq", XNLI) == pytest.approx(75.0)
     assert recovered(rows, "ptq", XNLI) is None and recovered(rows, "fp32", XNLI) is None
     assert recovered({"sdq": rows["sdq"]}, "sdq", XNLI) is None

@@ -159,17 +159,11 @@ def conlleval(labels, predicted):
         for label, prediction in zip([*label_row, "O"], [*prediction_row, "O"], strict=True):
             label, prediction = split(label), split(prediction)
             if inside:
-                label_ends, prediction_ends = (
-                    ends(old_label, label),
-                    ends(old_prediction, prediction),
-                )
+                label_ends, prediction_ends = (ends(old_label, label), ends(old_prediction, prediction))
                 if label_ends and prediction_ends:
                     correct += 1
                 inside = not (label_ends or prediction_ends)
-            label_begins, prediction_begins = (
-                begins(old_label, label),
-                begins(old_prediction, prediction),
-            )
+            label_begins, prediction_begins = (begins(old_label, label), begins(old_prediction, prediction))
             if label_begins and prediction_begins and label[1] == prediction[1]:
                 inside = True
             in_labels += label_begins
@@ -184,9 +178,7 @@ def test_scores_equal_conlleval():
     for _ in range(300):
         names = ["O", "B-a", "I-a", "B-b", "I-b"]
         labels = [rng.choices(names, k=rng.randint(1, 8)) for _ in range(rng.randint(1, 6))]
-        predicted = [
-            [tag if rng.random() < 0.7 else rng.choice(names) for tag in row] for row in labels
-        ]
+        predicted = [[tag if rng.random() < 0.7 else rng.choice(names) for tag in row] for row in labels]
         scores = slot_scores(labels, predicted)
         correct, in_labels, in_predicted = conlleval(labels, predicted)
         assert scores["slot_correct"] == correct

@@ -125,9 +125,7 @@ def test_an_empty_text_is_a_text(folder):
 def test_only_newlines_end_lines(folder):
     line = 'en\tneutral\tone\u2028still one "quote\x85\tb\t1'
     rewrite(folder, "dev", set_line(2, line))
-    assert 'one\u2028still one "quote\x85' in [
-        e.text_a for e in load("xnli", "dev", "en", str(folder))
-    ]
+    assert 'one\u2028still one "quote\x85' in [e.text_a for e in load("xnli", "dev", "en", str(folder))]
 
 
 # ------------------------------------------------------------------------------ where the files are
@@ -187,10 +185,7 @@ def test_languages_come_from_the_files(monkeypatch):
     found = {"test": {"am": 3, "de": 2, "pt/br": 1}, "train": {"de": 9}}
 
     def read(folder, split):
-        return {
-            language: [Example("a", None, i % 2) for i in range(count)]
-            for language, count in found[split].items()
-        }
+        return {language: [Example("a", None, i % 2) for i in range(count)] for language, count in found[split].items()}
 
     task = Task("news", "sequence", read, {}, "see its page", labels=("no", "yes"))
     task = replace(task, languages=None, train_language="de")

@@ -45,9 +45,7 @@ def test_special_tokens_in_text_stay_text(tokenizer):
 def test_a_batch_equals_single_texts(tokenizer):
     first, second = ["The man", "Der Mann kaufte Äpfel.", ""], ["女孩在读书。", "", "x"]
     batch = tokenizer.encode_batch(first, second, 9)
-    assert [row.tolist() for row in batch] == [
-        tokenizer.encode(a, b, 9) for a, b in zip(first, second, strict=True)
-    ]
+    assert [row.tolist() for row in batch] == [tokenizer.encode(a, b, 9) for a, b in zip(first, second, strict=True)]
     assert all(row.dtype == np.int32 for row in batch)
 
 
@@ -119,10 +117,7 @@ def test_words_by_falling_count_then_alphabetically(words):
     assert words.encode("c a  once <s> ñ ") == [BOS, 4, 5, UNK, UNK, 7, EOS]
     assert words.encode("a b c", max_length=4) == [BOS, 5, 6, EOS]
     assert words.encode("") == [BOS, EOS]
-    assert [row.tolist() for row in words.encode_batch(["a", "b b"])] == [
-        [BOS, 5, EOS],
-        [BOS, 6, 6, EOS],
-    ]
+    assert [row.tolist() for row in words.encode_batch(["a", "b b"])] == [[BOS, 5, EOS], [BOS, 6, 6, EOS]]
     ((ids, first),) = words.encode_words([["a", "what", "b"]])
     assert ids.tolist() == [BOS, 5, UNK, 6, EOS] and ids.dtype == np.int32
     assert first.tolist() == [1, 2, 3] and first.dtype == np.int64

@@ -15,20 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    FLIGHTS,
-    GOLDEN,
-    ROOT,
-    SAMPLE,
-    SCRATCH,
-    SMALL,
-    TOKENIZER,
-    answer,
-    batch,
-    log_of,
-    results,
-    run,
-)
+from conftest import FLIGHTS, GOLDEN, ROOT, SAMPLE, SCRATCH, SMALL, TOKENIZER, answer, batch, log_of, results, run
 from torch import nn
 
 import convert
@@ -133,15 +120,11 @@ def test_clip_gradients_counts_sparse_ones():
 def test_scales_do_not_decay():
     """Per-row scales have the shape of a matrix; weight decay would pull their logarithm to 0."""
     model = build_model(TINY)
-    prepare(
-        model, QuantConfig(weights="lsq", weight_range="lsq", weight_bits=4, act_range="learned")
-    )
+    prepare(model, QuantConfig(weights="lsq", weight_range="lsq", weight_bits=4, act_range="learned"))
     dense, _ = make_optimizers(model)
     scales = [p for n, p in model.named_parameters() if n.endswith(("log_scale", "log_step"))]
     assert len(scales) == 2 * (6 + 4)  # of weights, and of their inputs
-    decayed = {
-        id(p) for group in dense.param_groups if group["weight_decay"] for p in group["params"]
-    }
+    decayed = {id(p) for group in dense.param_groups if group["weight_decay"] for p in group["params"]}
     assert decayed and not any(id(scale) in decayed for scale in scales)
 
 
@@ -253,10 +236,7 @@ def test_terms_of_sdq(pair):
     expected = 0.25 * logits_loss(logits, target, 3.0)
     assert found["logits"].item() == pytest.approx(expected.item())
     context = LOSSES["context"][1]
-    layers = [
-        context(s, t, rows.mask).item()
-        for s, t in zip(taps["context"], target_taps["context"], strict=True)
-    ]
+    layers = [context(s, t, rows.mask).item() for s, t in zip(taps["context"], target_taps["context"], strict=True)]
     assert math.isclose(found["context"].item(), 7.0 * sum(layers) / 2, rel_tol=1e-5)
 
 
@@ -307,9 +287,7 @@ def test_padding_does_not_change_the_loss(pair):
     teacher, student = pair
     rows = labeled([6, 4, 2])
     wide = replace(rows, ids=F.pad(rows.ids, (0, 5), value=1), mask=F.pad(rows.mask, (0, 5)))
-    before, after = (
-        values_of(sdq_loss(student, teacher, each, all_losses(), 0)) for each in (rows, wide)
-    )
+    before, after = (values_of(sdq_loss(student, teacher, each, all_losses(), 0)) for each in (rows, wide))
     assert after == pytest.approx(before, rel=1e-4)
 
 
@@ -318,8 +296,7 @@ def test_batch_size_does_not_change_the_loss(pair):
     rows = labeled([6, 4, 2])
     twice = {name: torch.cat([getattr(rows, name)] * 2) for name in ("ids", "mask", "labels")}
     once, both = (
-        values_of(sdq_loss(student, teacher, each, all_losses(), 0))
-        for each in (rows, replace(rows, **twice))
+        values_of(sdq_loss(student, teacher, each, all_losses(), 0)) for each in (rows, replace(rows, **twice))
     )
     assert both == pytest.approx(once, rel=1e-4)
 
@@ -329,9 +306,7 @@ def test_no_mask_means_that_all_tokens_are_real_in_the_loss(pair):
     rows = labeled([5, 5])
     assert rows.mask is None
     masked = replace(rows, mask=torch.ones(2, 5, dtype=torch.bool))
-    found, expected = (
-        values_of(sdq_loss(student, teacher, each, all_losses(), 0)) for each in (rows, masked)
-    )
+    found, expected = (values_of(sdq_loss(student, teacher, each, all_losses(), 0)) for each in (rows, masked))
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -350,8 +325,7 @@ def test_task_weight(pair):
     teacher, student = pair
     rows = labeled([6, 4, 1])
     full, weighted, none = (
-        values_of(sdq_loss(student, teacher, rows, TrainConfig(task_weight=weight), 0))
-        for weight in (1.0, 0.25, 0.0)
+        values_of(sdq_loss(student, teacher, rows, TrainConfig(task_weight=weight), 0)) for weight in (1.0, 0.25, 0.0)
     )
     assert weighted["task"] == pytest.approx(0.25 * full["task"]) and none["task"] == 0.0
     assert weighted["context"] == none["context"] == full["context"]
@@ -392,9 +366,7 @@ def test_logits_of_a_joint_head_are_added_in_the_loss(tiny_config):
     rows = labeled([4, 2])
     rows.tags = torch.tensor([[IGNORE, 1, 2, IGNORE], [IGNORE, 3, IGNORE, IGNORE]])
     config = TrainConfig(distill="logits", alpha=0.5, temperature=2.0)
-    (intents, slots), (target_intents, target_slots) = (
-        forward(model, rows)[0] for model in (student, teacher)
-    )
+    (intents, slots), (target_intents, target_slots) = (forward(model, rows)[0] for model in (student, teacher))
     both = logits_loss(intents, target_intents, 2.0)
     both = both + logits_loss(slots, target_slots, 2.0, rows.mask)
     found = sdq_loss(student, teacher, rows, config, 0)
@@ -405,9 +377,7 @@ def test_logits_join_the_layerwise_loss_with_alpha_in_the_last_stage(pair):
     teacher, student = pair
     rows, schedule = labeled([6, 4, 1]), LayerSchedule(layers=2, stage_steps=5)
     config = TrainConfig(distill="layerwise", alpha=0.7, temperature=2.0)
-    before, last = (
-        layerwise_loss(student, teacher, rows, config, step, schedule) for step in (9, 10)
-    )
+    before, last = (layerwise_loss(student, teacher, rows, config, step, schedule) for step in (9, 10))
     assert set(before) == {"hidden", "cosine", "map"}
     assert set(last) == {"hidden", "cosine", "map", "logits", "task"}
     (target, _), (logits, _) = outputs(pair, rows, ("map",))
@@ -482,10 +452,7 @@ class Oracle(torch.nn.Module):
     def __init__(self, dataset: Dataset, intents: np.ndarray, slots: np.ndarray):
         super().__init__()
         rows = zip(dataset.starts[:-1], dataset.starts[1:], strict=True)
-        self.known = {
-            tuple(dataset.ids[a:b].tolist()): (intents[i], slots[a:b])
-            for i, (a, b) in enumerate(rows)
-        }
+        self.known = {tuple(dataset.ids[a:b].tolist()): (intents[i], slots[a:b]) for i, (a, b) in enumerate(rows)}
 
     def forward(self, ids, mask, types=None):
         B, T = ids.shape
@@ -549,17 +516,13 @@ def test_every_method_from_the_command_line(tmp_path):
         "config.json", "log.jsonl", "results.json", "report.md", "student.pt",
     }  # fmt: skip
     (teacher,) = os.listdir(tmp_path / "teachers")
-    assert found["methods"]["fp32"]["size_bytes"] == os.path.getsize(
-        tmp_path / "teachers" / teacher
-    )
+    assert found["methods"]["fp32"]["size_bytes"] == os.path.getsize(tmp_path / "teachers" / teacher)
     assert found["methods"]["sdq"]["size_bytes"] == os.path.getsize(tmp_path / "run" / "student.pt")
     assert "| sdq " in done.stdout and done.stdout.endswith(" in all\n")
     steps = steps_of(tmp_path, "sdq")
     assert [r["step"] for r in steps] == list(range(1, 13))
     for record in steps:
-        assert record["loss"] == pytest.approx(
-            record["task"] + record["logits"] + record["context"], rel=1e-4
-        )
+        assert record["loss"] == pytest.approx(record["task"] + record["logits"] + record["context"], rel=1e-4)
 
 
 def test_it_learns(tmp_path):
@@ -807,16 +770,11 @@ def test_longer_than_the_positions(capsys, tmp_path, tiny_config, tokenizer_byte
 
 
 @pytest.mark.parametrize("tokenizer", [None, torch.zeros(9, dtype=torch.uint8), "text", "other"])
-def test_checkpoint_without_a_fitting_tokenizer(
-    tokenizer, capsys, tmp_path, tiny_config, tokenizer_bytes
-):
+def test_checkpoint_without_a_fitting_tokenizer(tokenizer, capsys, tmp_path, tiny_config, tokenizer_bytes):
     payload = checkpoint_payload(build_model(tiny_config), tokenizer_bytes)
     if isinstance(tokenizer, str) and tokenizer == "other":
         small = replace(tiny_config, vocab_size=400)
-        payload = {
-            **checkpoint_payload(build_model(small), b"x"),
-            "tokenizer": payload["tokenizer"],
-        }
+        payload = {**checkpoint_payload(build_model(small), b"x"), "tokenizer": payload["tokenizer"]}
     else:
         payload["tokenizer"] = tokenizer
     torch.save(payload, tmp_path / "m.pt")
@@ -917,9 +875,7 @@ def test_every_method_on_glue(tmp_path, bert, task, capsys):
     assert "selected on dev" in (tmp_path / "run" / "report.md").read_text()
     step = steps_of(tmp_path, "sdq")[0]
     assert {"logits", "map", "normed", "task"} <= set(step)
-    assert step["loss"] == pytest.approx(
-        sum(step[name] for name in ("logits", "map", "normed", "task")), rel=1e-5
-    )
+    assert step["loss"] == pytest.approx(sum(step[name] for name in ("logits", "map", "normed", "task")), rel=1e-5)
 
 
 @pytest.mark.parametrize(

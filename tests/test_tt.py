@@ -19,15 +19,7 @@ import tt
 from checkpoint import meta_model
 from model import Model, ModelConfig, build_model, initialize
 from prepare import calibrate
-from quant import (
-    ActQuantizer,
-    QuantConfig,
-    choose_qparams,
-    dequantize,
-    fake_quantize,
-    min_max,
-    quantize,
-)
+from quant import ActQuantizer, QuantConfig, choose_qparams, dequantize, fake_quantize, min_max, quantize
 from tt import (
     TensorTrain,
     TTConfig,
@@ -87,9 +79,7 @@ def brute_matrix(layer):
 
 def brute_table(table):
     """All rows of a TTMEmbedding, padding included, entry by entry."""
-    rows, columns = (
-        itertools.product(*map(range, m)) for m in (table.row_modes, table.column_modes)
-    )
+    rows, columns = (itertools.product(*map(range, m)) for m in (table.row_modes, table.column_modes))
     entries, columns = [], list(columns)
     for row, column in itertools.product(rows, columns):
         entry = torch.ones(1, 1, dtype=table.cores[0].dtype)
@@ -141,9 +131,7 @@ def test_factorize_has_the_least_sum_by_brute_force(d):
 def test_pad_factors_has_the_smallest_nearly_equal_factors(d):
     for n in [*range(1, 300), 800, 867, 5002] + [250002] * (d > 1):
         largest = math.ceil(n ** (1 / d)) + 1
-        nearly_equal = [
-            (k + 1) ** j * k ** (d - j) for k in range(1, largest) for j in range(d + 1)
-        ]
+        nearly_equal = [(k + 1) ** j * k ** (d - j) for k in range(1, largest) for j in range(d + 1)]
         found = pad_factors(n, d)
         assert len(found) == d and max(found) - min(found) <= 1
         assert math.prod(found) == min(size for size in nearly_equal if size >= n)
@@ -158,9 +146,7 @@ def test_ranks_are_no_larger_than_either_side_of_the_cut():
     assert clip_ranks(modes, [1, 9, 8, 7, 6, 1]) == (1, 9, 8, 7, 6, 1)
 
 
-@pytest.mark.parametrize(
-    "ranks", [(1, 2, 1), (1, 2, 2, 2, 1), (2, 2, 2, 1), (1, 2, 2, 3), (1, 0, 2, 1)]
-)
+@pytest.mark.parametrize("ranks", [(1, 2, 1), (1, 2, 2, 2, 1), (2, 2, 2, 1), (1, 2, 2, 3), (1, 0, 2, 1)])
 def test_wrong_explicit_ranks_raise(ranks):
     with pytest.raises(ValueError, match="3 cores need 4 ranks from 1 to 1"):
         clip_ranks((4, 4, 4), ranks)
@@ -295,9 +281,7 @@ def test_error_of_tt_svd_is_that_of_the_discarded_singular_values(shape, rank):
     tensor = torch.randn(shape)
     cores, error = tt_svd(tensor, shape, rank)
     ranks = clip_ranks(shape, rank)
-    assert [core.shape for core in cores] == [
-        (ranks[k], n, ranks[k + 1]) for k, n in enumerate(shape)
-    ]
+    assert [core.shape for core in cores] == [(ranks[k], n, ranks[k + 1]) for k, n in enumerate(shape)]
     exact = tensor.double()
     actual = float((outer(cores) - exact).norm())
     discarded = np.concatenate(numpy_tt_svd(exact.numpy(), shape, ranks))
@@ -481,9 +465,7 @@ def test_initial_standard_deviation_of_layers(out_modes, in_modes, rank, std):
 
 
 @pytest.mark.parametrize("std", [0.02, 1.0])
-@pytest.mark.parametrize(
-    "rows, columns, d, rank", [(867, 96, 4, 30), (442, 32, 4, 4), (97, 48, 3, 10)]
-)
+@pytest.mark.parametrize("rows, columns, d, rank", [(867, 96, 4, 30), (442, 32, 4, 4), (97, 48, 3, 10)])
 def test_initial_standard_deviation_of_tables(rows, columns, d, rank, std):
     table = TTMEmbedding.like(nn.Embedding(rows, columns), d, rank)
     table.reset_parameters(std)
@@ -493,9 +475,7 @@ def test_initial_standard_deviation_of_tables(rows, columns, d, rank, std):
 
 def test_balanced_cores_have_the_same_product_and_equal_norms():
     sizes = (1, 3, 4, 2, 1)
-    cores = [
-        10.0**k * torch.randn(sizes[k], 3, sizes[k + 1], dtype=torch.float64) for k in range(4)
-    ]
+    cores = [10.0**k * torch.randn(sizes[k], 3, sizes[k + 1], dtype=torch.float64) for k in range(4)]
     found = balanced(cores)
     torch.testing.assert_close(outer(found), outer(cores), rtol=1e-12, atol=0)
     norms = torch.stack([core.norm() for core in found])
@@ -601,13 +581,7 @@ def size_as_train(name, module, config):
 
 @pytest.mark.parametrize(
     "config",
-    [
-        TRAINS,
-        TTConfig(1, 1, 3, 4, ()),
-        TTConfig(7, 12, 2, 3, ()),
-        TTConfig(4, 99, 3, 2, ()),
-        TTConfig(99, 4, 3, 4, ()),
-    ],
+    [TRAINS, TTConfig(1, 1, 3, 4, ()), TTConfig(7, 12, 2, 3, ()), TTConfig(4, 99, 3, 2, ()), TTConfig(99, 4, 3, 4, ())],
     ids=str,
 )
 def test_tensorize_replaces_what_gets_fewer_parameters(config, joint_config):
@@ -697,9 +671,7 @@ def test_lower_ranks_change_the_outputs(low_rank):
 
 def test_reported_errors_by_brute_force(joint_config):
     model = build_model(joint_config)
-    weights = {
-        n: m.weight.detach().clone() for n, m in model.named_modules() if hasattr(m, "weight")
-    }
+    weights = {n: m.weight.detach().clone() for n, m in model.named_modules() if hasattr(m, "weight")}
     report = tensorize(model, TRAINS, from_weights=True)
     for name, module in trains_of(model).items():
         found = dense(module)

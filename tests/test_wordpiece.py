@@ -15,14 +15,7 @@ import torch
 from conftest import ROOT, SAMPLE
 
 from common import UserError
-from data.tokenizer import (
-    SPECIALS,
-    WORDPIECE_MAGIC,
-    Tokenizer,
-    WordPieceTokenizer,
-    WordTokenizer,
-    load_tokenizer,
-)
+from data.tokenizer import SPECIALS, WORDPIECE_MAGIC, Tokenizer, WordPieceTokenizer, WordTokenizer, load_tokenizer
 from data.wordpiece import basic_tokens, is_punctuation, word_pieces
 
 GOLDEN = os.path.join(ROOT, "tests", "golden_bert")
@@ -30,18 +23,7 @@ with open(os.path.join(GOLDEN, "vocab.txt"), "rb") as _file:
     VOCAB = _file.read()
 ODD = (
     *("", " ", "\n", "x" * 100, "x" * 101, "a\u200bb", "İ", "ΟΔΟΣ", "e\u0301", "[SEP]", "[sep]"),
-    *(
-        "don't",
-        "naïve",
-        "没有",
-        "\U00020000",
-        "\U0002b820",
-        "🧑‍🚀",
-        "\u0378",
-        "\x85",
-        "\u2028",
-        "##a",
-    ),
+    *("don't", "naïve", "没有", "\U00020000", "\U0002b820", "🧑‍🚀", "\u0378", "\x85", "\u2028", "##a"),
 )
 
 

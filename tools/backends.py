@@ -1,7 +1,7 @@
 """Backends that bench.py compares: ours and other libraries', where these are installed.
 
-`write_files` saves one model with random weights in the file of each backend, and `load_backend`
-loads a backend from its file alone, as its user would. So a process of its own can measure memory:
+`write_files` saves one model with random weights in the file of each backend, and `load_backend` loads a backend from
+its file alone, as its user would. So a process of its own can measure memory:
 
     python tools/backends.py BACKEND FOLDER ROWS TOKENS    # prints the peak in bytes (Linux, macOS)
 
@@ -77,8 +77,8 @@ TT_TOKENIZER = b"x" * 4500  # as long as ATIS's list of words, which every file 
 
 
 def available_backends(device: torch.device) -> tuple[str, ...]:
-    """The backends that can run here; prints what is missing for the others. Other libraries' int8
-    has no CUDA kernels.
+    """The backends that can run here; prints what is missing for the others. Other libraries' int8 has no CUDA
+    kernels.
     """
     names = []
     for name in FILES:
@@ -130,8 +130,7 @@ def random_sequences(rows: int, tokens: int, vocab_size: int) -> Tensor:
 def random_batches(args: Namespace, labels: int, slots: int = 0) -> list[Batch]:
     """Four training batches of similar lengths: some rows are a little shorter, so there is a mask.
 
-    args: options of bench.py.  slots: how many tags there are; every token but the first gets one.
-    0: no tags.
+    args: options of bench.py.  slots: how many tags there are; every token but the first gets one. 0: no tags.
     """
     batches, size = [], (args.batch_size, args.tokens)
     for _ in range(4):
@@ -299,8 +298,8 @@ def load_onnx(path: str) -> Runner:
 
 # ----------------------------------------------------------------------------------------- memory
 def peak_memory(name: str, folder: str, rows: int, tokens: int, device: torch.device) -> int | None:
-    """Bytes at the peak while a backend runs one batch: on CUDA of all tensors, on CPU of a fresh
-    process that also loads the backend; None where the system does not report it.
+    """Bytes at the peak while a backend runs one batch: on CUDA of all tensors, on CPU of a fresh process that also
+    loads the backend; None where the system does not report it.
     """
     if device.type == "cuda":
         run = load_backend(name, folder, device)
@@ -327,8 +326,8 @@ def peak_of_this_process() -> int | None:
 
 
 def saved_bytes(model: nn.Module, step: Callable[[], object]) -> int:
-    """Bytes that a training step keeps for its backward pass, at the end of the forward pass. A
-    storage is counted once; parameters are not counted.
+    """Bytes that a training step keeps for its backward pass, at the end of the forward pass. A storage is counted
+    once; parameters are not counted.
     """
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}  # keeps the storages alive, so that no address is used twice
@@ -363,8 +362,8 @@ def tensor_bytes(tensor: Tensor) -> int:
 def tt_models(
     dense: ModelConfig, trains: ModelConfig, tokens: int, device: torch.device
 ) -> dict[str, tuple[nn.Module, int]]:
-    """name -> (model with random weights, bytes of its file): dense, tensor trains, and these as
-    integers. Static ranges are calibrated on 32 sequences.
+    """name -> (model with random weights, bytes of its file): dense, tensor trains, and these as integers. Static
+    ranges are calibrated on 32 sequences.
     """
     dense_model, model = (initialize(meta_model(config)).eval() for config in (dense, trains))
     ids = random_sequences(32, tokens, dense.vocab_size)
@@ -389,8 +388,8 @@ def tt_models(
 
 @torch.no_grad()
 def merge_cores(model: Model) -> Model:
-    """A copy whose layers and tables multiply their cores out to two halves once, not at every
-    call: float32 tensor trains as they would be deployed.
+    """A copy whose layers and tables multiply their cores out to two halves once, not at every call: float32 tensor
+    trains as they would be deployed.
     """
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
@@ -411,18 +410,14 @@ def merge_cores(model: Model) -> Model:
 
 
 # -------------------------------------------------------------------------------------- one layer
-def linear_layers(
-    M: int, K: int, N: int, device: torch.device
-) -> tuple[dict[str, Callable[[], Tensor]], Tensor]:
-    """({name: a function that applies the same Linear layer K -> N to the same x (M, K)}, its exact
-    result in float64).
+def linear_layers(M: int, K: int, N: int, device: torch.device) -> tuple[dict[str, Callable[[], Tensor]], Tensor]:
+    """({name: a function that applies the same Linear layer K -> N to the same x (M, K)}, its exact result in
+    float64).
 
     "int8 product" leaves out the quantization of x: a bound of what an integer layer can reach.
     """
     generator = torch.Generator().manual_seed(M + K + N)
-    x, weight, bias = (
-        torch.randn(*size, generator=generator).to(device) for size in ((M, K), (N, K), (N,))
-    )
+    x, weight, bias = (torch.randn(*size, generator=generator).to(device) for size in ((M, K), (N, K), (N,)))
     layers = {"fp32": partial(F.linear, x, weight, bias)}
     half = {"bf16": torch.bfloat16}
     if device.type == "cuda":
@@ -477,8 +472,8 @@ def has_tltorch() -> bool:
 
 
 def tltorch_version() -> dict | None:
-    """The version of TensorLy-Torch, None if it is not installed; its einsum finds a better
-    contraction path where opt_einsum is installed.
+    """The version of TensorLy-Torch, None if it is not installed; its einsum finds a better contraction path where
+    opt_einsum is installed.
     """
     if not has_tltorch():
         print("tltorch: not measured, it is not installed")
@@ -489,8 +484,8 @@ def tltorch_version() -> dict | None:
 def tltorch_layers(layer: TTLinear) -> dict[str, nn.Module]:
     """TensorLy-Torch's tensor-train layers, at the rank whose parameter count is nearest to ours.
 
-    A "blocktt" core has one digit of the output and one of the input. "contracted": x is multiplied
-    by one core after the other; "rebuilt": the cores are multiplied out to the matrix.
+    A "blocktt" core has one digit of the output and one of the input. "contracted": x is multiplied by one core after
+    the other; "rebuilt": the cores are multiplied out to the matrix.
     """
     import tltorch
 

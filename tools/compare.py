@@ -4,9 +4,9 @@
     python tools/compare.py --languages out/*/results.json   # a column per language
     python tools/compare.py out/atis*/results.json --latency tt.json   # with times of bench.py tt
 
-The layout follows the task: a zero-shot task has columns for the training language and the mean of
-the others, a joint task has rows for dense models and tensor trains, and other tasks stand side by
-side, a column each. Seeds are averaged only over runs that agree in every other option.
+The layout follows the task: a zero-shot task has columns for the training language and the mean of the others, a
+joint task has rows for dense models and tensor trains, and other tasks stand side by side, a column each. Seeds are
+averaged only over runs that agree in every other option.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from run import figure_of, recovered_percent, summarize_languages
 # Options that a table has rows for or averages over, and those that do not change the result.
 MAY_DIFFER = {"seed", "bits", "act_bits", "distill", "methods", "recipe"}
 MAY_DIFFER |= {"save_every", *NOT_THE_RESULT}
-# Dense models and tensor trains learn at rates of their own, and where only the teacher was trained
-# the options of students have their defaults.
+# Dense models and tensor trains learn at rates of their own, and where only the teacher was trained the options of
+# students have their defaults.
 MAY_DIFFER_JOINT = {"tt_rank", "tt_embedding_rank", "lr", "epochs", "weight_range", "act_range"}
 MAY_DIFFER_JOINT |= {"student_dropout", "student_epochs", "student_lr"}
 ROW = "task seed bits act_bits tt_rank tt_embedding_rank distill".split()  # tell two runs apart
@@ -50,8 +50,8 @@ def valid_file(path: str, kind: str) -> Iterator[None]:
 def read_runs(patterns: list[str]) -> list[dict]:
     """The given results.json files. Wildcards are expanded, because not every shell does it.
 
-    Adds to each run its "path" and its "task" (a row of TASKS), and to each method its "config" and
-    "compared", the score that methods are compared by. Scores and means are computed from the metrics.
+    Adds to each run its "path" and its "task" (a row of TASKS), and to each method its "config" and "compared", the
+    score that methods are compared by. Scores and means are computed from the metrics.
     """
     runs = []
     for path in (path for each in patterns for path in sorted(glob.glob(each)) or [each]):
@@ -73,8 +73,8 @@ def read_runs(patterns: list[str]) -> list[dict]:
 
 
 def current_options(config: dict) -> dict:
-    """An older config as today's options would write it: a newer option has its default, and
-    --distill names the order of layers and the weights of losses, which were options of their own.
+    """An older config as today's options would write it: a newer option has its default, and --distill names the
+    order of layers and the weights of losses, which were options of their own.
     """
     config = vars(TrainConfig()) | config
     order = config.pop("order", "bottom-up")
@@ -96,8 +96,8 @@ def has_task_column(task: Task) -> bool:
 def check_comparable(runs: list[dict]) -> None:
     """Raise UserError for two runs that must not stand in one table, or are the same one.
 
-    Each task may have its own recipe, and each width its own --student-lr. An option that no longer
-    exists is compared where both files have it.
+    Each task may have its own recipe, and each width its own --student-lr. An option that no longer exists is
+    compared where both files have it.
     """
     seen = {}
     for i, run in enumerate(runs):
@@ -138,8 +138,7 @@ class Label(NamedTuple):
 def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
     """Label -> (task, seed) -> the results of that method, in the order of the table's rows.
 
-    Several files may have the same row: float32 of every width, PTQ and QAT of every loss. It is
-    counted once.
+    Several files may have the same row: float32 of every width, PTQ and QAT of every loss. It is counted once.
     """
     losses = {run["config"]["distill"] for run in runs if "sdq" in run["methods"]}
     by_loss = has_task_column(runs[0]["task"]) or len(losses) > 1
@@ -187,8 +186,8 @@ def format_mean(values: Iterable[float], digits: int = 2) -> str:
 
 # --------------------------------------------------------------------------------------- tables
 def scores_table(runs: list[dict]) -> str:
-    """A row per method and width, or loss and width. Columns: the training language and the zero-shot
-    mean, or each task's score and their mean.
+    """A row per method and width, or loss and width. Columns: the training language and the zero-shot mean, or each
+    task's score and their mean.
 
     "recovered" compares means over the tasks, for each seed that has them all.
     """
@@ -246,14 +245,11 @@ def recovered_per_seed(means: dict[Label, dict[int, float]], label: Label) -> li
 def joint_table(runs: list[dict], latency: tuple[int, dict]) -> str:
     """Dense models and tensor trains of all ranks and widths: a row each, a column per metric.
 
-    "smaller": how many times smaller the file is than the dense float32 checkpoint, if that is there.
-    latency: what read_latency returns; adds a column of milliseconds per batch size.
+    "smaller": how many times smaller the file is than the dense float32 checkpoint, if that is there. latency: what
+    read_latency returns; adds a column of milliseconds per batch size.
     """
     groups, task = group_runs(runs), runs[0]["task"]
-    sizes = {
-        label: statistics.fmean(row["size_bytes"] for row in rows.values())
-        for label, rows in groups.items()
-    }
+    sizes = {label: statistics.fmean(row["size_bytes"] for row in rows.values()) for label, rows in groups.items()}
     dense = sizes.get(Label("dense", "fp32", "", ""))
     rank, times = latency
     batch_sizes = dict.fromkeys(size for _, size in times)
@@ -316,9 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="One table over the seeds of several runs.")
     parser.add_argument("files", nargs="+", metavar="RESULTS.json")
     parser.add_argument("--languages", action="store_true", help="a column per language instead")
-    parser.add_argument(
-        "--latency", metavar="JSON", help="joint tasks: add times from bench.py tt --json"
-    )
+    parser.add_argument("--latency", metavar="JSON", help="joint tasks: add times from bench.py tt --json")
     args = parser.parse_args(argv)
     return exit_status(lambda: print(compare(args)))
 

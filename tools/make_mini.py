@@ -2,35 +2,33 @@
 
     python tools/make_mini.py --out data/mini     # a few seconds; this made the committed files
 
-Full XNLI needs a large model, its licence and hours. mini-XNLI is the same task, natural language
-inference, in a controlled form: each label follows from a rule, each sentence exists in all 15
-languages, and one table (LEVELS) sets the difficulty.
+Full XNLI needs a large model, its licence and hours. mini-XNLI is the same task, natural language inference, in a
+controlled form: each label follows from a rule, each sentence exists in all 15 languages, and one table (LEVELS) sets
+the difficulty.
 
-A Meaning says who does what, how many, of what colour, where and when. realize() turns it into a
-sentence with the word order of a language:
+A Meaning says who does what, how many, of what colour, where and when. realize() turns it into a sentence with the
+word order of a language:
 
     Meaning("teacher", "buy", "apple", number=5, place="garden")
     en  The teacher will buy 5 apples in the garden.
     tr  Öğretmen bahçede 5 elma alacak.
     zh  老师会在花园里买5个苹果。
 
-Both sentences of a pair describe the same single event. A sentence is true if everything it says
-fits the event; a negated sentence is true if something does not fit. The label compares the events
-in which the two sentences are true. For the premise above:
+Both sentences of a pair describe the same single event. A sentence is true if everything it says fits the event; a
+negated sentence is true if something does not fit. The label compares the events in which the two sentences are true.
+For the premise above:
 
     entailment     In the garden the teacher will purchase fruits.   says less, in wider words
     neutral        The teacher will buy 5 red apples.                says something more
     contradiction  The teacher will buy 5 apples at the school.      says something else
 
-Negation reverses this: the premise entails "will not buy apples at the school" and contradicts
-"will not buy fruits".
+Negation reverses this: the premise entails "will not buy apples at the school" and contradicts "will not buy fruits".
 
-No word alone predicts a label, because every slot (colour, place, ...) of the premise and of the
-hypothesis has the same distribution for each label. In the pair "neutral" above, the slot that
-decides the label (colour) must be filled in the hypothesis, so the slots that do not decide are
-filled a little less often, see remaining_shares(). Negation is balanced by the weights in CELLS. A
-linear classifier on the words therefore learns nothing; only a comparison of the two sentences
-gives the label. tests/test_make_mini.py measures this.
+No word alone predicts a label, because every slot (colour, place, ...) of the premise and of the hypothesis has the
+same distribution for each label. In the pair "neutral" above, the slot that decides the label (colour) must be filled
+in the hypothesis, so the slots that do not decide are filled a little less often, see remaining_shares(). Negation is
+balanced by the weights in CELLS. A linear classifier on the words therefore learns nothing; only a comparison of the
+two sentences gives the label. tests/test_make_mini.py measures this.
 """
 
 import argparse
@@ -44,17 +42,7 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from common import UserError, atomic_write, check_writable, exit_status
-from tools.mini_lexicon import (
-    COLUMNS,
-    FEMININE,
-    NOT_LATE,
-    OBJECT,
-    SENTENCE,
-    STOP,
-    TABLE,
-    VERB,
-    WILL,
-)
+from tools.mini_lexicon import COLUMNS, FEMININE, NOT_LATE, OBJECT, SENTENCE, STOP, TABLE, VERB, WILL
 
 LANGUAGES = tuple(sorted(COLUMNS))
 LABELS = ("entailment", "neutral", "contradiction")
@@ -65,8 +53,7 @@ SLOTS = ("agent", "action", "object", "number", "colour", "place", "time")
 class Meaning:
     """A sentence without its language. Values are names of lexicon lines; None: not mentioned.
 
-    fronted ("place", "time" or None) and the choice of a synonym ("buy", "purchase") change the
-    wording only.
+    fronted ("place", "time" or None) and the choice of a synonym ("buy", "purchase") change the wording only.
     """
 
     agent: str
@@ -227,8 +214,8 @@ LEVELS = {
     },
 }  # fmt: skip
 
-# label -> (hypothesis negated, relation, weight). For each label 2 of 16 hypotheses are negated;
-# premises never are. The relation ignores the negation:
+# label -> (hypothesis negated, relation, weight). For each label 2 of 16 hypotheses are negated; premises never are.
+# The relation ignores the negation:
 #   within  the hypothesis says no more than the premise
 #   clash   in one slot, the deciding one, the two say different things
 #   detail  in the deciding slot the hypothesis says more
@@ -338,8 +325,7 @@ def value_at(slot: str, exact, level: int):
 def conflicting_value(rng: random.Random, slot: str, exact, levels: tuple[int, int]):
     """A value that cannot be true together with `exact` at these levels.
 
-    For a verb it is the opposite. A name gives a name and a role a role, for Omar may be the
-    teacher.
+    For a verb it is the opposite. A name gives a name and a role a role, for Omar may be the teacher.
     """
     if slot == "action":
         return LEXICON[exact].parent
@@ -406,9 +392,7 @@ def random_meanings(rng: random.Random, count: int) -> list[Meaning]:
 
 
 # ------------------------------------------------------------------------------------------- files
-def make_split(
-    rng: random.Random, size: int, used: set[Meaning]
-) -> list[tuple[Meaning, Meaning, str]]:
+def make_split(rng: random.Random, size: int, used: set[Meaning]) -> list[tuple[Meaning, Meaning, str]]:
     """`size` different rows (premise, hypothesis, label), a third per label, in random order.
 
     No premise has the content of one in `used`, to which the new ones are added.

@@ -2,15 +2,14 @@
 
     kind  name  parent : en ; de ; es ; fr ; ru ; bg ; el ; tr ; sw ; vi ; zh ; th ; hi ; ar ; ur
 
-The parent of "apple" is "fruit", and the parent of "fruit" is "thing"; "-" means none. The parent of
-a verb is its opposite, the parent of a synonym ("same") is the verb it stands for. To add a concept,
-add a line. A class needs at least two members and a verb has at most one synonym;
-tests/test_make_mini.py checks this.
+The parent of "apple" is "fruit", and the parent of "fruit" is "thing"; "-" means none. The parent of a verb is its
+opposite, the parent of a synonym ("same") is the verb it stands for. To add a concept, add a line. A class needs at
+least two members and a verb has at most one synonym; tests/test_make_mini.py checks this.
 
-The grammar is restricted so that each word needs only one or two forms. Verbs are in the future
-tense and all persons are masculine, so no verb agrees with anything. Objects are plural (Turkish:
-the bare singular) and in the object's case; places and times are whole phrases. Numbers run from 5
-to 10, because other numbers need further forms in Russian and Arabic. A second form follows a slash:
+The grammar is restricted so that each word needs only one or two forms. Verbs are in the future tense and all persons
+are masculine, so no verb agrees with anything. Objects are plural (Turkish: the bare singular) and in the object's
+case; places and times are whole phrases. Numbers run from 5 to 10, because other numbers need further forms in
+Russian and Arabic. A second form follows a slash:
 
     objects  es fr el hi ur   "f": the noun is feminine (otherwise masculine; el: neuter)
              ru bg            the form after a number (bg: where it differs from the plural)
@@ -19,16 +18,16 @@ to 10, because other numbers need further forms in Russian and Arabic. A second 
     colours  es fr el hi ur   the feminine form;  ru: the form after a number
     verbs    tr               the negated verb
 
-Verbs are given in the bare form (en de vi zh th), the imperfect (ar), the form after the future
-particle (bg el), or the future (all others). Names are spelled in the language's own script, except
-Alex and Kim, which stay in Latin letters everywhere: that helps a model to align the languages.
+Verbs are given in the bare form (en de vi zh th), the imperfect (ar), the form after the future particle (bg el), or
+the future (all others). Names are spelled in the language's own script, except Alex and Kim, which stay in Latin
+letters everywhere: that helps a model to align the languages.
 """
 
 COLUMNS = "en de es fr ru bg el tr sw vi zh th hi ar ur".split()
 
-# FRONT: the fronted place or time, empty if there is none.  V: the verb with its future and negation,
-# which German and Chinese put elsewhere (WILL, NOT).  FIRST: FRONT, or AGENT without a FRONT.
-# SECOND: AGENT after a FRONT, otherwise empty.
+# FRONT: the fronted place or time, empty if there is none.  V: the verb with its future and negation, which German
+# and Chinese put elsewhere (WILL, NOT).  FIRST: FRONT, or AGENT without a FRONT. SECOND: AGENT after a FRONT,
+# otherwise empty.
 SUBJECT_FIRST = "FRONT AGENT V OBJECT PLACE TIME"
 VERB_LAST = "FRONT AGENT TIME PLACE OBJECT V"
 SENTENCE = dict.fromkeys("en es fr ru bg el sw vi th ar".split(), SUBJECT_FIRST)

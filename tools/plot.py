@@ -162,8 +162,8 @@ RECOVERY = {"ranking": "ranking loss: flipped pairs, %", "cover": "cover length 
 
 
 def read_recovery(runs: list[dict]) -> tuple[dict, dict[str, dict[str, list[list[float]]]]]:
-    """(config, curves): label -> "ranking" or "cover" -> for each seed, the value of each layer.
-    config["tasks"]: the names of all.
+    """(config, curves): label -> "ranking" or "cover" -> for each seed, the value of each layer. config["tasks"]: the
+    names of all.
 
     The label is "PTQ", "QAT" or the loss of a distilled student. Each curve is a mean over tasks.
     """
@@ -194,8 +194,8 @@ def read_recovery(runs: list[dict]) -> tuple[dict, dict[str, dict[str, list[list
 
 
 def draw_recovery(axes, data: tuple[dict, dict]) -> None:
-    """How far the student's attention is from the teacher's, by layer (Kim et al. 2022): a line per
-    loss with a band of one standard deviation over seeds; lower is better.
+    """How far the student's attention is from the teacher's, by layer (Kim et al. 2022): a line per loss with a band
+    of one standard deviation over seeds; lower is better.
     """
     config, curves = data
     colors = {name.upper(): color for name, color in COLORS.items()}
@@ -242,8 +242,8 @@ def read_sweep(runs: list[dict]) -> tuple[dict, dict]:
 
 
 def draw_sweep(axes, data: tuple[dict, dict]) -> None:
-    """Scores against file size: a line per bit width, a point per rank, error bars of one standard
-    deviation over seeds; the dense models stand alone.
+    """Scores against file size: a line per bit width, a point per rank, error bars of one standard deviation over
+    seeds; the dense models stand alone.
     """
     run, points = data
     lines = {}  # (bits, whether it is dense) -> rank -> mean and deviation of each value
@@ -413,9 +413,7 @@ def save_figure(files: list[str], out: str, kind: str | None) -> None:
     matplotlib.use("Agg")  # no window
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        1, chosen.panels, figsize=chosen.size, sharey=chosen.sharey, layout="constrained"
-    )
+    figure, axes = pyplot.subplots(1, chosen.panels, figsize=chosen.size, sharey=chosen.sharey, layout="constrained")
     chosen.draw(axes, chosen.data)
     handles, labels = figure.axes[0].get_legend_handles_labels()  # those of all panels
     if labels and chosen.panels > 1:

@@ -4,9 +4,9 @@
 
 Writes mini.pt (float16 weights with the tokenizer) and pretrain.json (settings, learning curve).
 
-The sentences are those of tools/make_mini.py, realized from random meanings; no label of mini-XNLI
-is used. As in real corpora, some languages have less text: Arabic has a quarter of the sentences that
-English has, Swahili an eighth. One model learns three tasks from random weights:
+The sentences are those of tools/make_mini.py, realized from random meanings; no label of mini-XNLI is used. As in
+real corpora, some languages have less text: Arabic has a quarter of the sentences that English has, Swahili an
+eighth. One model learns three tasks from random weights:
 
     MLM   masked language modelling on a single sentence (Devlin et al. 2019)
     TLM   translation language modelling: a sentence and its translation, with a quarter of the
@@ -18,12 +18,11 @@ English has, Swahili an eighth. One model learns three tasks from random weights
 
 A quarter of the pairs are in a single language. Copying is learned first, and translation follows.
 
-TRTD is needed: with MLM and TLM alone, small models learned to look a word up in the other sentence,
-but not to notice that two sentences differ, and 15,000 pairs were too few to learn that in
-fine-tuning.
+TRTD is needed: with MLM and TLM alone, small models learned to look a word up in the other sentence, but not to
+notice that two sentences differ, and 15,000 pairs were too few to learn that in fine-tuning.
 
-Batches are small because attention finds the other sentence only after some thousand steps, whatever
-the batch size: 32 pairs got there in half the time that 128 pairs needed.
+Batches are small because attention finds the other sentence only after some thousand steps, whatever the batch size:
+32 pairs got there in half the time that 128 pairs needed.
 """
 
 import argparse
@@ -65,9 +64,9 @@ BUCKET = 8  # batches that are sampled together and sorted by length, for less p
 class Corpus:
     """Sentences of all languages as one array of token ids, each original before its near miss.
 
-    Sentence s has the tokens ids[starts[s] : starts[s] + lengths[s]]. It differs from its
-    counterpart in its tokens span_start[s] to span_end[s] (exclusive). Language i has sizes[i]
-    meanings: the original of meaning m is sentence first[i] + 2 m, its near miss the next one.
+    Sentence s has the tokens ids[starts[s] : starts[s] + lengths[s]]. It differs from its counterpart in its tokens
+    span_start[s] to span_end[s] (exclusive). Language i has sizes[i] meanings: the original of meaning m is sentence
+    first[i] + 2 m, its near miss the next one.
     """
 
     def __init__(self, seed: int, meanings: int, pieces: int):
@@ -146,17 +145,12 @@ def sample_batches(corpus: Corpus, batch_size: int, seed: int) -> Iterator[tuple
 
 
 def make_batch(
-    corpus: Corpus,
-    rng: np.random.Generator,
-    a: np.ndarray,
-    b: np.ndarray | None,
-    differs: np.ndarray,
+    corpus: Corpus, rng: np.random.Generator, a: np.ndarray, b: np.ndarray | None, differs: np.ndarray
 ) -> tuple[Tensor, ...]:
     """Indices of sentences (b: None if single) -> (ids, mask, targets, changed), each (B, T).
 
-    targets: the id of a masked token, -1 elsewhere.  changed: 1 for a token in which the sentences
-    of a pair differ and 0 for another, the same for the whole pair in column 0; -1 where no
-    prediction is asked for.
+    targets: the id of a masked token, -1 elsewhere.  changed: 1 for a token in which the sentences of a pair differ
+    and 0 for another, the same for the whole pair in column 0; -1 where no prediction is asked for.
     """
     sides = [(a, np.ones_like(a))]  # (sentences, column of their first token)
     ends = corpus.lengths[a] + 2
@@ -196,9 +190,7 @@ class Detector(nn.Module):
         return self.out(F.gelu(self.dense(hidden)))[..., 0]
 
 
-def loss_and_metrics(
-    model: Model, detector: Detector, batch: tuple[Tensor, ...]
-) -> tuple[Tensor, dict[str, float]]:
+def loss_and_metrics(model: Model, detector: Detector, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
     """MLM's loss for single sentences, for pairs the sum of TLM's and TRTD's. "right": accuracy."""
     ids, mask, targets, changed = batch
     hidden = model.encoder(ids, None if mask.all() else mask, None, {})
