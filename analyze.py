@@ -100,32 +100,25 @@ def layer_errors(teacher: Model, student: Model, batches: Iterable[Batch]) -> di
     }
 
 
-def errors_table(methods: dict[str, dict]) -> str:
-    """Relative error of the contexts in %: one row per method and kind, one column per layer."""
-    rows = []
+def analysis_tables(methods: dict[str, dict]) -> str:
+    """Two Markdown tables with a column per layer: the relative error of the contexts in %, and ranking loss / cover
+    length ratio in %.
+    """
+    errors, recoveries = [], []
     for name, row in methods.items():
-        for kind in KINDS if "errors" in row else ():
+        if "errors" not in row:
+            continue
+        for kind in KINDS:
             layers = row["errors"][kind]["context"]
-            rows.append([f"{name} {kind}", *(f"{100 * layer['relative']:.1f}" for layer in layers)])
-    header = ["error of context, %", *(f"layer {i + 1}" for i in range(len(rows[0]) - 1))]
-    return markdown_table(header, rows)
+            errors.append([f"{name} {kind}", *(f"{100 * layer['relative']:.1f}" for layer in layers)])
+        layers = zip(row["recovery"]["ranking"], row["recovery"]["cover"], strict=True)
+        recoveries.append([name, *(f"{100 * flips:.1f} / {100 * cover:.1f}" for flips, cover in layers)])
+    header = [f"layer {i + 1}" for i in range(len(errors[0]) - 1)]
+    tables = {"error of context, %": errors, "flipped / cover, %": recoveries}
+    return "\n\n".join(markdown_table([title, *header], rows) for title, rows in tables.items())
 
 
 # -------------------------------------------------------------------------------------- recovery
-class Mean:
-    """A weighted mean over batches."""
-
-    def __init__(self):
-        self.total = self.weight = 0.0
-
-    def add(self, value: float, weight: float) -> None:
-        self.total += value * weight
-        self.weight += weight
-
-    def value(self) -> float:
-        return self.total / self.weight if self.weight else 0.0
-
-
 def real_rows(maps: Tensor, mask: Tensor | None) -> Tensor:
     """(B, H, T, T) -> (N, T): one row per head and real query; padded keys are NaN."""
     if mask is None:
@@ -142,9 +135,9 @@ def order_of_pairs(rows: Tensor) -> Tensor:
 def flipped_pairs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """The number of pairs of keys that are flipped in the student's row, and of all pairs: (N,) each.
 
-    student, teacher: (N, T), see real_rows. Pairs that are equal in the teacher have no order and are left out. A
-    pair that is equal in the student counts half: a student that attends to all keys alike has 0.5, like one that
-    guesses. (The fraction is (1 - tau) / 2 of Kendall's rank correlation tau, except for the teacher's ties.)
+    student, teacher: (N, T), see real_rows. Pairs that are equal in the teacher have no order and are left out. A pair
+    that is equal in the student counts half: a student that attends to all keys alike has 0.5, like one that guesses.
+    (The fraction is (1 - tau) / 2 of Kendall's rank correlation tau, except for the teacher's ties.)
     """
     order = order_of_pairs(teacher)
     pairs = order.abs().sum(dim=(1, 2))
@@ -197,30 +190,20 @@ def attention_recovery(teacher: Model, student: Model, batches: Iterable[Batch])
     teacher.eval()
     student.eval()
     layers = len(student.encoder.layers)
-    names = ("ranking", "cover", "map_kl", "output_mse")
-    means = {name: [Mean() for _ in range(layers)] for name in names}
+    sums = {name: [[0.0, 0.0] for _ in range(layers)] for name in ("ranking", "cover", "map_kl", "output_mse")}
+
+    def add(name: str, layer: int, mean: float, weight: int) -> None:
+        sums[name][layer][0] += mean * weight
+        sums[name][layer][1] += weight
+
     for batch in batches:
         mask, types = batch.mask, batch.types
         _, target = teacher(batch.ids, mask, ("score", "map", "normed"), types=types)
         _, found = student(batch.ids, mask, ("score", "map", "normed"), types=types)
         for i in range(layers):
-            maps = found["map"][i].float(), target["map"][i].float()
-            rows = [real_rows(each, mask) for each in maps]
-            means["ranking"][i].add(*ranking_loss(*rows))
-            means["cover"][i].add(float(cover_length(*rows).double().mean()), len(rows[0]))
-            kl = map_loss(found["score"][i], target["score"][i], mask)
-            means["map_kl"][i].add(float(kl), batch.tokens)
-            mse = vector_loss(found["normed"][i], target["normed"][i], mask)
-            means["output_mse"][i].add(float(mse), batch.tokens)
-    return {name: [mean.value() for mean in row] for name, row in means.items()}
-
-
-def recovery_table(methods: dict[str, dict]) -> str:
-    """Ranking loss / cover length ratio in %: one row per method, one column per layer."""
-    rows = []
-    for name, row in methods.items():
-        if "recovery" in row:
-            layers = zip(row["recovery"]["ranking"], row["recovery"]["cover"], strict=True)
-            rows.append([name, *(f"{100 * flips:.1f} / {100 * cover:.1f}" for flips, cover in layers)])
-    header = ["flipped / cover, %", *(f"layer {i + 1}" for i in range(len(rows[0]) - 1))]
-    return markdown_table(header, rows)
+            rows = [real_rows(taps["map"][i].float(), mask) for taps in (found, target)]
+            add("ranking", i, *ranking_loss(*rows))
+            add("cover", i, float(cover_length(*rows).double().mean()), len(rows[0]))
+            add("map_kl", i, float(map_loss(found["score"][i], target["score"][i], mask)), batch.tokens)
+            add("output_mse", i, float(vector_loss(found["normed"][i], target["normed"][i], mask)), batch.tokens)
+    return {name: [total / weight if weight else 0.0 for total, weight in row] for name, row in sums.items()}

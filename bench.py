@@ -297,7 +297,7 @@ def training_step(
 def bench_train(args: Namespace) -> dict:
     """A step on the same batches: FP32; QAT, with noise; SDQ, distilled too (logits, context)."""
     torch.manual_seed(0)
-    encoder, config = backends.encoder_config(args), resolve({"model": "mini", "noise": args.noise})
+    encoder, config = backends.encoder_config(args), resolve({"model": "mini"})
     teacher = build_model(encoder).to(args.device).eval().requires_grad_(False)
     batches = backends.random_batches(args, labels=3)
     variants = {}
@@ -305,13 +305,13 @@ def bench_train(args: Namespace) -> dict:
         model = build_model(encoder)
         set_dropout(model, 0.0)  # its random numbers would cost every variant the same
         if name != "fp32":
-            prepare(model, QuantConfig(noise=args.noise))
+            prepare(model, QuantConfig(noise=config.noise))
         own_teacher = teacher if name == "sdq" else None
         variants[name], _ = training_step(model.to(args.device), own_teacher, batches, config)
     rows = measure(variants, args)
     for row in rows.values():
         row["tokens_per_second"] = 1e3 * args.batch_size * args.tokens / row["median_ms"]
-    return {"noise": args.noise, "rows": rows}
+    return {"noise": config.noise, "rows": rows}
 
 
 def train_table(result: dict) -> str:
@@ -460,7 +460,6 @@ def build_parser() -> ArgumentParser:
     add("--sizes", type=int, nargs="+", metavar="N", help=SIZES_HELP)
     add("--tokenizer", metavar="FILE", help="rows: a SentencePiece model (default: built in)")
     add("--data-dir", metavar="DIR", help="rows: XNLI's official files (default: built-in pairs)")
-    add("--noise", type=float, default=0.5, metavar="P", help="as in train.py (default: 0.5)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--json", metavar="FILE", help="also write the numbers to this file")
     return parser
@@ -475,8 +474,6 @@ def complete(args: Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             raise UserError(f"--{option} {value}: choose {least} to {most}")
-    if not 0 <= args.noise <= 1:
-        raise UserError(f"--noise {args.noise}: choose a fraction from 0 to 1")
     if args.hidden % 64:
         raise UserError(f"--hidden {args.hidden}: not divisible by 64, the size of a head")
     args.device = train.choose_device(args.device, args.threads)
@@ -501,10 +498,7 @@ def run_benchmark(args: Namespace) -> None:
     if not torch.cuda.is_available():
         print("GPU: not measured, there is no CUDA device here")
     if args.json:
-        try:
-            write_json(args.json, result)
-        except OSError as error:
-            raise UserError(f"cannot write --json {args.json}: {error.strerror}") from None
+        write_json(args.json, result)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """Checkpoints: float32 (weights/NAME.pt, teachers) and packed students (student.pt). Atomic save, validated
 weights-only load.
 
-A checkpoint is a dictionary of plain numbers, strings and tensors, which PyTorch reads with weights_only=True, so
-that nothing in the file is executed:
+A checkpoint is a dictionary of plain numbers, strings and tensors, which PyTorch reads with weights_only=True, so that
+nothing in the file is executed:
 
     format     "sdq-checkpoint-1", or "sdq-student-4" of a student
     config     the fields of ModelConfig
@@ -11,9 +11,9 @@ that nothing in the file is executed:
     notes      where it came from
 
 A student also has "quant", the fields of QuantConfig, and "packed": each quantized weight as integers of b bits and a
-float32 scale per row, or one scale for a core of a tensor train. Fake quantization trains in float32, and a
-checkpoint of that would be full-size. Packed, 8 bits take one byte per weight, 4 bits two weights per byte, 2 bits
-four (3, 5, 6 and 7 bits likewise without gaps).
+float32 scale per row, or one scale for a core of a tensor train. Fake quantization trains in float32, and a checkpoint
+of that would be full-size. Packed, 8 bits take one byte per weight, 4 bits two weights per byte, 2 bits four (3, 5, 6
+and 7 bits likewise without gaps).
 
 Files may come from anywhere. Every config is checked, and every tensor is compared with the shape that the config
 requires and must store its elements, before a model is filled with it.
@@ -98,18 +98,20 @@ def check_config(config: ModelConfig) -> ModelConfig:
         if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
             kind = "a number" if isinstance(most, float) else "an integer"
             raise UserError(f"model config: {name} is {value!r}, not {kind} from {least} to {most}")
-    if config.hidden_size % config.num_heads:
-        raise UserError(f"model config: hidden size {config.hidden_size} is not divisible by {config.num_heads} heads")
-    if config.pad_id >= config.vocab_size:
-        raise UserError(f"model config: pad_id {config.pad_id} is outside the vocabulary")
-    if config.head not in HEADS:
-        raise UserError(f"model config: unknown head {config.head!r}; known: {', '.join(HEADS)}")
-    if config.head in ("sequence", "token", "joint") and config.num_labels < 1:
-        raise UserError(f"model config: a {config.head} head needs num_labels >= 1")
-    if config.head == "joint" and config.num_slots < 1:
-        raise UserError("model config: a joint head needs num_slots >= 1")
-    if config.head == "mlm" and config.tt:
-        raise UserError("model config: an mlm head needs the whole embedding table, not its cores")
+    needs_labels = config.head in ("sequence", "token", "joint")
+    for is_wrong, message in (
+        (
+            config.hidden_size % config.num_heads,
+            f"hidden size {config.hidden_size} is not divisible by {config.num_heads} heads",
+        ),
+        (config.pad_id >= config.vocab_size, f"pad_id {config.pad_id} is outside the vocabulary"),
+        (config.head not in HEADS, f"unknown head {config.head!r}; known: {', '.join(HEADS)}"),
+        (needs_labels and config.num_labels < 1, f"a {config.head} head needs num_labels >= 1"),
+        (config.head == "joint" and config.num_slots < 1, "a joint head needs num_slots >= 1"),
+        (config.head == "mlm" and config.tt, "an mlm head needs the whole embedding table, not its cores"),
+    ):
+        if is_wrong:
+            raise UserError(f"model config: {message}")
     return config
 
 
@@ -158,9 +160,7 @@ def config_of(payload: dict, path: str) -> ModelConfig:
 
 
 def load_checkpoint(path: str) -> Model:
-    """The float32 model of a checkpoint (also of one in float16), on CPU, in eval mode. Every tensor is accounted
-    for.
-    """
+    """The float32 model of a checkpoint (also of one in float16), on CPU, in eval mode. Every tensor is accounted for."""
     payload = read_checkpoint(path)
     config = config_of(payload, path)
     tensors = payload.get("tensors")
@@ -198,8 +198,8 @@ def check_tensors(
 
 
 def stores_its_elements(tensor: Tensor) -> bool:
-    """False for a tensor that repeats few stored elements (stride 0), with which a small file could request any
-    amount of memory.
+    """False for a tensor that repeats few stored elements (stride 0), with which a small file could request any amount
+    of memory.
     """
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 

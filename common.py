@@ -30,8 +30,10 @@ def exit_status(job: Callable[[], None], after_interrupt: str = "") -> int:
     try:
         job()
         return 0
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that went away
+    except UserError as error:
         message, status = f"error: {error}", 2
+    except OSError as error:  # a full disk, a folder that can't be written
+        message, status = f"error: {error.filename or 'files'}: {error.strerror or error}", 2
     except KeyboardInterrupt:
         message, status = f"\ninterrupted{after_interrupt}", 130
     print(message, file=sys.stderr)
@@ -41,8 +43,8 @@ def exit_status(job: Callable[[], None], after_interrupt: str = "") -> int:
 # ------------------------------------------------------------------------------------------ files
 @contextmanager
 def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary neighbour of `path`, and rename it to `path` once it is written completely: a reader never
-    sees half a file. Makes the folder if there is none.
+    """Open a temporary neighbour of `path`, and rename it to `path` once it is written completely: a reader never sees
+    half a file. Makes the folder if there is none.
     """
     path = os.fspath(path)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

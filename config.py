@@ -12,12 +12,13 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 from checkpoint import WEIGHTS_DIR, default_keep
 from common import UserError, flag
-from data.tasks import RAW_DIR, TASKS, find_data, find_task
+from data.tasks import RAW_DIR, TASKS, Task, find_data, find_task
 from distill import LAYERWISE, LOSSES
 from prepare import WEIGHTS, check_quant
 from quant import QuantConfig
@@ -97,8 +98,8 @@ class TrainConfig:
     model: str | None = option(
         None,
         MODEL,
-        "mini (built in), NAME of weights/NAME.pt, a path, or scratch: random weights "
-        "(default: xlmr-base if it was converted, else mini; glue minilm; atis, snips scratch)",
+        "mini (built in), scratch (random weights), NAME of weights/NAME.pt, or a path (default: xlmr-base if it was "
+        "converted, else mini; glue minilm; atis, snips scratch)",
         "M",
     )
     layers: int | None = option(None, MODEL, "number of layers of --model scratch")
@@ -107,11 +108,7 @@ class TrainConfig:
         None, MODEL, "SentencePiece model for --model scratch (atis and snips: the words of the training set)", "FILE"
     )
     tt_rank: int = option(
-        0,
-        MODEL,
-        "rank of tensor trains instead of matrices and tables, 0 for none. A scratch model is "
-        "trained as one; of a pretrained model the students become one",
-        "R",
+        0, MODEL, "rank of tensor trains instead of matrices (of a pretrained model: in its students); 0 for none", "R"
     )
     tt_embedding_rank: int = option(0, MODEL, "rank of the word embeddings; 0 keeps the table", "R")
 
@@ -121,25 +118,17 @@ class TrainConfig:
     attention_bits: int = option(32, QUANT, "bits of Q, K, V and the attention probabilities: 2 to 8, 32 for float32")
     weights: str = option("uniform", QUANT, ", ".join(f"{name} ({row.help})" for name, row in WEIGHTS.items()))
     weight_range: str | None = option(
-        None,
-        QUANT,
-        "minmax: up to the largest weight; mse: clip outliers; lsq: 2 mean|w| / sqrt(Q_max), where "
-        "trained scales start (default: lsq with --weights lsq, else minmax)",
+        None, QUANT, "minmax; mse: clip outliers; lsq: where trained scales start (default: minmax, of lsq lsq)"
     )
     per_tensor: bool = option(False, QUANT, "one scale per matrix and activation, not per channel and token")
     act_range: str = option("dynamic", QUANT, "dynamic: at run time; static: calibrated; learned: trained from there")
-    noise: float = option(
-        0.5,
-        QUANT,
-        "fraction of the weights quantized at a training step; 1 is ordinary QAT (always 1 for trained scales)",
-        "P",
-    )
+    noise: float = option(0.5, QUANT, "fraction of the weights quantized at a training step (trained scales: all)", "P")
 
     distill: str = option(
         "logits+context",
         DISTILL,
-        f"losses joined by '+', each with a weight before it if wanted (logits+150*map): "
-        f"{' '.join(LOSSES)}; or none; or {', '.join(LAYERWISE)}",
+        f"losses joined by '+', each with a weight before it if wanted (logits+150*map): {' '.join(LOSSES)}; or none; "
+        f"or {', '.join(LAYERWISE)}",
         "LOSSES",
     )
     alpha: float = option(0.5, DISTILL, "weight of the logits")
@@ -170,13 +159,13 @@ class TrainConfig:
     @cached_property
     def loss_weights(self) -> dict[str, float]:
         """Loss, a key of distill.LOSSES -> its weight: its own, alpha of the logits, or beta."""
-        own = {} if self.distill in LAYERWISE else parse_distill(self.distill)
+        own = parse_distill(self.distill)
         usual = {name: self.alpha if name == "logits" else self.beta for name in own}
         return {name: usual[name] if own[name] is None else own[name] for name in own}
 
 
 def parse_distill(text: str) -> dict[str, float | None]:
-    """The losses of a --distill value, and their own weights.
+    """The losses of a --distill value, and their own weights; none for "none" and layer-by-layer distillation.
 
     >>> parse_distill("logits+30*score"), parse_distill("none")
     ({'logits': None, 'score': 30.0}, {})
@@ -184,20 +173,19 @@ def parse_distill(text: str) -> dict[str, float | None]:
     Raises ValueError for an unknown or repeated loss and for a weight that is no number >= 0.
     """
     found: dict[str, float | None] = {}
-    for part in [] if text == "none" else text.split("+"):
+    for part in [] if text == "none" or text in LAYERWISE else text.split("+"):
         weight, star, name = part.rpartition("*")
         if name not in LOSSES:
-            raise ValueError(
-                f"{name!r} is unknown: join any of {', '.join(LOSSES)} with '+', or use none or {', '.join(LAYERWISE)}"
-            )
+            known = f"join any of {', '.join(LOSSES)} with '+', or use none or {', '.join(LAYERWISE)}"
+            raise ValueError(f"distill={text}: {name!r} is unknown: {known}")
         if name in found:
-            raise ValueError(f"{text!r} names {name} twice")
+            raise ValueError(f"distill={text}: it names {name} twice")
         try:
             own = float(weight) if star else None
         except ValueError:
             own = -1.0
         if own is not None and not 0 <= own < math.inf:
-            raise ValueError(f"{weight!r} before {name} is not a weight, such as 150 or 0.5")
+            raise ValueError(f"distill={text}: {weight!r} before {name} is not a weight, such as 150 or 0.5")
         found[name] = own
     return found
 
@@ -342,18 +330,13 @@ BOUNDS = {  # name -> (least, largest)
     **dict.fromkeys(("lr", "student_lr"), (1e-12, 1e38)),
     "seed": (0, 2**31),
     "max_length": (8, 10**6),
-    **dict.fromkeys("max_train max_eval layers hidden epochs student_epochs".split(), (1, 10**9)),
-    **dict.fromkeys("steps student_steps batch_size threads eval_every".split(), (1, 10**9)),
+    **dict.fromkeys("max_train max_eval layers hidden batch_size threads eval_every".split(), (1, 10**9)),
+    **dict.fromkeys("epochs student_epochs steps student_steps".split(), (1, 10**9)),
 }
 
 
 def check(config: TrainConfig) -> None:
     """Raises UserError for options that can't be run, before any data is loaded: one line, with what to type instead."""
-    task = find_task(config.task)
-    for language in config.languages if task.languages else ():
-        if language not in task.languages:
-            known = " ".join(task.languages)
-            raise UserError(f"--languages {language!r}: {config.task} has {known}")
     for name, known in CHOICES.items():
         if getattr(config, name) not in known:
             raise UserError(f"{flag(name)} {getattr(config, name)!r}: choose from {', '.join(known)}")
@@ -361,77 +344,60 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:  # NaN neither
             raise UserError(f"{flag(name)} {value}: choose a value from {low:g} to {high:g}")
-    check_quantizers(config)
-    check_methods(config)
-    check_distill(config)
-    if config.model == "scratch":
-        if config.tokenizer is None and task.names is None:
-            raise UserError("--model scratch needs --tokenizer FILE, a SentencePiece model")
-        if config.hidden % max(1, config.hidden // 64):
-            raise UserError(f"--hidden {config.hidden}: choose a multiple of 64, or less than 128")
-    else:
-        for name in ("layers", "hidden", "tokenizer"):
-            if getattr(config, name) is not None:
-                raise UserError(f"{flag(name)} shapes a new model: it needs --model scratch")
-
-
-def check_quantizers(config: TrainConfig) -> None:
     try:
         tt_config(config)
-    except ValueError as error:
-        raise UserError(f"--tt-rank {config.tt_rank}: {error}") from None
-    if config.tt_embedding_rank and not config.tt_rank:
-        raise UserError("--tt-embedding-rank needs --tt-rank")
-    if config.weights != "uniform" and config.tt_rank:
-        raise UserError(f"--weights {config.weights} is for matrices: cores of tensor trains have learned scales")
-    try:
         check_quant(quant_config(config, "qat"))
+        parse_distill(config.distill)
     except ValueError as error:  # name=value -> --name value
-        text = str(error).replace("weight_bits=", "bits=")
+        text = re.sub(r"\b((embedding_)?rank=)", r"tt_\1", str(error).replace("weight_bits=", "bits="))
         raise UserError(re.sub(r"\b(\w+)=", lambda m: flag(m[1]) + " ", text)) from None
-    if config.bits == 32 and config.weight_range != "minmax":
-        raise UserError("--weight-range is for quantized weights: choose --bits 2 to 8")
+    for is_wrong, message in rules(config, find_task(config.task)):
+        if is_wrong:
+            raise UserError(message)
 
 
-def check_methods(config: TrainConfig) -> None:
-    unknown = [name for name in config.methods if name not in METHODS]
-    if unknown or len(set(config.methods)) < len(config.methods):
-        what = f"{unknown[0]!r} is unknown" if unknown else "a row is named twice"
-        raise UserError(f"--methods: {what}; choose from {' '.join(METHODS)}")
-    quantized = [name for name in config.methods if name != "fp32"]
-    compressed = config.tt_rank and config.model != "scratch"
-    left_alone = config.act_bits == config.attention_bits == 32
-    if config.bits == 32 and left_alone and quantized and not compressed:
-        raise UserError(
-            f"--bits 32 --act-bits 32 quantizes nothing, so {quantized[0]} would be fp32 again: use --methods fp32"
-        )
-    static = config.act_range != "dynamic"  # learned ranges start as static ones
-    if static and "ptq-static" in config.methods:
-        raise UserError(f"--act-range {config.act_range} makes ptq static: drop ptq-static from --methods")
-    if left_alone and (static or "ptq-static" in config.methods):
-        kind = "learned" if config.act_range == "learned" else "static"
-        raise UserError(f"{kind} ranges need quantized activations: choose --act-bits 2 to 8")
+def rules(config: TrainConfig, task: Task) -> Iterator[tuple[object, str]]:
+    """(whether options contradict each other, what to say then)."""
+    scratch = config.model == "scratch"
+    for name in ("layers", "hidden", "tokenizer"):
+        given = getattr(config, name) is not None
+        yield given and not scratch, f"{flag(name)} shapes a new model: it needs --model scratch"
+    words = config.tokenizer or task.names
+    yield scratch and not words, "--model scratch needs --tokenizer FILE, a SentencePiece model"
+    hidden = config.hidden or 64
+    yield hidden % max(1, hidden // 64), f"--hidden {hidden}: choose a multiple of 64, or less than 128"
+    yield config.tt_embedding_rank and not config.tt_rank, "--tt-embedding-rank needs --tt-rank"
 
+    weights = f"--weights {config.weights}"
+    cores = config.tt_rank and config.weights != "uniform"
+    yield cores, f"{weights} is for matrices: cores of tensor trains have learned scales"
+    ranged = config.weight_range != "minmax"
+    yield config.bits == 32 and ranged, "--weight-range is for quantized weights: choose --bits 2 to 8"
 
-def check_distill(config: TrainConfig) -> None:
-    try:
-        weights = config.loss_weights
-    except ValueError as error:
-        raise UserError(f"--distill: {error}") from None
-    regression, layerwise = find_task(config.task).regression, config.distill in LAYERWISE
-    if regression and (config.label_smoothing or config.temperature != 1.0):
-        name = "label_smoothing" if config.label_smoothing else "temperature"
-        raise UserError(f"{flag(name)} is for classes: {config.task} is a regression, drop it")
-    if "sdq" not in config.methods:
-        return
-    if not layerwise and not any(weights.values()):
-        raise UserError(
-            f"--distill {config.distill} with weights of 0 makes sdq the same as qat: use --methods fp32 ptq qat"
-        )
-    if layerwise and config.task_weight != 1.0:
-        raise UserError(f"--task-weight does nothing with --distill {config.distill}: drop it")
-    if config.temperature != 1.0 and "logits" not in weights and not layerwise:
-        raise UserError("--temperature softens the logits: distill them, too, or drop it")
+    methods, known = config.methods, " ".join(METHODS)
+    for name in methods:
+        yield name not in METHODS, f"--methods: {name!r} is unknown; choose from {known}"
+    yield len(set(methods)) < len(methods), f"--methods: a row is named twice; choose from {known}"
+    floats = config.act_bits == config.attention_bits == 32
+    trains = config.tt_rank and not scratch  # the students differ from the teacher
+    same = config.bits == 32 and floats and not trains and methods != ("fp32",)
+    yield same, "--bits 32 --act-bits 32 quantizes nothing, so all rows would be fp32: use --methods fp32"
+    ranges, static = config.act_range, "ptq-static" in methods
+    drop = f"--act-range {ranges} makes ptq static: drop ptq-static from --methods"
+    yield static and ranges != "dynamic", drop  # learned ranges start as static ones
+    kind = "learned" if ranges == "learned" else "static"
+    fixed = static or ranges != "dynamic"
+    yield fixed and floats, f"{kind} ranges need quantized activations: choose --act-bits 2 to 8"
+
+    softened = config.temperature != 1.0
+    for name, given in (("label_smoothing", config.label_smoothing), ("temperature", softened)):
+        yield task.regression and given, f"{flag(name)} is for classes: {task.name} is a regression, drop it"
+    distill, layerwise, sdq = f"--distill {config.distill}", config.distill in LAYERWISE, "sdq" in methods
+    nothing = not layerwise and not any(config.loss_weights.values())
+    yield sdq and nothing, f"{distill} with weights of 0 makes sdq the same as qat: use --methods fp32 ptq qat"
+    yield layerwise and config.task_weight != 1.0, f"--task-weight does nothing with {distill}: drop it"
+    without = sdq and not layerwise and "logits" not in config.loss_weights
+    yield softened and without, "--temperature softens the logits: distill them, too, or drop it"
 
 
 # Options that do not change the result of a run.

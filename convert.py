@@ -61,14 +61,13 @@ POOLER = {"pooler.dense.weight": "head.dense.weight", "pooler.dense.bias": "head
 class Family:
     """What differs between RoBERTa's and BERT's files; the encoder's names are the same.
 
-    prefix: of the encoder's names in a model with a head.  heads: the key table of each head. skipped: tensors of
-    some files that are not needed -> why; a name that ends with a dot is a prefix.
+    prefix: of the encoder's names in a model with a head.  heads: the key table of each head. skipped: tensors of some
+    files that are not needed -> why; a name that ends with a dot is a prefix.
     """
 
     prefix: str
     heads: dict[str, dict[str, str]]
     skipped: dict[str, str]
-    next_step: str
 
     def skips(self, key: str) -> bool:
         return any(key == name or (name.endswith(".") and key.startswith(name)) for name in self.skipped)
@@ -100,7 +99,6 @@ ROBERTA = Family(
         "lm_head.decoder.weight": "tied to the word embeddings",
         "lm_head.decoder.bias": "the same as lm_head.bias",
     },
-    next_step="--task xnli --bits 8",
 )
 BERT = Family(
     prefix="bert.",
@@ -116,7 +114,6 @@ BERT = Family(
         "pooler.dense.bias": "the token head doesn't use the pooler",
         "cls.": "the heads of pretraining; tasks have their own",
     },
-    next_step="--task rte",
 )
 
 
@@ -150,8 +147,7 @@ MAX_HEADER = 100 << 20  # bytes; the format's own limit
 
 
 def read_safetensors(path: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: 8 bytes of little-endian header length, a JSON header, then the raw
-    tensors.
+    """The tensors of a .safetensors file: 8 bytes of little-endian header length, a JSON header, then the raw tensors.
 
     They are views of the file, mapped into memory. Every offset and shape is checked before use.
     """
@@ -421,15 +417,12 @@ def run(name: str, folder: str | None, out: str | None) -> None:
         folder = os.path.join(WEIGHTS_DIR, "downloads", name)
         fetch_model(name, folder)
     payload = convert_tensors(name, *read_folder(folder))
-    try:
-        size = save_atomically(payload, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    size = save_atomically(payload, out)
     count = sum(tensor.numel() for tensor in payload["tensors"].values())
     print(f"wrote {out}: {payload['config']['head']} head, {count:,} parameters, {size / 1e6:,.1f} MB")
     standard = os.path.abspath(out) == os.path.join(WEIGHTS_DIR, name + ".pt")
-    step = family_of(ModelConfig(**payload["config"])).next_step
-    print(f"next: python train.py {step} --model {name if standard else out}")
+    task = "rte" if family_of(ModelConfig(**payload["config"])) is BERT else "xnli"
+    print(f"next: python train.py --task {task} --model {name if standard else out}")
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ TernaryBERT (Zhang et al. 2020, arXiv 2009.12812) compares scores:
 The score loss is not enough: softmax(x + c) = softmax(x), so adding a constant to a row of scores raises the loss and
 leaves the attention unchanged, while two large scores can change their order at almost no cost. The map loss compares
 what the attention is: each row is a distribution, and KL weighs a key by how much the teacher attends to it. The
-output loss also includes the values, which ternary weights disturb as well, and suits deep encoders. Both are
-combined as a weighted sum ("map+normed"). NOTE: differs: the paper sums over layers, here each term is the mean over
-layers; and its code counts padded positions as zeros that agree, here they are left out.
+output loss also includes the values, which ternary weights disturb as well, and suits deep encoders. Both are combined
+as a weighted sum ("map+normed"). NOTE: differs: the paper sums over layers, here each term is the mean over layers;
+and its code counts padded positions as zeros that agree, here they are left out.
 
 Layer-by-layer distillation (Yang et al. 2023, arXiv 2306.01076) is for few bits: the student learns
 the embeddings and layer 1 first, without labels, and every S steps the next layer joins
@@ -114,9 +114,9 @@ def real_pairs(mask: Tensor) -> Tensor:
 def score_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """Mean squared error of the attention scores Q K^T / sqrt(D), as in TernaryBERT.
 
-    student, teacher: (B, H, T, T), queries by keys; -inf at padded keys.  mask: (B, T) bool, None if all are real.
-    The mean is over real queries, their real keys, and heads. NOTE: differs: TernaryBERT's code sets scores of padded
-    keys to 0 and counts them, so its loss shrinks as padding grows.
+    student, teacher: (B, H, T, T), queries by keys; -inf at padded keys.  mask: (B, T) bool, None if all are real. The
+    mean is over real queries, their real keys, and heads. NOTE: differs: TernaryBERT's code sets scores of padded keys
+    to 0 and counts them, so its loss shrinks as padding grows.
     """
     student, teacher = student.float(), teacher.detach().float()
     difference = student - teacher

@@ -1,7 +1,7 @@
 """The integer model: what is deployed, in memory. On disk: checkpoint.py.
 
-An activation is x = s_x (q_x - z_x), q_x in 0..255, a weight is w = s_w q_w. A Linear layer is then a product of
-8-bit integers, accumulated in 32 bits, and a correction, quant.rescale:
+An activation is x = s_x (q_x - z_x), q_x in 0..255, a weight is w = s_w q_w. A Linear layer is then a product of 8-bit
+integers, accumulated in 32 bits, and a correction, quant.rescale:
 
     y = s_x s_w (sum_k q_x q_w  -  z_x sum_k q_w) + b            s_x, z_x: per token or per tensor
 
@@ -15,10 +15,10 @@ products. Word embeddings are looked up in int8. Norms, softmax, GELU and the he
 
 Saturation. CPUs with AVX2 or AVX-512 but without VNNI multiply 8 bits with the instruction vpmaddubsw, which adds
 *two* products in 16 bits and saturates at 32,767. Full-range operands give 255 * 127 * 2 = 64,770: silently wrong, by
-half. With weights in -64..64 the sum is at most 32,640 and every CPU is right. So QuantConfig.grid is part of
-training and of the checkpoint: "portable" weights are trained on the grid on which they are multiplied everywhere. A
-"full" student (-127..127) is exact on VNNI and CUDA; choose_kernel finds out by trying whether a CPU would saturate,
-and then multiplies integers in float32: exact, at float32 speed.
+half. With weights in -64..64 the sum is at most 32,640 and every CPU is right. So QuantConfig.grid is part of training
+and of the checkpoint: "portable" weights are trained on the grid on which they are multiplied everywhere. A "full"
+student (-127..127) is exact on VNNI and CUDA; choose_kernel finds out by trying whether a CPU would saturate, and then
+multiplies integers in float32: exact, at float32 speed.
 
     model, tokenizer = load_integer("out/NAME/student.pt")       # fake-quantized: checkpoint.load_student
     logits, _ = model(ids, mask)
@@ -26,24 +26,13 @@ and then multiplies integers in float32: exact, at float32 speed.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import (
-    WORDS,
-    Student,
-    Weight,
-    default_keep,
-    float_model,
-    float_tensors,
-    read_student,
-    tokenizer_of,
-    weight_codes,
-    weight_of,
-)
+import checkpoint
 from common import UserError
 from data.tokenizer import Tokenizer
 from model import Attention, FeedForward, Model
@@ -70,12 +59,12 @@ def activation_codes(quantizer: ActQuantizer, x: Tensor) -> Codes:
     return Codes(low_bytes.contiguous(), scale, zero_point)
 
 
-# A kernel packs an int8 matrix (N, K) once and multiplies uint8 activations (M, K) by it many times: sums(q_x) =
-# sum_k (q_x - offset) q_w, float32 (M, N). A `fused` kernel computes a whole layer in one call if the activation's
-# range is static: see OneDNNKernel.
+# A kernel packs an int8 matrix (N, K) once and multiplies uint8 activations (M, K) by it many times: sums(q_x) = sum_k
+# (q_x - offset) q_w, float32 (M, N). A `fused` kernel computes a whole layer in one call if the activation's range is
+# static: see OneDNNKernel.
 class FloatKernel:
     """Integers multiplied in float32, whose sums are exact below 2^24 and rounded in the seventh digit above; or in
-    float64, where every sum is exact (ReferenceKernel).
+    float64, where every sum is exact ("reference").
     """
 
     offset, fused = 0, False
@@ -85,11 +74,6 @@ class FloatKernel:
 
     def sums(self, values: Tensor) -> Tensor:
         return F.linear(values.to(self.weight.dtype), self.weight).float()
-
-
-class ReferenceKernel(FloatKernel):
-    def __init__(self, weight: Tensor):
-        super().__init__(weight, torch.float64)
 
 
 class OneDNNKernel:
@@ -151,7 +135,7 @@ class CudaKernel:
 
 
 KERNELS: dict[str, Callable] = {
-    "reference": ReferenceKernel,
+    "reference": partial(FloatKernel, dtype=torch.float64),
     "float": FloatKernel,
     "onednn": OneDNNKernel,
     "cuda": CudaKernel,
@@ -168,7 +152,7 @@ def is_exact(kernel: str, largest: int) -> bool:
         found = KERNELS[kernel](weight).sums(values)
     except (RuntimeError, AttributeError):  # not built for this machine
         return False
-    return torch.equal(found, ReferenceKernel(weight).sums(values))
+    return torch.equal(found, KERNELS["reference"](weight).sums(values))
 
 
 def choose_kernel(device: str, largest: int) -> str:
@@ -181,7 +165,7 @@ def choose_kernel(device: str, largest: int) -> str:
 class IntLinear(nn.Module):
     """A Linear layer in integers, for x float32 or Codes: (..., K) -> (..., N)."""
 
-    def __init__(self, weight: Weight, bias: Tensor | None, act: ActQuantizer, kernel: str, device: str):
+    def __init__(self, weight: checkpoint.Weight, bias: Tensor | None, act: ActQuantizer, kernel: str, device: str):
         super().__init__()
         codes, N = weight.codes.to(device), len(weight.codes)
         self.act_quantizer, self.kernel = act, KERNELS[kernel](codes)
@@ -211,9 +195,6 @@ class IntLinear(nn.Module):
         y = self.kernel.layer(x.values.flatten(0, -2), zero_point, scale, self.bias, post, out)
         return y.view(*x.values.shape[:-1], -1)
 
-    def extra_repr(self) -> str:
-        return f"kernel={type(self.kernel).__name__}"
-
 
 def act_of(model: nn.Module, name: str) -> ActQuantizer:
     """The quantizer of a layer's input: its own, or for query, key and value that of the attention."""
@@ -240,7 +221,7 @@ class IntTTLinear(nn.Module):
     def __init__(self, layer: QuantTTLinear, act: ActQuantizer, kernel: str, device: str):
         super().__init__()
         merged = zip(layer.halves(), (layer.A_quantizer, layer.B_quantizer), strict=True)
-        A, B = (weight_of(quantizer, half) for half, quantizer in merged)
+        A, B = (checkpoint.weight_of(quantizer, half) for half, quantizer in merged)
         self.A = IntLinear(A, None, act, kernel, device)
         self.B = IntLinear(B, layer.bias, layer.middle_quantizer, kernel, device)
         self.act_quantizer, self.codes, self.kernel = act, self.A.codes, self.B.kernel
@@ -275,7 +256,7 @@ class MergedTable(nn.Module):
 class IntEmbedding(nn.Module):
     """Rows of an int8 table, as float32: (B, T) -> (B, T, C)."""
 
-    def __init__(self, weight: Weight):
+    def __init__(self, weight: checkpoint.Weight):
         super().__init__()
         self.register_buffer("weight", weight.codes)
         self.register_buffer("scale", weight.scale)
@@ -341,13 +322,13 @@ class IntFeedForward(FeedForward):
 @torch.no_grad()
 def to_integer(student: Model, config: QuantConfig, device: str | torch.device = "cpu", kernel: str = "auto") -> Model:
     """The integer model of a fake-quantized student; it gives the same logits."""
-    weights, tensors = weight_codes(student), float_tensors(student)
-    parts = Student(student.config, config, weights, tensors, notes={}, vocabulary=None)
+    weights, tensors = checkpoint.weight_codes(student), checkpoint.float_tensors(student)
+    parts = checkpoint.Student(student.config, config, weights, tensors, notes={}, vocabulary=None)
     return integer_model(parts, device, kernel)
 
 
 @torch.no_grad()
-def integer_model(student: Student, device: str | torch.device = "cpu", kernel: str = "auto") -> Model:
+def integer_model(student: checkpoint.Student, device: str | torch.device = "cpu", kernel: str = "auto") -> Model:
     """The integer model of the parts of a student.  kernel: a key of KERNELS, or "auto".
 
     Raises UserError if weights or activations are not quantized.
@@ -357,7 +338,7 @@ def integer_model(student: Student, device: str | torch.device = "cpu", kernel: 
         raise UserError("integers need quantized weights and activations: --bits and --act-bits 2 to 8")
     if config.tt:
         return integer_trains(student, device, kernel)
-    if quant.keep != default_keep(None):
+    if quant.keep != checkpoint.default_keep(None):
         raise UserError(f"integers need every Linear layer of the encoder: keep is {quant.keep}")
     with torch.device("meta"):
         model = Model(config)
@@ -375,11 +356,11 @@ def integer_model(student: Student, device: str | torch.device = "cpu", kernel: 
         parts = [weights[name + ".weight"] for name in names]
         rows = [len(part.codes) for part in parts]
         scales = [part.scale.reshape(-1).expand(n) for part, n in zip(parts, rows, strict=True)]
-        whole = Weight(torch.cat([part.codes for part in parts]), torch.cat(scales))
+        whole = checkpoint.Weight(torch.cat([part.codes for part in parts]), torch.cat(scales))
         bias = torch.cat([tensors[name + ".bias"] for name in names])
         return IntLinear(whole, bias, act_of(model, names[0]), kernel, device)
 
-    model.encoder.embeddings.word = IntEmbedding(weights[WORDS]).to(device)
+    model.encoder.embeddings.word = IntEmbedding(weights[checkpoint.WORDS]).to(device)
     for i, layer in enumerate(model.encoder.layers):
         at = f"encoder.layers.{i}."
         qkv = linear(*(f"{at}attention.{name}" for name in ("query", "key", "value")))
@@ -391,9 +372,9 @@ def integer_model(student: Student, device: str | torch.device = "cpu", kernel: 
 
 
 @torch.no_grad()
-def integer_trains(student: Student, device: str | torch.device, kernel: str) -> Model:
+def integer_trains(student: checkpoint.Student, device: str | torch.device, kernel: str) -> Model:
     """integer_model for tensor trains, which are small enough to go through the fake-quantized model."""
-    model = float_model(student)
+    model = checkpoint.float_model(student)
     if any(type(module) in (nn.Linear, TTLinear) for module in model.encoder.modules()):
         keep = student.quant.keep
         raise UserError(f"integers need every Linear layer of the encoder: keep is {keep}")
@@ -406,7 +387,7 @@ def integer_trains(student: Student, device: str | torch.device, kernel: str) ->
         if isinstance(linear, QuantTTLinear):
             new = IntTTLinear(linear, act, kernel, device)
         else:
-            weight = weight_of(linear.weight_quantizer, linear.weight)
+            weight = checkpoint.weight_of(linear.weight_quantizer, linear.weight)
             new = IntLinear(weight, linear.bias, act, kernel, device)
         model.set_submodule(name, new)
     embeddings = model.encoder.embeddings
@@ -414,8 +395,8 @@ def integer_trains(student: Student, device: str | torch.device, kernel: str) ->
         table = getattr(embeddings, name)
         if isinstance(table, TTMEmbedding):
             setattr(embeddings, name, MergedTable(table))
-    if WORDS in student.weights:
-        embeddings.word = IntEmbedding(student.weights[WORDS])
+    if checkpoint.WORDS in student.weights:
+        embeddings.word = IntEmbedding(student.weights[checkpoint.WORDS])
     for layer in model.encoder.layers:
         layer.attention = IntSharedAttention(layer.attention)
         layer.ffn = IntFeedForward(layer.ffn)
@@ -424,5 +405,5 @@ def integer_trains(student: Student, device: str | torch.device, kernel: str) ->
 
 def load_integer(path: str, device: str = "cpu", kernel: str = "auto") -> tuple[Model, Tokenizer]:
     """A packed student as an integer model, and its tokenizer."""
-    read = read_student(path)
-    return integer_model(read, device, kernel), tokenizer_of(path, read)
+    read = checkpoint.read_student(path)
+    return integer_model(read, device, kernel), checkpoint.tokenizer_of(path, read)

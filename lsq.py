@@ -87,9 +87,6 @@ class LearnedScale(nn.Module):
         scale = self.log_scale.exp()
         return quantize(weight, scale, scale.new_zeros(()), self.quant_min, self.quant_max), scale
 
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}, per_row={self.per_row}"
-
 
 class LearnedActQuantizer(ActQuantizer):
     """An ActQuantizer whose range is set by calibrate() and trained from there.

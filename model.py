@@ -32,8 +32,8 @@ Only the requested taps are kept, and PyTorch's fused attention is used unless "
 
 NOTE: differs from the originals: there is no dropout on the attention probabilities (it would rule out the fused
 kernel on CPU), and padding stands on the right only. BERT is the same encoder with positions from 0 (position_offset)
-and a second token type for the second text. Sources: Conneau et al. 2020 (XLM-R), Liu et al. 2019 (RoBERTa), Devlin
-et al. 2019 (BERT), Vaswani et al. 2017.
+and a second token type for the second text. Sources: Conneau et al. 2020 (XLM-R), Liu et al. 2019 (RoBERTa), Devlin et
+al. 2019 (BERT), Vaswani et al. 2017.
 """
 
 import math
@@ -97,10 +97,8 @@ class Embeddings(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, ids: Tensor, types: Tensor | None = None) -> Tensor:
-        num_tokens = ids.shape[1]
         first = self.position_offset
-        places = torch.arange(first, first + num_tokens, device=ids.device)
-        position = self.position(places)  # (T, C), for every row
+        position = self.position(torch.arange(first, first + ids.shape[1], device=ids.device))  # (T, C)
         kind = self.token_type.weight[0] if types is None else self.token_type(types)
         return self.dropout(self.norm(self.word(ids) + position + kind))
 
@@ -374,9 +372,9 @@ class Model(nn.Module):
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Returns (logits, taps), taps[name] being one tensor per layer (see the top).
 
-        ids: (B, T) token ids, padded on the right.  mask: (B, T) bool, True for real tokens; None if all are.
-        capture: names from TAPS. Taps at padded positions are arbitrary: losses mask them. types: (B, T) token types;
-        None if all are 0.  depth: run only the lowest layers, for their taps; the logits are None then.
+        ids: (B, T) token ids, padded on the right.  mask: (B, T) bool, True for real tokens; None if all are. capture:
+        names from TAPS. Taps at padded positions are arbitrary: losses mask them. types: (B, T) token types; None if
+        all are 0.  depth: run only the lowest layers, for their taps; the logits are None then.
         """
         unknown = set(capture) - set(TAPS)
         if unknown:
@@ -400,8 +398,8 @@ def build_model(config: ModelConfig) -> Model:
 
 
 def initialize(model: Model) -> Model:
-    """Give a model on the meta device its storage and BERT's initial weights: normal with std 0.02, biases 0, norms
-    1, the padding vector 0.
+    """Give a model on the meta device its storage and BERT's initial weights: normal with std 0.02, biases 0, norms 1,
+    the padding vector 0.
     """
     model.to_empty(device="cpu")
     for module in model.modules():

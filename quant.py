@@ -12,17 +12,17 @@ is never below -0.17. A scale may serve a whole tensor (per tensor), each output
 scales. The symmetric 2-bit grid is ternary, {-1, 0, 1}, and has a rule of its own
 (TernaryQuantizer); the fourth value of two bits, -2, is used by scales that are trained (lsq.py).
 
-Training. round() has derivative 0 almost everywhere, so nothing would learn. The straight-through estimator (Bengio
-et al. 2013) treats rounding as the identity, except where x was clipped: there, moving x changes nothing. The result
-of `fake_quantize` is a float tensor that lies on the grid: what an integer model will compute, but differentiable.
+Training. round() has derivative 0 almost everywhere, so nothing would learn. The straight-through estimator (Bengio et
+al. 2013) treats rounding as the identity, except where x was clipped: there, moving x changes nothing. The result of
+`fake_quantize` is a float tensor that lies on the grid: what an integer model will compute, but differentiable.
 *Quantization noise* (Fan et al. 2020, arXiv 2004.07320) quantizes only a random fraction p of the weights at each
-step; the others pass unchanged and get an exact gradient. p = 1 is ordinary quantization-aware training. In
-evaluation everything is quantized.
+step; the others pass unchanged and get an exact gradient. p = 1 is ordinary quantization-aware training. In evaluation
+everything is quantized.
 
 Evaluation. A Linear layer of a student in evaluation computes as the integer model does: it multiplies integers,
 accumulates them exactly and applies the scales afterwards (`rescale`). In exact arithmetic that equals fake
-quantization. In floats the last digits differ, and one digit is enough to flip the rounding of the next activation.
-So student and integer model agree bit for bit.
+quantization. In floats the last digits differ, and one digit is enough to flip the rounding of the next activation. So
+student and integer model agree bit for bit.
 
 Next: lsq.py trains scales together with the weights, prepare.py puts quantizers into a model.
 
@@ -147,8 +147,8 @@ def fake_quantize(
     are saved.  where: see straight_through.
     """
     with torch.no_grad():
-        # quantize and dequantize in place: four passes over x with the range as plain numbers are twice as fast on
-        # CPU as two with clamp(x / s, quant_min - z, quant_max - z), whose bounds would be tensors.
+        # quantize and dequantize in place: four passes over x with the range as plain numbers are twice as fast on CPU
+        # as two with clamp(x / s, quant_min - z, quant_max - z), whose bounds would be tensors.
         codes = torch.mul(x, scale.reciprocal()).add_(zero_point).round_()
         inside = (codes >= quant_min) & (codes <= quant_max) if clips else None
         rounded = codes.clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
@@ -234,17 +234,6 @@ class MinMax:
         return self.low, self.high
 
 
-class MovingAverage(MinMax):
-    """Observer: exponential moving average of the extremes of each batch."""
-
-    momentum = 0.1
-
-    def observe(self, x: Tensor) -> None:
-        low, high = torch.aminmax(x)
-        self.low = low if self.low is None else torch.lerp(self.low, low, self.momentum)
-        self.high = high if self.high is None else torch.lerp(self.high, high, self.momentum)
-
-
 class MSESearch(MinMax):
     """Observer: the range with the least squared error on a random sample of all values."""
 
@@ -266,7 +255,7 @@ class MSESearch(MinMax):
         return self.low * clip, self.high * clip
 
 
-OBSERVERS = {"minmax": MinMax, "moving-average": MovingAverage, "mse": MSESearch}
+OBSERVERS = {"minmax": MinMax, "mse": MSESearch}
 
 
 # ------------------------------------------------------------------------------------------ noise
@@ -347,9 +336,6 @@ class WeightQuantizer(nn.Module):
         ratio = weight * scale.reciprocal()
         return (ratio > self.quant_min - 0.5) & (ratio < self.quant_max + 0.5)
 
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}, per_row={self.per_row}, noise={self.noise}"
-
 
 class UniformQuantizer(WeightQuantizer):
     """Equal steps. The scale covers the largest weight (min-max), or with weight_range="mse" that range times the
@@ -420,19 +406,17 @@ class TernaryQuantizer(WeightQuantizer):
         return None
 
 
-class FixedQuantizer(WeightQuantizer):
-    """The scale of a weight from a file, which lies on its grid already."""
+class FixedQuantizer(UniformQuantizer):
+    """The given scale, of a weight from a file, which lies on its grid already."""
 
     def __init__(self, quantizer: nn.Module, scale: Tensor):
         nn.Module.__init__(self)
-        self.bits, self.per_row, self.noise = quantizer.bits, quantizer.per_row, 1.0
+        self.bits, self.per_row, self.noise, self.searched = quantizer.bits, quantizer.per_row, 1.0, False
         self.quant_min, self.quant_max = quantizer.quant_min, quantizer.quant_max
-        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("fixed", scale, persistent=False)
 
-    @torch.no_grad()
-    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        zero = self.scale.new_zeros(())
-        return quantize(weight, self.scale, zero, self.quant_min, self.quant_max), self.scale
+    def scale(self, weight: Tensor) -> Tensor:
+        return self.fixed
 
 
 # ------------------------------------------------------------------------- activations and layers
@@ -491,10 +475,6 @@ class ActQuantizer(nn.Module):
             return self.static_range()
         low, high = min_max(x, self.per_token)
         return choose_qparams(low, high, self.quant_min, self.quant_max, symmetric=False)
-
-    def extra_repr(self) -> str:
-        kind = "static" if self.static else "per token" if self.per_token else "per tensor"
-        return f"bits={self.bits}, {kind}"
 
 
 class QuantLinear(nn.Linear):

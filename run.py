@@ -74,28 +74,17 @@ class Run:
         if differs:
             name = differs[0]
             advice = "resume with the same options" if self.resume else "choose another --out"
-            raise UserError(
-                f"{self.out} holds a run with {flag(name)} {before.get(name)}, not "
-                f"{settings[name]}: {advice}, or delete it"
-            )
+            held = f"{self.out} holds a run with {flag(name)} {before.get(name)}, not {settings[name]}"
+            raise UserError(f"{held}: {advice}, or delete it")
         if not self.resume and os.path.exists(self.path("state.pt")):
             raise UserError(f"{self.out} holds a stopped run: continue it with --resume, or delete it")
 
     def start(self, model: str, data: Data) -> None:
         """Read the rows that a resumed run has finished, else remove what an earlier run left; write config.json."""
         os.makedirs(self.out, exist_ok=True)
-        self.results = {
-            "config": asdict(self.config),
-            "model": model,
-            "languages": list(data.tests),
-            "train_examples": len(data.train),
-            "environment": {
-                "hardware": hardware(self.device),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-            },
-            "methods": {},
-        }
+        self.results = {"config": asdict(self.config), "model": model, "languages": list(data.tests)}
+        here = {"hardware": hardware(self.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        self.results |= {"train_examples": len(data.train), "environment": here, "methods": {}}
         if self.resume and os.path.exists(self.path("results.json")):
             with open(self.path("results.json"), encoding="utf-8") as file:
                 self.results["methods"] = json.load(file)["methods"]
@@ -310,16 +299,11 @@ def teacher_path(run: Run, model: str, identity: list, data: Data) -> str:
 
 
 # ----------------------------------------------------------------------------------------- report
-def score_of(evaluation: dict) -> float:
-    """The figure of one test set: the mean of its metrics."""
-    return evaluation["score"] if "score" in evaluation else evaluation["accuracy"]
-
-
 def summarize_languages(languages: dict[str, dict], train_language: str) -> dict:
     """A row of results.json: the score in the training language, and the mean of all others."""
-    others = [score_of(row) for name, row in languages.items() if name != train_language]
+    others = [row["score"] for name, row in languages.items() if name != train_language]
     return {
-        "score": score_of(languages[train_language]),
+        "score": languages[train_language]["score"],
         "zero_shot_mean": statistics.fmean(others) if others else None,
         "languages": languages,
     }
@@ -330,7 +314,7 @@ def figure_of(row: dict, task: Task) -> float:
     summary = summarize_languages(row["languages"], task.train_language)
     if task.zero_shot and summary["zero_shot_mean"] is not None:
         return summary["zero_shot_mean"]
-    return statistics.fmean(map(score_of, row["languages"].values()))
+    return statistics.fmean(found["score"] for found in row["languages"].values())
 
 
 def recovered_percent(own: float, ptq: float, fp32: float) -> float | None:
@@ -373,7 +357,7 @@ def report_table(results: dict) -> str:
             cells.append(", ".join(figures(student["languages"])) if student else "-")
         megabytes = row["size_bytes"] / 1e6
         cells += [f"{megabytes:.{1 if megabytes >= 1 else 3}f}", f"{row['train_seconds']:.0f}"]
-        rows.append(cells + [f"{score_of(row['languages'][language]):.1f}" for language in others])
+        rows.append(cells + [f"{row['languages'][language]['score']:.1f}" for language in others])
     header += ["recovered", *(["student"] if checked else []), "MB", "train s", *others]
     return markdown_table(["", *header], rows)
 

@@ -29,27 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from analyze import attention_recovery, errors_table, layer_errors, recovery_table
-from checkpoint import (
-    WEIGHTS_DIR,
-    check_config,
-    checkpoint_payload,
-    config_of,
-    float_model,
-    load_checkpoint,
-    meta_model,
-    read_checkpoint,
-    read_student,
-    save_atomically,
-    student_payload,
-    tokenizer_of,
-)
+import checkpoint
+from analyze import analysis_tables, attention_recovery, layer_errors
 from common import Progress, UserError, clock, exit_status, hardware, remove, write_text
 from config import TRAINED, TrainConfig, default_out, parse_args, quant_config, tt_config
 from data.batches import IGNORE, Batch, Dataset, encode_split, evaluation_batches, unpadded_batches
 from data.fetch import MODELS
 from data.metrics import scores
-from data.slots import slot_scores
+from data.slots import joint_scores
 from data.tasks import RAW_DIR, Task, file_paths, find_data, find_task, languages_of, load
 from data.tokenizer import Tokenizer, WordTokenizer
 from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_loss
@@ -176,9 +163,8 @@ def train(run: Run, name: str, model: Model, teacher: Model | None, data: Data) 
 def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """AdamW, and SparseAdam for the word embeddings, whose gradient is sparse.
 
-    SparseAdam updates only the rows of the batch, which is 30 times as fast on XLM-R's table as a step through
-    250,002 rows. NOTE: differs: a row's moments decay only when its token occurs, and embeddings have no weight
-    decay.
+    SparseAdam updates only the rows of the batch, which is 30 times as fast on XLM-R's table as a step through 250,002
+    rows. NOTE: differs: a row's moments decay only when its token occurs, and embeddings have no weight decay.
     """
     matrices, vectors, tables = [], [], []
     sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
@@ -244,11 +230,7 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
-    """The metrics of the dataset in %, "score" (their mean) and the counts behind them.
-
-    With tags: accuracy is that of the intents; the scores of the slots, and "exact", the sentences with everything
-    correct, stand beside it.
-    """
+    """The metrics of the dataset in %, "score" (their mean) and the counts behind them."""
     model.eval()
     predictions, labels = [], []  # of sequences
     tags, slots = [], []  # labels and predictions of words, one array per sequence
@@ -267,14 +249,7 @@ def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
     predictions, labels = torch.cat(predictions).numpy(), torch.cat(labels).numpy()
     if not tags:
         return scores(dataset.metrics, predictions, labels)
-    found = scores(("accuracy",), predictions, labels)
-    names = ([[dataset.slots[i] for i in row] for row in rows] for rows in (tags, slots))
-    found |= slot_scores(*names)
-    whole = (np.array_equal(a, b) for a, b in zip(tags, slots, strict=True))
-    exact = sum(bool(a and b) for a, b in zip(predictions == labels, whole, strict=True))
-    found |= {"exact": 100 * exact / len(dataset), "exact_correct": exact}
-    found["score"] = sum(found[name] for name in dataset.metrics) / len(dataset.metrics)
-    return found
+    return joint_scores(predictions, labels, slots, tags, dataset.slots)
 
 
 def in_words(evaluation: dict, dataset: Dataset) -> str:
@@ -300,15 +275,14 @@ class Source:
         self.seed, self.path = config.seed, None
         self.data = "own" if config.data_dir else "official" if folder == RAW_DIR else "built in"
         self.labels, self.slots = class_names(task, folder)
-        head = {"num_labels": len(self.labels), "num_slots": len(self.slots)}
-        self.head = {"head": task.head, **head}
+        self.head = {"head": task.head, "num_labels": len(self.labels), "num_slots": len(self.slots)}
         if config.model == "scratch":
             if config.tokenizer:
                 self.tokenizer = Tokenizer.from_file(config.tokenizer)
             else:
                 sentences = load(config.task, "train", task.train_language, folder)
                 self.tokenizer = WordTokenizer.build(sentence.words for sentence in sentences)
-            self.config = check_config(
+            self.config = checkpoint.check_config(
                 ModelConfig(
                     vocab_size=self.tokenizer.vocab_size,
                     hidden_size=config.hidden,
@@ -325,10 +299,9 @@ class Source:
             self.identity = [repr(self.config), self.tokenizer.sha256]
         else:
             self.path = find_model(config.model)
-            payload = read_checkpoint(self.path)
-            self.config = config_of(payload, self.path)
-            vocab_size = self.config.vocab_size
-            self.tokenizer = Tokenizer.from_payload(payload, self.path, vocab_size)
+            payload = checkpoint.read_checkpoint(self.path)
+            self.config = checkpoint.config_of(payload, self.path)
+            self.tokenizer = Tokenizer.from_payload(payload, self.path, self.config.vocab_size)
             self.name = os.path.splitext(os.path.basename(self.path))[0]
             stat = os.stat(self.path)
             self.identity = [os.path.abspath(self.path), stat.st_size, stat.st_mtime_ns]
@@ -342,8 +315,8 @@ class Source:
         """A model to fine-tune: the encoder with a new head. One seed, one model."""
         torch.manual_seed(self.seed)
         if self.path is None:
-            return initialize(meta_model(self.config))
-        model = with_head(load_checkpoint(self.path), **self.head)
+            return initialize(checkpoint.meta_model(self.config))
+        model = with_head(checkpoint.load_checkpoint(self.path), **self.head)
         if model.config.tt:
             tensorize(model, model.config.tt)  # the new head
         return model
@@ -354,7 +327,7 @@ def find_model(name: str) -> str:
     if name == "mini":
         return MINI
     is_path = name.endswith(".pt") or os.sep in name or "/" in name
-    path = name if is_path else os.path.join(WEIGHTS_DIR, name + ".pt")
+    path = name if is_path else os.path.join(checkpoint.WEIGHTS_DIR, name + ".pt")
     if os.path.isfile(path):
         return path
     if is_path or name not in PRESETS:
@@ -382,14 +355,14 @@ def get_teacher(run: Run, source: Source, data: Data) -> tuple[Model, int, float
         model = source.build()
         set_dropout(model, run.config.dropout)
         seconds = train(run, "fp32", model.to(run.device), None, data)
-        payload = checkpoint_payload(model, source.tokenizer.bytes, seconds=f"{seconds:.1f}")
-        save_atomically(payload, path)
+        payload = checkpoint.checkpoint_payload(model, source.tokenizer.bytes, seconds=f"{seconds:.1f}")
+        checkpoint.save_atomically(payload, path)
         remove(run.path("state.pt"))
         del model, payload
     else:
         print(f"fp32: teacher from {path}")
-    teacher = load_checkpoint(path).to(run.device).requires_grad_(False)
-    seconds = float(read_checkpoint(path)["notes"]["seconds"])
+    teacher = checkpoint.load_checkpoint(path).to(run.device).requires_grad_(False)
+    seconds = float(checkpoint.read_checkpoint(path)["notes"]["seconds"])
     return teacher, os.path.getsize(path), seconds
 
 
@@ -423,8 +396,8 @@ def run_student(run: Run, source: Source, teacher: Model, method: str, data: Dat
     quant = quant_config(config, method)
     notes = dict(task=config.task, model=source.name, method=method, data=source.data)
     notes |= {"labels": " ".join(source.labels), "slots": " ".join(source.slots)}
-    payload = student_payload(student, quant, source.tokenizer.bytes, **notes)
-    size = save_atomically(payload, run.path("student.pt"))
+    payload = checkpoint.student_payload(student, quant, source.tokenizer.bytes, **notes)
+    size = checkpoint.save_atomically(payload, run.path("student.pt"))
     floats = 32 in (config.bits, config.act_bits)  # there are no integers to multiply
     model = student if floats else to_integer(student, quant, run.device)
     row = {"size_bytes": size, "train_seconds": seconds}
@@ -475,24 +448,23 @@ def run_recipe(config: TrainConfig, resume: bool) -> None:
     write_text(run.path("report.md"), report(run.results))
     methods = run.results["methods"]
     if any("errors" in row for row in methods.values()):
-        print(f"\n{errors_table(methods)}\n\n{recovery_table(methods)}")
+        print(f"\n{analysis_tables(methods)}")
     print(f"\n{report_table(run.results)}\n\nwrote {run.out}/results.json, report.md")
     print(f"{clock(time.monotonic() - started)} in all")
 
 
 def introduction(config: TrainConfig, task: Task, folder: str) -> str:
-    """The first lines of a run: which model and data these are, how to get the real ones, and what to try instead of
-    a setting that is known to lose.
+    """The first lines of a run: which model and data these are, how to get the real ones, and what to try instead of a
+    setting that is known to lose.
     """
     text = f"model {config.model}, data {os.path.relpath(folder)}"
     if folder != RAW_DIR and not config.data_dir:
         text += f": built in. For the real thing: {task.real_thing}"
     coarse = (config.bits, config.weights, config.weight_range) == (2, "uniform", "minmax")
-    if not coarse or config.methods == ("fp32",):
-        return text
-    if config.tt_rank:
-        return f"{text}\n2 bits: most elements of a core round to 0; try --weight-range mse"
-    return f"{text}\n2 bits: most weights round to 0; --weights lsq keeps far more"
+    if coarse and config.methods != ("fp32",):
+        better = "--weight-range mse" if config.tt_rank else "--weights lsq"
+        text += f"\n2 bits: most weights round to 0; {better} keeps far more"
+    return text
 
 
 def load_tests(config: TrainConfig, task: Task, folder: str, tokenizer: Tokenizer) -> dict[str, Dataset]:
@@ -523,18 +495,18 @@ def evaluate_file(config: TrainConfig) -> None:
     """--eval: load a packed student as an integer model and evaluate it."""
     started = time.monotonic()
     device, task = choose_device(config.device, config.threads), find_task(config.task)
-    read = read_student(config.eval)
+    read = checkpoint.read_student(config.eval)
     if read.config.head != task.head or read.notes.get("task") != config.task:
         raise UserError(f"{config.eval} was not trained for {config.task}: name its --task")
     quant = read.quant
     if 32 in (quant.weight_bits, quant.act_bits):
-        model, kind = float_model(read).to(device), "fake-quantized"
+        model, kind = checkpoint.float_model(read).to(device), "fake-quantized"
     else:
         model = integer_model(read, device)
         kind = f"integers, {type(model.encoder.layers[0].ffn.up.kernel).__name__}"
     sample = task.sample_model if read.notes.get("data") == "built in" else ""
     folder = find_data(task, config.data_dir, sample)
-    tests = load_tests(config, task, folder, tokenizer_of(config.eval, read))
+    tests = load_tests(config, task, folder, checkpoint.tokenizer_of(config.eval, read))
     names = [" ".join(each) for each in class_names(task, folder)]
     if [read.notes.get("labels"), read.notes.get("slots")] != names:
         raise UserError(f"{config.eval} has other labels than {folder}: name its --data-dir")

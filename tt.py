@@ -1,8 +1,8 @@
 """Tensor trains: a large matrix as a chain of small cores, trained without ever building the matrix.
 
-A matrix W (out, in) has out * in parameters. Factor both sides into d factors each, out = o_1 ... o_d and in = i_1
-... i_d, and write an entry as a product of small matrices, one per digit of its row and of its column (Oseledets
-2011; Novikov et al. 2015):
+A matrix W (out, in) has out * in parameters. Factor both sides into d factors each, out = o_1 ... o_d and in = i_1 ...
+i_d, and write an entry as a product of small matrices, one per digit of its row and of its column (Oseledets 2011;
+Novikov et al. 2015):
 
     W[(a_1..a_d), (b_1..b_d)] = G_1[a_1] ... G_d[a_d] G_d+1[b_1] ... G_2d[b_d]
 
@@ -20,8 +20,8 @@ and only x and a (tokens, r) tensor are kept for the backward pass. Autograd dif
 the contraction; a hand-written backward pass was no faster (docs/log.md).
 
 TTMEmbedding. A table (V, C) whose cores have two digits, (r_k-1, n_k, m_k, r_k): row i is the product over k of
-G_k[digit k of i]. The first half of the cores is contracted to L (V_1, C_1, r), the second to R (V_2, r, C_2), and
-row i = (i_1, i_2) is the product L[i_1] R[i_2]. Each half has about sqrt(V) rows; the table itself is never built.
+G_k[digit k of i]. The first half of the cores is contracted to L (V_1, C_1, r), the second to R (V_2, r, C_2), and row
+i = (i_1, i_2) is the product L[i_1] R[i_2]. Each half has about sqrt(V) rows; the table itself is never built.
 
 Quantized cores (Yang et al. 2023, arXiv 2306.01076): each core goes through lsq.LearnedScale, a grid whose scale is
 trained. To compute in integers, A and B, merged from quantized cores, are rounded to 8 bits per row like any other
@@ -54,8 +54,8 @@ class TTConfig:
     embedding_rank: int = 0  # of the word table; 0 keeps the table
     modes: int = 3  # d: factors of each side of a Linear layer
     table_modes: int = 2  # the same for tables
-    # Kept as they are, by the beginning of their names: the last matrices. Each of their few rows is a class, which
-    # is learned slowly as a row of a tensor train.
+    # Kept as they are, by the beginning of their names: the last matrices. Each of their few rows is a class, which is
+    # learned slowly as a row of a tensor train.
     keep: tuple[str, ...] = ("head.out_proj", "head.intent.out_proj")
 
     def __post_init__(self):
@@ -63,9 +63,9 @@ class TTConfig:
         for name, (least, most) in {**limits, "modes": (1, 8), "table_modes": (2, 8)}.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise ValueError(f"tensor train: {name} is {value!r}; choose {least} to {most}")
+                raise ValueError(f"{name}={value!r}: choose {least} to {most}")
         if not all(isinstance(name, str) for name in self.keep):
-            raise ValueError(f"tensor train: keep is {self.keep}; give names of modules")
+            raise ValueError(f"keep={self.keep}: give names of modules")
 
 
 # --------------------------------------------------------------------------------- modes and ranks
@@ -111,24 +111,6 @@ def clip_ranks(modes: Sequence[int], rank: int | Sequence[int]) -> tuple[int, ..
     if len(rank) != len(full) or min(rank) < 1 or rank[0] != 1 or rank[-1] != 1:
         raise ValueError(f"{len(modes)} cores need {len(full)} ranks from 1 to 1, not {rank}")
     return tuple(rank)
-
-
-def count_parameters(modes: Sequence[int], ranks: Sequence[int]) -> int:
-    """sum_k r_k-1 n_k r_k. For cores with two digits the modes are their products."""
-    return sum(ranks[k] * n * ranks[k + 1] for k, n in enumerate(modes))
-
-
-def count_flops(tokens: int, out_modes: Sequence[int], in_modes: Sequence[int], rank: int | Sequence[int]) -> int:
-    """Floating-point operations of the forward pass of a TTLinear: A and B, and the two products."""
-    ranks = clip_ranks((*out_modes, *in_modes), rank)
-    d, total = len(out_modes), 0
-    middle = ranks[d]
-    for half, of_half in ((out_modes, ranks[: d + 1]), (in_modes, ranks[d:])):
-        rows = of_half[0] * half[0]
-        for k in range(1, len(half)):
-            total += 2 * rows * of_half[k] * half[k] * of_half[k + 1]
-            rows *= half[k]
-    return total + 2 * tokens * middle * (math.prod(out_modes) + math.prod(in_modes))
 
 
 # --------------------------------------------------------------------------------------- products
@@ -213,9 +195,9 @@ class TensorTrain(nn.Module):
     def reset_parameters(self, std: float = 0.02) -> None:
         """Random orthogonal cores; the entries of their product have mean 0 and this standard deviation.
 
-        NOTE: differs from the paper, which draws Gaussian cores of variance sigma^(2/N) / r_k-1. Their product has
-        the right scale on average, but a product of Gaussian matrices is nearly singular and learns more slowly. Here
-        all cores before the cut have orthonormal columns and all after it orthonormal rows: the r singular values are
+        NOTE: differs from the paper, which draws Gaussian cores of variance sigma^(2/N) / r_k-1. Their product has the
+        right scale on average, but a product of Gaussian matrices is nearly singular and learns more slowly. Here all
+        cores before the cut have orthonormal columns and all after it orthonormal rows: the r singular values are
         equal.
         """
         if self.cores[0].is_meta:  # only shapes are needed
@@ -287,11 +269,6 @@ class TTLinear(TensorTrain):
 
     def quantized(self, config: QuantConfig, act: nn.Module, middle: nn.Module) -> "QuantTTLinear":
         return QuantTTLinear(self, config, act, middle)
-
-    def extra_repr(self) -> str:
-        modes = " ".join(map(str, self.modes[: self.cut]))
-        modes += " x " + " ".join(map(str, self.modes[self.cut :]))
-        return f"{self.in_features} -> {self.out_features}, modes {modes}, ranks {self.ranks}"
 
 
 class QuantTTLinear(TTLinear):
@@ -377,10 +354,6 @@ class TTMEmbedding(TensorTrain):
         cores, error = tt_svd(folded.permute(order), modes, self.ranks)
         self.set_cores(cores)
         return error / max(float(table.weight.norm()), 1e-30)
-
-    def extra_repr(self) -> str:
-        rows, columns = (" ".join(map(str, m)) for m in (self.row_modes, self.column_modes))
-        return f"{self.num_embeddings} x {self.embedding_dim}, modes {rows} x {columns}"
 
 
 def lookup(ids: Tensor, left: Tensor, right: Tensor, num_embeddings: int) -> Tensor:

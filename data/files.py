@@ -42,8 +42,8 @@ def read_tsv(
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, the cells of `columns`) of a tab-separated file. Quotes are ordinary characters.
 
-    header: the names of all columns, if the first line is a row and doesn't name them. malformed: collects the
-    numbers of lines with too few or too many columns; None: they are errors.
+    header: the names of all columns, if the first line is a row and doesn't name them. malformed: collects the numbers
+    of lines with too few or too many columns; None: they are errors.
     """
     with open_text(path, fetch) as file:
         names = list(header) or file.readline().rstrip("\r\n").split("\t")

@@ -15,8 +15,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
 from common import UserError
 from data.files import open_text
+from data.metrics import scores
 
 FILES = ("seq.in", "seq.out", "label")
 SPLITS = ("train", "dev", "test")
@@ -144,3 +147,19 @@ def slot_scores(gold: list[Sequence[str]], predicted: list[Sequence[str]]) -> di
         "slot_predicted": in_predicted,
         "slot_token_f1": 100 * right_words / max(words, 1),
     }
+
+
+def joint_scores(
+    predictions: np.ndarray, labels: np.ndarray, slots: list[np.ndarray], tags: list[np.ndarray], names: tuple[str, ...]
+) -> dict:
+    """The evaluation of a joint task: accuracy of the intents, slot_scores(), "exact" (sentences with everything
+    correct, in %), and "score", the mean of accuracy and slot_f1.
+
+    slots, tags: predicted and true ids of the words of each sentence.  names: of the tags.
+    """
+    found = scores(("accuracy",), predictions, labels)
+    found |= slot_scores(*([[names[i] for i in row] for row in rows] for rows in (tags, slots)))
+    whole = (np.array_equal(a, b) for a, b in zip(tags, slots, strict=True))
+    exact = sum(bool(a and b) for a, b in zip(predictions == labels, whole, strict=True))
+    found |= {"exact": 100 * exact / len(labels), "exact_correct": exact}
+    return found | {"score": (found["accuracy"] + found["slot_f1"]) / 2}

@@ -84,8 +84,8 @@ def languages_of(task: Task, folder: str, split: str) -> tuple[str, ...]:
 
 
 def task_folder(task: Task, folder: str) -> str:
-    """The folder of a task's files: its own below the data folder (data/raw/glue/RTE), or what is left of that path
-    if the data folder is named further down (--data-dir glue, or glue/RTE).
+    """The folder of a task's files: its own below the data folder (data/raw/glue/RTE), or what is left of that path if
+    the data folder is named further down (--data-dir glue, or glue/RTE).
     """
     parts = task.subfolder.split("/")
     for i in range(len(parts)):

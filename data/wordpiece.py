@@ -11,8 +11,8 @@ continues. Unlike in SentencePiece, spaces are lost.
 
 The ids are meant to equal Hugging Face's, so the functions follow its BertTokenizer (the one in Rust) where that and
 Google's Python code disagree: unassigned characters are kept, one range of rare Chinese characters begins later, and
-capitals are lowered one by one. NOTE: differs from Hugging Face: accents and punctuation marks that came after
-Unicode 8 (2015), some 500 characters of rare scripts, follow Python's tables; there they are letters.
+capitals are lowered one by one. NOTE: differs from Hugging Face: accents and punctuation marks that came after Unicode
+8 (2015), some 500 characters of rare scripts, follow Python's tables; there they are letters.
 
 Nothing here knows ids or special tokens: data/tokenizer.py does.
 """

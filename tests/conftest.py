@@ -40,7 +40,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def nothing_downloaded(tmp_path, monkeypatch):
     """A fresh checkout: no weights/ and no data/raw."""
-    for module in ("config", "train"):
+    for module in ("config", "checkpoint"):
         monkeypatch.setattr(f"{module}.WEIGHTS_DIR", str(tmp_path / "weights"))
     for module in ("config", "train", "data.tasks"):
         monkeypatch.setattr(f"{module}.RAW_DIR", str(tmp_path / "raw"))

@@ -13,14 +13,13 @@ from conftest import batch
 import analyze
 from analyze import (
     PLACES,
+    analysis_tables,
     attention_recovery,
     cover_length,
-    errors_table,
     flipped_pairs,
     layer_errors,
     ranking_loss,
     real_rows,
-    recovery_table,
 )
 from distill import map_loss, real_pairs, vector_loss
 from model import build_model
@@ -80,12 +79,16 @@ def test_local_errors_start_from_the_teacher(models):
         assert found["local"][place][0]["relative"] > 0
 
 
-def test_errors_as_table_and_json(models):
-    errors = layer_errors(*models, [batch([5])])
+def test_errors_and_recovery_as_tables_and_json(models):
+    errors, found = layer_errors(*models, [batch([5])]), attention_recovery(*models, [batch([7, 4])])
     assert json.loads(json.dumps(errors)) == errors
-    text = errors_table({"fp32": {}, "sdq": {"errors": errors}})
+    row = {"errors": errors, "recovery": found}
+    first, second = analysis_tables({"fp32": {}, "ptq": row, "sdq": row}).split("\n\n")
     relative = errors["accumulated"]["context"][1]["relative"]
-    assert "layer 2" in text and f"{100 * relative:.1f} |" in text and text.count("\n") == 3
+    assert "layer 2" in first and f"{100 * relative:.1f} |" in first and first.count("\n") == 5
+    ranking, cover = 100 * found["ranking"][1], 100 * found["cover"][1]
+    assert "layer 2" in second and f"{ranking:.1f} / {cover:.1f} |" in second
+    assert second.count("\n") == 3
 
 
 # ------------------------------------------------------------------------- ranking and cover length
@@ -202,14 +205,6 @@ def test_recovery_of_a_copy_is_complete(models):
     assert found["ranking"] == found["map_kl"] == found["output_mse"] == [0.0, 0.0]
     assert found["cover"] == pytest.approx([best, best])
     assert json.loads(json.dumps(found)) == found
-
-
-def test_recovery_as_table(models):
-    found = attention_recovery(*models, [batch([7, 4])])
-    text = recovery_table({"fp32": {}, "ptq": {"recovery": found}, "sdq": {"recovery": found}})
-    ranking, cover = 100 * found["ranking"][1], 100 * found["cover"][1]
-    assert "layer 2" in text and f"{ranking:.1f} / {cover:.1f} |" in text
-    assert text.count("\n") == 3
 
 
 class Recorder(torch.nn.Module):

@@ -219,7 +219,7 @@ def make_train_student(tiny_config, tt=TRAINS, **values):
         {"weight_bits": 3, "weight_range": "mse"},
         {"weight_bits": 2, "per_channel": False, "weight_range": "mse"},
         {"per_channel": False, "per_token": False},
-        {"act_range": "static", "observer": "moving-average"},
+        {"act_range": "static", "observer": "mse"},
         {"weight_bits": 32},
         {"act_bits": 32},
     ],

@@ -32,7 +32,8 @@ from common import (
     [
         (None, 0, ""),
         (UserError("--bits 1: choose 2 to 8"), 2, "error: --bits 1: choose 2 to 8\n"),
-        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device\n"),
+        (OSError(28, "No space left on device"), 2, "error: files: No space left on device\n"),
+        (OSError(13, "Permission denied", "a/b"), 2, "error: a/b: Permission denied\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted; --resume continues\n"),
     ],
     ids=repr,

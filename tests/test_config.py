@@ -414,8 +414,8 @@ ON_FLIGHTS = f"--task atis --data-dir {FLIGHTS} --layers 2 --hidden 32"
         # joint tasks and tensor trains
         (f"{ON_FLIGHTS} --data-dir nowhere", "python data/fetch.py atis"),
         (f"{ON_FLIGHTS} --max-length 8", "use --max-length"),
-        (f"{ON_FLIGHTS} --tt-rank -1", "--tt-rank -1: "),
-        (f"{ON_FLIGHTS} --tt-rank 4 --tt-embedding-rank -1", "--tt-rank 4: "),
+        (f"{ON_FLIGHTS} --tt-rank -1", "--tt-rank -1: choose 1 to 4096"),
+        (f"{ON_FLIGHTS} --tt-rank 4 --tt-embedding-rank -1", "--tt-embedding-rank -1: choose 0 to 4096"),
         (f"{ON_FLIGHTS} --bits 32 --act-bits 32 --tt-rank 4", "use --methods fp32"),
         (f"{ON_FLIGHTS} --languages de", "--languages 'de': atis has en"),
     ],

@@ -234,7 +234,7 @@ RANGES = [{}, {"per_channel": False, "per_token": False}, {"act_range": "static"
 TRAIN_CONFIGS = [{"weight_bits": bits, **ranges} for bits in (8, 4, 2) for ranges in RANGES]
 TRAIN_CONFIGS += [
     {"grid": "full", "act_range": "static"},
-    {"act_range": "static", "act_bits": 6, "observer": "moving-average"},
+    {"act_range": "static", "act_bits": 6, "observer": "mse"},
     {"weight_range": "mse", "weight_bits": 2, "keep": ("encoder.embeddings",)},
 ]
 
@@ -264,7 +264,7 @@ def test_tensor_trains_give_the_same_logits(values, tiny_config, tokenizer_bytes
         assert same_logits(again(ids, mask)[0], expected)
     assert expected[0].shape == (3, 3) and expected[1].shape == (3, 9, 5)
     assert all(logits.std() > 1e-4 for logits in expected)
-    monkeypatch.setattr("int8.float_model", lambda read: copy.deepcopy(again))  # build it once
+    monkeypatch.setattr("checkpoint.float_model", lambda read: copy.deepcopy(again))  # build it once
     for kernel in KERNEL_NAMES:
         if saturates(kernel, config.grid):
             continue

@@ -480,7 +480,6 @@ def test_learned_ranges_in_a_model(tiny_config):
     prepare(static, QuantConfig(act_range="static", attention_bits=8))
     steps = {n: p for n, p in model.named_parameters() if n.endswith("log_step")}
     assert len(steps) == report.act_quantizers == 2 * (4 + 4) and steps.keys() <= report.kept.keys()
-    assert f"log_step {len(steps)}" in str(report)
     batches = [random_ids([9, 9], tiny_config.vocab_size) for _ in range(3)]
     assert model(*batches[0])[0].isnan().all()  # not calibrated: NaN instead of a silent error
     for both in (model, static):

@@ -26,28 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends import opt_einsum
+from torch.utils.flop_counter import FlopCounterMode
 
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from checkpoint import (
-    check_config,
-    checkpoint_payload,
-    float_model,
-    load_checkpoint,
-    meta_model,
-    read_student,
-    save_atomically,
-    student_payload,
-    weight_of,
-)
+import checkpoint
 from convert import key_table
 from data.batches import IGNORE, Batch
 from int8 import IntLinear, MergedTable, choose_kernel, integer_model, to_integer
 from model import Model, ModelConfig, build_model, initialize
 from prepare import calibrate, prepare
 from quant import ActQuantizer, QuantConfig, UniformQuantizer, choose_qparams
-from tt import TTConfig, TTLinear, TTMEmbedding, count_flops, count_parameters
+from tt import TTConfig, TTLinear, TTMEmbedding
 
 Runner = Callable[[Tensor, Tensor | None], Tensor]  # (ids, mask) -> logits
 
@@ -100,7 +91,7 @@ def is_installed(package: str) -> bool:
 # ------------------------------------------------------------------------------- shapes and inputs
 def encoder_config(args: Namespace) -> ModelConfig:
     """The encoder that bench.py's options describe, with a sequence head of three labels."""
-    return check_config(
+    return checkpoint.check_config(
         ModelConfig(
             vocab_size=args.vocab,
             hidden_size=args.hidden,
@@ -161,14 +152,14 @@ def write_files(config: ModelConfig, folder: str, names: tuple[str, ...]) -> Non
     """Save one model with random weights as our backends' files and the others' in `names`."""
     torch.manual_seed(0)
     model = build_model(config).eval()
-    save_atomically(checkpoint_payload(model, NO_TOKENIZER), os.path.join(folder, FILES["fp32"]))
+    checkpoint.save_atomically(checkpoint.checkpoint_payload(model, NO_TOKENIZER), os.path.join(folder, FILES["fp32"]))
     if any(name in NEEDS for name in names):
         write_others(model, folder, names)
     ids = random_sequences(8, min(128, config.max_tokens), config.vocab_size)
     for act_range in ("dynamic", "static"):
         quant = QuantConfig(act_range=act_range)
-        payload = student_payload(quantized_copy(model, quant, ids), quant, NO_TOKENIZER)
-        save_atomically(payload, os.path.join(folder, FILES[f"int8 {act_range}"]))
+        payload = checkpoint.student_payload(quantized_copy(model, quant, ids), quant, NO_TOKENIZER)
+        checkpoint.save_atomically(payload, os.path.join(folder, FILES[f"int8 {act_range}"]))
 
 
 def write_others(model: Model, folder: str, names: tuple[str, ...]) -> None:
@@ -264,11 +255,11 @@ def load_backend(name: str, folder: str, device: torch.device) -> Runner:
             reference = torch_ao(reference)
         return lambda ids, mask: reference(ids, attention_mask=mask).logits
     if name == "fp32":
-        model = load_checkpoint(path).to(device)
+        model = checkpoint.load_checkpoint(path).to(device)
     elif name == "fake-quantized":
-        model = float_model(read_student(path)).to(device)
+        model = checkpoint.float_model(checkpoint.read_student(path)).to(device)
     else:
-        model = integer_model(read_student(path), device)
+        model = integer_model(checkpoint.read_student(path), device)
     return lambda ids, mask: model(ids, mask)[0]
 
 
@@ -365,23 +356,23 @@ def tt_models(
     """name -> (model with random weights, bytes of its file): dense, tensor trains, and these as integers. Static
     ranges are calibrated on 32 sequences.
     """
-    dense_model, model = (initialize(meta_model(config)).eval() for config in (dense, trains))
+    dense_model, model = (initialize(checkpoint.meta_model(config)).eval() for config in (dense, trains))
     ids = random_sequences(32, tokens, dense.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
 
         def size_of(payload: dict) -> int:
-            return save_atomically(payload, os.path.join(folder, "model.pt"))
+            return checkpoint.save_atomically(payload, os.path.join(folder, "model.pt"))
 
-        size = size_of(checkpoint_payload(model, TT_TOKENIZER))
+        size = size_of(checkpoint.checkpoint_payload(model, TT_TOKENIZER))
         models = {
-            "dense fp32": (dense_model, size_of(checkpoint_payload(dense_model, TT_TOKENIZER))),
+            "dense fp32": (dense_model, size_of(checkpoint.checkpoint_payload(dense_model, TT_TOKENIZER))),
             "TT fp32": (model, size),
             "TT fp32, merged": (merge_cores(model), size),  # after loading: the file is the same
         }
         for name, (bits, act_range) in TT_INTEGER.items():
             quant = QuantConfig(weight_bits=bits, act_range=act_range, keep=())
             student = quantized_copy(model, quant, ids)
-            size = size_of(student_payload(student, quant, TT_TOKENIZER))
+            size = size_of(checkpoint.student_payload(student, quant, TT_TOKENIZER))
             models[name] = to_integer(student, quant, device), size
     return {name: (model.to(device), size) for name, (model, size) in models.items()}
 
@@ -444,7 +435,7 @@ def integer_layer(x: Tensor, weight: Tensor, bias: Tensor, act_range: str) -> In
         low, high = torch.aminmax(x)
         act.set_range(*choose_qparams(low, high, act.quant_min, act.quant_max, symmetric=False))
     kernel = choose_kernel(x.device, quantizer.quant_max)
-    return IntLinear(weight_of(quantizer, weight), bias, act, kernel, x.device)
+    return IntLinear(checkpoint.weight_of(quantizer, weight), bias, act, kernel, x.device)
 
 
 def tt_layers(K: int, N: int, rank: int, device: torch.device) -> dict[str, nn.Module]:
@@ -458,12 +449,11 @@ def tt_layers(K: int, N: int, rank: int, device: torch.device) -> dict[str, nn.M
 
 def forward_flops(layer: nn.Module, tokens: int) -> int | None:
     """Operations of a forward pass; None for other libraries, whose contraction is unknown."""
-    if isinstance(layer, TTLinear):
-        out_modes, in_modes = layer.modes[: layer.cut], layer.modes[layer.cut :]
-        return count_flops(tokens, out_modes, in_modes, layer.ranks)
-    if isinstance(layer, nn.Linear):
-        return 2 * tokens * layer.in_features * layer.out_features
-    return None
+    if not isinstance(layer, (TTLinear, nn.Linear)):
+        return None
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(tokens, layer.in_features, device=next(layer.parameters()).device))
+    return counter.get_total_flops()
 
 
 def has_tltorch() -> bool:
@@ -493,7 +483,11 @@ def tltorch_layers(layer: TTLinear) -> dict[str, nn.Module]:
     pairs = [n * m for n, m in zip(out_modes, in_modes, strict=True)]
     ours = sum(core.numel() for core in layer.cores)
     choices = [(1, *[r] * (len(pairs) - 1), 1) for r in range(1, 400)]
-    ranks = min(choices, key=lambda ranks: abs(count_parameters(pairs, ranks) - ours))
+
+    def parameters(ranks: tuple[int, ...]) -> int:
+        return sum(ranks[k] * n * ranks[k + 1] for k, n in enumerate(pairs))
+
+    ranks = min(choices, key=lambda ranks: abs(parameters(ranks) - ours))
     return {
         f"tltorch, {name}": tltorch.FactorizedLinear(
             in_modes, out_modes, factorization="blocktt", rank=ranks, implementation=how

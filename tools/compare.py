@@ -4,9 +4,9 @@
     python tools/compare.py --languages out/*/results.json   # a column per language
     python tools/compare.py out/atis*/results.json --latency tt.json   # with times of bench.py tt
 
-The layout follows the task: a zero-shot task has columns for the training language and the mean of the others, a
-joint task has rows for dense models and tensor trains, and other tasks stand side by side, a column each. Seeds are
-averaged only over runs that agree in every other option.
+The layout follows the task: a zero-shot task has columns for the training language and the mean of the others, a joint
+task has rows for dense models and tensor trains, and other tasks stand side by side, a column each. Seeds are averaged
+only over runs that agree in every other option.
 """
 
 import argparse
@@ -73,8 +73,8 @@ def read_runs(patterns: list[str]) -> list[dict]:
 
 
 def current_options(config: dict) -> dict:
-    """An older config as today's options would write it: a newer option has its default, and --distill names the
-    order of layers and the weights of losses, which were options of their own.
+    """An older config as today's options would write it: a newer option has its default, and --distill names the order
+    of layers and the weights of losses, which were options of their own.
     """
     config = vars(TrainConfig()) | config
     order = config.pop("order", "bottom-up")
@@ -96,8 +96,8 @@ def has_task_column(task: Task) -> bool:
 def check_comparable(runs: list[dict]) -> None:
     """Raise UserError for two runs that must not stand in one table, or are the same one.
 
-    Each task may have its own recipe, and each width its own --student-lr. An option that no longer exists is
-    compared where both files have it.
+    Each task may have its own recipe, and each width its own --student-lr. An option that no longer exists is compared
+    where both files have it.
     """
     seen = {}
     for i, run in enumerate(runs):

@@ -8,8 +8,8 @@ least two members and a verb has at most one synonym; tests/test_make_mini.py ch
 
 The grammar is restricted so that each word needs only one or two forms. Verbs are in the future tense and all persons
 are masculine, so no verb agrees with anything. Objects are plural (Turkish: the bare singular) and in the object's
-case; places and times are whole phrases. Numbers run from 5 to 10, because other numbers need further forms in
-Russian and Arabic. A second form follows a slash:
+case; places and times are whole phrases. Numbers run from 5 to 10, because other numbers need further forms in Russian
+and Arabic. A second form follows a slash:
 
     objects  es fr el hi ur   "f": the noun is feminine (otherwise masculine; el: neuter)
              ru bg            the form after a number (bg: where it differs from the plural)
@@ -25,9 +25,9 @@ letters everywhere: that helps a model to align the languages.
 
 COLUMNS = "en de es fr ru bg el tr sw vi zh th hi ar ur".split()
 
-# FRONT: the fronted place or time, empty if there is none.  V: the verb with its future and negation, which German
-# and Chinese put elsewhere (WILL, NOT).  FIRST: FRONT, or AGENT without a FRONT. SECOND: AGENT after a FRONT,
-# otherwise empty.
+# FRONT: the fronted place or time, empty if there is none.  V: the verb with its future and negation, which German and
+# Chinese put elsewhere (WILL, NOT).  FIRST: FRONT, or AGENT without a FRONT. SECOND: AGENT after a FRONT, otherwise
+# empty.
 SUBJECT_FIRST = "FRONT AGENT V OBJECT PLACE TIME"
 VERB_LAST = "FRONT AGENT TIME PLACE OBJECT V"
 SENTENCE = dict.fromkeys("en es fr ru bg el sw vi th ar".split(), SUBJECT_FIRST)

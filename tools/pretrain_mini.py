@@ -4,9 +4,9 @@
 
 Writes mini.pt (float16 weights with the tokenizer) and pretrain.json (settings, learning curve).
 
-The sentences are those of tools/make_mini.py, realized from random meanings; no label of mini-XNLI is used. As in
-real corpora, some languages have less text: Arabic has a quarter of the sentences that English has, Swahili an
-eighth. One model learns three tasks from random weights:
+The sentences are those of tools/make_mini.py, realized from random meanings; no label of mini-XNLI is used. As in real
+corpora, some languages have less text: Arabic has a quarter of the sentences that English has, Swahili an eighth. One
+model learns three tasks from random weights:
 
     MLM   masked language modelling on a single sentence (Devlin et al. 2019)
     TLM   translation language modelling: a sentence and its translation, with a quarter of the
@@ -18,8 +18,8 @@ eighth. One model learns three tasks from random weights:
 
 A quarter of the pairs are in a single language. Copying is learned first, and translation follows.
 
-TRTD is needed: with MLM and TLM alone, small models learned to look a word up in the other sentence, but not to
-notice that two sentences differ, and 15,000 pairs were too few to learn that in fine-tuning.
+TRTD is needed: with MLM and TLM alone, small models learned to look a word up in the other sentence, but not to notice
+that two sentences differ, and 15,000 pairs were too few to learn that in fine-tuning.
 
 Batches are small because attention finds the other sentence only after some thousand steps, whatever the batch size:
 32 pairs got there in half the time that 128 pairs needed.
