@@ -263,7 +263,7 @@ def rows_table(result: dict) -> str:
     padded = ", ".join(f"{n:.2f} {name}" for name, n in result["tokens_with_padding"].items())
     return (
         markdown_table(head, lines)
-        + f"\n\nplaces with padding for one token: {padded}; the integer model's logits are the "
+        + f"\n\npositions with padding per token: {padded}; the integer model's logits are the "
         f"fake-quantized student's, bit for bit, in {result['same_logits_as_student']:,} rows"
     )
 
@@ -399,7 +399,7 @@ def tt_table(result: dict) -> str:
     tokens, dense_bytes = result["shape"]["tokens"], result["models"][0]["size_bytes"]
     lines = [[*latency_cells(row, tokens, 2, 3), f"{dense_bytes / row['size_bytes']:.1f}x"] for row in result["models"]]
     models = markdown_table([*LATENCY_COLUMNS, "times smaller"], lines)
-    head = ["training", "ms a step", "to dense", "s an epoch", "MB weights + gradients + Adam"]
+    head = ["training", "ms per step", "to dense", "s per epoch", "MB weights + gradients + Adam"]
     lines = [
         [name, f"{row['median_ms']:,.1f}", f"{row['ratio']:.2f}x", f"{row['epoch_seconds']:,.1f}"]
         + [f"{row[key] / 1e6:,.1f}" for key in ("state_bytes", "saved_bytes")]

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from common import UserError, atomic_write
 from data.tokenizer import Tokenizer
-from lsq import LearnedScale
 from model import HEADS, Model, ModelConfig
 from prepare import prepare
 from quant import FixedQuantizer, QuantConfig, WeightQuantizer, dequantize
@@ -131,14 +130,14 @@ def read_checkpoint(path: str, expected_format: str = CHECKPOINT_FORMAT) -> dict
 
     Raises UserError for a missing, truncated or foreign file, or one that holds pickled code.
     """
+    advice = "make one with 'python convert.py NAME --from DIR'"
+    if expected_format != CHECKPOINT_FORMAT:
+        advice = "train.py writes student.pt and state.pt, run it again"
     if not os.path.isfile(path):
-        raise UserError(f"no checkpoint at {path}: make one with 'python convert.py xlmr-base'")
-    payload = load_untrusted(path, "make one with 'python convert.py NAME --from DIR'", mmap=True)
+        raise UserError(f"no checkpoint at {path}: {advice}")
+    payload = load_untrusted(path, advice, mmap=True)
     if not isinstance(payload, dict) or payload.get("format") != expected_format:
-        raise UserError(
-            f"{path} is not a checkpoint of this project ({expected_format}): "
-            f"convert Hugging Face files with 'python convert.py NAME --from DIR'"
-        )
+        raise UserError(f"{path} is not a checkpoint of this project ({expected_format}): {advice}")
     return payload
 
 
@@ -238,7 +237,7 @@ def quantized_weights(student: Model) -> dict[str, str]:
     found = {}
     for name, module in student.named_modules():
         for attribute in ("weight_quantizer", "row_quantizer"):
-            if isinstance(getattr(module, attribute, None), (WeightQuantizer, LearnedScale)):
+            if isinstance(getattr(module, attribute, None), WeightQuantizer):
                 found[f"{name}.weight"] = f"{name}.{attribute}"
         if isinstance(module, TensorTrain) and module.core_quantizers is not None:
             for k in range(len(module.cores)):
@@ -258,7 +257,7 @@ class Weight(NamedTuple):
     scale: Tensor
 
 
-def weight_of(quantizer: WeightQuantizer | LearnedScale, weight: Tensor) -> Weight:
+def weight_of(quantizer: WeightQuantizer, weight: Tensor) -> Weight:
     codes, scale = quantizer.codes(weight)
     return Weight(codes.to(torch.int8), scale)
 
@@ -357,9 +356,7 @@ def read_student(path: str) -> Student:
     return Student(config, quant, weights, tensors, notes, payload.get("tokenizer"))
 
 
-def unpack_weight(
-    path: str, name: str, entry: dict, shape: torch.Size, quantizer: WeightQuantizer | LearnedScale
-) -> Weight:
+def unpack_weight(path: str, name: str, entry: dict, shape: torch.Size, quantizer: WeightQuantizer) -> Weight:
     """The integers of a packed weight, after checking its parts against what the model requires."""
     if not isinstance(entry, dict) or set(entry) != {"codes", "shape", "scale"}:
         raise UserError(f"{path}: packed tensor {name} is damaged")

@@ -1,9 +1,9 @@
 """Every option of train.py: its default, its help and its check, which needs no data.
 
-TrainConfig is what config.json records. A flag is the name of its field with dashes. One flag per ablation, and "off"
-is the baseline: --bits 32, --distill none. What an option is if it isn't given:
+TrainConfig is what config.json records. A flag is the name of its field with dashes. One flag per ablation.
+Precedence of defaults, lowest first:
 
-    TrainConfig's default  <  defaults of the model  <  of the task (data/tasks.py)  <  of --recipe
+    TrainConfig  <  the model  <  the task (data/tasks.py)  <  --recipe  <  student_lr_at  <  what is typed
 """
 
 import argparse
@@ -58,7 +58,7 @@ RECIPE_HELP = {
     "kd": "ternary weights, logits and attention maps (arXiv 2211.11014)",
     "tt": "quantized tensor trains, layer by layer (arXiv 2306.01076); --task atis",
 }
-# student_lr_at: width -> student_lr. With few bits a weight must move far to reach the next step of its grid. Chosen
+# student_lr_at: bits -> student_lr. With few bits a weight must move far to reach the next step of its grid. Chosen
 # on dev with seed 0, the same for QAT and SDQ (docs/log.md).
 MODEL_DEFAULTS = {
     "mini": {
@@ -93,7 +93,7 @@ class TrainConfig:
     eval_split: str = option("test", TASK, "report on test, or on dev, which also selects the epoch")
     max_train: int | None = option(None, TASK, "train on N random examples (default: all)")
     max_eval: int | None = option(None, TASK, "evaluate N random examples per language (default: all)")
-    max_length: int = option(128, TASK, "longest sequence in tokens; longer texts are truncated")
+    max_length: int = option(128, TASK, "longest sequence in tokens; longer ones are truncated")
 
     model: str | None = option(
         None,
@@ -142,7 +142,7 @@ class TrainConfig:
     student_steps: int | None = option(None, OPTIM, "of qat and sdq (default: --steps)")
     batch_size: int = option(32, OPTIM, "examples per step")
     lr: float = option(2e-5, OPTIM, "peak learning rate")
-    student_lr: float | None = option(None, OPTIM, "of qat and sdq (default: --lr)")
+    student_lr: float | None = option(None, OPTIM, "of qat and sdq (default: --lr; higher below 8 bits)")
     label_smoothing: float = option(0.0, OPTIM, "of the cross-entropy")
     dropout: float = option(0.1, OPTIM, "while the teacher trains")
     student_dropout: float = option(0.0, OPTIM, "while qat and sdq train; it disturbs distillation")
@@ -243,14 +243,14 @@ def resolve(given: dict) -> TrainConfig:
 
 
 def defaults_in_words(spec) -> str:
-    """ "(default: 2e-05; mini 0.0003, glue 0.0001)": of the recipe, model and task."""
+    """The defaults of an option for its help text, such as (default: 2e-05; mini 0.0003, glue 0.0001)."""
 
     def word(value) -> str:
         if isinstance(value, tuple):
             return " ".join(value)
         return f"{value:g}" if isinstance(value, float) else str(value)
 
-    rows = {**MODEL_DEFAULTS, **{name: row for name, row in RECIPES.items()}}
+    rows = MODEL_DEFAULTS | RECIPES
     for task in TASKS.values():
         rows |= {task.subfolder.split("/")[0]: row for row in list(task.defaults.values())[:1]}
     others = [f"{name} {word(row[spec.name])}" for name, row in rows.items() if spec.name in row]
@@ -290,8 +290,9 @@ def build_parser() -> argparse.ArgumentParser:
     groups = {}
     for spec in fields(TrainConfig):
         title, kind = spec.metadata["group"], str(spec.type)
-        group = groups.setdefault(title, None) or parser.add_argument_group(title)
-        groups[title] = group
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group = groups[title]
         text = (spec.metadata["text"] + defaults_in_words(spec)).replace("%", "%%")
         kwargs = dict(default=argparse.SUPPRESS, help=text)
         if "bool" in kind:
@@ -323,7 +324,7 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, bool]:
 # ----------------------------------------------------------------------------------------- checks
 CHOICES = {"eval_split": ("test", "dev"), "device": ("auto", "cpu", "cuda")}
 BOUNDS = {  # name -> (least, largest)
-    **dict.fromkeys(("noise", "task_weight"), (0, 1)),
+    "task_weight": (0, 1),
     **dict.fromkeys(("dropout", "student_dropout", "label_smoothing"), (0, 0.9)),
     **dict.fromkeys(("alpha", "beta"), (0, 1e9)),
     "temperature": (1e-3, 1e3),
@@ -372,7 +373,10 @@ def rules(config: TrainConfig, task: Task) -> Iterator[tuple[object, str]]:
     cores = config.tt_rank and config.weights != "uniform"
     yield cores, f"{weights} is for matrices: cores of tensor trains have learned scales"
     ranged = config.weight_range != "minmax"
-    yield config.bits == 32 and ranged, "--weight-range is for quantized weights: choose --bits 2 to 8"
+    yield (
+        config.bits == 32 and ranged,
+        "--weight-range is for quantized weights: choose --bits 2 to 8, or --weight-range minmax",
+    )
 
     methods, known = config.methods, " ".join(METHODS)
     for name in methods:
@@ -387,21 +391,25 @@ def rules(config: TrainConfig, task: Task) -> Iterator[tuple[object, str]]:
     yield static and ranges != "dynamic", drop  # learned ranges start as static ones
     kind = "learned" if ranges == "learned" else "static"
     fixed = static or ranges != "dynamic"
-    yield fixed and floats, f"{kind} ranges need quantized activations: choose --act-bits 2 to 8"
+    yield (
+        fixed and floats,
+        f"{kind} ranges need quantized activations: choose --act-bits 2 to 8, or --act-range dynamic",
+    )
 
     softened = config.temperature != 1.0
     for name, given in (("label_smoothing", config.label_smoothing), ("temperature", softened)):
         yield task.regression and given, f"{flag(name)} is for classes: {task.name} is a regression, drop it"
     distill, layerwise, sdq = f"--distill {config.distill}", config.distill in LAYERWISE, "sdq" in methods
     nothing = not layerwise and not any(config.loss_weights.values())
-    yield sdq and nothing, f"{distill} with weights of 0 makes sdq the same as qat: use --methods fp32 ptq qat"
+    yield sdq and nothing, f"{distill} has no loss with a weight, so sdq would be qat: use --methods fp32 ptq qat"
     yield layerwise and config.task_weight != 1.0, f"--task-weight does nothing with {distill}: drop it"
     without = sdq and not layerwise and "logits" not in config.loss_weights
     yield softened and without, "--temperature softens the logits: distill them, too, or drop it"
 
 
-# Options that do not change the result of a run.
-NOT_THE_RESULT = ("device", "threads", "out", "analyze", "check_student", "eval")
+# Options that neither name a run nor keep it from being resumed. NOTE: threads and device change the last bits of a
+# result, so resuming is bit-exact only with the same ones.
+NOT_COMPARED = ("device", "threads", "out", "analyze", "check_student", "eval")
 
 
 def default_out(config: TrainConfig) -> str:
@@ -411,7 +419,7 @@ def default_out(config: TrainConfig) -> str:
     name = f"{config.task}-{model}{recipe}-w{config.bits}a{config.act_bits}-s{config.seed}"
     named = ["recipe", "task", "model", "bits", "act_bits"]
     usual = resolve({name: getattr(config, name) for name in named})
-    ignored = {*named, "seed", *NOT_THE_RESULT} - ({"model"} if config.model != model else set())
+    ignored = {*named, "seed", *NOT_COMPARED} - ({"model"} if config.model != model else set())
     changed = [
         (spec.name, getattr(config, spec.name))
         for spec in fields(config)

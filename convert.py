@@ -410,10 +410,7 @@ def run(name: str, folder: str | None, out: str | None) -> None:
     out = out or os.path.join(WEIGHTS_DIR, name + ".pt")
     if folder is None:
         if name not in MODELS:
-            raise UserError(
-                f"no download is known for {name!r} (known: {' '.join(sorted(MODELS))}); "
-                f"use 'python convert.py {name} --from DIR' with a Hugging Face folder"
-            )
+            raise UserError(f"no download is known for {name!r}, only {' '.join(sorted(MODELS))}: add --from DIR")
         folder = os.path.join(WEIGHTS_DIR, "downloads", name)
         fetch_model(name, folder)
     payload = convert_tensors(name, *read_folder(folder))

@@ -41,6 +41,7 @@ keeps its scale from stage to stage.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -161,22 +162,25 @@ def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor
     return total / (counted.numel() if mask is None else mask.sum())
 
 
-Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-# --distill joins these names with "+": "logits+context" is SDQ. A row is the tap of model.py that the loss compares,
-# in each layer, and the loss(student, teacher, mask) of one layer. "logits" has no tap.
-LOSSES: dict[str, tuple[str | None, Loss]] = {
-    "logits": (None, logits_loss),
-    "score": ("score", score_loss),
-    "map": ("score", map_loss),
-    "context": ("context", vector_loss),
-    "output": ("output", vector_loss),
-    "residual": ("residual", vector_loss),
-    "normed": ("normed", vector_loss),
-    "hidden": ("hidden", vector_loss),
+class Loss(NamedTuple):
+    tap: str  # of model.py: what the loss compares, in each layer
+    loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (student, teacher, mask) of one layer -> scalar
+
+
+# --distill joins these names with "+": "logits+context" is SDQ.
+LOSSES: dict[str, Loss] = {
+    "logits": Loss("", logits_loss),  # of the logits, once for all layers, with a temperature
+    "score": Loss("score", score_loss),
+    "map": Loss("score", map_loss),
+    "context": Loss("context", vector_loss),
+    "output": Loss("output", vector_loss),
+    "residual": Loss("residual", vector_loss),
+    "normed": Loss("normed", vector_loss),
+    "hidden": Loss("hidden", vector_loss),
 }
 
 
-def layer_mean(loss: Loss, student: list[Tensor], teacher: list[Tensor], mask: Tensor | None) -> Tensor:
+def layer_mean(loss: Callable, student: list[Tensor], teacher: list[Tensor], mask: Tensor | None) -> Tensor:
     """The mean of a loss over the tensors of one tap, one per layer."""
     layers = [loss(s, t, mask) for s, t in zip(student, teacher, strict=True)]
     return sum(layers) / len(layers)
@@ -197,10 +201,8 @@ class LayerSchedule:
     order: str = "bottom-up"  # or "top-down", "together"
 
     def __post_init__(self):
-        if self.layers < 1 or self.stage_steps < 1:
-            raise ValueError(f"{self.layers} layers, {self.stage_steps} steps each: both must be >= 1")
-        if self.order not in LAYERWISE.values():
-            raise ValueError(f"unknown order {self.order!r}: {', '.join(LAYERWISE.values())}")
+        assert self.layers >= 1 and self.stage_steps >= 1, f"{self.layers} layers, {self.stage_steps} steps each"
+        assert self.order in LAYERWISE.values(), f"unknown order {self.order!r}: {', '.join(LAYERWISE.values())}"
 
     @property
     def last_stage_start(self) -> int:
@@ -237,7 +239,7 @@ def layerwise_terms(
     were run, k + 1 and k tensors.  layers: see LayerSchedule.active.
     """
 
-    def mean(loss: Loss, tap: str, places: list[int]) -> Tensor:
+    def mean(loss: Callable, tap: str, places: list[int]) -> Tensor:
         chosen = ([taps[tap][i] for i in places] for taps in (student_taps, teacher_taps))
         return layer_mean(loss, *chosen, mask)
 

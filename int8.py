@@ -1,4 +1,4 @@
-"""The integer model: what is deployed, in memory. On disk: checkpoint.py.
+"""The integer model that is deployed. Its file format is in checkpoint.py.
 
 An activation is x = s_x (q_x - z_x), q_x in 0..255, a weight is w = s_w q_w. A Linear layer is then a product of 8-bit
 integers, accumulated in 32 bits, and a correction, quant.rescale:
@@ -18,7 +18,7 @@ Saturation. CPUs with AVX2 or AVX-512 but without VNNI multiply 8 bits with the 
 half. With weights in -64..64 the sum is at most 32,640 and every CPU is right. So QuantConfig.grid is part of training
 and of the checkpoint: "portable" weights are trained on the grid on which they are multiplied everywhere. A "full"
 student (-127..127) is exact on VNNI and CUDA; choose_kernel finds out by trying whether a CPU would saturate, and then
-multiplies integers in float32: exact, at float32 speed.
+multiplies integers in float32, at float32 speed: exact below 2^24, which typical sums are.
 
     model, tokenizer = load_integer("out/NAME/student.pt")       # fake-quantized: checkpoint.load_student
     logits, _ = model(ids, mask)
@@ -204,7 +204,7 @@ def act_of(model: nn.Module, name: str) -> ActQuantizer:
     return model.get_submodule(name.rpartition(".")[0]).input_quantizer
 
 
-def range_to_stay_in(kernel: FloatKernel | OneDNNKernel, act: ActQuantizer):
+def uint8_output_range(kernel: FloatKernel | OneDNNKernel, act: ActQuantizer):
     """Scale and zero point with which a kernel can pass its result on in 8 bits; None if it can't."""
     if kernel.fused and act.static and act.quant_max == 255:
         scale, zero_point = act.static_range()
@@ -225,7 +225,7 @@ class IntTTLinear(nn.Module):
         self.A = IntLinear(A, None, act, kernel, device)
         self.B = IntLinear(B, layer.bias, layer.middle_quantizer, kernel, device)
         self.act_quantizer, self.codes, self.kernel = act, self.A.codes, self.B.kernel
-        self.inner = range_to_stay_in(self.A.kernel, layer.middle_quantizer)
+        self.inner = uint8_output_range(self.A.kernel, layer.middle_quantizer)
 
     def middle(self, x: Tensor | Codes) -> Tensor | Codes:
         if self.inner is None:
@@ -303,7 +303,7 @@ class IntFeedForward(FeedForward):
         nn.Module.__init__(self)
         self.up, self.down, self.norm, self.dropout = ffn.up, ffn.down, ffn.norm, ffn.dropout
         inner = ffn.down.act_quantizer
-        self.inner = range_to_stay_in(ffn.up.kernel, inner)
+        self.inner = uint8_output_range(ffn.up.kernel, inner)
         self.in_pieces = self.inner is None and inner.per_token
 
     def forward(self, x: Tensor) -> Tensor:
@@ -333,7 +333,7 @@ def integer_model(student: checkpoint.Student, device: str | torch.device = "cpu
 
     Raises UserError if weights or activations are not quantized.
     """
-    config, quant, weights, tensors = student[:4]
+    config, quant, weights, tensors = student.config, student.quant, student.weights, student.tensors
     if quant.weight_bits == 32 or quant.act_bits == 32:
         raise UserError("integers need quantized weights and activations: --bits and --act-bits 2 to 8")
     if config.tt:
@@ -343,7 +343,7 @@ def integer_model(student: checkpoint.Student, device: str | torch.device = "cpu
     with torch.device("meta"):
         model = Model(config)
         prepare(model, replace(quant, weight_bits=32, weights="uniform", weight_range="minmax"))
-    matrices = [w.codes for name, w in weights.items() if "word" not in name]
+    matrices = [w.codes for name, w in weights.items() if name != checkpoint.WORDS]
     largest = max(int(codes.abs().max()) for codes in matrices)
     kernel = choose_kernel(device, largest) if kernel == "auto" else kernel
 

@@ -28,7 +28,8 @@ Distillation compares intermediate tensors of two such models. `forward` returns
     normed   (B, T, C)     the same after the norm, which the ffn reads (arXiv 2211.11014)
     hidden   (B, T, C)     the embeddings and the output of every layer: L + 1 tensors
 
-Only the requested taps are kept, and PyTorch's fused attention is used unless "score" or "map" is requested.
+Only the requested taps are kept, and PyTorch's fused attention is used unless "score" or "map" is requested or the
+attention probabilities are quantized.
 
 NOTE: differs from the originals: there is no dropout on the attention probabilities (it would rule out the fused
 kernel on CPU), and padding stands on the right only. BERT is the same encoder with positions from 0 (position_offset)

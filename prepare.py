@@ -11,7 +11,7 @@ Biases, norms, position and type embeddings and the head stay in float32 (togeth
     print(prepare(student, QuantConfig(weight_bits=2, weights="ternary")))
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +31,11 @@ from quant import (
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightKind:
     """A row of WEIGHTS: the quantizer of matrices, that of tables, and what QuantConfig may ask of it."""
 
     matrix: type[nn.Module]  # called with the arguments of quant.WeightQuantizer
-    table: type[nn.Module]
+    table: Callable[..., nn.Module]
     help: str
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     ranges: tuple[str, ...] = ("minmax", "mse")  # of weight_range; the first is the default
@@ -47,11 +47,11 @@ def table_quantizer(config: QuantConfig, *arguments) -> WeightQuantizer:
 
 
 WEIGHTS = {  # QuantConfig.weights
-    "uniform": Weights(UniformQuantizer, UniformQuantizer, "equal steps up to the largest weight"),
-    "ternary": Weights(TernaryQuantizer, TernaryQuantizer, "-a, 0, a with 2 bits", bits=(2,), ranges=("minmax",)),
-    "lsq": Weights(LearnedScale, table_quantizer, "scales are trained", ranges=("lsq", "minmax", "mse")),
+    "uniform": WeightKind(UniformQuantizer, UniformQuantizer, "equal steps up to the largest weight"),
+    "ternary": WeightKind(TernaryQuantizer, TernaryQuantizer, "-a, 0, a with 2 bits", bits=(2,), ranges=("minmax",)),
+    "lsq": WeightKind(LearnedScale, table_quantizer, "scales are trained", ranges=("lsq", "minmax", "mse")),
 }
-CHOICES = {
+QUANT_CHOICES = {
     "grid": ("portable", "full"),
     "weights": WEIGHTS,
     "act_range": ("dynamic", "static", "learned"),
@@ -65,7 +65,7 @@ def check_quant(config: QuantConfig) -> None:
         bits = getattr(config, name)
         if not isinstance(bits, int) or (bits != 32 and not 2 <= bits <= 8):
             raise ValueError(f"{name}={bits}: choose 2 to 8, or 32 for no quantization")
-    for name, known in CHOICES.items():
+    for name, known in QUANT_CHOICES.items():
         if getattr(config, name) not in known:
             raise ValueError(f"{name}={getattr(config, name)!r}: choose from {', '.join(known)}")
     if not 0.0 <= config.noise <= 1.0:
@@ -77,7 +77,9 @@ def check_quant(config: QuantConfig) -> None:
         raise ValueError(f"weights={config.weights} needs quantized weights: weight_bits=2 to 8")
     if bits not in (*row.bits, 32):
         known = " or ".join(map(str, row.bits))
-        raise ValueError(f"weights={config.weights} has {known} bits, not weight_bits={bits}")
+        raise ValueError(
+            f"weights={config.weights} has {known} bits, not weight_bits={bits}: choose those, or weights=uniform"
+        )
     if config.weight_range not in row.ranges:
         raise ValueError(f"weight_range={config.weight_range!r}: weights={config.weights} has {', '.join(row.ranges)}")
 
@@ -102,7 +104,7 @@ class PrepareReport:
 def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
     """Make a float32 model fake-quantized, in place. Reports what was replaced and what was kept.
 
-    What a module has decides what becomes of it, if its name does not begin with one in config.keep:
+    Modules are recognized by their attributes; those whose names begin with an entry of config.keep are skipped:
 
         nn.Linear        becomes a QuantLinear, which shares weight and bias
         row_quantizer    a table of embeddings: its rows are quantized
@@ -114,7 +116,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
     Raises ValueError for a config that can't be computed and for a model that was prepared before.
     """
     check_quant(config)
-    kinds = (WeightQuantizer, LearnedScale, ActQuantizer)
+    kinds = (WeightQuantizer, ActQuantizer)
     if any(isinstance(m, kinds) or hasattr(m, "act_quantizer") for m in model.modules()):
         raise ValueError("this model is already prepared: quantize a copy of the float32 model")
     row, quantizes = WEIGHTS[config.weights], config.weight_bits != 32

@@ -20,9 +20,9 @@ step; the others pass unchanged and get an exact gradient. p = 1 is ordinary qua
 everything is quantized.
 
 Evaluation. A Linear layer of a student in evaluation computes as the integer model does: it multiplies integers,
-accumulates them exactly and applies the scales afterwards (`rescale`). In exact arithmetic that equals fake
-quantization. In floats the last digits differ, and one digit is enough to flip the rounding of the next activation. So
-student and integer model agree bit for bit.
+accumulates them and applies the scales afterwards (`rescale`). In exact arithmetic that equals fake quantization. In
+floats the last digits differ, and one digit is enough to flip the rounding of the next activation. With the integer
+arithmetic itself, student and integer model agree bit for bit: sums of integers are exact in float32 below 2^24.
 
 Next: lsq.py trains scales together with the weights, prepare.py puts quantizers into a model.
 

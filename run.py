@@ -1,4 +1,4 @@
-"""The folder of a run, out/NAME, and what continues a stopped one bit for bit.
+"""The folder of a run, out/NAME: log, results, and the state from which a stopped run continues bit for bit.
 
     config.json    every option
     log.jsonl      one line per step and per evaluation on dev
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from checkpoint import read_checkpoint, save_atomically
 from common import Progress, UserError, check_writable, flag, hardware, markdown_table, remove, write_json, write_text
-from config import NOT_THE_RESULT, TRAINED, TrainConfig
+from config import NOT_COMPARED, TRAINED, TrainConfig
 from data.batches import Batch, Dataset, collate, training_order
 from data.tasks import Task, find_task
 from model import Model
@@ -69,7 +69,7 @@ class Run:
             before = None
         if not isinstance(before, dict) or "task" not in before:
             raise UserError(f"{self.out}/config.json is not of a run of train.py: choose another --out")
-        may_differ = {*NOT_THE_RESULT, *(("lr", "student_lr") if self.resume else ())}
+        may_differ = {*NOT_COMPARED, *(("lr", "student_lr") if self.resume else ())}
         differs = [k for k in settings if before.get(k) != settings[k] and k not in may_differ]
         if differs:
             name = differs[0]
@@ -94,8 +94,7 @@ class Run:
         quantized = [row for name, row in self.results["methods"].items() if name != "fp32"]
         if self.config.analyze and any("errors" not in row for row in quantized):
             raise UserError(
-                f"--analyze: {self.out} has rows that were not analyzed, and their models are gone: "
-                "resume without it, or start with --analyze and another --out"
+                f"--analyze: {self.out} has rows that were not analyzed: resume without it, or change --out"
             )
         write_json(self.path("config.json"), asdict(self.config))
 
@@ -166,7 +165,7 @@ class Training:
         self.started = time.monotonic() - self.seconds
 
     def steps(self) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) of every step that is left. Saves the state behind it where one is due."""
+        """(step, batch) of every step that is left. Saves the state every SAVE_EVERY steps and after evaluations."""
         order, order_epoch = [], -1
         while self.step < self.total_steps:
             epoch, index = divmod(self.step, self.per_epoch)
@@ -186,8 +185,8 @@ class Training:
         ends = done % self.per_epoch == 0 or done == self.total_steps
         return ends or bool(every and done % every == 0)
 
-    def check_finite(self, **values: Tensor) -> dict[str, float]:
-        """Scalar tensors -> numbers. Raises UserError if one is not finite."""
+    def check_finite(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Scalar tensors -> floats. Raises UserError if one is not finite."""
         numbers = torch.stack([value.detach() for value in values.values()]).tolist()
         record = dict(zip(values, numbers, strict=True))
         for name, value in record.items():
@@ -267,7 +266,7 @@ class Training:
         text += "try a lower --lr or --student-lr"
         path = self.run.path("state.pt")
         if os.path.exists(path):
-            text += f"; the last good state is kept in {path}, and --resume continues from it"
+            text += f"; the last good state is kept, and --resume --out {self.run.out} continues from it"
         return text
 
 
@@ -285,9 +284,9 @@ TEACHER_OPTIONS = (  # all that the parameters of a teacher depend on, besides m
 
 
 def teacher_path(run: Run, model: str, identity: list, data: Data) -> str:
-    """The file of the teacher that this run would train.
+    """The file of the teacher that this run would train.  identity: of the model that it starts from, and constants.
 
-    identity: what tells the starting model from others of its name.
+    The code is not part of the name: after a change of the loss or the model, delete teachers/.
     """
     key = [getattr(run.config, name) for name in TEACHER_OPTIONS] + identity
     for dataset in (data.train, data.dev):
@@ -309,8 +308,8 @@ def summarize_languages(languages: dict[str, dict], train_language: str) -> dict
     }
 
 
-def figure_of(row: dict, task: Task) -> float:
-    """The figure by which methods are compared: the zero-shot mean, or the mean over the test sets."""
+def compared_score(row: dict, task: Task) -> float:
+    """The score by which methods are compared: the zero-shot mean, or the mean over the test sets."""
     summary = summarize_languages(row["languages"], task.train_language)
     if task.zero_shot and summary["zero_shot_mean"] is not None:
         return summary["zero_shot_mean"]
@@ -320,7 +319,7 @@ def figure_of(row: dict, task: Task) -> float:
 def recovered_percent(own: float, ptq: float, fp32: float) -> float | None:
     """How much of PTQ's loss a method recovered: (method - PTQ) / (FP32 - PTQ) in %.
 
-    None if PTQ lost less than two points, where it means nothing.
+    None if PTQ lost less than two points, where the ratio is not meaningful.
     """
     return 100 * (own - ptq) / (fp32 - ptq) if fp32 - ptq >= 2.0 else None
 
@@ -329,7 +328,7 @@ def recovered(methods: dict[str, dict], name: str, task: Task) -> float | None:
     """What the row `name` recovered; None also if a row that it needs is missing."""
     if name in ("fp32", "ptq") or not {"fp32", "ptq"} <= set(methods):
         return None
-    return recovered_percent(*(figure_of(methods[row], task) for row in (name, "ptq", "fp32")))
+    return recovered_percent(*(compared_score(methods[row], task) for row in (name, "ptq", "fp32")))
 
 
 def report_table(results: dict) -> str:
@@ -372,7 +371,7 @@ def report(results: dict) -> str:
         f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}.",
         "The epoch was selected on dev, in the training language."
         + (" These figures are of dev, too: they flatter every trained row." if run["eval_split"] == "dev" else ""),
-        "Rows are of the integer model, fp32 apart. MB: the checkpoint on disk. recovered: of the loss "
+        "Rows are of the integer model where weights and activations are quantized. MB: the checkpoint on disk. recovered: of the loss "
         "of ptq. train s: wall time, with evaluations on dev and saved states.",
     ]
     return report_table(results) + "\n\n" + "\n".join(notes) + "\n"

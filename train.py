@@ -8,7 +8,7 @@
     ptq         its weights and activations quantized, without training
     ptq-static  the same with activation ranges from calibration batches
     qat         trained on through the quantizers, with quantization noise and the loss of the task
-    sdq         qat, distilled from the teacher: logits and every self-attention output, or --distill
+    sdq         qat, distilled from the teacher: logits and attention contexts, or --distill
 
 Students train fake-quantized, in float32 on the integer grid. The integer model made of them (int8.py) is what is
 evaluated; on CPU the fake-quantized student gives the same bits.
@@ -83,10 +83,10 @@ def task_loss(logits: Logits, batch: Batch, smoothing: float) -> Tensor:
 
 def sdq_loss(student: Model, teacher: Model | None, batch: Batch, config: TrainConfig, step: int) -> dict[str, Tensor]:
     """L = CE + alpha tau^2 KL(teacher || student) + beta mean_lh MSE(A_lh^s, A_lh^t), term by term
-    (arXiv 2307.05972); or the losses of --distill. Without a teacher: CE alone.
+    (arXiv 2307.05972); or the losses of --distill. Without a teacher: CE alone.  step: for losses with a schedule.
     """
     weights = config.loss_weights if teacher is not None else {}
-    taps = tuple(tap for tap, _ in map(LOSSES.get, weights) if tap)
+    taps = tuple(LOSSES[name].tap for name in weights if name != "logits")
     logits, student_taps = forward(student, batch, taps)
     terms = {"task": task_loss(logits, batch, config.label_smoothing)}
     if teacher is None:
@@ -95,10 +95,10 @@ def sdq_loss(student: Model, teacher: Model | None, batch: Batch, config: TrainC
     with torch.no_grad():
         teacher_logits, teacher_taps = forward(teacher, batch, taps)
     for name, weight in weights.items():
-        tap, loss = LOSSES[name]
-        if tap is None:
+        if name == "logits":
             cost = logits_loss(logits, teacher_logits, config.temperature, batch.mask)
         else:
+            tap, loss = LOSSES[name]
             cost = layer_mean(loss, student_taps[tap], teacher_taps[tap], batch.mask)
         terms[name] = weight * cost
     return terms
@@ -124,24 +124,22 @@ def layerwise_loss(
 
 
 # --------------------------------------------------------------------------------------- the loop
-def train(run: Run, name: str, model: Model, teacher: Model | None, data: Data) -> float:
+def train(model: Model, teacher: Model | None, data: Data, run: Run, method: str) -> float:
     """Train in place and restore the best parameters on dev. Returns the seconds.
 
-    name: a row of the report.  teacher: None trains on the labels alone.
+    teacher: None trains on the labels alone.  method: the row of the report.
 
     Raises UserError if the loss or a parameter is no longer finite.
     """
-    config = run.config
-    optimizers = make_optimizers(model)
-    training = Training(run, name, model, optimizers, data.train)
-    peak = config.student_lr if name in TRAINED else config.lr
-    learning_rate, loss_fn = partial(linear_rate, total=training.total_steps, peak=peak), sdq_loss
+    config, optimizers = run.config, make_optimizers(model)
+    training = Training(run, method, model, optimizers, data.train)
+    peak = config.student_lr if method in TRAINED else config.lr
+    learning_rate, loss_fn = linear_rate, sdq_loss
     if teacher is not None and config.distill in LAYERWISE:
         schedule = layer_schedule(config, model.config.num_layers, training.total_steps)
-        learning_rate = partial(layerwise_rate, **learning_rate.keywords, schedule=schedule)
-        loss_fn = partial(layerwise_loss, schedule=schedule)
+        learning_rate, loss_fn = partial(layerwise_rate, schedule=schedule), partial(layerwise_loss, schedule=schedule)
     for step, batch in training.steps():  # continues where a stopped run was
-        lr = learning_rate(step)
+        lr = learning_rate(step, training.total_steps, peak)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
@@ -150,7 +148,7 @@ def train(run: Run, name: str, model: Model, teacher: Model | None, data: Data) 
         loss = sum(terms.values())
         loss.backward()
         norm = clip_gradients(model, CLIP_NORM)
-        values = training.check_finite(loss=loss, **terms, norm=norm)  # before anything is updated
+        values = training.check_finite({"loss": loss, **terms, "norm": norm})  # before anything is updated
         for optimizer in optimizers:
             optimizer.step()
         training.log(values, lr, batch.tokens)
@@ -205,15 +203,13 @@ def layer_schedule(config: TrainConfig, layers: int, total: int) -> LayerSchedul
     """Half of the steps for the stages, half for the last one. Raises UserError if they are too few."""
     schedule = LayerSchedule(layers, max(1, total // 2 // layers), LAYERWISE[config.distill])
     if schedule.last_stage_start >= total:
-        raise UserError(
-            f"--distill {config.distill} needs more than {layers} steps for {layers} layers, not "
-            f"{total}: raise --student-epochs or --student-steps"
-        )
+        need = f"--distill {config.distill} needs more than {layers} steps for {layers} layers"
+        raise UserError(f"{need}, not {total}: raise --student-epochs or --student-steps")
     return schedule
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scale all gradients so that their common norm is at most `limit`. Returns the norm before."""
+    """Scale all gradients, sparse ones included, so that their common norm is at most `limit`. Returns the norm before."""
     gradients = []
     for parameter in model.parameters():
         if parameter.grad is None:
@@ -354,7 +350,7 @@ def get_teacher(run: Run, source: Source, data: Data) -> tuple[Model, int, float
             raise UserError(f"this run's teacher, {path}, is gone (or --lr changed): start with another --out")
         model = source.build()
         set_dropout(model, run.config.dropout)
-        seconds = train(run, "fp32", model.to(run.device), None, data)
+        seconds = train(model.to(run.device), None, data, run, "fp32")
         payload = checkpoint.checkpoint_payload(model, source.tokenizer.bytes, seconds=f"{seconds:.1f}")
         checkpoint.save_atomically(payload, path)
         remove(run.path("state.pt"))
@@ -392,7 +388,7 @@ def run_student(run: Run, source: Source, teacher: Model, method: str, data: Dat
     student = make_student(run, teacher, method, data)
     seconds = 0.0
     if method in TRAINED:
-        seconds = train(run, method, student, teacher if method == "sdq" else None, data)
+        seconds = train(student, teacher if method == "sdq" else None, data, run, method)
     quant = quant_config(config, method)
     notes = dict(task=config.task, model=source.name, method=method, data=source.data)
     notes |= {"labels": " ".join(source.labels), "slots": " ".join(source.slots)}

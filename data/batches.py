@@ -10,10 +10,11 @@ at its other pieces, the special tokens and the padding.
 BERT has token types, 0 for the tokens of the first text and 1 for those of the second. One number per row says where
 the second text begins. XLM-R has no types.
 
-Encodings are cached under .cache/; the key holds task, split, language, length, tokenizer and the state of the data
-files.
+Encodings are cached under .cache/; the key holds task, split, language, length, tokenizer, the state of the data files
+and the code that reads and encodes them.
 """
 
+import glob
 import hashlib
 import os
 import re
@@ -173,7 +174,8 @@ def cache_path(task, split, language, folder, tokenizer, max_length, limit) -> s
     if not all(map(os.path.isfile, file_paths(row, folder, split))):
         return None
     key = (task, split, language, [(source, file_state(source)) for source in sources])
-    key += (tokenizer.sha256, max_length, limit, tokenizer.typed)
+    code = [file_state(path) for path in sorted(glob.glob(os.path.join(os.path.dirname(__file__), "*.py")))]
+    key += (tokenizer.sha256, tokenizer.typed, max_length, limit, code)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     safe = re.sub(r"[^A-Za-z0-9-]", "_", language)[:20]  # it may come from a file
     return os.path.join(CACHE_DIR, f"{task}-{split}-{safe}-{digest}.npz")

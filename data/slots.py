@@ -122,30 +122,30 @@ def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     return found
 
 
-def slot_scores(gold: list[Sequence[str]], predicted: list[Sequence[str]]) -> dict:
-    """Scores of the tags of many sentences. gold: the labels.
+def slot_scores(predictions: list[Sequence[str]], labels: list[Sequence[str]]) -> dict:
+    """Scores of the tags of many sentences.
 
     slot_f1          F1 in % over all slots of all sentences (conlleval's; 0 if nothing is right)
-    slot_correct, slot_gold, slot_predicted     the counts behind it
-    slot_token_f1    micro-averaged F1 in % over the tags of single words, O included. Every wrong
-                     word is one false positive and one false negative, so this is the accuracy of
-                     the tags. Work on ATIS with tensor-compressed Transformers reports it as "F1";
-                     it is higher than slot_f1, since most words are O.
+    slot_correct, slot_gold, slot_predicted     the counts behind it: of slots in both, in labels, in predictions
+    slot_token_f1    micro-averaged F1 in % over the tags of single words, O included. Every wrong word is one false
+                     positive and one false negative, so this is the accuracy of the tags. Work on ATIS with
+                     tensor-compressed Transformers reports it as "F1"; it is higher than slot_f1, since most words
+                     are O.
     """
-    correct = in_gold = in_predicted = right_words = words = 0
-    for true, guess in zip(gold, predicted, strict=True):
-        true_spans, guessed_spans = spans(true), spans(guess)
-        correct += len(true_spans & guessed_spans)
-        in_gold += len(true_spans)
-        in_predicted += len(guessed_spans)
-        right_words += sum(a == b for a, b in zip(true, guess, strict=True))
+    correct = in_labels = in_predictions = correct_words = words = 0
+    for predicted, true in zip(predictions, labels, strict=True):
+        predicted_spans, true_spans = spans(predicted), spans(true)
+        correct += len(true_spans & predicted_spans)
+        in_labels += len(true_spans)
+        in_predictions += len(predicted_spans)
+        correct_words += sum(a == b for a, b in zip(predicted, true, strict=True))
         words += len(true)
     return {
-        "slot_f1": 100 * 2 * correct / max(in_gold + in_predicted, 1),
+        "slot_f1": 100 * 2 * correct / max(in_labels + in_predictions, 1),
         "slot_correct": correct,
-        "slot_gold": in_gold,
-        "slot_predicted": in_predicted,
-        "slot_token_f1": 100 * right_words / max(words, 1),
+        "slot_gold": in_labels,
+        "slot_predicted": in_predictions,
+        "slot_token_f1": 100 * correct_words / max(words, 1),
     }
 
 
@@ -158,7 +158,7 @@ def joint_scores(
     slots, tags: predicted and true ids of the words of each sentence.  names: of the tags.
     """
     found = scores(("accuracy",), predictions, labels)
-    found |= slot_scores(*([[names[i] for i in row] for row in rows] for rows in (tags, slots)))
+    found |= slot_scores(*([[names[i] for i in row] for row in rows] for rows in (slots, tags)))
     whole = (np.array_equal(a, b) for a, b in zip(tags, slots, strict=True))
     exact = sum(bool(a and b) for a, b in zip(predictions == labels, whole, strict=True))
     found |= {"exact": 100 * exact / len(labels), "exact_correct": exact}

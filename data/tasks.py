@@ -9,7 +9,7 @@ XNLI's protocol is zero-shot transfer: train on English, choose the epoch on Eng
 other tasks are English: GLUE's eight, whose files and splits data/glue.py explains, and ATIS and SNIPS, which
 data/slots.py does. The two test sets of mnli take the place of languages.
 
-A row holds all that differs between tasks; no other file names a task or a language. docs/extending.md adds one.
+A row holds all that differs between tasks. docs/extending.md adds one.
 """
 
 import os
@@ -43,14 +43,14 @@ class Task:
     train_language: str = "en"
     zero_shot: bool = False  # whether reports give the mean over all but the train language
     metrics: tuple[str, ...] = ("accuracy",)  # keys of an evaluation; their mean is its "score"
-    columns: dict[str, str] = field(default_factory=dict)  # of reports: head -> key of an evaluation
+    columns: dict[str, str] = field(default_factory=dict)  # of reports: title -> key of an evaluation
     regression: bool = False
     subfolder: str = ""  # of the data folder, where the files usually are
     models: tuple[str, ...] = ("xlmr-base", "mini")  # the default --model: the first that is there
     # Model, or "*" for any -> defaults of options (config.py). "sample": where the sample is used.
     defaults: dict[str, dict] = field(default_factory=dict)
-    sample: str | None = None  # a folder of this repository to use instead of the official files ...
-    sample_model: str | None = None  # ... with this model
+    sample: str | None = None  # folder under data/ to use instead of the official files with the model:
+    sample_model: str | None = None
     real_thing: str = ""  # how to get the official files and a published model instead
 
 

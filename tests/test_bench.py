@@ -126,7 +126,7 @@ def test_tt_benchmark(tmp_path, monkeypatch, capsys):
     assert dense["ratio"] == 1 and dense["epoch_seconds"] > 0
     assert train["state_bytes"] < dense["state_bytes"] / 2
     text = capsys.readouterr().out
-    for what in (*LAYERS, *MODELS, "64 x 256", "32 x 9", "s an epoch", "tltorch: not measured"):
+    for what in (*LAYERS, *MODELS, "64 x 256", "32 x 9", "s per epoch", "tltorch: not measured"):
         assert what in text
     check_figure(tmp_path)
 

@@ -79,7 +79,7 @@ def require_grad(*tensors):
 def loss_inputs(name, seed, mask=MASK):
     """The first layer of the tap that a loss reads; random logits for "logits"."""
     tap = LOSSES[name][0]
-    if tap is None:
+    if not tap:
         torch.manual_seed(seed)
         return torch.randn(len(mask), 3)
     return random_taps(seed, mask)[tap][0]
@@ -91,7 +91,7 @@ def loss_value(name, student, teacher, mask=MASK):
 
 
 def test_every_loss_reads_a_tap_of_the_model():
-    assert [name for name, (tap, _) in LOSSES.items() if tap is None] == ["logits"]
+    assert [name for name, (tap, _) in LOSSES.items() if not tap] == ["logits"]
     assert {tap for tap, _ in LOSSES.values() if tap} <= set(TAPS)
     for name in ("output", "residual", "normed"):  # three places of the same result
         assert LOSSES[name] == (name, vector_loss)
@@ -384,7 +384,7 @@ def test_schedule(order, S):
 
 def test_invalid_schedules():
     for wrong in ({"layers": 0}, {"stage_steps": 0}, {"order": "sideways"}):
-        with pytest.raises(ValueError):
+        with pytest.raises(AssertionError):
             LayerSchedule(**{"layers": 3, "stage_steps": 5, "order": "bottom-up"} | wrong)
 
 

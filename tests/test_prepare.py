@@ -17,7 +17,7 @@ from checkpoint import meta_model, pack, unpack
 from int8 import to_integer
 from lsq import LearnedActQuantizer, LearnedScale
 from model import Attention, initialize, set_dropout
-from prepare import WEIGHTS, Weights, calibrate, check_quant, prepare
+from prepare import WEIGHTS, WeightKind, calibrate, check_quant, prepare
 from quant import (
     ActQuantizer,
     FixedQuantizer,
@@ -374,7 +374,7 @@ class SignQuantizer(WeightQuantizer):
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("noise", [1.0, 0.5])
 def test_new_quantizer_with_codes_alone(noise, per_channel, tiny_config, monkeypatch):
-    row = Weights(SignQuantizer, SignQuantizer, "-a, a", bits=(2,), ranges=("minmax",))
+    row = WeightKind(SignQuantizer, SignQuantizer, "-a, a", bits=(2,), ranges=("minmax",))
     monkeypatch.setitem(WEIGHTS, "sign", row)
     values = {"weight_bits": 2, "weights": "sign", "per_channel": per_channel, "noise": noise}
     config = QuantConfig(**values)
@@ -649,7 +649,7 @@ def test_least_squares_starts_of_cores_do_not_clip_the_merged_matrices(train_con
 
 
 def test_tensor_trains_with_float32_activations(train_config):
-    """Weights alone: the cores are on their grids, and A and B are not rounded again."""
+    """WeightKind alone: the cores are on their grids, and A and B are not rounded again."""
     original, model, report = prepared(QuantConfig(act_bits=32, keep=()), train_config)
     assert report.act_quantizers == 0 and len(report.replaced) == 8 + 14 * 6 + 2
     for name in (*LAYERS, *HEADS):

@@ -216,7 +216,7 @@ def test_the_new_quantizer(extended, tmp_path):
     assert all(bool((scale == scale.round()).all()) for scale in scales)
 
 
-def test_the_new_task(extended, tmp_path):
+def test_the_new_task(extended, tmp_path, capsys):
     texts = {"negative": "a b c", "positive": "the of and"}
     for split in ("train", "dev", "test"):
         rows = [f"{text} {i}\t{label}\tde" for i in range(6) for label, text in texts.items()]
@@ -232,6 +232,8 @@ def test_the_new_task(extended, tmp_path):
     assert result["languages"] == ["de", "sw"]
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert report.splitlines()[0].split("|")[2].strip() == "de" and "en" not in result["languages"]
+    assert train.main([*options[:-1], str(tmp_path / "third"), "--languages", "xx"]) == 2
+    assert "--languages 'xx': reviews has de sw" in capsys.readouterr().err
     bad = tmp_path / "test.tsv"
     bad.write_text("text\tlabel\tlanguage\nx\tgood\tde\n", encoding="utf-8")
     assert train.main([*options[:-1], str(tmp_path / "other")]) == 2

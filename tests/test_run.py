@@ -21,7 +21,7 @@ from run import (
     Data,
     Run,
     Training,
-    figure_of,
+    compared_score,
     recovered,
     recovered_percent,
     report,
@@ -279,7 +279,7 @@ def test_nan_stops_with_the_last_state_kept(tmp_path, capsys, monkeypatch):
     assert run(tmp_path) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "loss is not finite after 4 steps" in error
-    assert "lower --lr" in error and "is kept in" in error
+    assert "lower --lr" in error and f"--resume --out {tmp_path / 'run'}" in error
     state = read_checkpoint(str(tmp_path / "run" / "state.pt"), STATE_FORMAT)
     assert state["progress"][:2] == ["fp32", 4]
     assert all(t.isfinite().all() for t in state["tensors"].values())
@@ -427,8 +427,8 @@ def test_recovered_counts_both_test_sets_of_mnli():
     rows = {"fp32": tests(80.0, 80.0), "ptq": tests(40.0, 70.0), "sdq": tests(60.0, 79.0)}
     found = recovered(rows, "sdq", find_task("mnli"))
     assert found == pytest.approx(100 * (69.5 - 55) / 25)
-    assert figure_of(rows["sdq"], find_task("mnli")) == 69.5
-    assert figure_of(row(60, {"de": 50.0, "sw": 30.0}), XNLI) == 40.0
+    assert compared_score(rows["sdq"], find_task("mnli")) == 69.5
+    assert compared_score(row(60, {"de": 50.0, "sw": 30.0}), XNLI) == 40.0
 
 
 def test_table_has_every_row_and_language():

@@ -179,7 +179,7 @@ def test_scores_equal_conlleval():
         names = ["O", "B-a", "I-a", "B-b", "I-b"]
         labels = [rng.choices(names, k=rng.randint(1, 8)) for _ in range(rng.randint(1, 6))]
         predicted = [[tag if rng.random() < 0.7 else rng.choice(names) for tag in row] for row in labels]
-        scores = slot_scores(labels, predicted)
+        scores = slot_scores(predicted, labels)
         correct, in_labels, in_predicted = conlleval(labels, predicted)
         assert scores["slot_correct"] == correct
         assert (scores["slot_gold"], scores["slot_predicted"]) == (in_labels, in_predicted)
@@ -203,13 +203,13 @@ def test_token_f1_is_micro_averaged_over_all_tags():
     false_positive = sum(b == name != a for a, b in pairs for name in names)
     false_negative = sum(a == name != b for a, b in pairs for name in names)
     expected = 100 * 2 * true_positive / (2 * true_positive + false_positive + false_negative)
-    assert slot_scores(labels, predicted)["slot_token_f1"] == pytest.approx(expected)
+    assert slot_scores(predicted, labels)["slot_token_f1"] == pytest.approx(expected)
 
 
 def test_scores_by_hand():
     labels = ["O B-a I-a O B-b".split(), ["O", "O"]]
     predicted = ["O B-a O O B-b".split(), ["B-a", "O"]]
-    scores = slot_scores(labels, predicted)
+    scores = slot_scores(predicted, labels)
     assert scores == {
         "slot_f1": pytest.approx(40.0),
         "slot_correct": 1,

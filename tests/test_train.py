@@ -417,7 +417,7 @@ def test_nan_raises_before_anything_is_updated(tmp_path, tiny_config):
     with torch.no_grad():
         model.head.out_proj.bias[0] = float("nan")
     with pytest.raises(UserError, match="loss is not finite after 0 steps"):
-        train.train(small_run(tmp_path, "--steps", "1"), "fp32", model, None, small_data())
+        train.train(model, None, small_data(), small_run(tmp_path, "--steps", "1"), "fp32")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) or name == "head.out_proj.bias"
 
@@ -430,7 +430,7 @@ def test_scales_of_cores_are_trained(tmp_path, tiny_config):
     scales = [m.log_scale for m in model.modules() if isinstance(m, LearnedScale)]
     before = [scale.item() for scale in scales]
     made = small_run(tmp_path, *"--steps 1 --student-lr 1e-3".split())
-    assert train.train(made, "qat", model, None, small_data()) > 0
+    assert train.train(model, None, small_data(), made, "qat") > 0
     (record,) = steps_of(tmp_path, "qat")
     assert np.isfinite(record["loss"])
     moved = sum(a != b.item() for a, b in zip(before, scales, strict=True))
@@ -480,7 +480,7 @@ def test_evaluation_of_a_joint_task_by_brute_force(flights):
         labels.append([names.slots[tag] for tag in dataset.tags[part]])
         predictions.append([names.slots[tag] for tag in predicted[part]])
         exact += labels[-1] == predictions[-1] and intents[i] == dataset.labels[i]
-    expected = slot_scores(labels, predictions)
+    expected = slot_scores(predictions, labels)
     assert {key: found[key] for key in expected} == expected and 0 < expected["slot_f1"] < 100
     assert found["exact_correct"] == exact and found["correct"] == (intents == dataset.labels).sum()
     assert found["score"] == pytest.approx((found["accuracy"] + found["slot_f1"]) / 2)
@@ -987,6 +987,26 @@ def test_eval_raises_for_other_labels(tmp_path, capsys):
     assert "has other labels" in capsys.readouterr().err
     assert train.main(["--task", "snips", "--data-dir", FLIGHTS, "--eval", student]) == 2
     assert "was not trained for snips" in capsys.readouterr().err
+
+
+def test_eval_raises_for_other_slots(tmp_path, capsys):
+    """The same intents with other slots: predicted ids would be other names."""
+    assert joint(tmp_path, "--methods", "ptq", "--steps", "1") == 0
+    shutil.copytree(FLIGHTS, tmp_path / "other")
+    path = tmp_path / "other" / "train" / "seq.out"
+    path.write_text(re.sub(r"\b[BI]-\S+", "B-place", path.read_text()))
+    student = str(tmp_path / "run" / "student.pt")
+    assert train.main(["--task", "atis", "--data-dir", str(tmp_path / "other"), "--eval", student]) == 2
+    assert "has other labels" in capsys.readouterr().err
+
+
+def test_eval_needs_the_test_files_only(tmp_path):
+    assert run(tmp_path, "--methods", "ptq", "--steps", "1") == 0
+    shutil.copytree(SAMPLE, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "XNLI-MT-1.0")
+    (tmp_path / "data" / "XNLI-1.0" / "xnli.dev.tsv").unlink()
+    student = str(tmp_path / "run" / "student.pt")
+    assert train.main(["--data-dir", str(tmp_path / "data"), "--eval", student, "--device", "cpu"]) == 0
 
 
 def test_teacher_of_tensor_trains_is_kept(tmp_path):

@@ -23,13 +23,13 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from common import UserError, exit_status, flag, markdown_table
-from config import METHODS, NOT_THE_RESULT, TrainConfig
+from config import METHODS, NOT_COMPARED, TrainConfig
 from data.tasks import TASKS, Task
-from run import figure_of, recovered_percent, summarize_languages
+from run import compared_score, recovered_percent, summarize_languages
 
 # Options that a table has rows for or averages over, and those that do not change the result.
 MAY_DIFFER = {"seed", "bits", "act_bits", "distill", "methods", "recipe"}
-MAY_DIFFER |= {"save_every", *NOT_THE_RESULT}
+MAY_DIFFER |= {"save_every", *NOT_COMPARED}
 # Dense models and tensor trains learn at rates of their own, and where only the teacher was trained the options of
 # students have their defaults.
 MAY_DIFFER_JOINT = {"tt_rank", "tt_embedding_rank", "lr", "epochs", "weight_range", "act_range"}
@@ -67,7 +67,7 @@ def read_runs(patterns: list[str]) -> list[dict]:
                     scores = [evaluation[key] for key in (*task.metrics, *task.columns.values())]
                     evaluation["score"] = statistics.fmean(scores[: len(task.metrics)])
                 row |= summarize_languages(row["languages"], task.train_language)
-                row |= {"config": run["config"], "compared": figure_of(row, task)}
+                row |= {"config": run["config"], "compared": compared_score(row, task)}
         runs.append(run)
     return runs
 
