@@ -116,10 +116,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """
-    >>> clock(75), clock(3600)
-    ('1:15', '1:00:00')
-    """
+    """Minutes and seconds, such as 1:15, or 1:00:00."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

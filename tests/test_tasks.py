@@ -43,7 +43,8 @@ def folder(tmp_path):
 def test_every_row_is_complete(name):
     task = find_task(name)
     assert task.name == name and task.head in HEADS and set(task.files) == {"train", "dev", "test"}
-    assert task.train_language in task.languages and len(set(task.languages)) == len(task.languages)
+    languages = task.languages or (task.train_language,)  # None: those in its files
+    assert task.train_language in languages and len(set(languages)) == len(languages)
     assert bool(task.labels) != bool(task.names)
     joint = {"accuracy", "exact", *slot_scores([["O"]], [["O"]])}
     keys = joint if task.names else {"accuracy", *METRICS}
