@@ -276,7 +276,7 @@ def sha256_of(path: str) -> str:
 
 
 # -------------------------------------------------------------------------------------- unpacking
-def unpack(archive: str, members: tuple[str, ...], folder: str) -> list[str]:
+def unzip(archive: str, members: tuple[str, ...], folder: str) -> list[str]:
     """Unpack the named members of a zip file into `folder`: all of them, or none.
 
     The whole archive is refused if any member is absolute, climbs out with "..", or is a link.
@@ -330,7 +330,7 @@ def fetch_dataset(name: str, folder: str) -> None:
         if all(os.path.exists(target) for target in targets):
             print(f"already there: {', '.join(targets)}")
             continue
-        for target in unpack(download(remote, os.path.join(folder, "downloads")), remote.members, folder):
+        for target in unzip(download(remote, os.path.join(folder, "downloads")), remote.members, folder):
             print(f"wrote {target}")
 
 

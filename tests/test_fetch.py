@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from common import UserError
 from data import fetch
-from data.fetch import Remote, download, unpack
+from data.fetch import Remote, download, unzip
 from data.glue import GLUE
 from data.tasks import find_task
 
@@ -206,7 +206,7 @@ def archive(tmp_path, members):
 
 def test_unpack_writes_only_the_named_members(tmp_path):
     path = archive(tmp_path, {"a/wanted.tsv": "1", "a/other.tsv": "2"})
-    assert unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"))
+    assert unzip(path, ("a/wanted.tsv",), str(tmp_path / "out"))
     found = [os.path.join(d, f) for d, _, files in os.walk(tmp_path / "out") for f in files]
     assert found == [str(tmp_path / "out" / "a" / "wanted.tsv")]
 
@@ -215,7 +215,7 @@ def test_unpack_writes_only_the_named_members(tmp_path):
 def test_archives_with_members_outside_their_folder_raise(tmp_path, name):
     path = archive(tmp_path, {"a/wanted.tsv": "1", name: "2"})
     with pytest.raises(UserError, match="points outside its folder") as error:
-        unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"))
+        unzip(path, ("a/wanted.tsv",), str(tmp_path / "out"))
     assert one_line(error) and not (tmp_path / "out").exists()
 
 
@@ -227,30 +227,30 @@ def test_archives_with_links_raise(tmp_path):
         file.writestr("a/wanted.tsv", "1")
         file.writestr(info, "/etc/passwd")
     with pytest.raises(UserError, match="points outside"):
-        unpack(str(path), ("a/wanted.tsv",), str(tmp_path / "out"))
+        unzip(str(path), ("a/wanted.tsv",), str(tmp_path / "out"))
 
 
 def test_missing_member_and_damaged_archives(tmp_path):
     path = archive(tmp_path, {"a/first.tsv": "1" * 10_000, "a/second.tsv": os.urandom(10_000)})
     with pytest.raises(UserError, match="has no file a/third.tsv"):
-        unpack(path, ("a/first.tsv", "a/third.tsv"), str(tmp_path / "out"))
+        unzip(path, ("a/first.tsv", "a/third.tsv"), str(tmp_path / "out"))
     with open(path, "r+b") as file:  # damage the second member: its checksum fails while unpacking
         file.seek(5000)
         file.write(b"spoiled!")
     with pytest.raises(UserError, match="not a sound zip file"):
-        unpack(path, ("a/first.tsv", "a/second.tsv"), str(tmp_path / "out"))
+        unzip(path, ("a/first.tsv", "a/second.tsv"), str(tmp_path / "out"))
     assert [f for _, _, files in os.walk(tmp_path / "out") for f in files] == []
     with open(path, "r+b") as file:
         file.truncate(100)
     with pytest.raises(UserError, match="not a sound zip file"):
-        unpack(path, ("a/first.tsv",), str(tmp_path / "out"))
+        unzip(path, ("a/first.tsv",), str(tmp_path / "out"))
 
 
 def test_archive_that_unpacks_to_too_much(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "MAX_UNPACKED", 1000)
     path = archive(tmp_path, {"a/wanted.tsv": "0" * 2000})
     with pytest.raises(UserError, match="unpacks to more than"):
-        unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"))
+        unzip(path, ("a/wanted.tsv",), str(tmp_path / "out"))
 
 
 # ------------------------------------------------------------------------------------ the command
