@@ -140,9 +140,21 @@ def hardware(device: torch.device) -> str:
     """The name of the processor that computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool({"avx512_bf16", "amx_bf16"} & set(cpuinfo("flags").split()))
+
+
+def cpuinfo(field: str) -> str:
+    """A field of the first processor in /proc/cpuinfo; "" where there is none."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = [line for line in file if line.startswith("model name")]
+            lines = [line for line in file if line.startswith(field)]
         return lines[0].split(":", 1)[1].strip()
     except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+        return ""

@@ -90,7 +90,7 @@ class TrainConfig:
         None, TASK, "folder of the official files (default: data/raw, or built-in data)", "DIR"
     )
     languages: tuple[str, ...] = option((), TASK, "test languages besides the training language (default: all)")
-    eval_split: str = option("test", TASK, "report on test, or on dev, which also selects the epoch")
+    eval_split: str = option("test", TASK, "report on test or dev; with dev, rows held out of train select the epoch")
     max_train: int | None = option(None, TASK, "train on N random examples (default: all)")
     max_eval: int | None = option(None, TASK, "evaluate N random examples per language (default: all)")
     max_length: int = option(128, TASK, "longest sequence in tokens; longer ones are truncated")
@@ -153,6 +153,9 @@ class TrainConfig:
     seed: int = option(0, RUN, "of weights, batches, dropout and noise")
     device: str = option("auto", RUN, "auto, cpu or cuda")
     threads: int | None = option(None, RUN, "CPU threads (default: all cores)")
+    precision: str = option(
+        "auto", RUN, "of products in training: float32, bfloat16, or auto: bfloat16 if the processor multiplies it"
+    )
     out: str | None = option(None, RUN, "folder of this run (default: out/TASK-MODEL-wBaA-sSEED)", "DIR")
     eval_every: int | None = option(None, RUN, "steps between evaluations on dev (default: an epoch)")
 
@@ -322,7 +325,11 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, bool]:
 
 
 # ----------------------------------------------------------------------------------------- checks
-CHOICES = {"eval_split": ("test", "dev"), "device": ("auto", "cpu", "cuda")}
+CHOICES = {
+    "eval_split": ("test", "dev"),
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("auto", "float32", "bfloat16"),
+}
 BOUNDS = {  # name -> (least, largest)
     "task_weight": (0, 1),
     **dict.fromkeys(("dropout", "student_dropout", "label_smoothing"), (0, 0.9)),

@@ -170,23 +170,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, key_mask: Tensor | None, taps: dict[str, list[Tensor]]) -> Tensor:
         B, T, C = x.shape
         H, D = self.num_heads, C // self.num_heads
-        # (B, H, T, D) each
-        q, k, v = (t.view(B, T, H, D).transpose(1, 2) for t in self.project(x))
-        record(taps, "query", q)
-        record(taps, "key", k)
-        record(taps, "value", v)
-        q, k, v = self.query_quantizer(q), self.key_quantizer(k), self.value_quantizer(v)
-        fused = type(self.map_quantizer) is nn.Identity
-        if "score" in taps or "map" in taps or not fused:
-            score = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T)
-            if key_mask is not None:
-                score = score.masked_fill(~key_mask, float("-inf"))
-            attention = score.softmax(dim=-1)
-            context = self.map_quantizer(attention) @ v  # (B, H, T, D)
-            record(taps, "score", score)
-            record(taps, "map", attention)
+        heads = [t.view(B, T, H, D).transpose(1, 2) for t in self.project(x)]  # (B, H, T, D) each
+        for name, t in zip(("query", "key", "value"), heads, strict=True):
+            record(taps, name, t)
+        if heads[0].dtype == torch.bfloat16 and not x.is_cuda:
+            # On CPU the backward of fused attention takes ten times as long in bf16 as in float32.
+            with torch.autocast("cpu", enabled=False):
+                context = self.attend(*(t.float() for t in heads), key_mask, taps)
         else:
-            context = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
+            context = self.attend(*heads, key_mask, taps)
         record(taps, "context", context)
         output = self.output(context.transpose(1, 2).reshape(B, T, C))
         record(taps, "output", output)
@@ -195,6 +187,20 @@ class Attention(nn.Module):
         normed = self.norm(residual)
         record(taps, "normed", normed)
         return normed
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, taps: dict[str, list[Tensor]]) -> Tensor:
+        """softmax(Q K^T / sqrt(D)) V of each head: (B, H, T, D)."""
+        q, k, v = self.query_quantizer(q), self.key_quantizer(k), self.value_quantizer(v)
+        fused = type(self.map_quantizer) is nn.Identity
+        if fused and "score" not in taps and "map" not in taps:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
+        score = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, T)
+        if key_mask is not None:
+            score = score.masked_fill(~key_mask, float("-inf"))
+        attention = score.softmax(dim=-1)
+        record(taps, "score", score)
+        record(taps, "map", attention)
+        return self.map_quantizer(attention) @ v
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of every token, (B, T, C) each."""

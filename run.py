@@ -28,10 +28,11 @@ from checkpoint import read_checkpoint, save_atomically
 from common import Progress, UserError, check_writable, flag, hardware, markdown_table, remove, write_json, write_text
 from config import NOT_COMPARED, TRAINED, TrainConfig
 from data.batches import Batch, Dataset, collate, training_order
-from data.tasks import Task, find_task
+from data.tasks import Task, find_task, selection_splits
 from model import Model
 
 STATE_FORMAT = "sdq-state-2"
+SAVE_SECONDS = 120  # at most this much work is lost
 SAVE_EVERY = 500  # steps between states; one also follows every evaluation on dev
 
 
@@ -162,7 +163,8 @@ class Training:
         if run.resume:
             run.trim_log(name, self.step)
         self.progress = Progress(name, self.total_steps, self.step)
-        self.started = time.monotonic() - self.seconds
+        self.saved = time.monotonic()
+        self.started = self.saved - self.seconds
 
     def steps(self) -> Iterator[tuple[int, Batch]]:
         """(step, batch) of every step that is left. Saves the state every SAVE_EVERY steps and after evaluations."""
@@ -176,8 +178,10 @@ class Training:
             yield self.step, collate(self.dataset, order[index]).to(self.run.device)
             evaluated = self.should_evaluate()
             self.step += 1
-            if evaluated or self.step % SAVE_EVERY == 0:
+            late = time.monotonic() - self.saved > SAVE_SECONDS
+            if evaluated or late or self.step % SAVE_EVERY == 0:
                 self.save()
+                self.saved = time.monotonic()
 
     def should_evaluate(self) -> bool:
         """Whether an epoch, the training or --eval-every steps end with the current step."""
@@ -279,7 +283,7 @@ def total_steps(config: TrainConfig, examples: int, student: bool) -> int:
 
 
 TEACHER_OPTIONS = (  # all that the parameters of a teacher depend on, besides model and data
-    "task max_train max_eval max_length epochs steps batch_size lr dropout seed eval_every label_smoothing"
+    "task max_train max_eval max_length epochs steps batch_size lr dropout seed eval_every label_smoothing precision"
 ).split()
 
 
@@ -292,7 +296,7 @@ def teacher_path(run: Run, model: str, identity: list, data: Data) -> str:
     for dataset in (data.train, data.dev):
         for part in (dataset.ids, dataset.starts, dataset.labels, dataset.tags, dataset.second):
             key.append(part is not None and hashlib.sha256(part.tobytes()).hexdigest())
-    key.append(run.device.type)  # bf16 on CUDA
+    key.append(run.device.type)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     return os.path.join(run.teachers, f"{run.config.task}-{model}-{digest}.pt")
 
@@ -336,17 +340,19 @@ def report_table(results: dict) -> str:
     task, methods = find_task(results["config"]["task"]), results["methods"]
     languages = list(results["languages"])
     by_language = task.zero_shot and len(languages) > 1
+    others = [name for name in languages if name != task.train_language] if by_language else []
 
     def figures(languages: dict[str, dict]) -> list[str]:
         if by_language:
             summary = summarize_languages(languages, task.train_language)
-            return [f"{summary[key]:.2f}" for key in ("score", "zero_shot_mean")]
+            worst = min(others, key=lambda name: languages[name]["score"])
+            figures = [f"{summary[key]:.2f}" for key in ("score", "zero_shot_mean")]
+            return [*figures, f"{worst} {languages[worst]['score']:.1f}"]
         tests = languages.values()  # of mnli two
         return [" / ".join(f"{test[key]:.2f}" for test in tests) for key in task.columns.values()]
 
-    header = [task.train_language, "zero-shot"] if by_language else list(task.columns)
+    header = [task.train_language, "zero-shot", "worst"] if by_language else list(task.columns)
     checked = any("student" in row for row in methods.values())
-    others = [name for name in languages if name != task.train_language] if by_language else []
     rows = []
     for name, row in methods.items():
         percent = recovered(methods, name, task)
@@ -364,13 +370,15 @@ def report_table(results: dict) -> str:
 def report(results: dict) -> str:
     """report.md: what was run, on what, and the table."""
     run, where = results["config"], results["environment"]
+    _, selected = selection_splits(find_task(run["task"]), run["eval_split"])
+    if selected == run["eval_split"]:
+        selected += ", which flatters every trained row"
     notes = [
         f"{run['task']}, model {results['model']}, W{run['bits']}A{run['act_bits']}, seed "
         f"{run['seed']}; metrics in % on {run['eval_split']}, trained on "
         f"{results['train_examples']:,} examples.",
         f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}.",
-        "The epoch was selected on dev, in the training language."
-        + (" These figures are of dev, too: they flatter every trained row." if run["eval_split"] == "dev" else ""),
+        f"The epoch was selected on {selected}, in the training language.",
         "Rows are of the integer model where weights and activations are quantized. MB: the checkpoint on disk. recovered: of the loss "
         "of ptq. train s: wall time, with evaluations on dev and saved states.",
     ]

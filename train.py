@@ -21,7 +21,7 @@ import copy
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -31,13 +31,13 @@ from torch import Tensor, nn
 
 import checkpoint
 from analyze import analysis_tables, attention_recovery, layer_errors
-from common import Progress, UserError, clock, exit_status, hardware, remove, write_text
+from common import Progress, UserError, clock, exit_status, hardware, multiplies_bf16, remove, write_text
 from config import TRAINED, TrainConfig, default_out, parse_args, quant_config, tt_config
 from data.batches import IGNORE, Batch, Dataset, encode_split, evaluation_batches, unpadded_batches
 from data.fetch import MODELS
 from data.metrics import scores
 from data.slots import joint_scores
-from data.tasks import RAW_DIR, Task, file_paths, find_data, find_task, languages_of, load
+from data.tasks import RAW_DIR, Task, file_paths, find_data, find_task, languages_of, load, selection_splits
 from data.tokenizer import Tokenizer, WordTokenizer
 from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_loss
 from int8 import integer_model, to_integer
@@ -57,13 +57,15 @@ MINI = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "mini", 
 
 # --------------------------------------------------------------------------------------- the loss
 def forward(
-    model: Model, batch: Batch, capture: tuple[str, ...] = (), depth: int | None = None
+    model: Model, batch: Batch, config: TrainConfig, capture: tuple[str, ...] = (), depth: int | None = None
 ) -> tuple[Logits, dict[str, list[Tensor]]]:
-    """Logits and taps of a batch. On CUDA matrix products run in bf16, which takes half the time.
+    """Logits and taps of a batch; products in bfloat16 with --precision bfloat16, which takes half the time.
 
-    NOTE: bf16 also rounds the quantized values (8 bits of mantissa). Losses and evaluation are always in float32.
+    NOTE: bfloat16 also rounds the quantized values (8 bits of mantissa). Quantizers, losses and evaluation are in
+    float32.
     """
-    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=batch.ids.is_cuda):
+    bf16 = config.precision == "bfloat16"
+    with torch.autocast(batch.ids.device.type, dtype=torch.bfloat16, enabled=bf16):
         return model(batch.ids, batch.mask, capture, batch.types, depth)
 
 
@@ -87,13 +89,13 @@ def sdq_loss(student: Model, teacher: Model | None, batch: Batch, config: TrainC
     """
     weights = config.loss_weights if teacher is not None else {}
     taps = tuple(LOSSES[name].tap for name in weights if name != "logits")
-    logits, student_taps = forward(student, batch, taps)
+    logits, student_taps = forward(student, batch, config, taps)
     terms = {"task": task_loss(logits, batch, config.label_smoothing)}
     if teacher is None:
         return terms
     terms["task"] = config.task_weight * terms["task"]
     with torch.no_grad():
-        teacher_logits, teacher_taps = forward(teacher, batch, taps)
+        teacher_logits, teacher_taps = forward(teacher, batch, config, taps)
     for name, weight in weights.items():
         if name == "logits":
             cost = logits_loss(logits, teacher_logits, config.temperature, batch.mask)
@@ -112,9 +114,9 @@ def layerwise_loss(
     """
     layers, last = schedule.active(step), schedule.is_last(step)
     depth = None if last else max(layers)  # the layers above have no loss yet and don't run
-    logits, student_taps = forward(student, batch, ("hidden", "score"), depth)
+    logits, student_taps = forward(student, batch, config, ("hidden", "score"), depth)
     with torch.no_grad():
-        teacher_logits, teacher_taps = forward(teacher, batch, ("hidden", "score"), depth)
+        teacher_logits, teacher_taps = forward(teacher, batch, config, ("hidden", "score"), depth)
     terms = layerwise_terms(student_taps, teacher_taps, layers, batch.mask)
     if last:
         cost = logits_loss(logits, teacher_logits, config.temperature, batch.mask)
@@ -244,7 +246,11 @@ def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
         labels.append(batch.labels.cpu())
     predictions, labels = torch.cat(predictions).numpy(), torch.cat(labels).numpy()
     if not tags:
-        return scores(dataset.metrics, predictions, labels)
+        found = scores(dataset.metrics, predictions, labels)
+        if "correct" in found:  # which rows, in the order of the file: for paired differences
+            order = np.argsort(-dataset.lengths, kind="stable")  # that of evaluation_batches
+            found["correct_rows"] = np.packbits((predictions == labels)[np.argsort(order)]).tobytes().hex()
+        return found
     return joint_scores(predictions, labels, slots, tags, dataset.slots)
 
 
@@ -413,16 +419,19 @@ def run_recipe(config: TrainConfig, resume: bool) -> None:
     """All rows of the report."""
     started = time.monotonic()
     task, device = find_task(config.task), choose_device(config.device, config.threads)
+    if config.precision == "auto":
+        config = replace(config, precision="bfloat16" if multiplies_bf16(device) else "float32")
     folder = find_data(task, config.data_dir, config.model)
     print(introduction(config, task, folder))
     source = Source(config, folder)
     run = Run(config.out or default_out(config), config, device, resume)
-    print(f"{hardware(device)}, {torch.get_num_threads()} threads, out {run.out}")
+    print(f"{hardware(device)}, {torch.get_num_threads()} threads, training in {config.precision}, out {run.out}")
     tests = load_tests(config, task, folder, source.tokenizer)
     training = (config, folder, source.tokenizer)
+    for_training, for_selection = selection_splits(task, config.eval_split)
     data = Data(
-        encode(*training, "train", task.train_language, config.max_train),
-        encode(*training, "dev", task.train_language, config.max_eval),
+        encode(*training, for_training, task.train_language, config.max_train),
+        encode(*training, for_selection, task.train_language, config.max_eval),
         tests,
     )
     rows = sum(map(len, tests.values()))

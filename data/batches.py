@@ -114,10 +114,10 @@ def encode_examples(
     row = find_task(task)
     examples = load(task, split, language, folder)
     if limit is not None and limit < len(examples):
-        # Drawn with a fixed seed: XNLI's rows come in triples of one premise, so the first rows are not a sample; and
-        # its languages are translations of each other, so all get the same rows.
-        rows = np.sort(np.random.default_rng(0).permutation(len(examples))[:limit])
-        examples = [examples[i] for i in rows]
+        # Drawn with a fixed seed: its languages are translations of each other, so all get the same rows.
+        size = 1 if split == "train" else row.together
+        blocks = np.random.default_rng(0).permutation(len(examples) // size)[: max(1, limit // size)]
+        examples = [examples[size * block + k] for block in np.sort(blocks) for k in range(size)]
     if row.names is not None:
         return encode_sentences(examples, row.names(folder), tokenizer, max_length)
     first = [example.text_a for example in examples]

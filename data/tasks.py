@@ -17,12 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
+import numpy as np
+
 from common import UserError
 from data.files import existing, read_tsv
 from data.glue import GLUE, Example, read_glue
 from data.slots import FILES, SPLITS, Names, Sentence, read_names, read_sentences
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+HELD_OUT = 1000
 RAW_DIR = os.path.join(HERE, "raw")  # where data/fetch.py puts the official files
 
 
@@ -41,6 +44,7 @@ class Task:
     names: Callable[[str], Names] | None = None
     languages: tuple[str, ...] | None = ("en",)  # the test sets; None: those in the test files
     train_language: str = "en"
+    together: int = 1  # rows of dev and test that belong together: a sample takes all of them or none
     zero_shot: bool = False  # whether reports give the mean over all but the train language
     metrics: tuple[str, ...] = ("accuracy",)  # keys of an evaluation; their mean is its "score"
     columns: dict[str, str] = field(default_factory=dict)  # of reports: title -> key of an evaluation
@@ -55,7 +59,7 @@ class Task:
 
 
 def load(task: str, split: str, language: str, folder: str) -> list[Example] | list[Sentence]:
-    """The examples of a split ("train", "dev", "test") in one language.
+    """The examples of a split in one language: "train", "dev", "test"; or "held-out" rows of train, and "rest".
 
     Raises UserError for an unknown task, a language that the task or the file doesn't have, a missing file or a bad
     row.
@@ -63,11 +67,38 @@ def load(task: str, split: str, language: str, folder: str) -> list[Example] | l
     row = find_task(task)
     if row.languages is not None and language not in row.languages:
         raise UserError(f"{task} has no language {language!r}; it has: {' '.join(row.languages)}")
+    if split in ("held-out", "rest"):
+        return hold_out(load(task, "train", language, folder), split)
     found = row.read(folder, split)
     if not found.get(language):
         there = " ".join(name for name in found if found[name]) or "none"
         raise UserError(f"{task}: no {split} row in language {language!r} under {folder}, only in: {there}")
     return found[language]
+
+
+def hold_out(examples: list, split: str) -> list:
+    """ "held-out": a tenth of the examples, at most about HELD_OUT, always the same; or the "rest".
+
+    Whole groups of one first text (a premise): the rest has none of the held-out ones.
+    """
+    groups: dict[object, list[int]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(example[0], []).append(i)
+    members, rows, most = list(groups.values()), set(), min(HELD_OUT, max(1, len(examples) // 10))
+    for k in np.random.default_rng(0).permutation(len(groups)):
+        if len(rows) >= most:
+            break
+        rows.update(members[k])
+    return [example for i, example in enumerate(examples) if (i in rows) == (split == "held-out")]
+
+
+def selection_splits(task: Task, eval_split: str) -> tuple[str, str]:
+    """The splits to train on and to select the epoch on: never the rows that are reported, unless the task's dev is a
+    part of train.tsv anyway (GLUE).
+    """
+    if eval_split == "dev" and task.files["dev"] != task.files["train"]:
+        return "rest", "held-out"
+    return "train", "dev"
 
 
 def find_task(name: str) -> Task:
@@ -101,7 +132,7 @@ def task_folder(task: Task, folder: str) -> str:
 def file_paths(task: Task, folder: str, split: str) -> list[str]:
     """The files of a split, compressed or not; as they should be named where there is none."""
     place = task_folder(task, folder)
-    paths = [os.path.join(place, *name.split("/")) for name in task.files[split]]
+    paths = [os.path.join(place, *name.split("/")) for name in task.files.get(split, task.files["train"])]
     return [existing(path) or path for path in paths]
 
 
@@ -244,6 +275,7 @@ TASKS = {
         fetch=XNLI_FETCH,
         labels=NLI_LABELS,
         languages=XNLI_LANGUAGES,
+        together=3,  # three hypotheses of one premise
         zero_shot=True,
         columns={"accuracy": "accuracy"},
         sample="mini",

@@ -164,8 +164,7 @@ def test_what_ptq_did_not_lose_is_not_recovered(tmp_path, capsys):
     for ptq in (70.0, 69.0, 71.0):
         rows = {"fp32": 70.0, "ptq": ptq, "qat": 70.5, "sdq": 70.0}
         assert compare.main(write_runs(tmp_path, [made_up("rte", 0, "logits", rows)])) == 0
-        for line in capsys.readouterr().out.splitlines()[2:]:
-            assert line.split("|")[4].strip() == "-"
+        assert "recovered" not in capsys.readouterr().out  # a column without a value is left out
 
 
 def test_a_table_compares_like_with_like(tmp_path, capsys):
@@ -275,9 +274,9 @@ def test_latency_stands_beside_its_backend(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ("xnli-mini/*.json", ["sdq W2A8", "3", "68.04 ± 5.52", "44.85 ± 0.97", "27 ± 4", "0.9"]),
+        ("xnli-mini/*.json", ["sdq W2A8", "3", "68.04 ± 5.52", "44.85 ± 0.97", "tr 38.80 ± 4.24", "27 ± 4", "0.9"]),
         ("--languages xnli-minilm/*.json", ["sdq W4A8", "67.1"]),
-        ("layerwise/*.json", ["layerwise-together W32A32", "3", "97.87 ± 0.13", "-", "-", "1.5"]),
+        ("layerwise/*.json", ["layerwise-together W32A32", "3", "97.87 ± 0.13", "1.5"]),
     ],
 )
 def test_committed_results(options, line, capsys):

@@ -94,7 +94,7 @@ def test_every_option_overrides_the_recipe(recipe, nothing_downloaded):
         "recipe": "kd" if recipe == "tt" else "tt", "task": "snips", "data_dir": "d",
         "languages": ("de",), "eval_split": "dev", "model": "other.pt", "tokenizer": "t",
         "methods": ("sdq",), "weights": "lsq", "weight_range": "lsq", "act_range": "learned",
-        "distill": "hidden", "eval": "s.pt", "device": "cuda", "out": "o", "bits": 5,
+        "distill": "hidden", "eval": "s.pt", "device": "cuda", "out": "o", "bits": 5, "precision": "float32",
     }  # fmt: skip
     for field in fields(TrainConfig):
         value = getattr(usual, field.name)
@@ -356,6 +356,7 @@ ON_FLIGHTS = f"--task atis --data-dir {FLIGHTS} --layers 2 --hidden 32"
         ("--task-weight -1", "--task-weight -1"),
         ("--task-weight 2", "--task-weight 2.0: choose a value from 0 to 1"),
         ("--eval-split train", "--eval-split 'train': choose from test, dev"),
+        ("--precision fp16", "--precision 'fp16': choose from auto, float32, bfloat16"),
         ("--device tpu", "--device 'tpu'"),
         ("--languages xx", "'xx': xnli has ar bg de"),
         ("--languages en,", "--languages ''"),

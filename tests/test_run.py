@@ -437,13 +437,13 @@ def test_table_has_every_row_and_language():
     lines = table.split("\n")
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     header, _, _, ptq = cells_of(table)
-    assert header == ["", "en", "zero-shot", "recovered", "MB", "train s", "de", "sw"]
-    assert ptq == ["ptq", "60.00", "35.00", "-", "1.0", "1", "40.0", "30.0"]
+    assert header == ["", "en", "zero-shot", "worst", "recovered", "MB", "train s", "de", "sw"]
+    assert ptq == ["ptq", "60.00", "35.00", "sw 30.0", "-", "1.0", "1", "40.0", "30.0"]
     rows["ptq"]["student"] = row(61, {"de": 42.0, "sw": 30.0})
     table = report_table(results_of(**rows))
-    assert "| 61.00, 36.00 |" in table
+    assert "| 61.00, 36.00, sw 30.0 |" in table
     header, _, fp32, _ = cells_of(table)
-    assert header[4] == "student" and fp32[4] == "-"
+    assert header[5] == "student" and fp32[5] == "-"
 
 
 def test_table_of_one_language():
@@ -479,8 +479,11 @@ def test_report_says_what_was_run():
     for part in ("xnli, model mini, W2A8, seed 0", "on test", "1,234 examples", "3 threads"):
         assert part in text
     assert "flatter" not in text
+    assert "selected on dev, in" in text
     made["config"]["eval_split"] = "dev"
-    assert "flatter" in report(made)  # dev also selected the epoch
+    assert "selected on held-out, in" in report(made) and "flatter" not in report(made)
+    made["config"]["task"] = "rte"  # whose dev is a part of train.tsv
+    assert "selected on dev, which flatters" in report(made)
 
 
 def test_results_are_those_of_the_log(tmp_path):

@@ -25,6 +25,7 @@ from data.tasks import (
     languages_of,
     load,
     read_xnli,
+    selection_splits,
     task_folder,
 )
 from model import HEADS
@@ -196,3 +197,17 @@ def test_languages_come_from_the_files(monkeypatch):
     with pytest.raises(UserError, match="news: no train row in language 'am' .* only in: de"):
         load("news", "train", "am", "folder")
     assert languages_of(find_task("mnli"), "folder", "test") == ("matched", "mismatched")
+
+
+def test_held_out_rows_share_no_premise_with_the_rest():
+    train = load("xnli", "train", "en", SAMPLE)
+    held, rest = (load("xnli", split, "en", SAMPLE) for split in ("held-out", "rest"))
+    assert sorted(held + rest) == sorted(train) and len(held) >= len(train) // 10
+    assert not {example.text_a for example in held} & {example.text_a for example in rest}
+    assert held == load("xnli", "held-out", "en", SAMPLE)
+
+
+def test_reported_rows_do_not_select_the_epoch():
+    assert selection_splits(find_task("xnli"), "test") == ("train", "dev")
+    assert selection_splits(find_task("xnli"), "dev") == ("rest", "held-out")
+    assert selection_splits(find_task("stsb"), "dev") == ("train", "dev")  # dev is a part of train.tsv there

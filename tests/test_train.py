@@ -221,7 +221,7 @@ ALL_TAPS = tuple(tap for tap, _ in LOSSES.values() if tap)
 
 def outputs(pair, rows, taps=ALL_TAPS):
     """(logits, taps) of teacher and student."""
-    return [forward(model, rows, taps) for model in pair]
+    return [forward(model, rows, TrainConfig(), taps) for model in pair]
 
 
 def test_terms_of_sdq(pair):
@@ -317,7 +317,7 @@ def test_loss_without_a_teacher_is_the_task(pair):
     config = all_losses(task_weight=0.25, label_smoothing=0.1)
     found = sdq_loss(student, None, rows, config, 0)
     assert list(found) == ["task"]
-    expected = task_loss(forward(student, rows)[0], rows, 0.1)
+    expected = task_loss(forward(student, rows, TrainConfig())[0], rows, 0.1)
     assert found["task"].item() == pytest.approx(expected.item())
 
 
@@ -366,7 +366,9 @@ def test_logits_of_a_joint_head_are_added_in_the_loss(tiny_config):
     rows = labeled([4, 2])
     rows.tags = torch.tensor([[IGNORE, 1, 2, IGNORE], [IGNORE, 3, IGNORE, IGNORE]])
     config = TrainConfig(distill="logits", alpha=0.5, temperature=2.0)
-    (intents, slots), (target_intents, target_slots) = (forward(model, rows)[0] for model in (student, teacher))
+    (intents, slots), (target_intents, target_slots) = (
+        forward(model, rows, TrainConfig())[0] for model in (student, teacher)
+    )
     both = logits_loss(intents, target_intents, 2.0)
     both = both + logits_loss(slots, target_slots, 2.0, rows.mask)
     found = sdq_loss(student, teacher, rows, config, 0)
@@ -523,6 +525,28 @@ def test_every_method_from_the_command_line(tmp_path):
     assert [r["step"] for r in steps] == list(range(1, 13))
     for record in steps:
         assert record["loss"] == pytest.approx(record["task"] + record["logits"] + record["context"], rel=1e-4)
+
+
+def test_bfloat16_training(tmp_path, monkeypatch):
+    """Products in bfloat16, parameters, losses, attention and evaluation in float32; auto asks the processor."""
+    seen = []
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, *rest, **more: seen.append((q.dtype, torch.is_autocast_enabled("cpu"))) or real(q, *rest, **more),
+    )
+    for precision, in_hardware in (("float32", True), ("bfloat16", False), ("auto", True), ("auto", False)):
+        monkeypatch.setattr(train, "multiplies_bf16", lambda device, found=in_hardware: found)
+        out = f"{precision}-{in_hardware}"
+        assert run(tmp_path, "--precision", precision, "--methods", "fp32", "sdq", "--steps", "2", out=out) == 0
+    assert set(seen) == {(torch.float32, False)}
+    resolved = {name.name: results(tmp_path, name.name)["config"]["precision"] for name in tmp_path.glob("*-*")}
+    assert resolved["auto-True"] == resolved["bfloat16-False"] == "bfloat16"
+    assert resolved["auto-False"] == resolved["float32-True"] == "float32"
+    losses = {name: [r["loss"] for r in steps_of(tmp_path, "sdq", out=name)] for name in resolved}
+    assert losses["auto-True"] == losses["bfloat16-False"] != losses["float32-True"] == losses["auto-False"]
+    assert losses["bfloat16-False"] == pytest.approx(losses["float32-True"], rel=0.05)
 
 
 def test_it_learns(tmp_path):

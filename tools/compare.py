@@ -198,28 +198,34 @@ def scores_table(runs: list[dict]) -> str:
     for label, rows in groups.items():
         counts = [sum(name == task.name for name, _ in rows) for task in tasks]
         seeds = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
-        scores = map(format_mean, score_columns(rows, tasks).values())
+        scores = score_cells(rows, tasks).values()
         megabytes = statistics.fmean(row["size_bytes"] / 1e6 for row in rows.values())
         percent = format_mean(recovered_per_seed(means, label), digits=0)
         lines.append([str(label), seeds, *scores, percent, f"{megabytes:.1f}"])
-    return markdown_table(["", "seeds", *score_columns({}, tasks), "recovered %", "MB"], lines)
+    header = ["", "seeds", *score_cells({}, tasks), "recovered %", "MB"]
+    told = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]  # no empty columns
+    return markdown_table([header[i] for i in told], [[line[i] for i in told] for line in lines])
 
 
-def score_columns(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[str, list[float]]:
-    """Column head -> the values of all seeds."""
-    columns = {}
+def score_cells(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[str, str]:
+    """Column head -> mean and standard deviation over the seeds. "worst" is the language with the lowest mean."""
+    cells = {}
     for task in tasks:
         mine = [row for (name, _), row in rows.items() if name == task.name]
         if task.zero_shot:
-            columns[task.train_language] = [row["score"] for row in mine]
-            zero_shot = [row["zero_shot_mean"] for row in mine]
-            columns["zero-shot"] = [mean for mean in zero_shot if mean is not None]
+            cells[task.train_language] = format_mean([row["score"] for row in mine])
+            means = [row["zero_shot_mean"] for row in mine]
+            cells["zero-shot"] = format_mean([mean for mean in means if mean is not None])
+            others = {name for row in mine for name in row["languages"]} - {task.train_language}
+            scores = {name: [row["languages"][name]["score"] for row in mine] for name in sorted(others)}
+            worst = min(scores, key=lambda name: statistics.fmean(scores[name]), default="")
+            cells["worst"] = f"{worst} {format_mean(scores[worst])}" if worst else "-"
         else:
             title = f"{task.name} ({', '.join(task.metrics)})"
-            columns[title] = [row["compared"] for row in mine]
+            cells[title] = format_mean([row["compared"] for row in mine])
     if len(tasks) > 1:
-        columns["mean"] = list(mean_over_tasks(rows, tasks).values())
-    return columns
+        cells["mean"] = format_mean(list(mean_over_tasks(rows, tasks).values()))
+    return cells
 
 
 def mean_over_tasks(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[int, float]:
