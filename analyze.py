@@ -1,7 +1,6 @@
 """Where quantization error arises, layer by layer: the study behind SDQ (arXiv 2307.05972, sec. 3).
 
     python train.py --task xnli --bits 2 --analyze       # adds "errors" and "recovery" to results.json
-    python tools/plot.py out/NAME/results.json --errors --out errors.png
 
 A student is compared with its teacher on the same sequences, at five taps of each layer: query, key, value, context
 (map @ V, per head) and output (projected). With S and T the two tensors of a layer:
@@ -22,8 +21,6 @@ row, and quantization disturbs that order. Per layer, against the teacher:
                  divided by the number of keys
     map_kl       KL(teacher || student) of the row, in nats: distill.map_loss
     output_mse   MSE of the result of self-attention after residual and norm: the tap "normed"
-
-    python tools/plot.py out/*/results.json --recovery --out recovery.png
 """
 
 from collections.abc import Iterable

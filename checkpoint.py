@@ -17,9 +17,6 @@ and 7 bits likewise without gaps).
 
 Files may come from anywhere. Every config is checked, and every tensor is compared with the shape that the config
 requires and must store its elements, before a model is filled with it.
-
-    model = load_checkpoint("weights/NAME.pt")
-    student, tokenizer = load_student("out/NAME/student.pt")     # fake-quantized; as integers: int8.py
 """
 
 import os

@@ -33,25 +33,11 @@ METHODS = {
 }
 TRAINED = ("qat", "sdq")
 RECIPES = {
-    "sdq": {},  # O'Neill and Dutta 2023, arXiv 2307.05972
-    "kd": {  # Kim et al. 2022, arXiv 2211.11014
-        "bits": 2,
-        "weights": "ternary",
-        "attention_bits": 8,
-        "noise": 1.0,
-        "distill": "logits+map",
-        "alpha": 1.0,
-        "beta": 600.0,
-    },
-    "tt": {  # Yang et al. 2023, arXiv 2306.01076
-        "task": "atis",
-        "methods": ("fp32", "ptq", "qat", "sdq"),
-        "tt_rank": 20,
-        "act_range": "static",
-        "weight_range": "mse",
-        "distill": "layerwise",
-        "student_dropout": 0.1,
-    },
+    "sdq": {},
+    "kd": dict(bits=2, weights="ternary", attention_bits=8, noise=1.0, distill="logits+map", alpha=1.0, beta=600.0),
+    "tt": dict(
+        task="atis", tt_rank=20, act_range="static", weight_range="mse", distill="layerwise", student_dropout=0.1
+    ),
 }
 RECIPE_HELP = {
     "sdq": "8 bits with quantization noise, logits and attention contexts (arXiv 2307.05972)",
@@ -61,15 +47,9 @@ RECIPE_HELP = {
 # student_lr_at: bits -> student_lr. With few bits a weight must move far to reach the next step of its grid. Chosen
 # on dev with seed 0, the same for QAT and SDQ (docs/log.md).
 MODEL_DEFAULTS = {
-    "mini": {
-        "epochs": 2,
-        "student_epochs": 1,
-        "lr": 3e-4,
-        "student_lr": 3e-5,
-        "student_lr_at": {2: 1e-3, 3: 3e-4, 4: 1e-4},
-        "dropout": 0.0,
-    },
-    "scratch": {"layers": 4, "hidden": 256, "epochs": 3, "lr": 5e-4},
+    "mini": dict(epochs=2, student_epochs=1, lr=3e-4, student_lr=3e-5, dropout=0.0)
+    | {"student_lr_at": {2: 1e-3, 3: 3e-4, 4: 1e-4}},
+    "scratch": dict(layers=4, hidden=256, epochs=3, lr=5e-4),
 }
 
 TASK, MODEL, QUANT = "task and data", "model", "quantization"
@@ -325,19 +305,13 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, bool]:
 
 
 # ----------------------------------------------------------------------------------------- checks
-CHOICES = {
-    "eval_split": ("test", "dev"),
-    "device": ("auto", "cpu", "cuda"),
-    "precision": ("auto", "float32", "bfloat16"),
-}
+PRECISIONS = ("auto", "float32", "bfloat16")
+CHOICES = dict(eval_split=("test", "dev"), device=("auto", "cpu", "cuda"), precision=PRECISIONS)
 BOUNDS = {  # name -> (least, largest)
-    "task_weight": (0, 1),
+    **dict(task_weight=(0, 1), temperature=(1e-3, 1e3), seed=(0, 2**31), max_length=(8, 10**6)),
     **dict.fromkeys(("dropout", "student_dropout", "label_smoothing"), (0, 0.9)),
     **dict.fromkeys(("alpha", "beta"), (0, 1e9)),
-    "temperature": (1e-3, 1e3),
     **dict.fromkeys(("lr", "student_lr"), (1e-12, 1e38)),
-    "seed": (0, 2**31),
-    "max_length": (8, 10**6),
     **dict.fromkeys("max_train max_eval layers hidden batch_size threads eval_every".split(), (1, 10**9)),
     **dict.fromkeys("epochs student_epochs steps student_steps".split(), (1, 10**9)),
 }

@@ -1,7 +1,6 @@
 """Published checkpoints -> weights/NAME.pt: one file with the config, float32 tensors and the tokenizer.
 
-    python convert.py xlmr-base                   # download, verify, convert (1.1 GB)
-    python convert.py infoxlm-base
+    python convert.py xlmr-base                   # download, verify, convert (1.1 GB); or infoxlm-base
     python convert.py xlmr-base --from DIR        # a Hugging Face folder that you already have
     python convert.py minilm --from DIR           # a BERT, here sentence-transformers' all-MiniLM-L6-v2
     python convert.py my-model --from DIR         # any other size: config.json gives the shape

@@ -19,9 +19,6 @@ half. With weights in -64..64 the sum is at most 32,640 and every CPU is right. 
 and of the checkpoint: "portable" weights are trained on the grid on which they are multiplied everywhere. A "full"
 student (-127..127) is exact on VNNI and CUDA; choose_kernel finds out by trying whether a CPU would saturate, and then
 multiplies integers in float32, at float32 speed: exact below 2^24, which typical sums are.
-
-    model, tokenizer = load_integer("out/NAME/student.pt")       # fake-quantized: checkpoint.load_student
-    logits, _ = model(ids, mask)
 """
 
 from collections.abc import Callable

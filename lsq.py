@@ -12,9 +12,6 @@ gradient of a weight (LSQ, sec. 2.1-2.2). A scale can thus trade clipping for fi
 by the squared error. NOTE: differs for activations: N counts the elements of the batch, not of one example, so this
 gradient shrinks with the square root of the batch size; Adam divides that out again.
 
-    LearnedScale          weights, and cores of tensor trains (Yang et al. 2023)
-    LearnedActQuantizer   activations: a calibrated range, trained from there
-
 NOTE: differs from the papers: log s is the parameter. So s stays positive, and Adam, whose steps are as large as the
 learning rate, changes it by a fraction of itself. A step of 5e-4 in s
 would change a typical 8-bit scale (0.0035) by 14 %.

@@ -17,9 +17,7 @@ Distillation compares intermediate tensors of two such models. `forward` returns
 
     logits, taps = model(ids, mask, capture=("context",))    # taps["context"]: L x (B, H, T, D)
 
-    query    (B, H, T, D)  Q, K and V of each head, where analyze.py measures errors
-    key      (B, H, T, D)
-    value    (B, H, T, D)
+    query, key, value      (B, H, T, D)  Q, K and V of each head, where analyze.py measures errors
     score    (B, H, T, T)  Q K^T / sqrt(D), before softmax; -inf where the key is padding
     map      (B, H, T, T)  softmax of the scores: the attention probabilities
     context  (B, H, T, D)  map @ V of each head, which SDQ distills (arXiv 2307.05972)

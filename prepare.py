@@ -6,9 +6,6 @@ the whole table, and XLM-R's table has 250,002 rows, of which a batch uses a few
 of static activation quantizers.
 
 Biases, norms, position and type embeddings and the head stay in float32 (together 0.4 % of XLM-R base).
-
-    student = copy.deepcopy(teacher)
-    print(prepare(student, QuantConfig(weight_bits=2, weights="ternary")))
 """
 
 from collections.abc import Callable, Iterable

@@ -4,11 +4,7 @@
     python train.py --task stsb --recipe kd
     python train.py --task atis --recipe tt
 
-    fp32        the teacher: a pretrained encoder fine-tuned on the task
-    ptq         its weights and activations quantized, without training
-    ptq-static  the same with activation ranges from calibration batches
-    qat         trained on through the quantizers, with quantization noise and the loss of the task
-    sdq         qat, distilled from the teacher: logits and attention contexts, or --distill
+Rows of the report, such as ptq, qat and sdq, are described in config.METHODS.
 
 Students train fake-quantized, in float32 on the integer grid. The integer model made of them (int8.py) is what is
 evaluated; on CPU the fake-quantized student gives the same bits.

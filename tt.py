@@ -27,8 +27,6 @@ Quantized cores (Yang et al. 2023, arXiv 2306.01076): each core goes through lsq
 trained. To compute in integers, A and B, merged from quantized cores, are rounded to 8 bits per row like any other
 weight, in training as in deployment.
 
-    python train.py --recipe tt
-
 Simplified: all cuts of all layers have one rank (`ranks` of a single layer can be given), and the modes are as equal
 as possible. A layer that would have more parameters as a tensor train is kept.
 """

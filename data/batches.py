@@ -1,4 +1,4 @@
-"""Examples -> token ids -> batches, without a Python loop over samples and with little padding.
+"""Examples -> token ids -> batches, cut without a Python loop over samples and with little padding.
 
 A Dataset holds all token ids of a split in one flat array, like a compressed sparse matrix. A batch is cut out of it
 by one index computation and padded to its longest row. Rows of similar length share a batch: on XNLI's English
@@ -10,8 +10,7 @@ at its other pieces, the special tokens and the padding.
 BERT has token types, 0 for the tokens of the first text and 1 for those of the second. One number per row says where
 the second text begins. XLM-R has no types.
 
-Encodings are cached under .cache/; the key holds task, split, language, length, tokenizer, the state of the data files
-and the code that reads and encodes them.
+Encodings are cached under .cache/. The key holds all that they depend on, the code that makes them included.
 """
 
 import glob

@@ -9,14 +9,13 @@
     qnli   does the text answer the question    two texts   2 classes   accuracy
     rte    entailment                           two texts   2 classes   accuracy
 
-One row of the table GLUE describes each: tab-separated text, one example per line, columns found by
-their name in the first line. About the files:
+One row of the table GLUE describes each: tab-separated text, one example per line, columns found by their name in the
+first line. About the files:
   - A quote is an ordinary character, as in XNLI's: a CSV reader would lose half of MRPC.
   - CoLA has no header line, and MRPC's begins with a byte order mark.
   - Some texts end with a space, which is cut, and some files have Windows line ends.
-  - QQP as first published has a few rows with missing columns. Only there such rows are left out
-    ('python data/fetch.py glue' counts them); elsewhere, and if more than 1 % of QQP is like this, the
-    line is reported.
+  - QQP as first published has a few rows with missing columns. Only there such rows are left out ('python data/fetch.py
+    glue' counts them); elsewhere, and if more than 1 % of QQP is like this, the line is reported.
 
 Splits. The labels of GLUE's test files are not public, so others report on the official dev file, and many choose
 their best epoch on it as well. Here nothing is chosen on what is reported:

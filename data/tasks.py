@@ -205,16 +205,7 @@ def glue_task(name: str) -> Task:
         subfolder=f"glue/{layout.folder}",
         models=("minilm",),
         # Chosen for MiniLM on rows of STS-B's train.tsv that were held out (docs/log.md).
-        defaults={
-            "*": {
-                "epochs": 3,
-                "student_epochs": 2,
-                "lr": 1e-4,
-                "dropout": 0.1,
-                "beta": 600.0,
-                "student_lr_at": {2: 3e-4},
-            }
-        },
+        defaults={"*": dict(epochs=3, student_epochs=2, lr=1e-4, dropout=0.1, beta=600.0, student_lr_at={2: 3e-4})},
     )
 
 
@@ -238,17 +229,9 @@ def joint_task(name: str, sample: str | None = None) -> Task:
         subfolder=name,
         models=("scratch",),
         defaults={
-            "scratch": {
-                "layers": 2,
-                "hidden": 768,
-                "epochs": 25,
-                "student_epochs": 6,
-                "lr": 1e-3,
-                "student_lr": 5e-4,
-                "dropout": 0.2,
-                "label_smoothing": 0.1,
-            },
-            "sample": {"hidden": 128, "epochs": 20, "batch_size": 8, "lr": 2e-3},
+            "scratch": dict(layers=2, hidden=768, epochs=25, student_epochs=6, lr=1e-3, student_lr=5e-4, dropout=0.2)
+            | {"label_smoothing": 0.1},
+            "sample": dict(hidden=128, epochs=20, batch_size=8, lr=2e-3),
         },
         sample=sample,
         sample_model="scratch" if sample else None,

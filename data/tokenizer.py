@@ -43,7 +43,15 @@ SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # those that BERT's v
 MAX_CACHED = 1 << 18  # words whose pieces are remembered, some 70 MB
 
 
-class Tokenizer:
+class Encoder:
+    """What the three tokenizers share. Subclasses define encode_batch and encode_words."""
+
+    def encode(self, a: str, b: str | None = None, max_length: int | None = None) -> list[int]:
+        """One text or a pair -> ids with the special tokens, cut to max_length if given."""
+        return self.encode_batch([a], None if b is None else [b], max_length)[0].tolist()
+
+
+class Tokenizer(Encoder):
     """A SentencePiece model with XLM-R's ids.
 
     model: the bytes of a .model file.  source: its name in error messages.
@@ -91,10 +99,6 @@ class Tokenizer:
         if tokenizer.vocab_size != vocab_size:
             raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its model {vocab_size:,}")
         return tokenizer
-
-    def encode(self, a: str, b: str | None = None, max_length: int | None = None) -> list[int]:
-        """One text or a pair -> ids with <s> and </s>, cut to max_length if given."""
-        return self.encode_batch([a], None if b is None else [b], max_length)[0].tolist()
 
     def encode_batch(self, a: list[str], b: list[str] | None = None, max_length: int | None = None) -> list[np.ndarray]:
         """Many texts or pairs at once. Returns one int32 array each (not padded).
@@ -147,7 +151,7 @@ class Tokenizer:
         return self.pieces.decode([0 if i == UNK else int(i) - 1 for i in ids if UNK <= i < last])
 
 
-class WordPieceTokenizer:
+class WordPieceTokenizer(Encoder):
     """BERT's vocab.txt: the id of a piece is the number of its line, from 0.
 
     vocabulary: the bytes of UTF-8 text, "sdq-wordpiece-1 lower" (an uncased model) or "... cased" in the first line,
@@ -193,10 +197,6 @@ class WordPieceTokenizer:
         first = f"{WORDPIECE_MAGIC} {'lower' if lower else 'cased'}\n".encode()
         lines = vocab.replace(b"\r\n", b"\n").removesuffix(b"\n")
         return cls(first + lines + b"\n", source)
-
-    def encode(self, a: str, b: str | None = None, max_length: int | None = None) -> list[int]:
-        """One text or a pair -> ids with [CLS] and [SEP], cut to max_length if given."""
-        return self.encode_batch([a], None if b is None else [b], max_length)[0].tolist()
 
     def encode_batch(self, a: list[str], b: list[str] | None = None, max_length: int | None = None) -> list[np.ndarray]:
         """As Tokenizer.encode_batch, with BERT's special tokens."""
@@ -261,15 +261,8 @@ class WordPieceTokenizer:
                 ids += [self.ids[piece] for piece in word_pieces(token, self.ids)]
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Ids -> words separated by spaces, without special tokens. The spaces of the text, and the accents and
-        capitals of an uncased model, are lost.
-        """
-        pieces = [self.pieces[int(i)] for i in ids]
-        return " ".join(p for p in pieces if p not in SPECIALS).replace(" ##", "")
 
-
-class WordTokenizer:
+class WordTokenizer(Encoder):
     """A list of words: ids 0 to 3 are <s> <pad> </s> <unk>, the first word has id 4.
 
     vocabulary: the bytes of UTF-8 text, WORDS_MAGIC in the first line, then one word per line. source: its name in
@@ -310,10 +303,6 @@ class WordTokenizer:
             raise UserError(f"no word occurs {min_count} times: the training set is too small")
         kept.sort(key=lambda word: (-counts[word], word))
         return cls("".join(f"{line}\n" for line in (WORDS_MAGIC, *kept)).encode("utf-8"))
-
-    def encode(self, a: str, b: str | None = None, max_length: int | None = None) -> list[int]:
-        """One text, split at its spaces -> ids with <s> and </s>, cut to max_length if given."""
-        return self.encode_batch([a], None if b is None else [b], max_length)[0].tolist()
 
     def encode_batch(self, a: list[str], b: list[str] | None = None, max_length: int | None = None) -> list[np.ndarray]:
         """Many texts at once. Returns one int32 array each (not padded)."""

@@ -159,12 +159,6 @@ def test_words_are_encoded_by_themselves(wordpiece):
         made.encode_words(sentences, 4)
 
 
-def test_decode(wordpiece):
-    made = wordpiece[True]
-    assert made.decode(made.encode("The Girl  reads", "a book.")) == "the girl reads a book ."
-    assert made.decode([]) == ""
-
-
 def test_bytes_tell_the_kind_of_tokenizer(wordpiece):
     for made in wordpiece.values():
         again = load_tokenizer(made.bytes)

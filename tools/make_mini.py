@@ -2,9 +2,7 @@
 
     python tools/make_mini.py --out data/mini     # a few seconds; this made the committed files
 
-Full XNLI needs a large model, its licence and hours. mini-XNLI is the same task, natural language inference, in a
-controlled form: each label follows from a rule, each sentence exists in all 15 languages, and one table (LEVELS) sets
-the difficulty.
+Each label follows from a rule, each sentence exists in all 15 languages, and one table (LEVELS) sets the difficulty.
 
 A Meaning says who does what, how many, of what colour, where and when. realize() turns it into a sentence with the
 word order of a language:
@@ -450,14 +448,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", required=True, help="output folder")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--train", type=int, default=15000, help="English training rows")
-    parser.add_argument("--per-language", type=int, default=750, help="dev rows, and test rows")
     args = parser.parse_args(argv)
 
     def job() -> None:
         check_writable(args.out)
-        generate(args.out, args.seed, args.train, args.per_language)
-        print(f"wrote {args.train} train rows, {args.per_language} dev and test rows per language")
+        generate(args.out, args.seed)
+        print(f"wrote mini-XNLI to {args.out}")
 
     return exit_status(job)
 

@@ -18,11 +18,7 @@ model learns three tasks from random weights:
 
 A quarter of the pairs are in a single language. Copying is learned first, and translation follows.
 
-TRTD is needed: with MLM and TLM alone, small models learned to look a word up in the other sentence, but not to notice
-that two sentences differ, and 15,000 pairs were too few to learn that in fine-tuning.
-
-Batches are small because attention finds the other sentence only after some thousand steps, whatever the batch size:
-32 pairs got there in half the time that 128 pairs needed.
+Why TRTD, and why small batches: docs/log.md.
 """
 
 import argparse
