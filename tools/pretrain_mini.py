@@ -16,9 +16,8 @@ model learns three tasks from random weights:
           whether it belongs to the difference, and at <s> whether there is one. XLM-E replaces
           tokens with the samples of a small generator network; here near_miss() makes the change.
 
-A quarter of the pairs are in a single language. Copying is learned first, and translation follows.
-
-Why TRTD, and why small batches: docs/log.md.
+A quarter of the pairs are in a single language. Copying is learned first, and translation follows. docs/log.md says
+why TRTD and small batches.
 """
 
 import argparse
