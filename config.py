@@ -134,7 +134,9 @@ class TrainConfig:
     device: str = option("auto", RUN, "auto, cpu or cuda")
     threads: int | None = option(None, RUN, "CPU threads (default: all cores)")
     precision: str = option(
-        "auto", RUN, "of products in training: float32, bfloat16, or auto: bfloat16 if the processor multiplies it"
+        "auto",
+        RUN,
+        "of products in training: float32; bfloat16; auto: the latter if the hardware has it (not if hidden < 256)",
     )
     out: str | None = option(None, RUN, "folder of this run (default: out/TASK-MODEL-wBaA-sSEED)", "DIR")
     eval_every: int | None = option(None, RUN, "steps between evaluations on dev (default: an epoch)")

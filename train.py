@@ -415,11 +415,12 @@ def run_recipe(config: TrainConfig, resume: bool) -> None:
     """All rows of the report."""
     started = time.monotonic()
     task, device = find_task(config.task), choose_device(config.device, config.threads)
-    if config.precision == "auto":
-        config = replace(config, precision="bfloat16" if multiplies_bf16(device) else "float32")
     folder = find_data(task, config.data_dir, config.model)
     print(introduction(config, task, folder))
     source = Source(config, folder)
+    if config.precision == "auto":  # small models train in minutes: there the same bits on all CPUs are worth more
+        bf16 = multiplies_bf16(device) and (device.type == "cuda" or source.config.hidden_size >= 256)
+        config = replace(config, precision="bfloat16" if bf16 else "float32")
     run = Run(config.out or default_out(config), config, device, resume)
     print(f"{hardware(device)}, {torch.get_num_threads()} threads, training in {config.precision}, out {run.out}")
     tests = load_tests(config, task, folder, source.tokenizer)

@@ -528,7 +528,9 @@ def test_every_method_from_the_command_line(tmp_path):
 
 
 def test_bfloat16_training(tmp_path, monkeypatch):
-    """Products in bfloat16, parameters, losses, attention and evaluation in float32; auto asks the processor."""
+    """Products in bfloat16, parameters, losses, attention and evaluation in float32; auto asks the processor and
+    leaves small models in float32.
+    """
     seen = []
     real = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -536,17 +538,25 @@ def test_bfloat16_training(tmp_path, monkeypatch):
         "scaled_dot_product_attention",
         lambda q, *rest, **more: seen.append((q.dtype, torch.is_autocast_enabled("cpu"))) or real(q, *rest, **more),
     )
-    for precision, in_hardware in (("float32", True), ("bfloat16", False), ("auto", True), ("auto", False)):
+    cases = (
+        ("float32", True, 256),
+        ("bfloat16", False, 256),
+        ("auto", True, 256),
+        ("auto", False, 256),
+        ("auto", True, 64),
+    )
+    for precision, in_hardware, hidden in cases:
         monkeypatch.setattr(train, "multiplies_bf16", lambda device, found=in_hardware: found)
-        out = f"{precision}-{in_hardware}"
-        assert run(tmp_path, "--precision", precision, "--methods", "fp32", "sdq", "--steps", "2", out=out) == 0
+        options = f"--precision {precision} --hidden {hidden} --methods fp32 sdq --steps 2".split()
+        assert run(tmp_path, *options, out=f"{precision}-{in_hardware}-{hidden}") == 0
     assert set(seen) == {(torch.float32, False)}
     resolved = {name.name: results(tmp_path, name.name)["config"]["precision"] for name in tmp_path.glob("*-*")}
-    assert resolved["auto-True"] == resolved["bfloat16-False"] == "bfloat16"
-    assert resolved["auto-False"] == resolved["float32-True"] == "float32"
+    assert resolved["auto-True-256"] == resolved["bfloat16-False-256"] == "bfloat16"
+    assert resolved["auto-False-256"] == resolved["float32-True-256"] == resolved["auto-True-64"] == "float32"
     losses = {name: [r["loss"] for r in steps_of(tmp_path, "sdq", out=name)] for name in resolved}
-    assert losses["auto-True"] == losses["bfloat16-False"] != losses["float32-True"] == losses["auto-False"]
-    assert losses["bfloat16-False"] == pytest.approx(losses["float32-True"], rel=0.05)
+    assert losses["auto-True-256"] == losses["bfloat16-False-256"] != losses["float32-True-256"]
+    assert losses["float32-True-256"] == losses["auto-False-256"]
+    assert losses["bfloat16-False-256"] == pytest.approx(losses["float32-True-256"], rel=0.05)
 
 
 def test_it_learns(tmp_path):
