@@ -417,11 +417,11 @@ def run_recipe(config: TrainConfig, resume: bool) -> None:
     task, device = find_task(config.task), choose_device(config.device, config.threads)
     folder = find_data(task, config.data_dir, config.model)
     print(introduction(config, task, folder))
-    source = Source(config, folder)
+    source, out = Source(config, folder), config.out or default_out(config)
     if config.precision == "auto":  # small models train in minutes: there the same bits on all CPUs are worth more
         bf16 = multiplies_bf16(device) and (device.type == "cuda" or source.config.hidden_size >= 256)
         config = replace(config, precision="bfloat16" if bf16 else "float32")
-    run = Run(config.out or default_out(config), config, device, resume)
+    run = Run(out, config, device, resume)
     print(f"{hardware(device)}, {torch.get_num_threads()} threads, training in {config.precision}, out {run.out}")
     tests = load_tests(config, task, folder, source.tokenizer)
     training = (config, folder, source.tokenizer)

@@ -559,6 +559,16 @@ def test_bfloat16_training(tmp_path, monkeypatch):
     assert losses["bfloat16-False-256"] == pytest.approx(losses["float32-True-256"], rel=0.05)
 
 
+def test_default_folder_is_the_same_on_every_processor(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "multiplies_bf16", lambda device: True)
+    options = [*SMALL, "--hidden", "256", "--methods", "fp32", "--steps", "1", "--epochs", "1"]
+    options = [option for option in options if option not in ("--precision", "float32")]
+    assert train.main(options) == 0
+    expected = os.path.basename(default_out(parse_args(options)[0]))
+    assert expected in os.listdir("out")
+
+
 def test_it_learns(tmp_path):
     """The negations of the sample are easy to find: the teacher must learn them, the student keep
     them.
