@@ -22,7 +22,7 @@ import convert
 import train
 from checkpoint import checkpoint_payload, load_checkpoint, load_student, save_atomically
 from common import UserError
-from config import TrainConfig, parse_args
+from config import TrainConfig, default_out, parse_args
 from data.batches import IGNORE, Batch, Dataset, encode_split
 from data.glue import GLUE, Example
 from data.slots import slot_scores
