@@ -314,9 +314,8 @@ def summarize_languages(languages: dict[str, dict], train_language: str) -> dict
 
 def compared_score(row: dict, task: Task) -> float:
     """The score by which methods are compared: the zero-shot mean, or the mean over the test sets."""
-    summary = summarize_languages(row["languages"], task.train_language)
-    if task.zero_shot and summary["zero_shot_mean"] is not None:
-        return summary["zero_shot_mean"]
+    if task.zero_shot and row["zero_shot_mean"] is not None:
+        return row["zero_shot_mean"]
     return statistics.fmean(found["score"] for found in row["languages"].values())
 
 
@@ -342,12 +341,12 @@ def report_table(results: dict) -> str:
     by_language = task.zero_shot and len(languages) > 1
     others = [name for name in languages if name != task.train_language] if by_language else []
 
-    def figures(languages: dict[str, dict]) -> list[str]:
+    def figures(row: dict) -> list[str]:
+        languages = row["languages"]
         if by_language:
-            summary = summarize_languages(languages, task.train_language)
             worst = min(others, key=lambda name: languages[name]["score"])
-            figures = [f"{summary[key]:.2f}" for key in ("score", "zero_shot_mean")]
-            return [*figures, f"{worst} {languages[worst]['score']:.1f}"]
+            means = [f"{row[key]:.2f}" for key in ("score", "zero_shot_mean")]
+            return [*means, f"{worst} {languages[worst]['score']:.1f}"]
         tests = languages.values()  # of mnli two
         return [" / ".join(f"{test[key]:.2f}" for test in tests) for key in task.columns.values()]
 
@@ -356,10 +355,10 @@ def report_table(results: dict) -> str:
     rows = []
     for name, row in methods.items():
         percent = recovered(methods, name, task)
-        cells = [name, *figures(row["languages"]), "-" if percent is None else f"{percent:.0f} %"]
+        cells = [name, *figures(row), "-" if percent is None else f"{percent:.0f} %"]
         if checked:
             student = row.get("student")
-            cells.append(", ".join(figures(student["languages"])) if student else "-")
+            cells.append(", ".join(figures(student)) if student else "-")
         megabytes = row["size_bytes"] / 1e6
         cells += [f"{megabytes:.{1 if megabytes >= 1 else 3}f}", f"{row['train_seconds']:.0f}"]
         rows.append(cells + [f"{row['languages'][language]['score']:.1f}" for language in others])
@@ -379,7 +378,7 @@ def report(results: dict) -> str:
         f"{results['train_examples']:,} examples.",
         f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}.",
         f"The epoch was selected on {selected}, in the training language.",
-        "Rows are of the integer model where weights and activations are quantized. MB: the checkpoint on disk. recovered: of the loss "
-        "of ptq. train s: wall time, with evaluations on dev and saved states.",
+        "Rows are of the integer model where weights and activations are quantized. MB: the checkpoint on disk. "
+        "recovered: of the loss of ptq. train s: wall time, with evaluations on dev and saved states.",
     ]
     return report_table(results) + "\n\n" + "\n".join(notes) + "\n"

@@ -29,7 +29,7 @@ import checkpoint
 from analyze import analysis_tables, attention_recovery, layer_errors
 from common import Progress, UserError, clock, exit_status, hardware, multiplies_bf16, remove, write_text
 from config import TRAINED, TrainConfig, default_out, parse_args, quant_config, tt_config
-from data.batches import IGNORE, Batch, Dataset, encode_split, evaluation_batches, unpadded_batches
+from data.batches import IGNORE, Batch, Dataset, encode_split, evaluation_batches, evaluation_order, unpadded_batches
 from data.fetch import MODELS
 from data.metrics import scores
 from data.slots import joint_scores
@@ -244,8 +244,8 @@ def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
     if not tags:
         found = scores(dataset.metrics, predictions, labels)
         if "correct" in found:  # which rows, in the order of the file: for paired differences
-            order = np.argsort(-dataset.lengths, kind="stable")  # that of evaluation_batches
-            found["correct_rows"] = np.packbits((predictions == labels)[np.argsort(order)]).tobytes().hex()
+            in_file_order = (predictions == labels)[np.argsort(evaluation_order(dataset))]
+            found["correct_rows"] = np.packbits(in_file_order).tobytes().hex()
         return found
     return joint_scores(predictions, labels, slots, tags, dataset.slots)
 

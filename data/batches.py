@@ -29,7 +29,7 @@ from torch import Tensor
 from common import atomic_write
 from data.slots import Names, Sentence
 from data.tasks import file_paths, find_task, load
-from data.tokenizer import PAD, Tokenizer, WordPieceTokenizer, WordTokenizer
+from data.tokenizer import PAD, Encoder
 
 CACHE_DIR = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".cache")
 POOL = 50  # batches whose rows are sorted by length together: more gives less padding and shuffling
@@ -79,13 +79,7 @@ class Batch:
 
 # --------------------------------------------------------------------------------------- encoding
 def encode_split(
-    task: str,
-    split: str,
-    language: str,
-    folder: str,
-    tokenizer: Tokenizer | WordPieceTokenizer | WordTokenizer,
-    max_length: int,
-    limit: int | None = None,
+    task: str, split: str, language: str, folder: str, tokenizer: Encoder, max_length: int, limit: int | None = None
 ) -> Dataset:
     """Load and encode a split in one language; at most `limit` examples, the same rows in every language. The labels
     of a joint task are intents, and it has tags.
@@ -101,13 +95,7 @@ def encode_split(
 
 
 def encode_examples(
-    task: str,
-    split: str,
-    language: str,
-    folder: str,
-    tokenizer: Tokenizer | WordPieceTokenizer | WordTokenizer,
-    max_length: int,
-    limit: int | None,
+    task: str, split: str, language: str, folder: str, tokenizer: Encoder, max_length: int, limit: int | None
 ) -> Dataset:
     """What encode_split caches."""
     row = find_task(task)
@@ -129,12 +117,7 @@ def encode_examples(
     return replace(dataset_of(encoded, labels), second=np.asarray(begins, dtype=np.int64))
 
 
-def encode_sentences(
-    sentences: list[Sentence],
-    names: Names,
-    tokenizer: Tokenizer | WordPieceTokenizer | WordTokenizer,
-    max_length: int | None,
-) -> Dataset:
+def encode_sentences(sentences: list[Sentence], names: Names, tokenizer: Encoder, max_length: int | None) -> Dataset:
     """Words with tags -> Dataset: labels are ids of names.intents, tags are ids of names.slots."""
     intents = {name: i for i, name in enumerate(names.intents)}
     slots = {name: i for i, name in enumerate(names.slots)}
@@ -256,10 +239,14 @@ def training_order(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> 
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def evaluation_order(dataset: Dataset) -> np.ndarray:
+    """The rows in the order of evaluation_batches: longest first."""
+    return np.argsort(-dataset.lengths, kind="stable")
+
+
 def evaluation_batches(dataset: Dataset, max_tokens: int) -> Iterator[Batch]:
     """All rows once, longest first, as many per batch as fit into max_tokens with their padding."""
-    order = np.argsort(-dataset.lengths, kind="stable")
-    start = 0
+    order, start = evaluation_order(dataset), 0
     while start < len(order):
         count = max(1, max_tokens // int(dataset.lengths[order[start]]))
         yield collate(dataset, order[start : start + count])

@@ -89,7 +89,7 @@ class Tokenizer(Encoder):
             return cls(file.read(), path)
 
     @staticmethod
-    def from_payload(payload: dict, path: str, vocab_size: int) -> "Tokenizer | WordPieceTokenizer | WordTokenizer":
+    def from_payload(payload: dict, path: str, vocab_size: int) -> Encoder:
         """The tokenizer (of any kind) of a checkpoint's dictionary, which must fit the model's vocabulary."""
         stored = payload.get("tokenizer")
         try:
@@ -323,7 +323,7 @@ class WordTokenizer(Encoder):
         return np.array([BOS, *(self.ids.get(word, UNK) for word in words), EOS], dtype=np.int32)
 
 
-def load_tokenizer(model: bytes, source: str = "tokenizer") -> Tokenizer | WordPieceTokenizer | WordTokenizer:
+def load_tokenizer(model: bytes, source: str = "tokenizer") -> Encoder:
     """The tokenizer of these bytes: a text format has its name in the first line."""
     if model.startswith(WORDPIECE_MAGIC.encode()):
         return WordPieceTokenizer(model, source)

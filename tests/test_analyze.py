@@ -120,7 +120,7 @@ LENGTHS = [9, 6, 5, 3, 2, 1]
 
 
 def random_maps(seed, mask, levels=None, heads=3):
-    """(B, H, T, T) attention probabilities.  levels: use only so many values, so that keys tie."""
+    """Attention probabilities (B, H, T, T).  levels: the number of distinct values; with few of them, keys tie."""
     torch.manual_seed(seed)
     B, T = mask.shape
     if levels:

@@ -253,7 +253,7 @@ def test_encoding_is_cached_with_its_tags(flights, words, monkeypatch):
 @pytest.mark.parametrize("name", ["seq.in", "seq.out", "label"])
 @pytest.mark.parametrize("split", ["dev", "train"])
 def test_cache_notices_each_changed_file(flights, words, name, split):
-    """Of the split itself, and of train, whose names define the ids."""
+    """The files of the split, and those of train, whose names define the ids."""
 
     def encode():
         read_sentences.cache_clear()

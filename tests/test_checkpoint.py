@@ -39,6 +39,15 @@ def raises_one_line(load, path, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def accepts_only_intact(load, payload, damaged, folder):
+    """Check that load() accepts the payload and raises for each damaged one.  damaged: kind -> (payload, message)."""
+    for kind, (changed, message) in damaged.items():
+        torch.save(changed, folder / f"{kind}.pt")
+        raises_one_line(load, folder / f"{kind}.pt", message)
+    torch.save(payload, folder / "student.pt")
+    load(str(folder / "student.pt"))
+
+
 # --------------------------------------------------------------------------------- float32 models
 def test_checkpoint_round_trip(tiny_config, tmp_path):
     model = build_model(tiny_config).eval()
@@ -328,11 +337,7 @@ def damaged_students(payload):
 def test_tampered_students(tiny_config, tokenizer_bytes, tmp_path):
     model, config = make_student(tiny_config)
     payload = student_payload(model, config, tokenizer_bytes)
-    for kind, (changed, message) in damaged_students(payload).items():
-        torch.save(changed, tmp_path / f"{kind}.pt")
-        raises_one_line(load_student, tmp_path / f"{kind}.pt", message)
-    torch.save(payload, tmp_path / "student.pt")
-    load_student(str(tmp_path / "student.pt"))
+    accepts_only_intact(load_student, payload, damaged_students(payload), tmp_path)
 
 
 # -------------------------------------------------------------------------- students of tensor trains
@@ -414,11 +419,7 @@ def damaged_cores(payload):
 def test_tampered_cores(tiny_config, tokenizer_bytes, tmp_path):
     model, config = make_train_student(tiny_config, weight_bits=4)
     payload = student_payload(model, config, tokenizer_bytes)
-    for kind, (changed, message) in damaged_cores(payload).items():
-        torch.save(changed, tmp_path / f"{kind}.pt")
-        raises_one_line(read_student, tmp_path / f"{kind}.pt", message)
-    torch.save(payload, tmp_path / "student.pt")
-    read_student(str(tmp_path / "student.pt"))
+    accepts_only_intact(read_student, payload, damaged_cores(payload), tmp_path)
 
 
 def test_docstrings():
