@@ -26,7 +26,7 @@ from torch import Tensor
 
 from checkpoint import read_checkpoint, save_atomically
 from common import Progress, UserError, check_writable, flag, hardware, markdown_table, remove, write_json, write_text
-from config import NOT_COMPARED, TRAINED, TrainConfig
+from config import METHODS, NOT_COMPARED, TRAINED, TrainConfig
 from data.batches import Batch, Dataset, collate, training_order
 from data.tasks import Task, find_task, selection_splits
 from model import Model
@@ -92,7 +92,7 @@ class Run:
         elif not self.resume:
             for name in ("log.jsonl", "results.json", "report.md", "student.pt"):
                 remove(self.path(name))
-        quantized = [row for name, row in self.results["methods"].items() if name != "fp32"]
+        quantized = [row for name, row in self.results["methods"].items() if name in METHODS and name != "fp32"]
         if self.config.analyze and any("errors" not in row for row in quantized):
             raise UserError(
                 f"--analyze: {self.out} has rows that were not analyzed: resume without it, or change --out"

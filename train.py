@@ -411,9 +411,8 @@ def run_student(run: Run, source: Source, teacher: Model, method: str, data: Dat
     return row
 
 
-def run_recipe(config: TrainConfig, resume: bool) -> None:
-    """All rows of the report."""
-    started = time.monotonic()
+def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Source, Data]:
+    """The folder, model and data of a run, checked before anything is written."""
     task, device = find_task(config.task), choose_device(config.device, config.threads)
     folder = find_data(task, config.data_dir, config.model)
     print(introduction(config, task, folder))
@@ -437,13 +436,21 @@ def run_recipe(config: TrainConfig, resume: bool) -> None:
         steps = total_steps(config, len(data.train), student=True)
         layer_schedule(config, source.config.num_layers, steps)
     run.start(source.name, data)
+    return run, source, data
+
+
+def run_recipe(config: TrainConfig, resume: bool) -> None:
+    """All rows of the report."""
+    started = time.monotonic()
+    run, source, data = open_run(config, resume)
+    task = find_task(config.task)
     teacher, teacher_bytes, teacher_seconds = get_teacher(run, source, data)
     for method in config.methods:
         if method in run.results["methods"]:
             continue
         if method == "fp32":
             row = {"size_bytes": teacher_bytes, "train_seconds": teacher_seconds}
-            row |= evaluate_languages(method, teacher, data.tests, task, device)
+            row |= evaluate_languages(method, teacher, data.tests, task, run.device)
         else:
             row = run_student(run, source, teacher, method, data)
         run.finish_row(method, row)

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -127,11 +128,11 @@ def test_options_that_a_file_lacks(tmp_path, capsys):
     """A removed option counts where both files have it; a newer one has its default."""
     older, newer = run(ptq=row(50, {"de": 40.0})), run(1, ptq=row(50, {"de": 40.0}))
     older["config"]["grid"] = "full"
-    newer["config"] |= {"weights": "uniform", "recipe": "sdq", "check_student": True}
+    newer["config"] |= {"noise": 0.5, "recipe": "sdq", "check_student": True}
     assert compare.main(write_runs(tmp_path, [older, newer])) == 0
     assert compare.main(write_runs(tmp_path, [newer, older])) == 0
     capsys.readouterr()
-    for change in ({"grid": "portable"}, {"weights": "ternary"}):
+    for change in ({"grid": "portable"}, {"noise": 1.0}):
         newer["config"] |= change
         assert compare.main(write_runs(tmp_path, [older, newer])) == 2
         assert f"differ in --{[*change][0]}" in capsys.readouterr().err
@@ -212,6 +213,71 @@ def test_losses_of_older_and_newer_files_are_rows(tmp_path, capsys):
     lines = cells_of(capsys)
     assert lines[2][:3] == ["layerwise W2A8", "1", "1.00"]
     assert lines[3][:3] == ["layerwise-together W2A8", "2", "3.00 ± 1.41"]
+
+
+def test_scales_and_weights_are_rows(tmp_path, capsys):
+    """Named where runs differ in them; PTQ's loss is that of the same setting."""
+    kinds = ({}, {"per_tensor": True, "act_range": "static"}, {"weights": "lsq"})
+    runs = [
+        made_up("rte", seed, "logits", {"fp32": 90.0, "ptq": 80.0 - 10 * i, "qat": 85.0}, **kind)
+        for seed in (0, 1)
+        for i, kind in enumerate(kinds)
+    ]
+    assert compare.main(write_runs(tmp_path, runs)) == 0
+    lines = cells_of(capsys)
+    found = {line[0]: line[1:] for line in lines[2:]}
+    assert list(found) == [
+        "fp32",
+        *(f"{m} W2A8{k}" for k in ("", " lsq", " per tensor static") for m in ("ptq", "qat")),
+    ]
+    percents = [found[f"qat W2A8{kind}"][2] for kind in ("", " per tensor static", " lsq")]
+    assert percents == ["50 ± 0", "75 ± 0", "83 ± 0"]
+    assert compare.main(write_runs(tmp_path, runs[1:2])) == 0
+    assert cells_of(capsys)[3][0] == "ptq W2A8"  # one setting needs no name
+
+
+def packed(*rows):
+    return {
+        name: {"accuracy": 100 * sum(row) / len(row), "total": len(row), "correct_rows": compare_pack(row)}
+        for name, row in zip(("en", "de", "sw"), rows, strict=True)
+    }
+
+
+def compare_pack(row):
+    return np.packbits(row).tobytes().hex()
+
+
+def test_differences_are_paired_over_rows(tmp_path, capsys):
+    """Against the differences by hand: 10 rows, seeds and languages averaged first."""
+    generator = np.random.default_rng(0)
+    right = generator.random((2, 2, 3, 10)) < 0.6  # (seed, method, language, row)
+    runs = []
+    for seed in (0, 1):
+        value = run(seed, fp32=row(0, {}), ptq=row(0, {}))
+        for i, name in enumerate(("fp32", "ptq")):
+            value["methods"][name]["languages"] = packed(*right[seed, i])
+        runs.append(value)
+    assert compare.main([*write_runs(tmp_path, runs), "--minus", "fp32"]) == 0
+    lines = cells_of(capsys)
+    assert lines[0][0] == "minus fp32" and len(lines) == 3
+    difference = right[:, 1].astype(float) - right[:, 0]  # (seed, language, row)
+    for cell, values in zip(lines[2][2:4], (difference[:, 0], difference[:, 1:].mean(1)), strict=True):
+        by_row = 100 * values.mean(0)
+        assert cell == f"{by_row.mean():+.2f} ± {by_row.std(ddof=1) / 10**0.5:.2f}"
+    assert lines[2][4] == " ".join(f"{100 * d:+.2f}" for d in difference[:, 1:].mean((1, 2)))
+    assert compare.main([*write_runs(tmp_path, [made_up("stsb", 0, "logits", {"sdq": 1.0})]), "--minus", "ptq"]) == 2
+    assert "leave out --minus" in capsys.readouterr().err
+    assert compare.main([*write_runs(tmp_path, runs), "--minus", "nonsense"]) == 2
+    assert "no row of nonsense" in capsys.readouterr().err
+    for each in runs:
+        del each["methods"]["ptq"]["languages"]["de"]["correct_rows"]
+    assert compare.main([*write_runs(tmp_path, runs), "--minus", "fp32"]) == 2
+
+
+@pytest.mark.parametrize("y, rho", [([1, 2, 3, 4], 1.0), ([8, 4, 2, 1], -1.0), ([1, 1, 2, 2], 2 / 5**0.5)])
+def test_rank_correlation(y, rho):
+    """The last: with ties, scipy.stats.spearmanr gives 0.8944."""
+    assert compare.rank_correlation(np.arange(4.0), np.array(y)) == pytest.approx(rho)
 
 
 # ---------------------------------------------------------------------------------- joint tasks

@@ -24,6 +24,12 @@ def test_figures(tmp_path, capsys):
         out = tmp_path / f"{name}.png"
         assert plot.main([str(tmp_path / files), "--out", str(out)]) == 0
         assert out.stat().st_size > 5000
+    by_language = [str(tmp_path / "8-*.json"), "--languages", "--out", str(tmp_path / "x.png")]
+    assert plot.main(by_language) == 0
+    assert plot.main([str(tmp_path / "2-0.json"), *by_language[1:]]) == 2
+    assert "--languages needs fp32 rows" in capsys.readouterr().err
+    assert plot.main([str(tmp_path / "*.json"), *by_language[1:]]) == 2
+    assert "differ in --bits" in capsys.readouterr().err
     no_errors = [str(tmp_path / "8-0.json"), "--errors", "--out", str(tmp_path / "x.png")]
     assert plot.main(no_errors) == 2 and "--analyze" in capsys.readouterr().err
     assert plot.main([str(tmp_path / "8-0.json"), "--out", str(tmp_path / "x.nonsense")]) == 2
@@ -188,6 +194,7 @@ def test_figure(tmp_path):
     [
         *(f"bench-{name}.json" for name in plot.BENCHMARKS),
         *("xnli-mini/*.json", "xnli-mini/w8-s0.json", "xnli-mini/w3-s0.json --errors"),
+        "xnli-e5/w8-pt-static-*.json --languages",
         *("atis-sweep/*.json --sweep", "layerwise/*.json --curves", "glue/*.json --recovery"),
     ],
 )

@@ -17,11 +17,12 @@ import sys
 import tempfile
 import warnings
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ FILES = {  # backend -> its file. The first one that is available is the baselin
 NEEDS = {  # backend of another library -> the packages that it needs
     "Hugging Face fp32": ("transformers", "safetensors"),
     "torch.ao int8 dynamic": ("transformers", "safetensors"),
-    "ONNX Runtime int8 dynamic": ("transformers", "onnx", "onnxruntime"),
+    "ONNX Runtime int8 dynamic": ("onnx", "onnxruntime"),
 }
 ATIS_INTENTS, ATIS_SLOTS, ATIS_SENTENCES = 21, 120, 4478  # of the training set
 NO_TOKENIZER = b"x"  # these models never see text
@@ -153,8 +154,10 @@ def write_files(config: ModelConfig, folder: str, names: tuple[str, ...]) -> Non
     torch.manual_seed(0)
     model = build_model(config).eval()
     checkpoint.save_atomically(checkpoint.checkpoint_payload(model, NO_TOKENIZER), os.path.join(folder, FILES["fp32"]))
-    if any(name in NEEDS for name in names):
-        write_others(model, folder, names)
+    if "Hugging Face fp32" in names:
+        write_hugging_face(model, folder, names)
+    if "ONNX Runtime int8 dynamic" in names:
+        write_onnx(model, os.path.join(folder, FILES["ONNX Runtime int8 dynamic"]))
     ids = random_sequences(8, min(128, config.max_tokens), config.vocab_size)
     for act_range in ("dynamic", "static"):
         quant = QuantConfig(act_range=act_range)
@@ -162,8 +165,8 @@ def write_files(config: ModelConfig, folder: str, names: tuple[str, ...]) -> Non
         checkpoint.save_atomically(payload, os.path.join(folder, FILES[f"int8 {act_range}"]))
 
 
-def write_others(model: Model, folder: str, names: tuple[str, ...]) -> None:
-    """Save the weights as a Hugging Face model, and as int8 for torch.ao and ONNX Runtime."""
+def write_hugging_face(model: Model, folder: str, names: tuple[str, ...]) -> None:
+    """Save the weights as a Hugging Face model, and as int8 for torch.ao."""
     import transformers
 
     config = model.config
@@ -189,42 +192,52 @@ def write_others(model: Model, folder: str, names: tuple[str, ...]) -> None:
     if "torch.ao int8 dynamic" in names:
         state = torch_ao(reference).state_dict()
         torch.save(state, os.path.join(folder, FILES["torch.ao int8 dynamic"]))
-    if "ONNX Runtime int8 dynamic" in names:
-        write_onnx(reference, folder)
 
 
-class _Logits(nn.Module):
-    """A Hugging Face model whose inputs and output are plain tensors, as ONNX needs them."""
+class Exportable(nn.Module):
+    """A copy of our float32 model with plain tensors as inputs and output, as ONNX and OpenVINO want it."""
 
-    def __init__(self, reference):
+    def __init__(self, model: Model):
         super().__init__()
-        self.reference = reference
+        self.model = copy.deepcopy(model)
+        words = model.encoder.embeddings.word.weight.detach()
+        self.model.encoder.embeddings.word = nn.Embedding.from_pretrained(words)  # no search for distinct ids
+        self.eval()  # this module too: the exporter returns all to its mode
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.reference(ids, attention_mask=mask).logits
+        return self.model(ids, mask.bool())[0]
 
 
-def write_onnx(reference, folder: str) -> None:
+def write_onnx(model: Model, path: str) -> None:
+    """Export to ONNX and quantize: weights per channel and in advance, activations per tensor while it runs."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    whole, ids = os.path.join(folder, "fp32.onnx"), torch.full((2, 16), 5)
+    whole, ids = path + ".fp32", torch.full((2, 16), 5)
     free = {0: "rows", 1: "tokens"}
     with warnings.catch_warnings():  # this exporter is deprecated; the new one's file is rejected
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            _Logits(reference), (ids, torch.ones_like(ids)), whole, dynamo=False,
+            Exportable(model), (ids, torch.ones_like(ids)), whole, dynamo=False,
             input_names=["ids", "mask"], output_names=["logits"],
             dynamic_axes={"ids": free, "mask": free},
         )  # fmt: skip
         # 7-bit weights: with 8 its kernels saturate on CPUs without VNNI, and the logits are wrong.
-        quantize_dynamic(
-            whole,
-            os.path.join(folder, FILES["ONNX Runtime int8 dynamic"]),
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            reduce_range=True,
-        )
+        quantize_dynamic(whole, path, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
     os.unlink(whole)
+
+
+def write_openvino(model: Model, path: str, calibration: Iterable[Batch]) -> None:
+    """Convert to OpenVINO and quantize after training (NNCF, its settings for Transformers): weights per channel,
+    activations per tensor with ranges from the calibration batches, which have no padding.
+    """
+    import nncf
+    import openvino
+
+    ids = torch.full((2, 16), 5)
+    converted = openvino.convert_model(Exportable(model), example_input=(ids, torch.ones_like(ids)))
+    dataset = nncf.Dataset([(batch.ids.numpy(), np.ones_like(batch.ids)) for batch in calibration])
+    quantized = nncf.quantize(converted, dataset, model_type=nncf.ModelType.TRANSFORMER)
+    openvino.save_model(quantized, path)
 
 
 def has_torch_ao() -> bool:
@@ -283,6 +296,19 @@ def load_onnx(path: str) -> Runner:
     def run(ids: Tensor, mask: Tensor | None) -> Tensor:
         mask = torch.ones_like(ids) if mask is None else mask.long()
         return torch.from_numpy(session.run(None, {"ids": ids.numpy(), "mask": mask.numpy()})[0])
+
+    return run
+
+
+def load_openvino(path: str) -> Runner:
+    import openvino
+
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.compile_model(path, "CPU", options)
+
+    def run(ids: Tensor, mask: Tensor | None) -> Tensor:
+        mask = torch.ones_like(ids) if mask is None else mask.long()
+        return torch.from_numpy(compiled((ids.numpy(), mask.numpy()))[0])
 
     return run
 

@@ -2,6 +2,7 @@
 
     python tools/compare.py out/*/results.json               # a row per method and width, or per loss
     python tools/compare.py --languages out/*/results.json   # a column per language
+    python tools/compare.py --minus qat out/*/results.json   # differences from a method, paired over rows
     python tools/compare.py out/atis*/results.json --latency tt.json   # with times of bench.py tt
 
 The layout follows the task: a zero-shot task has columns for the training language and the mean of the others, a joint
@@ -19,6 +20,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
+
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -27,6 +30,8 @@ from config import METHODS, NOT_COMPARED, TrainConfig
 from data.tasks import TASKS, Task
 from run import compared_score, recovered_percent, summarize_languages
 
+PEERS = ("onnxruntime", "openvino")  # added by tools/peers.py
+METHOD_ORDER = (*METHODS, *PEERS)
 # Options that a table has rows for or averages over, and those that do not change the result.
 MAY_DIFFER = {"seed", "bits", "act_bits", "distill", "methods", "recipe"}
 MAY_DIFFER |= {"save_every", *NOT_COMPARED}
@@ -34,6 +39,7 @@ MAY_DIFFER |= {"save_every", *NOT_COMPARED}
 # students have their defaults.
 MAY_DIFFER_JOINT = {"tt_rank", "tt_embedding_rank", "lr", "epochs", "weight_range", "act_range"}
 MAY_DIFFER_JOINT |= {"student_dropout", "student_epochs", "student_lr"}
+VARIANTS = "per_tensor act_range weights".split()  # named in a row's label where runs differ in them
 ROW = "task seed bits act_bits tt_rank tt_embedding_rank distill".split()  # tell two runs apart
 
 
@@ -62,7 +68,7 @@ def read_runs(patterns: list[str]) -> list[dict]:
             run["config"]["seed"], run["config"]["bits"], [*run["methods"]][0]  # must be there
             run |= {"path": path, "task": task, "config": current_options(run["config"])}
             for method, row in run["methods"].items():
-                METHODS[method], row["size_bytes"]
+                METHOD_ORDER.index(method), row["size_bytes"]
                 for evaluation in row["languages"].values():
                     scores = [evaluation[key] for key in (*task.metrics, *task.columns.values())]
                     evaluation["score"] = statistics.fmean(scores[: len(task.metrics)])
@@ -103,11 +109,13 @@ def check_comparable(runs: list[dict]) -> None:
     for i, run in enumerate(runs):
         config, before = run["config"], runs[:i]
         same_task = [other for other in before if other["task"] is run["task"]]
-        same_width = [other for other in same_task if other["config"]["bits"] == config["bits"]]
+        is_joint = run["task"].head == "joint"
+        same = ["bits", *([] if is_joint else VARIANTS)]  # what one --student-lr is for
+        same_width = [other for other in same_task if all(other["config"][k] == config[k] for k in same)]
         shared = {"model", "eval_split"}
         if not all(has_task_column(each["task"]) for each in (run, runs[0])):
             shared.add("task")
-        may_differ = MAY_DIFFER | (MAY_DIFFER_JOINT if run["task"].head == "joint" else set())
+        may_differ = MAY_DIFFER | (MAY_DIFFER_JOINT if is_joint else set(VARIANTS))
         for name in [name for name in config if name not in may_differ]:
             others = same_width if name == "student_lr" else same_task
             for other in (before if name in shared else others)[:1]:
@@ -115,7 +123,7 @@ def check_comparable(runs: list[dict]) -> None:
                 if (theirs or None) != (config[name] or None):  # None, 0 and False: off
                     what = f"differ in {flag(name)}: put them in separate tables"
                     raise UserError(f"{run['path']} and {other['path']} {what}")
-        key = tuple(config[name] for name in ROW)
+        key = tuple(config[name] for name in {*ROW, *same})
         if key in seen:
             what = "have the same seed, width and rank: give one of them"
             raise UserError(f"{run['path']} and {seen[key]} {what}")
@@ -129,7 +137,7 @@ class Label(NamedTuple):
     shape: str  # "dense", "TT rank 20"
     method: str
     loss: str  # "logits+map", where rows are told apart by it
-    width: str  # "W8A8"
+    width: str  # "W8A8", "W8A8 per tensor static"
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.shape, self.loss or self.method, self.width)))
@@ -143,6 +151,8 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
     losses = {run["config"]["distill"] for run in runs if "sdq" in run["methods"]}
     by_loss = has_task_column(runs[0]["task"]) or len(losses) > 1
     is_joint = runs[0]["task"].head == "joint"
+    quantized = [run["config"] for run in runs if set(run["methods"]) - {"fp32"}]
+    told = [] if is_joint else [name for name in VARIANTS if len({config[name] for config in quantized}) > 1]
     found = []
     for row, method in ((row, name) for run in runs for name, row in run["methods"].items()):
         config = row["config"]
@@ -152,9 +162,16 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
         if rank and embedding_rank:
             shape += f", embedding {embedding_rank}"
         width = "" if method == "fp32" else width_of(config)
+        if method in METHODS and width:
+            width = " ".join([width, *variant_of(config, told)])
         label = Label(shape if is_joint else "", method, loss if by_loss else "", width)
         place = (rank, embedding_rank, method != "fp32", -config["bits"], -config["act_bits"])
-        place += (list(METHODS).index(method), loss.count("+"), loss)
+        place += (
+            method in PEERS,
+            *(config[name] != getattr(TrainConfig, name) for name in VARIANTS),
+            config["weights"],
+        )
+        place += (METHOD_ORDER.index(method), loss.count("+"), loss)
         found.append((place, label, (config["task"], config["seed"]), row))
     groups: dict[Label, dict[tuple[str, int], dict]] = {}
     for _, label, key, row in sorted(found, key=lambda entry: entry[0]):
@@ -165,6 +182,12 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
 def tt_rank(config: dict, method: str) -> int:
     """Rank of a model's tensor trains, 0 if it is dense, as the teacher of a pretrained model is."""
     return 0 if method == "fp32" and config["model"] != "scratch" else config["tt_rank"]
+
+
+def variant_of(config: dict, names: list[str]) -> list[str]:
+    """The named options in words, where they are not the default: ["per tensor", "static"]."""
+    values = [(name, config[name]) for name in names if config[name] != getattr(TrainConfig, name)]
+    return [name.replace("_", " ") if value is True else value for name, value in values]
 
 
 def width_of(config: dict) -> str:
@@ -301,14 +324,64 @@ def languages_table(runs: list[dict]) -> str:
     return markdown_table(["", *languages], lines)
 
 
+def paired_table(runs: list[dict], base: str) -> str:
+    """Differences of every row from a method of the same width and seed, in points, paired over test rows.
+
+    ±: standard error over the test rows, which are the same in all languages, of the mean over seeds and languages.
+    "rank correlation" (Spearman): of the base's accuracy in a language with what the row loses there.
+    """
+    task, groups, lines = runs[0]["task"], group_runs(runs), []
+    if not any(label.method == base for label in groups):
+        raise UserError(f"no row of {base}: --minus takes one of {' '.join(dict.fromkeys(x.method for x in groups))}")
+    for label, rows in groups.items():
+        bases = [other for other in groups if other.method == base and other.width in ("", label.width)]
+        if not bases or label.method == base:
+            continue
+        pairs = [(row, groups[bases[0]][key]) for key, row in rows.items() if key in groups[bases[0]]]
+        if not pairs:
+            continue
+        others = [name for name in pairs[0][0]["languages"] if name != task.train_language]
+        cells = {}
+        for title, names in ((task.train_language, [task.train_language]), ("zero-shot", others)):
+            each = [[correct_rows(a, name) - correct_rows(b, name) for name in names] for a, b in pairs]
+            cells[title] = 100 * np.array(each)  # (seeds, languages, rows)
+        zero_shot, means = cells["zero-shot"], [format_difference(values.mean((0, 1))) for values in cells.values()]
+        by_seed = " ".join(f"{value:+.2f}" for value in zero_shot.mean((1, 2)))
+        accuracy = np.mean([[row["languages"][name]["score"] for name in others] for _, row in pairs], axis=0)
+        rho = rank_correlation(accuracy, -zero_shot.mean((0, 2)))
+        lines.append([str(label), str(len(pairs)), *means, by_seed, f"{rho:+.2f}"])
+    return markdown_table([f"minus {base}", "seeds", *cells, "zero-shot by seed", "rank correlation"], lines)
+
+
+def correct_rows(row: dict, language: str) -> np.ndarray:
+    """1.0 for each test row that was predicted right, in the order of the file."""
+    evaluation = row["languages"][language]
+    if "correct_rows" not in evaluation:
+        raise UserError("--minus needs to know which rows were right, which these older files lack: run train.py again")
+    packed = np.frombuffer(bytes.fromhex(evaluation["correct_rows"]), np.uint8)
+    return np.unpackbits(packed, count=evaluation["total"]).astype(float)
+
+
+def format_difference(values: np.ndarray) -> str:
+    """Mean with its sign ± standard error."""
+    return f"{values.mean():+.2f} ± {values.std(ddof=1) / len(values) ** 0.5:.2f}"
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rho; equal values share the mean of their ranks."""
+    ranks = [[(v > values).sum() + (v == values).sum() / 2 for v in values] for values in (x, y)]
+    return float(np.corrcoef(ranks)[0, 1])
+
+
 def compare(args: argparse.Namespace) -> str:
     runs = read_runs(args.files)
     check_comparable(runs)
     task = runs[0]["task"]
-    if args.languages:
-        if not task.zero_shot:
-            raise UserError(f"{task.name} has no languages: leave out --languages")
-        return languages_table(runs)
+    if args.languages or args.minus:
+        name = "--languages" if args.languages else "--minus"
+        if not task.zero_shot or (args.minus and len(runs[0]["languages"]) == 1):
+            raise UserError(f"{task.name} has no languages: leave out {name}")
+        return languages_table(runs) if args.languages else paired_table(runs, args.minus)
     if task.head == "joint":
         return joint_table(runs, read_latency(args.latency))
     return scores_table(runs)
@@ -318,6 +391,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="One table over the seeds of several runs.")
     parser.add_argument("files", nargs="+", metavar="RESULTS.json")
     parser.add_argument("--languages", action="store_true", help="a column per language instead")
+    parser.add_argument(
+        "--minus", metavar="METHOD", help="differences from a method (fp32, qat, ...), paired over rows"
+    )
     parser.add_argument("--latency", metavar="JSON", help="joint tasks: add times from bench.py tt --json")
     args = parser.parse_args(argv)
     return exit_status(lambda: print(compare(args)))

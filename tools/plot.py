@@ -1,7 +1,7 @@
 """Figures of the JSON that train.py and bench.py write. This file alone needs matplotlib.
 
     python tools/plot.py out/*/results.json --out accuracy.png      # several runs: score against bit width
-    python tools/plot.py out/NAME/results.json --out languages.png  # one run: a bar per language and method
+    python tools/plot.py out/*/results.json --languages --out languages.png  # one width: loss by language
     python tools/plot.py out/NAME/results.json --errors --out errors.png   # --analyze: error by layer
     python tools/plot.py out/*/results.json --recovery --out recovery.png  # --analyze: attention order by loss
     python tools/plot.py out/*/results.json --curves --out curves.png      # score on dev against step, by loss
@@ -26,10 +26,11 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
 
 from common import UserError, exit_status, flag
 from data.tasks import TASKS, Task
-from tools.compare import check_comparable, group_runs, read_runs, tt_rank, width_of
+from tools.compare import VARIANTS, check_comparable, group_runs, read_runs, tt_rank, variant_of, width_of
 
 GREEN, ORANGE, PURPLE, GRAY, BLUE = "#1b9e77", "#d95f02", "#7570b3", "#555555", "#4c72b0"
 COLORS = {"fp32": GRAY, "ptq": ORANGE, "ptq-static": "#e6ab02", "qat": PURPLE, "sdq": GREEN}
+COLORS |= {"onnxruntime": "#8da0cb", "openvino": "#66a9d9"}
 LOSS_COLORS = (GREEN, "#e7298a", "#66a61e", "#1f78b4", "#e6ab02", "#a6761d", "#666666")
 BITS_COLORS = {32: GRAY, 8: GREEN, 4: PURPLE, 2: ORANGE}
 
@@ -93,17 +94,35 @@ def draw_bits(axes, runs: list[dict]) -> None:
     axes.grid(axis="y", alpha=0.3)
 
 
-def draw_languages(axes, run: dict) -> None:
-    """One run: a group of bars per language (or test set), a bar per method."""
-    methods, config = run["methods"], run["config"]
-    width = 0.8 / len(methods)
-    for i, (name, row) in enumerate(methods.items()):
-        places = [k - 0.4 + width * (i + 0.5) for k in range(len(row["languages"]))]
-        heights = [evaluation["score"] for evaluation in row["languages"].values()]
-        axes.bar(places, heights, width, label=name, color=COLORS[name])
-    axes.set_xticks(range(len(row["languages"])), row["languages"])
-    axes.set(ylabel=metric_name(run["task"]))
-    axes.set_title(f"{config['task']} {config['eval_split']}, {run['model']}, {width_of(config)}")
+def draw_languages(axes, runs: list[dict]) -> None:
+    """What each method loses against float32, by language: a bar per method, error bars of one standard deviation over
+    seeds. The training language is first, then the others in the order of their float32 accuracy, which is below them.
+    """
+    groups, task, config = group_runs(runs), runs[0]["task"], runs[0]["config"]
+    full = next((rows for label, rows in groups.items() if label.method == "fp32"), None)
+    if full is None or not task.zero_shot:
+        raise UserError("--languages needs fp32 rows of a task with several languages")
+
+    def scores(rows: dict) -> np.ndarray:  # (seeds, languages)
+        return np.array([[rows[key]["languages"][name]["score"] for name in names] for key in full if key in rows])
+
+    names = list(runs[0]["languages"])
+    accuracy = dict(zip(names, scores(full).mean(0), strict=True))
+    names.sort(key=lambda name: (name != task.train_language, -accuracy[name]))
+    quantized = [(label, rows) for label, rows in groups.items() if rows is not full]
+    bar = 0.8 / len(quantized)
+    for i, (label, rows) in enumerate(quantized):
+        places = [k - 0.4 + bar * (i + 0.5) for k in range(len(names))]
+        both = {key: row for key, row in full.items() if key in rows}
+        means, deviations = mean_and_std(scores(rows) - scores(both))
+        looks = {"label": label.method, "color": COLORS[label.method], "error_kw": {"lw": 0.8}}
+        axes.bar(places, means, bar, yerr=deviations if len(both) > 1 else None, **looks)
+    axes.set_xticks(range(len(names)), [f"{name}\n{accuracy[name]:.1f}" for name in names])
+    axes.axhline(0, color=GRAY, lw=0.8)
+    axes.set(xlabel=f"language and its float32 {metric_name(task)}", ylabel="difference from float32, points")
+    width = " ".join([width_of(config), *variant_of(config, VARIANTS)])
+    axes.set_title(f"{task.name} {config['eval_split']}, {runs[0]['model']}, {width}, {count_seeds(len(full))}")
+    axes.legend(frameon=False, ncols=len(quantized), loc="upper center", bbox_to_anchor=(0.5, -0.2))
     axes.grid(axis="y", alpha=0.3)
 
 
@@ -397,9 +416,10 @@ def choose_figure(files: list[str], kind: str | None) -> Figure:
             raise UserError("--errors draws one results.json of train.py --analyze")
         panels = len(error_places(runs[0]))
         return Figure(draw_errors, runs[0], panels, (2.4 * panels, 3.2))
-    if len(runs) == 1:
-        return Figure(draw_languages, runs[0])
     check_comparable(runs)
+    if kind == "languages":
+        check_same(runs, ("task", "bits", "act_bits", "distill", *VARIANTS))
+        return Figure(draw_languages, runs, size=(10, 4))
     check_same(runs, ("task", "distill", "tt_rank"), instead=", or use --recovery or --sweep")
     return Figure(draw_bits, runs)
 
@@ -437,6 +457,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("files", nargs="+", metavar="JSON")
     kinds = parser.add_mutually_exclusive_group()
     for name, text in (
+        ("languages", "difference from float32 by language"),
         ("errors", "error by layer, measured by train.py --analyze"),
         ("recovery", "order of attention by layer and --distill, measured by train.py --analyze"),
         ("curves", "score on dev against step, by --distill"),

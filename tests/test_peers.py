@@ -1,0 +1,72 @@
+"""tools/peers.py: rows of other libraries in a finished run; the libraries themselves where they are installed."""
+
+import json
+
+import pytest
+import torch
+
+import train
+from tools import peers
+from tools.compare import METHOD_ORDER
+from tools.compare import main as compare
+
+OPTIONS = "--task xnli --languages de --max-train 64 --max-eval 60 --epochs 1 --methods fp32 ptq --analyze --threads 1"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("peers") / "run"
+    assert train.main([*OPTIONS.split(), "--out", str(out)]) == 0
+    return out
+
+
+def rows_of(out):
+    return json.loads((out / "results.json").read_text())["methods"]
+
+
+def test_rows_are_added(finished, monkeypatch, capsys):
+    """A made-up library that computes what ours does has float32's row."""
+    assert set(peers.NEEDS) < set(METHOD_ORDER)
+    monkeypatch.setattr(peers, "is_installed", lambda name: name.startswith("onnx"))
+    monkeypatch.setattr(peers, "write_onnx", lambda model, path: torch.save(model, path))
+
+    def load(path):
+        model = torch.load(path, weights_only=False)
+        return lambda ids, mask: model(ids, mask)[0]
+
+    monkeypatch.setattr(peers, "load_onnx", load)
+    before = rows_of(finished)
+    for _ in range(2):  # once more: the same
+        assert peers.main([str(finished)]) == 0
+        found = rows_of(finished)
+        assert [*found] == ["fp32", "ptq", "onnxruntime"] and found["ptq"] == before["ptq"]
+        assert found["onnxruntime"]["languages"] == before["fp32"]["languages"]
+        assert found["onnxruntime"]["size_bytes"] > 5e6
+    out = capsys.readouterr().out
+    assert "openvino: not measured, openvino and nncf not installed" in out
+    assert "| onnxruntime |" in (finished / "report.md").read_text()
+    assert compare([str(finished / "results.json")]) == 0 and "onnxruntime W8A8" in capsys.readouterr().out
+    assert train.main([*OPTIONS.split(), "--out", str(finished), "--resume"]) == 0  # not in the way of --analyze
+
+
+def test_what_is_no_finished_run(finished, tmp_path, capsys):
+    assert peers.main([str(tmp_path)]) == 2
+    assert "holds no run of train.py" in capsys.readouterr().err
+    config = json.loads((finished / "config.json").read_text())
+    for change, message in ({"task": "atis"}, "one label a text"), ({"nonsense": 1}, "holds no run"):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        assert peers.main([str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", peers.NEEDS)
+def test_libraries_lose_little(name, finished, monkeypatch):
+    for package in peers.NEEDS[name]:
+        pytest.importorskip(package)
+    monkeypatch.setattr(peers, "is_installed", lambda package: package in peers.NEEDS[name])
+    assert peers.main([str(finished)]) == 0
+    found = rows_of(finished)
+    for language, row in found[name]["languages"].items():
+        assert abs(row["score"] - found["fp32"]["languages"][language]["score"]) < 10
+    assert found[name]["size_bytes"] < found["fp32"]["size_bytes"] / 2

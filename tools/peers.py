@@ -1,0 +1,97 @@
+"""What other libraries make of a run's teacher: two more rows in its results.json, on the same test rows.
+
+    python tools/peers.py out/NAME    # the --out of a finished run of train.py; then tools/compare.py as before
+
+"onnxruntime" is ONNX Runtime's dynamic quantization (needs onnx and onnxruntime), "openvino" post-training
+quantization by NNCF with 300 training texts (needs openvino and nncf). A row whose library is not installed is left out.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+if __package__ in (None, ""):  # run as a script: put the repository root on the path
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from common import UserError, exit_status, write_text
+from config import TrainConfig
+from data.batches import unpadded_batches
+from data.tasks import find_task
+from run import report, report_table
+from tools.backends import Runner, is_installed, load_onnx, load_openvino, write_onnx, write_openvino
+from train import evaluate_languages, get_teacher, open_run
+
+CALIBRATION = 300  # texts
+NEEDS = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("openvino", "nncf")}
+
+
+class Peer:
+    """Another library's model, called like ours."""
+
+    def __init__(self, run: Runner):
+        self.run = run
+
+    def eval(self) -> None:
+        pass
+
+    def __call__(self, ids: Tensor, mask: Tensor | None, types: None) -> tuple[Tensor, dict]:
+        return self.run(ids, mask), {}
+
+
+def read_config(out: str) -> TrainConfig:
+    try:
+        with open(os.path.join(out, "config.json"), encoding="utf-8") as file:
+            options = json.load(file)
+        config = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise UserError(f"{out} holds no run of train.py: name the --out of one") from None
+    if find_task(config.task).head != "sequence":
+        raise UserError(f"{out}: peers are measured for tasks with one label a text")
+    return replace(config, out=out, device="cpu")
+
+
+def add_peers(out: str) -> None:
+    run, source, data = open_run(read_config(out), resume=True)
+    if source.config.type_vocab_size > 1:
+        raise UserError(f"{source.name} has token types: peers are measured for XLM-R's layout")
+    teacher, _, _ = get_teacher(run, source, data)
+    config, task = run.config, find_task(run.config.task)
+
+    def calibrated(model: torch.nn.Module, path: str) -> None:
+        write_openvino(model, path, unpadded_batches(data.train, CALIBRATION, 1, config.seed))
+
+    peers: dict[str, tuple[Callable, Callable, str]] = {
+        "onnxruntime": (write_onnx, load_onnx, ".onnx"),
+        "openvino": (calibrated, load_openvino, ".xml"),
+    }
+    for name, (write, load, suffix) in peers.items():
+        if missing := [package for package in NEEDS[name] if not is_installed(package)]:
+            print(f"{name}: not measured, {' and '.join(missing)} not installed")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, name + suffix)
+            write(teacher, path)
+            size = sum(entry.stat().st_size for entry in os.scandir(folder))
+            row = {"size_bytes": size, "train_seconds": 0.0}
+            row |= evaluate_languages(name, Peer(load(path)), data.tests, task, run.device)
+        run.finish_row(name, row)
+    write_text(run.path("report.md"), report(run.results))
+    print(f"\n{report_table(run.results)}\n\nwrote {out}/results.json, report.md")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Other libraries' int8 of a run's teacher, on the same rows.")
+    parser.add_argument("out", metavar="out/NAME", help="folder of a finished run")
+    args = parser.parse_args(argv)
+    return exit_status(lambda: add_peers(args.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
