@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from common import UserError, atomic_write
 from data.tokenizer import Tokenizer
 from model import HEADS, Model, ModelConfig
+from pq import CENTROIDS, STAGES, ProductQuantizer, begin_stage
 from prepare import prepare
 from quant import FixedQuantizer, QuantConfig, WeightQuantizer, dequantize
 from tt import TensorTrain, TTConfig, tensorize
@@ -244,7 +245,7 @@ def quantized_weights(student: Model) -> dict[str, str]:
 
 def left_out(name: str) -> bool:
     """Whether a tensor only says how a weight was rounded: the codes and their scale replace it."""
-    return name.endswith(("_quantizer.clip", ".log_scale"))
+    return name.endswith(("_quantizer.clip", ".log_scale", ".centroids", ".assignments", ".counts"))
 
 
 class Weight(NamedTuple):
@@ -259,19 +260,24 @@ def weight_of(quantizer: WeightQuantizer, weight: Tensor) -> Weight:
     return Weight(codes.to(torch.int8), scale)
 
 
+def table_of(quantizer: WeightQuantizer, weight: Tensor) -> Weight:
+    """weight_of for a table, each row of which has its own scale: in pieces, to bound the memory."""
+    codes, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
+    step = max(1, CHUNK // weight.shape[1])
+    for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
+        by_number = isinstance(quantizer, ProductQuantizer)
+        codes[rows], scale[rows] = quantizer.codes(weight, rows) if by_number else quantizer.codes(weight[rows])
+    return Weight(codes, scale)
+
+
 @torch.no_grad()
 def weight_codes(student: Model) -> dict[str, Weight]:
     """The integers of every quantized weight of a fake-quantized student, on CPU."""
     found, parameters = {}, dict(student.named_parameters())
     for name, quantizer_name in quantized_weights(student).items():
         weight, quantizer = parameters[name].detach(), student.get_submodule(quantizer_name)
-        if name != WORDS:
-            found[name] = Weight(*(part.cpu() for part in weight_of(quantizer, weight)))
-            continue
-        # Each row of the table has its own scale: work in pieces, to bound the memory.
-        pieces = [weight_of(quantizer, rows) for rows in weight.split(max(1, CHUNK // len(weight[0])))]
-        codes, scales = ([part.cpu() for part in parts] for parts in zip(*pieces, strict=True))
-        found[name] = Weight(torch.cat(codes), torch.cat(scales))
+        make = table_of if name == WORDS else weight_of
+        found[name] = Weight(*(part.cpu() for part in make(quantizer, weight)))
     return found
 
 
@@ -286,15 +292,27 @@ def float_tensors(student: Model) -> dict[str, Tensor]:
 
 
 def student_payload(student: Model, config: QuantConfig, tokenizer: bytes, **notes: str) -> dict:
-    """The dictionary of a student.pt: packed integers and scales, and float32 tensors."""
-    packed = {
-        name: {
-            "codes": pack(weight.codes, config.weight_bits),
-            "shape": list(weight.codes.shape),
-            "scale": weight.scale,
+    """The dictionary of a student.pt: packed integers and scales, or blocks and centroids, and float32 tensors."""
+    if config.weights == "pq":
+        begin_stage(student, len(STAGES) - 1)
+        quantizers = {name: student.get_submodule(at) for name, at in quantized_weights(student).items()}
+        packed = {
+            name: {
+                "assignments": quantizer.assignments.cpu(),
+                "shape": list(quantizer.shape),
+                "centroids": quantizer.centroids.detach().half().cpu(),
+            }
+            for name, quantizer in quantizers.items()
         }
-        for name, weight in weight_codes(student).items()
-    }
+    else:
+        packed = {
+            name: {
+                "codes": pack(weight.codes, config.weight_bits),
+                "shape": list(weight.codes.shape),
+                "scale": weight.scale,
+            }
+            for name, weight in weight_codes(student).items()
+        }
     settings = asdict(config)
     settings["keep"] = list(config.keep)
     return {
@@ -344,7 +362,8 @@ def read_student(path: str) -> Student:
         if name not in wanted:
             raise UserError(f"{path}: packed tensor {name} has no place in the model")
         quantizer = empty.get_submodule(wanted[name])
-        weights[name] = unpack_weight(path, name, entry, shapes[name], quantizer)
+        unpacked = unpack_blocks if isinstance(quantizer, ProductQuantizer) else unpack_weight
+        weights[name] = unpacked(path, name, entry, shapes[name], quantizer)
     missing = sorted(set(wanted) - set(weights))
     if missing:
         raise UserError(f"{path}: packed tensor {missing[0]} is missing")
@@ -379,6 +398,24 @@ def unpack_weight(path: str, name: str, entry: dict, shape: torch.Size, quantize
     if codes.numel() and (codes.min() < quantizer.quant_min or codes.max() > quantizer.quant_max):
         raise UserError(f"{path}: packed tensor {name} has codes outside the grid that the file names")
     return Weight(codes, scale)
+
+
+def unpack_blocks(path: str, name: str, entry: dict, shape: torch.Size, quantizer: ProductQuantizer) -> Weight:
+    """The integers of a weight that was stored as blocks, after checking its parts."""
+    if not isinstance(entry, dict) or set(entry) != {"assignments", "shape", "centroids"}:
+        raise UserError(f"{path}: packed tensor {name} is damaged")
+    assignments, centroids = entry["assignments"], entry["centroids"]
+    parts = {"assignments": assignments, "centroids": centroids}
+    sizes = {"assignments": quantizer.assignments.shape, "centroids": torch.Size((CENTROIDS, quantizer.block))}
+    check_tensors(f"{path}: {name}", sizes, parts, (torch.uint8, torch.float16))
+    if list(shape) != entry["shape"] or assignments.dtype != torch.uint8 or not centroids.float().isfinite().all():
+        raise UserError(f"{path}: packed tensor {name} is damaged")
+    quantizer.to_empty(device="cpu")
+    with torch.no_grad():
+        quantizer.centroids.copy_(centroids)
+        quantizer.assignments.copy_(assignments)
+        quantizer.counts.fill_(1)
+    return (table_of if name == WORDS else weight_of)(quantizer, torch.empty(shape, device="meta"))
 
 
 def default_keep(tt: TTConfig | None) -> tuple[str, ...]:

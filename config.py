@@ -102,7 +102,9 @@ class TrainConfig:
     )
     per_tensor: bool = option(False, QUANT, "one scale per matrix and activation, not per channel and token")
     act_range: str = option("dynamic", QUANT, "dynamic: at run time; static: calibrated; learned: trained from there")
-    noise: float = option(0.5, QUANT, "fraction of the weights quantized at a training step (trained scales: all)", "P")
+    noise: float = option(
+        0.5, QUANT, "fraction of the weights quantized at a training step (lsq: all; pq: of blocks set to 0, 0.1)", "P"
+    )
 
     distill: str = option(
         "logits+context",
@@ -215,6 +217,8 @@ def resolve(given: dict) -> TrainConfig:
     values |= RECIPES[recipe] | given | {"task": task.name, "model": model}
     if "student_lr" not in given and values.get("bits", 8) in rates:
         values["student_lr"] = rates[values.get("bits", 8)]
+    if values.get("weights") in WEIGHTS:
+        values.setdefault("noise", WEIGHTS[values["weights"]].noise)
     config = TrainConfig(**values)
     ranges = WEIGHTS[config.weights].ranges if config.weights in WEIGHTS else ("minmax",)
     usual = {
@@ -354,6 +358,10 @@ def rules(config: TrainConfig, task: Task) -> Iterator[tuple[object, str]]:
 
     weights = f"--weights {config.weights}"
     cores = config.tt_rank and config.weights != "uniform"
+    staged = config.weights == "pq" and config.distill in LAYERWISE
+    yield staged, f"--weights pq has stages of its own: not with --distill {config.distill}"
+    zero = config.weights == "pq" and config.noise == 1.0
+    yield zero, "--noise 1 sets all blocks of --weights pq to 0 while they wait for their stage: choose less"
     yield cores, f"{weights} is for matrices: cores of tensor trains have learned scales"
     ranged = config.weight_range != "minmax"
     yield (

@@ -140,8 +140,13 @@ class WordEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         distinct, where = torch.unique(ids, return_inverse=True)  # (U,), (B, T)
-        rows = F.embedding(distinct, self.weight, sparse=self.sparse)  # (U, C)
-        return F.embedding(where, self.row_quantizer(rows))  # (B, T, C)
+        return F.embedding(where, self.rows(distinct))  # (B, T, C)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The quantized vectors of ids (U): (U, C)."""
+        if getattr(self.row_quantizer, "by_number", False):  # pq.py decodes them from its own parameters
+            return self.row_quantizer(self.weight, ids)
+        return self.row_quantizer(F.embedding(ids, self.weight, sparse=self.sparse))
 
 
 class Attention(nn.Module):

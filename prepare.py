@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lsq import LearnedActQuantizer, LearnedScale
+from pq import ProductQuantizer
 from quant import (
     OBSERVERS,
     ActQuantizer,
@@ -36,6 +37,7 @@ class WeightKind:
     help: str
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     ranges: tuple[str, ...] = ("minmax", "mse")  # of weight_range; the first is the default
+    noise: float = 0.5  # default of --noise
 
 
 def table_quantizer(config: QuantConfig, *arguments) -> WeightQuantizer:
@@ -47,6 +49,9 @@ WEIGHTS = {  # QuantConfig.weights
     "uniform": WeightKind(UniformQuantizer, UniformQuantizer, "equal steps up to the largest weight"),
     "ternary": WeightKind(TernaryQuantizer, TernaryQuantizer, "-a, 0, a with 2 bits", bits=(2,), ranges=("minmax",)),
     "lsq": WeightKind(LearnedScale, table_quantizer, "scales are trained", ranges=("lsq", "minmax", "mse")),
+    "pq": WeightKind(
+        ProductQuantizer, ProductQuantizer, "a byte for 4 or 8 weights", bits=(8,), ranges=("minmax",), noise=0.1
+    ),
 }
 QUANT_CHOICES = {
     "grid": ("portable", "full"),

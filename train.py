@@ -38,6 +38,7 @@ from data.tokenizer import Tokenizer, WordTokenizer
 from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_loss
 from int8 import integer_model, to_integer
 from model import PRESETS, Model, ModelConfig, initialize, set_dropout, with_head
+from pq import STAGES, begin_stage, product_quantizers
 from prepare import calibrate, prepare
 from run import Data, Run, Training, report, report_table, summarize_languages, teacher_path, total_steps
 from tt import tensorize
@@ -136,8 +137,17 @@ def train(model: Model, teacher: Model | None, data: Data, run: Run, method: str
     if teacher is not None and config.distill in LAYERWISE:
         schedule = layer_schedule(config, model.config.num_layers, training.total_steps)
         learning_rate, loss_fn = partial(layerwise_rate, schedule=schedule), partial(layerwise_loss, schedule=schedule)
+    stages, current = len(STAGES) if any(product_quantizers(model)) else 1, None
+    length = training.total_steps // stages
     for step, batch in training.steps():  # continues where a stopped run was
-        lr = learning_rate(step, training.total_steps, peak)
+        stage = min(step // length, stages - 1)
+        first, last = stage * length, stage == stages - 1
+        if stage != current:
+            begin_stage(model, stage)
+            if step == first > 0:  # in place: run.Training saves them
+                optimizers[:] = make_optimizers(model)
+            current = stage
+        lr = learning_rate(step - first, training.total_steps - first if last else length, peak)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
@@ -150,7 +160,7 @@ def train(model: Model, teacher: Model | None, data: Data, run: Run, method: str
         for optimizer in optimizers:
             optimizer.step()
         training.log(values, lr, batch.tokens)
-        if training.should_evaluate():
+        if training.should_evaluate() and last:
             evaluation = evaluate(model, data.dev, run.device)
             training.select(evaluation, in_words(evaluation, data.dev))
     return training.finish()
@@ -375,6 +385,7 @@ def make_student(run: Run, teacher: Model, method: str, data: Data) -> Model:
     set_dropout(student, config.student_dropout)
     quant = quant_config(config, method)
     summary = prepare(student, quant)
+    begin_stage(student, 0 if method in TRAINED else len(STAGES) - 1)
     if quant.act_range != "dynamic":
         torch.manual_seed(config.seed)  # the mse observer draws samples
         batches = unpadded_batches(data.train, CALIBRATION, 32, config.seed)
@@ -435,6 +446,9 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Source, Data]:
     if config.distill in LAYERWISE and "sdq" in config.methods:  # too few steps? before training
         steps = total_steps(config, len(data.train), student=True)
         layer_schedule(config, source.config.num_layers, steps)
+    needed = len(STAGES) if config.weights == "pq" and set(config.methods) & {*TRAINED} else 1
+    if (steps := total_steps(config, len(data.train), student=True)) < needed:
+        raise UserError(f"--weights pq needs {needed} steps or more, not {steps}: raise --student-steps")
     run.start(source.name, data)
     return run, source, data
 
