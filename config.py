@@ -44,11 +44,11 @@ RECIPE_HELP = {
     "kd": "ternary weights, logits and attention maps (arXiv 2211.11014)",
     "tt": "quantized tensor trains, layer by layer (arXiv 2306.01076); --task atis",
 }
-# student_lr_at: bits -> student_lr. With few bits a weight must move far to reach the next step of its grid. Chosen
-# on dev with seed 0, the same for QAT and SDQ (docs/log.md).
+# student_lr_at: bits, or pq -> student_lr. With few bits a weight must move far to reach the next step of its grid.
+# Chosen on dev with seed 0, the same for QAT and SDQ (docs/log.md).
 MODEL_DEFAULTS = {
     "mini": dict(epochs=2, student_epochs=1, lr=3e-4, student_lr=3e-5, dropout=0.0)
-    | {"student_lr_at": {2: 1e-3, 3: 3e-4, 4: 1e-4}},
+    | {"student_lr_at": {2: 1e-3, 3: 3e-4, 4: 1e-4, "pq": 1e-4}},
     "scratch": dict(layers=4, hidden=256, epochs=3, lr=5e-4),
 }
 
@@ -215,8 +215,9 @@ def resolve(given: dict) -> TrainConfig:
         values |= task.defaults.get("sample", {})
     rates = values.pop("student_lr_at", {})
     values |= RECIPES[recipe] | given | {"task": task.name, "model": model}
-    if "student_lr" not in given and values.get("bits", 8) in rates:
-        values["student_lr"] = rates[values.get("bits", 8)]
+    kind = "pq" if values.get("weights") == "pq" else values.get("bits", 8)
+    if "student_lr" not in given and kind in rates:
+        values["student_lr"] = rates[kind]
     if values.get("weights") in WEIGHTS:
         values.setdefault("noise", WEIGHTS[values["weights"]].noise)
     config = TrainConfig(**values)

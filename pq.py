@@ -29,7 +29,7 @@ from quant import QuantConfig, UniformQuantizer, noise_mask, straight_through
 CENTROIDS = 256  # one byte
 ITERATIONS = 15  # of k-means, as in fairseq
 SAMPLE = 1 << 20  # blocks that k-means sees; NOTE: differs, fairseq takes all 24 million of XLM-R's table
-CHUNK = 1 << 14  # blocks whose distances are computed at a time
+CHUNK = 1 << 12  # blocks whose distances are computed at a time
 STAGES = ("ffn", "embeddings", "attention")
 
 
