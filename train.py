@@ -32,7 +32,7 @@ from config import TRAINED, TrainConfig, default_out, parse_args, quant_config, 
 from data.batches import IGNORE, Batch, Dataset, encode_split, evaluation_batches, evaluation_order, unpadded_batches
 from data.fetch import MODELS
 from data.metrics import scores
-from data.slots import joint_scores
+from data.slots import joint_scores, token_scores
 from data.tasks import RAW_DIR, Task, file_paths, find_data, find_task, languages_of, load, selection_splits
 from data.tokenizer import Tokenizer, WordTokenizer
 from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_loss
@@ -67,16 +67,18 @@ def forward(
 
 
 def task_loss(logits: Logits, batch: Batch, smoothing: float) -> Tensor:
-    """Cross-entropy with the labels; of a joint head, that of the sequence plus that of its words. In a regression
+    """Cross-entropy with the labels, of words where they have tags; of a joint head, both. In a regression
     (STS-B), the squared error.
     """
     if batch.labels.is_floating_point():
         return F.mse_loss(logits[:, 0].float(), batch.labels)
     if batch.tags is None:
         return F.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing)
-    intents, slots = logits
+    intents, slots = logits if isinstance(logits, tuple) else (None, logits)
     words = batch.tags != IGNORE
     of_words = F.cross_entropy(slots[words].float(), batch.tags[words], label_smoothing=smoothing)
+    if intents is None:
+        return of_words
     return F.cross_entropy(intents.float(), batch.labels, label_smoothing=smoothing) + of_words
 
 
@@ -242,20 +244,25 @@ def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
         batch = batch.to(device)
         logits, _ = model(batch.ids, batch.mask, types=batch.types)
         if batch.tags is not None:
-            logits, slot_logits = logits
+            logits, slot_logits = logits if isinstance(logits, tuple) else (None, logits)
             words = batch.tags != IGNORE
             borders = words.sum(dim=1).cumsum(dim=0)[:-1].cpu()
             tags += np.split(batch.tags[words].cpu().numpy(), borders)
             slots += np.split(slot_logits.argmax(dim=-1)[words].cpu().numpy(), borders)
+        if logits is None:
+            continue
         is_class = not batch.labels.is_floating_point()
         predictions.append((logits.argmax(dim=-1) if is_class else logits[:, 0]).cpu())
         labels.append(batch.labels.cpu())
+    if not predictions:
+        return token_scores(slots, tags, dataset.slots, dataset.metrics)
     predictions, labels = torch.cat(predictions).numpy(), torch.cat(labels).numpy()
     if not tags:
-        found = scores(dataset.metrics, predictions, labels)
-        if "correct" in found:  # which rows, in the order of the file: for paired differences
-            in_file_order = (predictions == labels)[np.argsort(evaluation_order(dataset))]
-            found["correct_rows"] = np.packbits(in_file_order).tobytes().hex()
+        in_file_order = np.argsort(evaluation_order(dataset))
+        predictions, labels = predictions[in_file_order], labels[in_file_order]
+        found = scores(dataset.metrics, predictions, labels, dataset.queries)
+        if "correct" in found:  # which rows, for paired differences
+            found["correct_rows"] = np.packbits(predictions == labels).tobytes().hex()
         return found
     return joint_scores(predictions, labels, slots, tags, dataset.slots)
 
@@ -347,7 +354,7 @@ def find_model(name: str) -> str:
 
 def class_names(task: Task, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The classes that a model of this task can predict: of a sequence, and of a word (slots)."""
-    if task.names is None:
+    if task.labels:
         return task.labels, ()
     names = task.names(folder)
     return names.intents[: names.known_intents], names.slots[: names.known_slots]

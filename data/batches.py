@@ -4,7 +4,7 @@ A Dataset holds all token ids of a split in one flat array, like a compressed sp
 by one index computation and padded to its longest row. Rows of similar length share a batch: on XNLI's English
 training set this leaves 2.5 % padding, where batches in file order have 53 %.
 
-If every word has a tag (ATIS, SNIPS), the tags lie beside the ids: the tag's id at the first piece of a word, IGNORE
+If every word has a tag (ATIS, SNIPS, XGLUE's NER and POS), the tags lie beside the ids: the tag's id at the first piece of a word, IGNORE
 at its other pieces, the special tokens and the padding.
 
 BERT has token types, 0 for the tokens of the first text and 1 for those of the second. One number per row says where
@@ -47,6 +47,7 @@ class Dataset:
     slots: tuple[str, ...] = ()  # the names of the tags
     # (N,) int64: index of each row's first token of type 1, or the length of a row that has none.
     second: np.ndarray | None = None
+    queries: np.ndarray | None = None  # (N,) int64: the number of each row's query, where they are ranked
     pad: int = PAD  # the id of padding
     metrics: tuple[str, ...] = ("accuracy",)  # see data.tasks.Task
 
@@ -112,16 +113,23 @@ def encode_examples(
     kind = np.float32 if row.regression else np.int64
     labels = np.array([example.label for example in examples], dtype=kind)
     if not tokenizer.typed:
-        return dataset_of(tokenizer.encode_batch(first, second, max_length), labels)
-    encoded, begins = tokenizer.encode_typed(first, second, max_length)
-    return replace(dataset_of(encoded, labels), second=np.asarray(begins, dtype=np.int64))
+        dataset = dataset_of(tokenizer.encode_batch(first, second, max_length), labels)
+    else:
+        encoded, begins = tokenizer.encode_typed(first, second, max_length)
+        dataset = replace(dataset_of(encoded, labels), second=np.asarray(begins, dtype=np.int64))
+    if "ndcg" in row.metrics:  # rows of one query follow each other
+        dataset.queries = np.cumsum([a != b for a, b in zip(first, [None, *first], strict=False)])
+    return dataset
 
 
 def encode_sentences(sentences: list[Sentence], names: Names, tokenizer: Encoder, max_length: int | None) -> Dataset:
     """Words with tags -> Dataset: labels are ids of names.intents, tags are ids of names.slots."""
     intents = {name: i for i, name in enumerate(names.intents)}
     slots = {name: i for i, name in enumerate(names.slots)}
-    encoded = tokenizer.encode_words([sentence.words for sentence in sentences], max_length)
+    cuts = names.intents == ("",)
+    encoded = tokenizer.encode_words([sentence.words for sentence in sentences], None if cuts else max_length)
+    if cuts:
+        encoded, sentences = cut_long(encoded, sentences, max_length)
     tags = []
     for (ids, first), sentence in zip(encoded, sentences, strict=True):
         row = np.full(len(ids), IGNORE, dtype=np.int64)
@@ -129,6 +137,23 @@ def encode_sentences(sentences: list[Sentence], names: Names, tokenizer: Encoder
         tags.append(row)
     labels = [intents[sentence.intent] for sentence in sentences]
     return dataset_of([ids for ids, _ in encoded], labels, tags)
+
+
+def cut_long(
+    encoded: list[tuple[np.ndarray, np.ndarray]], sentences: list[Sentence], max_length: int
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[Sentence]]:
+    """Sentences of more tokens than a row may have, cut between words into several rows, so that every tag counts."""
+    rows, parts = [], []
+    for (ids, first), sentence in zip(encoded, sentences, strict=True):
+        begin, ends = 0, np.append(first[1:], len(ids) - 1)  # of each word's pieces
+        while begin < len(first):
+            room = first[begin] + max_length - 2
+            end = max(begin + 1, int(np.searchsorted(ends, room, side="right")))
+            inner = ids[first[begin] : min(ends[end - 1], room)]  # a word longer than a row loses its end
+            rows.append((np.concatenate((ids[:1], inner, ids[-1:])), first[begin:end] - first[begin] + 1))
+            parts.append(Sentence(sentence.words[begin:end], sentence.tags[begin:end], sentence.intent))
+            begin = end
+    return rows, parts
 
 
 def dataset_of(
@@ -179,10 +204,11 @@ def read_cache(path: str | None) -> Dataset | None:
         with np.load(path, allow_pickle=False) as file:
             tags = file["tags"] if "tags" in file else None
             second = file["second"] if "second" in file else None
-            dataset = Dataset(file["ids"], file["starts"], file["labels"], tags, second=second)
+            queries = file["queries"] if "queries" in file else None
+            dataset = Dataset(file["ids"], file["starts"], file["labels"], tags, second=second, queries=queries)
         sound = len(dataset.starts) == len(dataset) + 1 and dataset.starts[-1] == len(dataset.ids)
         sound = sound and (tags is None or len(tags) == len(dataset.ids))
-        sound = sound and (second is None or len(second) == len(dataset))
+        sound = sound and all(each is None or len(each) == len(dataset) for each in (second, queries))
         return dataset if sound else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # damaged: it is made again
@@ -191,7 +217,7 @@ def read_cache(path: str | None) -> Dataset | None:
 def write_cache(path: str | None, dataset: Dataset) -> None:
     if path is None:
         return
-    names = ("ids", "starts", "labels", "tags", "second")
+    names = ("ids", "starts", "labels", "tags", "second", "queries")
     arrays = {name: getattr(dataset, name) for name in names if getattr(dataset, name) is not None}
     try:
         with atomic_write(path) as file:

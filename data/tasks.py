@@ -5,8 +5,8 @@
     load("stsb", "test", "en", folder)    -> list of Example, whose labels are numbers
     load("atis", "train", "en", folder)   -> list of Sentence: words, their tags, an intent
 
-XNLI's protocol is zero-shot transfer: train on English, choose the epoch on English dev, test on every language. The
-other tasks are English: GLUE's eight, whose files and splits data/glue.py explains, and ATIS and SNIPS, which
+XNLI's protocol is zero-shot transfer: train on English, choose the epoch on English dev, test on every language; so are
+those of data/xglue.py, which has one file a language. The other tasks are English: GLUE's eight, whose files and splits data/glue.py explains, and ATIS and SNIPS, which
 data/slots.py does. The two test sets of mnli take the place of languages.
 
 A row holds all that differs between tasks. docs/extending.md adds one.
@@ -23,6 +23,7 @@ from common import UserError
 from data.files import existing, read_tsv
 from data.glue import GLUE, Example, read_glue
 from data.slots import FILES, SPLITS, Names, Sentence, read_names, read_sentences
+from data.xglue import FETCH, XGLUE, find_files, read_xglue
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 HELD_OUT = 1000
@@ -40,8 +41,10 @@ class Task:
     files: dict[str, tuple[str, ...]]  # split -> the files it is read from, under task_folder()
     fetch: str  # the command that brings the files, or tells where they come from
     labels: tuple[str, ...] = ()  # names of the classes by id; of a regression: of the number
-    # The names of a joint task, which only its files know.
+    # The names of tags; those of a joint task, which only its files know.
     names: Callable[[str], Names] | None = None
+    # (folder, split) -> {language: file}, in place of `files`, if each language has a file.
+    find: Callable[[str, str], dict[str, str]] | None = None
     languages: tuple[str, ...] | None = ("en",)  # the test sets; None: those in the test files
     train_language: str = "en"
     together: int = 1  # rows of dev and test that belong together: a sample takes all of them or none
@@ -131,6 +134,8 @@ def task_folder(task: Task, folder: str) -> str:
 
 def file_paths(task: Task, folder: str, split: str) -> list[str]:
     """The files of a split, compressed or not; as they should be named where there is none."""
+    if task.find:
+        return [existing(path) or path for path in task.find(folder, split).values()]
     place = task_folder(task, folder)
     paths = [os.path.join(place, *name.split("/")) for name in task.files.get(split, task.files["train"])]
     return [existing(path) or path for path in paths]
@@ -249,6 +254,29 @@ def joint_names(name: str, folder: str) -> Names:
     return read_names(task_folder(task, folder), task.fetch)
 
 
+# ------------------------------------------------------------------------------------------ XGLUE
+def xglue_task(name: str) -> Task:
+    """A row of the table in data/xglue.py."""
+    layout = XGLUE[name]
+    tagged = not layout.texts
+    return Task(
+        name=name,
+        head="token" if tagged else "sequence",
+        read=partial(read_xglue, name),
+        files={split: (split,) for split in SPLITS},
+        find=partial(find_files, name),
+        fetch=FETCH,
+        labels=layout.labels,
+        names=(lambda folder: Names(("",), layout.labels, 1, len(layout.labels))) if tagged else None,
+        languages=None,
+        zero_shot=True,
+        metrics=layout.metrics,
+        columns={metric: metric for metric in (*layout.metrics, *layout.reported)},
+        models=("xlmr-base",),
+        defaults={"*": dict(max_length=256)} if tagged else {},
+    )
+
+
 TASKS = {
     "xnli": Task(
         name="xnli",
@@ -268,4 +296,5 @@ TASKS = {
     "atis": joint_task("atis", sample="atis-sample"),
     "snips": joint_task("snips"),
     **{name: glue_task(name) for name in GLUE},
+    **{name: xglue_task(name) for name in XGLUE},
 }

@@ -1,0 +1,275 @@
+"""data/xglue.py and its metrics: files in the official layout, written here; each metric against another computation."""
+
+import itertools
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+
+import train
+from common import UserError
+from data.batches import IGNORE, cut_long, encode_split
+from data.metrics import ndcg
+from data.slots import Sentence, runs, spans, token_scores
+from data.tasks import TASKS, file_paths, languages_of, load
+from data.tokenizer import Tokenizer
+from data.xglue import ENTITIES, UPOS, XGLUE, find_files, read_rows, read_tokens
+
+WORDS = {"en": "teacher red buys apples".split(), "de": "Lehrer rot kauft Apfel".split()}
+
+
+def write_task(root, name, rows=40):
+    """A few rows of a task in every language, drawn with a fixed seed, under the first place of its layout."""
+    layout, rng = XGLUE[name], random.Random(name)
+    for split, language in itertools.product(("train", "dev", "test"), layout.languages):
+        if split == "train" and language != "en":
+            continue
+        inside = layout.places[0].format(split=layout.splits.get(split, split), language=language)
+        path = os.path.join(root, *inside.split("/"))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        words = WORDS.get(language, WORDS["en"])
+        lines = [] if layout.header or not layout.texts else ["\t".join(("id", "sentence1", "sentence2", "label"))]
+        for i in range(rows if split == "train" else 12):
+            text = [" ".join(rng.choices(words, k=rng.randint(1, 5))) for _ in range(4)]
+            if not layout.texts:
+                lines += [f"{word} {rng.choice(layout.labels)}" for word in text[0].split()] + [""]
+                continue
+            if name == "wpr":
+                text[0] = f"query {i // 4}"
+            spelled = layout.in_file or layout.labels
+            columns = len(layout.header or range(4))
+            lines.append("\t".join([*text[: columns - 1], spelled[i % len(spelled)]]))
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+    return str(root)
+
+
+# ---------------------------------------------------------------------------------------- reading
+@pytest.mark.parametrize("name", XGLUE)
+def test_every_task_is_read(name, tmp_path):
+    folder = write_task(tmp_path, name)
+    task, layout = TASKS[name], XGLUE[name]
+    assert languages_of(task, folder, "test") == layout.languages
+    for split, count in (("train", 40), ("dev", 12), ("test", 12)):
+        examples = load(name, split, "en", folder)
+        assert len(examples) == count
+        if not layout.texts:
+            assert all(len(row.words) == len(row.tags) >= 1 and {*row.tags} <= {*layout.labels} for row in examples)
+        else:
+            assert [row.label for row in examples] == [i % len(layout.labels) for i in range(count)]
+            assert all((row.text_b is None) == (len(layout.texts) == 1) for row in examples)
+    os.rename(tmp_path / layout.places[0].split("/")[0], tmp_path / "moved")
+    with pytest.raises(UserError, match="no file .*fetch it with 'python data/fetch.py xglue'"):
+        load(name, "train", "en", folder)
+    os.makedirs(tmp_path / "xglue_full_dataset")
+    os.rename(tmp_path / "moved", tmp_path / "xglue_full_dataset" / layout.places[0].split("/")[0])
+    assert len(load(name, "train", "en", folder)) == 40  # as the archive unpacks
+
+
+def test_texts_are_joined_as_published(tmp_path):
+    path = tmp_path / "rows"
+    path.write_text('buy "boots"\tBoots\tall sizes\tGood\n')
+    assert read_rows("qadsm", str(path)) == [('buy "boots"', "Boots all sizes", 1)]
+    path.write_text("A title\tIts body\tautos\n")
+    assert read_rows("nc", str(path)) == [("A title Its body", None, 9)]
+
+
+@pytest.mark.parametrize("place", range(2))
+@pytest.mark.parametrize("name", ["ner", "pos", "pawsx"])
+def test_other_places(name, place, tmp_path):
+    pattern = XGLUE[name].places[place]
+    for split, language in (("train", "en"), ("dev", "en"), ("dev", "de")):
+        path = tmp_path / pattern.format(split=XGLUE[name].splits.get(split, split), language=language)
+        os.makedirs(path.parent, exist_ok=True)
+        path.write_text("x O\n")
+    found = find_files(name, str(tmp_path), "dev")
+    assert list(found) == ["en", "de"] and all(map(os.path.isfile, found.values()))  # only what is there
+    assert file_paths(TASKS[name], str(tmp_path), "train") == [find_files(name, str(tmp_path), "train")["en"]]
+
+
+def test_token_files(tmp_path):
+    """A tab or a space, Windows line ends, -DOCSTART- lines, several empty lines, no empty line at the end."""
+    path = tmp_path / "tokens"
+    path.write_bytes(b"-DOCSTART- O\r\n\r\nEU B-ORG\r\nrejects\tO\r\n\r\n \r\nJo B-PER")
+    assert read_tokens("ner", str(path)) == [
+        Sentence(("EU", "rejects"), ("B-ORG", "O"), ""),
+        Sentence(("Jo",), ("B-PER",), ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("ner", "EU B-ORG\nrejects\n", "line 2: 'rejects' is not a word and its tag"),
+        ("ner", "EU B-ORG O\n", "line 1: 'EU B-ORG O' is not a word"),
+        ("ner", "\nEU B-GPE\n", "line 2: unknown tag 'B-GPE'"),
+        ("pos", "EU PROPN\nthe _\n", "line 2: unknown tag '_'"),
+        ("pos", "\n\n", "has no rows"),
+        ("qam", "a\tb\t1\na\t1\n", "line 2: 2 columns, the layout has 3"),
+        ("qam", "a\tb\tyes\n", "line 1: unknown label 'yes'; known: 0 1"),
+        ("wpr", "a\tb\tc\t5\n", "line 1: unknown label '5'"),
+        ("pawsx", "id\tsentence1\tsentence2\n", "line 1: no column 'label'"),
+        ("nc", "", "has no rows"),
+    ],
+)
+def test_malformed_rows_are_refused(name, text, message, tmp_path):
+    path = tmp_path / "file"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        (read_rows if XGLUE[name].texts else read_tokens)(name, str(path))
+    assert str(path) in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------- encoding
+def test_long_sentences_are_cut_between_words(tokenizer):
+    rng = random.Random(0)
+    words = "apple teacher unbelievable a Donaudampfschifffahrt".split()
+    sentences = [Sentence(tuple(rng.choices(words, k=k)), tuple(rng.choices(UPOS, k=k)), "") for k in (1, 9, 60)]
+    encoded = tokenizer.encode_words([sentence.words for sentence in sentences])
+    rows, parts = cut_long(encoded, sentences, 30)
+    assert len(rows) > 5 and all(
+        len(ids) <= 30 and ids[0] == encoded[0][0][0] and ids[-1] == encoded[0][0][-1] for ids, _ in rows
+    )
+    for k, field in enumerate(("words", "tags")):
+        assert sum((part[k] for part in parts), ()) == sum((getattr(each, field) for each in sentences), ())
+    pieces = [ids[first] for ids, first in encoded]
+    assert np.array_equal(np.concatenate([ids[first] for ids, first in rows]), np.concatenate(pieces))
+    assert np.array_equal(
+        np.concatenate([ids[1:-1] for ids, _ in rows]), np.concatenate([ids[1:-1] for ids, _ in encoded])
+    )
+    shorter, _ = cut_long(encoded, sentences, 10)  # than a word: it loses its last pieces, not its tag
+    assert max(len(ids) for ids, _ in shorter) == 10 and sum(len(first) for _, first in shorter) == 70
+    whole, same = cut_long(encoded, sentences, 10**6)
+    assert same == sentences and all(np.array_equal(a[0], b[0]) for a, b in zip(whole, encoded, strict=True))
+
+
+@pytest.fixture
+def tokenizer(tokenizer_bytes):
+    return Tokenizer(tokenizer_bytes)
+
+
+def test_encoded_tags_and_queries(tmp_path, tokenizer):
+    folder = write_task(tmp_path, "pos")
+    dataset = encode_split("pos", "test", "de", folder, tokenizer, 64)
+    examples = load("pos", "test", "de", folder)
+    tagged = [UPOS[i] for i in dataset.tags if i != IGNORE]
+    assert tagged == [tag for sentence in examples for tag in sentence.tags] and dataset.slots == UPOS
+    folder = write_task(tmp_path, "wpr")
+    dataset = encode_split("wpr", "test", "de", folder, tokenizer, 64)
+    assert dataset.queries.tolist() == [1] * 4 + [2] * 4 + [3] * 4
+    again = encode_split("wpr", "test", "de", folder, tokenizer, 64)  # from the cache
+    assert again.queries.tolist() == dataset.queries.tolist()
+
+
+# ----------------------------------------------------------------------------------------- metrics
+def test_ndcg_is_the_mean_over_all_orders_of_ties():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        size = rng.integers(2, 6)
+        predictions, labels = rng.integers(0, 3, size), rng.integers(0, 5, size)
+        gains = []
+        for order in itertools.permutations(range(size)):
+            if all(predictions[a] >= predictions[b] for a, b in itertools.pairwise(order)):
+                gains.append(sum(labels[row] / np.log2(rank + 2) for rank, row in enumerate(order)))
+        best = sum(gain / np.log2(rank + 2) for rank, gain in enumerate(sorted(labels, reverse=True)))
+        expected = np.mean(gains) / best if best else 0.0
+        assert ndcg(predictions, labels, np.zeros(size)) == pytest.approx(expected)
+
+
+def test_ndcg_of_several_queries():
+    """Queries of one row are left out; equal numbers apart are another query."""
+    predictions, labels = np.array([1, 0, 4, 0, 3]), np.array([2, 1, 0, 0, 3])
+    one = ndcg(predictions[:2], labels[:2], np.array([0, 0]))
+    two = ndcg(predictions[3:], labels[3:], np.array([0, 0]))
+    assert one == two == 1.0
+    assert ndcg(predictions, labels, np.array([7, 7, 8, 7, 7])) == 1.0
+    assert ndcg(predictions[[0, 1, 3, 4]], labels[[1, 0, 3, 4]], np.array([7, 7, 8, 8])) == pytest.approx(
+        (1 + (1 + 2 / np.log2(3)) / (2 + 1 / np.log2(3))) / 2
+    )
+    assert ndcg(predictions[2:3], labels[2:3], np.array([0])) == 0.0
+
+
+def test_ndcg_against_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(1)
+    predictions, labels, queries = rng.integers(0, 5, 400), rng.integers(0, 5, 400), np.repeat(np.arange(50), 8)
+    each = [metrics.ndcg_score([labels[queries == q]], [predictions[queries == q]]) for q in range(50)]
+    assert ndcg(predictions, labels, queries) == pytest.approx(np.mean(each))
+
+
+def iob1(tags):
+    """The same spans with I- at the beginning, and B- only between touching spans of one type (CoNLL-2003)."""
+    found = []
+    for i, tag in enumerate(tags):
+        touches = i and tag[:2] == "B-" and tags[i - 1][2:] == tag[2:] and tags[i - 1] != "O"
+        found.append("I-" + tag[2:] if tag[:2] == "B-" and not touches else tag)
+    return found
+
+
+def test_spans_do_not_depend_on_the_scheme():
+    rng = random.Random(2)
+    for _ in range(300):
+        tags, kind = [], None
+        for _ in range(12):
+            choice = rng.choice(["O", "begin", "go on"])
+            kind = None if choice == "O" else rng.choice(["PER", "LOC"]) if choice == "begin" or not kind else kind
+            tags.append(
+                "O" if kind is None else f"{'I' if choice == 'go on' and tags and tags[-1][2:] == kind else 'B'}-{kind}"
+            )
+        assert spans(tags) == spans(iob1(tags))
+
+
+def entities_as_seqeval(tags):
+    """seqeval 0.0.12's rules, which XGLUE's script uses, written out for tags of parts of speech."""
+    found, start, before, kind = [], 0, "O", "O"
+    for i, tag in enumerate([*tags, "O"]):
+        mark = tag[0]
+        ends = before in "ES" or (before in "BI" and mark in "BSO") or (before != "O" and kind != tag)
+        begins = mark in "BS" or (before in "ESO" and mark in "EI") or (mark != "O" and kind != tag)
+        if ends and before != "O":
+            found.append((kind, start, i))
+        if begins:
+            start = i
+        before, kind = mark, tag
+    return set(found)
+
+
+def test_runs_are_what_the_official_script_counts():
+    rng = random.Random(3)
+    for _ in range(300):
+        tags = rng.choices(["NOUN", "SCONJ", "SYM", "INTJ", "ADJ"], k=9)
+        assert runs(tags) == entities_as_seqeval(tags), tags
+
+
+def test_token_scores_by_hand():
+    names = ("NOUN", "VERB", "SYM")
+    found = token_scores(
+        [np.array([0, 0, 1]), np.array([2, 2])], [np.array([0, 1, 1]), np.array([2, 2])], names, ("accuracy",)
+    )
+    # runs: predicted NOUN 0-2, VERB 2-3, SYM, SYM; true NOUN 0-1, VERB 1-3, SYM, SYM
+    assert (found["accuracy"], found["precision"], found["score"]) == (80.0, 50.0, 80.0)
+    tags = [np.array([ENTITIES.index(tag) for tag in row.split()]) for row in ("B-PER I-PER O", "B-PER O B-LOC")]
+    found = token_scores(tags[:1], tags[1:], ENTITIES, ("f1",))
+    assert (found["f1"], found["gold"], found["predicted"]) == (0.0, 2, 1) and found["correct"] == 1
+    assert token_scores(tags, tags, ENTITIES, ("f1",))["score"] == 100.0
+
+
+# ---------------------------------------------------------------------------------------- training
+@pytest.mark.parametrize("name", XGLUE)
+def test_every_task_is_trained_and_scored(name, tmp_path, capsys):
+    folder = write_task(tmp_path / "data", name)
+    out = tmp_path / "run"
+    options = f"--task {name} --model mini --steps 2 --max-length 24 --threads 1 --data-dir {folder} --out {out}"
+    assert train.main(options.split()) == 0
+    methods = json.loads((out / "results.json").read_text())["methods"]
+    assert list(methods) == ["fp32", "ptq", "qat", "sdq"]
+    for row in methods.values():
+        assert list(row["languages"]) == list(XGLUE[name].languages)
+        for evaluation in row["languages"].values():
+            assert {*TASKS[name].columns, "score", "total"} <= {*evaluation}
+            assert evaluation["score"] == evaluation[XGLUE[name].metrics[0]]
+    assert train.main(f"--task {name} --eval {out}/student.pt --data-dir {folder} --threads 1".split()) == 0
+    text = capsys.readouterr().out
+    assert f"{methods['sdq']['score']:.2f}" in text and "worst" in text
