@@ -1,6 +1,7 @@
 """Download, verify, unpack: a file gets its final name only when its size and SHA-256 are right.
 
     python data/fetch.py xnli           # XNLI dev, test and English training set -> data/raw
+    python data/fetch.py xglue          # XGLUE's other tasks, 0.9 GB; pawsx: PAWS-X alone, 30 MB
     python data/fetch.py atis           # downloads nothing: says where ATIS comes from (or snips)
     python data/fetch.py rte            # a task of GLUE: also cola sst2 stsb qqp mnli qnli
     python data/fetch.py glue           # downloads nothing: which of GLUE's tasks are present
@@ -14,18 +15,24 @@ not downloaded: the command says who publishes them, where to put them, and what
 """
 
 import argparse
+import gzip
 import hashlib
 import http.client
 import os
 import shutil
 import stat
 import sys
+import tarfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from typing import IO, NamedTuple
 
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -33,6 +40,7 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
 from common import Progress, UserError, exit_status
 from data.glue import GLUE, read_file
 from data.tasks import RAW_DIR, Task, file_paths, find_task
+from data.xglue import ARCHIVE, XGLUE, official_files
 
 CHUNK = 1 << 20
 MAX_UNPACKED = 4 << 30  # bytes; the largest file unpacked here is under 100 MB
@@ -41,12 +49,15 @@ TIMEOUT = 30  # seconds without a byte
 
 @dataclass(frozen=True)
 class Remote:
-    """A file to download. size: bytes, None if not published.  members: the files to unpack."""
+    """A file to download. size: bytes, None if not published.  members: the files to unpack.  optional: further ones, if
+    they are there.
+    """
 
     url: str
     size: int | None
     sha256: str
     members: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -170,7 +181,30 @@ def glue_archive(task: str) -> Remote:
     return Remote(_GLUE + name, size, sha256, members)
 
 
-DATASETS = {"xnli": XNLI, "atis": ATIS, "snips": SNIPS, "glue": ALL_OF_GLUE, "mrpc": MRPC}
+# The tasks' own licences apply; XGLUE's site allows non-commercial research only. Files of further languages are
+# optional: lists of XGLUE's languages do not agree.
+XGLUE_ARCHIVE = Remote(
+    "https://huggingface.co/datasets/microsoft/xglue/resolve/refs%2Fpr%2F7/xglue_full_dataset.tar.gz",
+    875_905_871,
+    "e11016c02d8565d00119833a16679bbbe0fec437f5ad53c2d3f9eef6fa03f65b",
+    tuple(f"{ARCHIVE}/{path}" for name in XGLUE for path in official_files(name, 0, ("en",))),
+    tuple(f"{ARCHIVE}/{path}" for name in XGLUE for path in official_files(name, 0)),
+)
+PAWSX = Remote(
+    "https://storage.googleapis.com/paws/pawsx/x-final.tar.gz",
+    30_282_057,
+    "4146db499101d66e68ae4c8ed3cf9dadecd625f44b7d8cf3d4a0fe93afc4fd9f",
+    official_files("pawsx", 1),
+)
+DATASETS = {
+    "xnli": XNLI,
+    "xglue": (XGLUE_ARCHIVE,),
+    "pawsx": (PAWSX,),
+    "atis": ATIS,
+    "snips": SNIPS,
+    "glue": ALL_OF_GLUE,
+    "mrpc": MRPC,
+}
 DATASETS |= {task: (glue_archive(task),) for task in _ARCHIVES}
 
 
@@ -276,36 +310,69 @@ def sha256_of(path: str) -> str:
 
 
 # -------------------------------------------------------------------------------------- unpacking
-def unzip(archive: str, members: tuple[str, ...], folder: str) -> list[str]:
-    """Unpack the named members of a zip file into `folder`: all of them, or none.
+class Member(NamedTuple):
+    """A file in an archive."""
+
+    name: str
+    size: int
+    is_link: bool
+    open: Callable[[], IO[bytes]]
+
+
+def members_of(file: zipfile.ZipFile | tarfile.TarFile) -> list[Member]:
+    if isinstance(file, zipfile.ZipFile):
+        return [
+            Member(info.filename, info.file_size, stat.S_ISLNK(info.external_attr >> 16), partial(file.open, info))
+            for info in file.infolist()
+        ]
+    found = [
+        Member(info.name, info.size, not (info.isfile() or info.isdir()), partial(file.extractfile, info))
+        for info in file
+    ]
+    while file.fileobj.read(CHUNK):  # to the end, where gzip compares the checksum
+        pass
+    return found
+
+
+def unpack(archive: str, members: tuple[str, ...], folder: str, optional: tuple[str, ...] = ()) -> list[str]:
+    """Unpack the named members of a .zip or .tar.gz file into `folder`: all of them and the optional ones that are
+    there, or none.
 
     The whole archive is refused if any member is absolute, climbs out with "..", or is a link.
     """
     name = os.path.basename(archive)
     try:
-        with zipfile.ZipFile(archive) as file:
-            for info in file.infolist():
-                check_member(name, info)
-            present = {info.filename: info for info in file.infolist()}
-            for member in members:
-                if member not in present:
-                    raise UserError(f"{name} has no file {member}")
-            if sum(present[member].file_size for member in members) > MAX_UNPACKED:
+        with closing(zipfile.ZipFile(archive) if name.endswith(".zip") else tarfile.open(archive, "r:gz")) as file:
+            present = members_of(file)
+            for member in present:
+                check_member(name, member)
+            if missing := set(members) - {member.name for member in present}:
+                raise UserError(f"{name} has no file {min(missing)}")
+            chosen = [member for member in present if member.name in {*members, *optional}]
+            if sum(member.size for member in chosen) > MAX_UNPACKED:
                 raise UserError(f"{name} unpacks to more than {MAX_UNPACKED >> 30} GB and was refused")
             written = []
             try:
-                for member in members:
-                    target = os.path.join(folder, *member.split("/"))
+                for member in chosen:
+                    target = os.path.join(folder, *member.name.split("/"))
                     os.makedirs(os.path.dirname(target), exist_ok=True)
-                    with file.open(member) as source, open(target + ".part", "wb") as sink:
+                    with member.open() as source, open(target + ".part", "wb") as sink:
                         written.append(target)
                         shutil.copyfileobj(source, sink, CHUNK)
             except BaseException:
                 for target in written:
                     os.unlink(target + ".part")
                 raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{name} is not a sound zip file ({error}): delete it and fetch it again") from None
+    except (
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        gzip.BadGzipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        raise UserError(f"{name} is not a sound archive ({error}): delete it and fetch it again") from None
     except OSError as error:
         raise UserError(f"cannot unpack {name} into {folder}: {error.strerror or error}") from None
     for target in written:
@@ -313,11 +380,11 @@ def unzip(archive: str, members: tuple[str, ...], folder: str) -> list[str]:
     return written
 
 
-def check_member(archive: str, info: zipfile.ZipInfo) -> None:
-    parts = info.filename.replace("\\", "/").split("/")
+def check_member(archive: str, member: Member) -> None:
+    parts = member.name.replace("\\", "/").split("/")
     outside = ".." in parts or parts[0] == "" or ":" in parts[0]
-    if outside or stat.S_ISLNK(info.external_attr >> 16):
-        raise UserError(f"{archive} has a member that points outside its folder ({info.filename!r}) and was refused")
+    if outside or member.is_link:
+        raise UserError(f"{archive} has a member that points outside its folder ({member.name!r}) and was refused")
 
 
 def fetch_dataset(name: str, folder: str) -> None:
@@ -330,7 +397,8 @@ def fetch_dataset(name: str, folder: str) -> None:
         if all(os.path.exists(target) for target in targets):
             print(f"already there: {', '.join(targets)}")
             continue
-        for target in unzip(download(remote, os.path.join(folder, "downloads")), remote.members, folder):
+        archive = download(remote, os.path.join(folder, "downloads"))
+        for target in unpack(archive, remote.members, folder, remote.optional):
             print(f"wrote {target}")
 
 

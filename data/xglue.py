@@ -123,6 +123,17 @@ def find_files(name: str, folder: str, split: str) -> dict[str, str]:
     return {language: path for language, path in paths.items() if language == "en" or existing(path)}
 
 
+def official_files(name: str, place: int, languages: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The files of a task as published, of all its languages if none is named."""
+    layout = XGLUE[name]
+    return tuple(
+        layout.places[place].format(split=layout.splits.get(split, split), language=language)
+        for split in ("train", "dev", "test")
+        for language in languages or layout.languages
+        if split != "train" or language == "en"
+    )
+
+
 def read_xglue(name: str, folder: str, split: str) -> dict[str, list[Sentence] | list[Example]]:
     """The examples of a split by language. Raises UserError with file and line for what does not have the layout."""
     read = read_rows if XGLUE[name].texts else read_tokens

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+import tarfile
 import threading
 import zipfile
 
@@ -15,7 +16,7 @@ from conftest import ROOT
 
 from common import UserError
 from data import fetch
-from data.fetch import Remote, download, unzip
+from data.fetch import Remote, download, unpack
 from data.glue import GLUE
 from data.tasks import find_task
 
@@ -198,59 +199,86 @@ def test_unwritable_folder(server, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- archives
-def archive(tmp_path, members):
-    path = tmp_path / "a.zip"
-    path.write_bytes(zipped(members))
-    return str(path)
+def tarred(members: dict, links: tuple[str, ...] = ()) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as file:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            content = content if isinstance(content, bytes) else content.encode()
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+        for name in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            file.addfile(info)
+    return buffer.getvalue()
 
 
-def test_unpack_writes_only_the_named_members(tmp_path):
-    path = archive(tmp_path, {"a/wanted.tsv": "1", "a/other.tsv": "2"})
-    assert unzip(path, ("a/wanted.tsv",), str(tmp_path / "out"))
-    found = [os.path.join(d, f) for d, _, files in os.walk(tmp_path / "out") for f in files]
-    assert found == [str(tmp_path / "out" / "a" / "wanted.tsv")]
+@pytest.fixture(params=["zip", "tar.gz"])
+def archive(request, tmp_path):
+    """Writes an archive of {name: content}."""
+
+    def write(members):
+        path = tmp_path / f"a.{request.param}"
+        path.write_bytes((zipped if request.param == "zip" else tarred)(members))
+        return str(path)
+
+    return write
+
+
+def test_unpack_writes_only_the_named_members(archive, tmp_path):
+    path = archive({"a/wanted.tsv": "1", "a/other.tsv": "2", "a/more.tsv": "3"})
+    assert unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"), ("a/more.tsv", "a/absent.tsv"))
+    found = {f: (tmp_path / "out" / "a" / f).read_text() for _, _, files in os.walk(tmp_path / "out") for f in files}
+    assert found == {"wanted.tsv": "1", "more.tsv": "3"}
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "..\\evil", "C:/evil", "\\\\server\\evil"])
-def test_archives_with_members_outside_their_folder_raise(tmp_path, name):
-    path = archive(tmp_path, {"a/wanted.tsv": "1", name: "2"})
+def test_archives_with_members_outside_their_folder_raise(archive, tmp_path, name):
+    path = archive({"a/wanted.tsv": "1", name: "2"})
     with pytest.raises(UserError, match="points outside its folder") as error:
-        unzip(path, ("a/wanted.tsv",), str(tmp_path / "out"))
+        unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"))
     assert one_line(error) and not (tmp_path / "out").exists()
 
 
 def test_archives_with_links_raise(tmp_path):
     info = zipfile.ZipInfo("a/link")
     info.external_attr = (stat.S_IFLNK | 0o777) << 16
-    path = tmp_path / "a.zip"
-    with zipfile.ZipFile(path, "w") as file:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         file.writestr("a/wanted.tsv", "1")
         file.writestr(info, "/etc/passwd")
-    with pytest.raises(UserError, match="points outside"):
-        unzip(str(path), ("a/wanted.tsv",), str(tmp_path / "out"))
+    (tmp_path / "a.tar.gz").write_bytes(tarred({"a/wanted.tsv": "1"}, ("a/link",)))
+    for name in ("a.zip", "a.tar.gz"):
+        with pytest.raises(UserError, match="points outside"):
+            unpack(str(tmp_path / name), ("a/wanted.tsv",), str(tmp_path / "out"))
 
 
-def test_missing_member_and_damaged_archives(tmp_path):
-    path = archive(tmp_path, {"a/first.tsv": "1" * 10_000, "a/second.tsv": os.urandom(10_000)})
+def test_missing_member_and_damaged_archives(archive, tmp_path):
+    path = archive({"a/first.tsv": "1" * 10_000, "a/second.tsv": os.urandom(10_000)})
     with pytest.raises(UserError, match="has no file a/third.tsv"):
-        unzip(path, ("a/first.tsv", "a/third.tsv"), str(tmp_path / "out"))
+        unpack(path, ("a/first.tsv", "a/third.tsv"), str(tmp_path / "out"))
     with open(path, "r+b") as file:  # damage the second member: its checksum fails while unpacking
         file.seek(5000)
         file.write(b"spoiled!")
-    with pytest.raises(UserError, match="not a sound zip file"):
-        unzip(path, ("a/first.tsv", "a/second.tsv"), str(tmp_path / "out"))
+    with pytest.raises(UserError, match="not a sound archive"):
+        unpack(path, ("a/first.tsv", "a/second.tsv"), str(tmp_path / "out"))
     assert [f for _, _, files in os.walk(tmp_path / "out") for f in files] == []
-    with open(path, "r+b") as file:
-        file.truncate(100)
-    with pytest.raises(UserError, match="not a sound zip file"):
-        unzip(path, ("a/first.tsv",), str(tmp_path / "out"))
+    for size in (100, 0):
+        with open(path, "r+b") as file:
+            file.truncate(size)
+        with pytest.raises(UserError, match="not a sound archive"):
+            unpack(path, ("a/first.tsv",), str(tmp_path / "out"))
+    with open(path, "w") as file:
+        file.write("no archive at all")
+    with pytest.raises(UserError, match="not a sound archive"):
+        unpack(path, ("a/first.tsv",), str(tmp_path / "out"))
 
 
-def test_archive_that_unpacks_to_too_much(tmp_path, monkeypatch):
+def test_archive_that_unpacks_to_too_much(archive, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "MAX_UNPACKED", 1000)
-    path = archive(tmp_path, {"a/wanted.tsv": "0" * 2000})
+    path = archive({"a/wanted.tsv": "0" * 2000})
     with pytest.raises(UserError, match="unpacks to more than"):
-        unzip(path, ("a/wanted.tsv",), str(tmp_path / "out"))
+        unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"))
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -332,7 +360,10 @@ def test_a_task_of_glue_is_unpacked_where_it_is_read(tmp_path, capsys, monkeypat
 
 def test_pins_are_complete():
     glue = [fetch.DATASETS[task] for task in GLUE if task != "mrpc"]
-    for remotes in (fetch.XNLI, *fetch.MODELS.values(), *glue):
+    xglue = fetch.DATASETS["xglue"], fetch.DATASETS["pawsx"]
+    assert len(xglue[0][0].members) == 21 and len(xglue[1][0].members) == 9
+    assert set(xglue[0][0].members) < set(xglue[0][0].optional)
+    for remotes in (fetch.XNLI, *xglue, *fetch.MODELS.values(), *glue):
         for file in remotes:
             assert file.url.startswith("https://") and re.fullmatch("[0-9a-f]{64}", file.sha256)
     assert {name for name in fetch.MODELS} == {"xlmr-base", "infoxlm-base", "minilm"}
