@@ -183,6 +183,29 @@ def test_a_table_compares_like_with_like(tmp_path, capsys):
         assert "differ in --task" in capsys.readouterr().err
 
 
+def test_xglue_is_a_table_over_tasks(tmp_path, capsys):
+    """The mean over all languages of a task, its worst one, and the mean over tasks."""
+    runs = []
+    for seed, plus in ((0, 0.0), (1, 2.0)):
+        for task, german in (("pos", 70.0), ("ner", 50.0), ("xnli", 60.0)):
+            made = made_up(task, seed, "logits+context", {"fp32": 90.0 + plus, "sdq": 80.0})
+            for row, less in zip(made["methods"].values(), (0.0, 10.0), strict=True):
+                metrics = {**row["languages"]["en"]}
+                row["languages"]["de"] = metrics | {TASKS[task].metrics[0]: german - less}
+            runs.append(made)
+    assert compare.main(write_runs(tmp_path, runs)) == 0
+    lines = cells_of(capsys)
+    titles = ["xnli (accuracy; worst)", "ner (f1; worst)", "pos (accuracy; worst)"]
+    assert lines[0] == ["", "seeds", *titles, "mean", "MB"]
+    expected = ["75.50 ± 0.71; de 60.00 ± 0.00", "70.50 ± 0.71; de 50.00 ± 0.00", "80.50 ± 0.71; de 70.00 ± 0.00"]
+    assert lines[2][:5] == ["fp32", "2", *expected] and lines[2][5] == "75.50 ± 0.71"
+    assert lines[3][2] == "65.00 ± 0.00; de 50.00 ± 0.00"
+    assert compare.main(["--languages", *write_runs(tmp_path, runs)]) == 2
+    assert "differ in --task: leave out --languages" in capsys.readouterr().err
+    assert compare.main(write_runs(tmp_path, runs[:1])) == 0
+    assert cells_of(capsys)[0] == ["", "seeds", "en", "zero-shot", "worst", "MB"]
+
+
 def test_only_zero_shot_tasks_have_languages(tmp_path, capsys):
     for task in ("stsb", "atis"):
         paths = write_runs(tmp_path, [made_up(task, 0, "logits", {"fp32": 80.0})])

@@ -6,8 +6,9 @@
     python tools/compare.py out/atis*/results.json --latency tt.json   # with times of bench.py tt
 
 The layout follows the task: a zero-shot task has columns for the training language and the mean of the others, a joint
-task has rows for dense models and tensor trains, and other tasks stand side by side, a column each. Seeds are averaged
-only over runs that agree in every other option.
+task has rows for dense models and tensor trains, and other tasks stand side by side, a column each. So do several
+zero-shot tasks, with the mean over all their languages, as XGLUE is scored. Seeds are averaged only over runs that agree
+in every other option.
 """
 
 import argparse
@@ -75,6 +76,9 @@ def read_runs(patterns: list[str]) -> list[dict]:
                 row |= summarize_languages(row["languages"], task.train_language)
                 row |= {"config": run["config"], "compared": compared_score(row, task)}
         runs.append(run)
+    if len({run["task"].name for run in runs}) > 1:
+        for row in (row for run in runs if run["task"].zero_shot for row in run["methods"].values()):
+            row["compared"] = statistics.fmean(evaluation["score"] for evaluation in row["languages"].values())
     return runs
 
 
@@ -94,11 +98,6 @@ def current_options(config: dict) -> dict:
     return config
 
 
-def has_task_column(task: Task) -> bool:
-    """Whether a task is one column of a table that may have several tasks."""
-    return task.head != "joint" and not task.zero_shot
-
-
 def check_comparable(runs: list[dict]) -> None:
     """Raise UserError for two runs that must not stand in one table, or are the same one.
 
@@ -113,7 +112,8 @@ def check_comparable(runs: list[dict]) -> None:
         same = ["bits", *([] if is_joint else VARIANTS)]  # what one --student-lr is for
         same_width = [other for other in same_task if all(other["config"][k] == config[k] for k in same)]
         shared = {"model", "eval_split"}
-        if not all(has_task_column(each["task"]) for each in (run, runs[0])):
+        mine, first = run["task"], runs[0]["task"]
+        if is_joint or first.head == "joint" or mine.zero_shot != first.zero_shot:
             shared.add("task")
         may_differ = MAY_DIFFER | (MAY_DIFFER_JOINT if is_joint else set(VARIANTS))
         for name in [name for name in config if name not in may_differ]:
@@ -149,8 +149,8 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
     Several files may have the same row: float32 of every width, PTQ and QAT of every loss. It is counted once.
     """
     losses = {run["config"]["distill"] for run in runs if "sdq" in run["methods"]}
-    by_loss = has_task_column(runs[0]["task"]) or len(losses) > 1
     is_joint = runs[0]["task"].head == "joint"
+    by_loss = not (is_joint or runs[0]["task"].zero_shot) or len(losses) > 1
     quantized = [run["config"] for run in runs if set(run["methods"]) - {"fp32"}]
     told = [] if is_joint else [name for name in VARIANTS if len({config[name] for config in quantized}) > 1]
     found = []
@@ -235,20 +235,29 @@ def score_cells(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[st
     cells = {}
     for task in tasks:
         mine = [row for (name, _), row in rows.items() if name == task.name]
-        if task.zero_shot:
+        if task.zero_shot and len(tasks) > 1:
+            cell = format_mean([row["compared"] for row in mine])
+            worst = worst_language(mine, "")
+            cells[f"{task.name} ({', '.join(task.metrics)}; worst)"] = f"{cell}; {worst}" if worst else "-"
+        elif task.zero_shot:
             cells[task.train_language] = format_mean([row["score"] for row in mine])
             means = [row["zero_shot_mean"] for row in mine]
             cells["zero-shot"] = format_mean([mean for mean in means if mean is not None])
-            others = {name for row in mine for name in row["languages"]} - {task.train_language}
-            scores = {name: [row["languages"][name]["score"] for row in mine] for name in sorted(others)}
-            worst = min(scores, key=lambda name: statistics.fmean(scores[name]), default="")
-            cells["worst"] = f"{worst} {format_mean(scores[worst])}" if worst else "-"
+            cells["worst"] = worst_language(mine, task.train_language) or "-"
         else:
             title = f"{task.name} ({', '.join(task.metrics)})"
             cells[title] = format_mean([row["compared"] for row in mine])
     if len(tasks) > 1:
         cells["mean"] = format_mean(list(mean_over_tasks(rows, tasks).values()))
     return cells
+
+
+def worst_language(rows: list[dict], train_language: str) -> str:
+    """The language with the lowest mean over seeds, and that mean; "" if there is no other than train_language."""
+    others = {name for row in rows for name in row["languages"]} - {train_language}
+    scores = {name: [row["languages"][name]["score"] for row in rows] for name in sorted(others)}
+    worst = min(scores, key=lambda name: statistics.fmean(scores[name]), default="")
+    return f"{worst} {format_mean(scores[worst])}" if worst else ""
 
 
 def mean_over_tasks(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[int, float]:
@@ -381,6 +390,8 @@ def compare(args: argparse.Namespace) -> str:
         name = "--languages" if args.languages else "--minus"
         if not task.zero_shot or (args.minus and len(runs[0]["languages"]) == 1):
             raise UserError(f"{task.name} has no languages: leave out {name}")
+        if other := next((run["path"] for run in runs if run["task"] is not task), None):
+            raise UserError(f"{other} and {runs[0]['path']} differ in --task: leave out {name}")
         return languages_table(runs) if args.languages else paired_table(runs, args.minus)
     if task.head == "joint":
         return joint_table(runs, read_latency(args.latency))
