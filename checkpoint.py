@@ -263,10 +263,9 @@ def weight_of(quantizer: WeightQuantizer, weight: Tensor) -> Weight:
 def table_of(quantizer: WeightQuantizer, weight: Tensor) -> Weight:
     """weight_of for a table, each row of which has its own scale: in pieces, to bound the memory."""
     codes, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
-    step = max(1, CHUNK // weight.shape[1])
+    step, decodes = max(1, CHUNK // weight.shape[1]), isinstance(quantizer, ProductQuantizer)
     for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
-        by_number = isinstance(quantizer, ProductQuantizer)
-        codes[rows], scale[rows] = quantizer.codes(weight, rows) if by_number else quantizer.codes(weight[rows])
+        codes[rows], scale[rows] = quantizer.codes(weight, rows) if decodes else quantizer.codes(weight[rows])
     return Weight(codes, scale)
 
 
@@ -294,7 +293,7 @@ def float_tensors(student: Model) -> dict[str, Tensor]:
 def student_payload(student: Model, config: QuantConfig, tokenizer: bytes, **notes: str) -> dict:
     """The dictionary of a student.pt: packed integers and scales, or blocks and centroids, and float32 tensors."""
     if config.weights == "pq":
-        begin_stage(student, len(STAGES) - 1)
+        begin_stage(student, len(STAGES) - 1)  # nothing waits any more
         quantizers = {name: student.get_submodule(at) for name, at in quantized_weights(student).items()}
         packed = {
             name: {
@@ -408,7 +407,9 @@ def unpack_blocks(path: str, name: str, entry: dict, shape: torch.Size, quantize
     parts = {"assignments": assignments, "centroids": centroids}
     sizes = {"assignments": quantizer.assignments.shape, "centroids": torch.Size((CENTROIDS, quantizer.block))}
     check_tensors(f"{path}: {name}", sizes, parts, (torch.uint8, torch.float16))
-    if list(shape) != entry["shape"] or assignments.dtype != torch.uint8 or not centroids.float().isfinite().all():
+    kinds = assignments.dtype, centroids.dtype
+    sound = kinds == (torch.uint8, torch.float16) and bool(centroids.isfinite().all())
+    if not sound or list(shape) != entry["shape"]:
         raise UserError(f"{path}: packed tensor {name} is damaged")
     quantizer.to_empty(device="cpu")
     with torch.no_grad():

@@ -103,7 +103,7 @@ class TrainConfig:
     per_tensor: bool = option(False, QUANT, "one scale per matrix and activation, not per channel and token")
     act_range: str = option("dynamic", QUANT, "dynamic: at run time; static: calibrated; learned: trained from there")
     noise: float = option(
-        0.5, QUANT, "fraction of the weights quantized at a training step (lsq: all; pq: of blocks set to 0, 0.1)", "P"
+        0.5, QUANT, "fraction of the weights quantized at a training step (lsq: all; pq: set to 0, default 0.1)", "P"
     )
 
     distill: str = option(

@@ -14,7 +14,8 @@ trained: all blocks of one move together. Its gradient is the mean over its bloc
 A matrix that waits for its stage can be trained with block noise: blocks are set to 0 at random, as Quant-Noise does in
 place of rounding, so that none matters much. A student with SDQ's losses is iPQ with distillation.
 
-The integer model multiplies 8-bit integers: a decoded matrix is rounded once more, to int8 with a scale per row (`codes`).
+The integer model multiplies 8-bit integers: a decoded matrix is rounded once more, to int8 with a scale per row
+(`codes`).
 """
 
 from collections.abc import Iterator
@@ -35,7 +36,10 @@ STAGES = ("ffn", "embeddings", "attention")
 
 # ---------------------------------------------------------------------------------------- k-means
 def nearest(blocks: Tensor, centroids: Tensor) -> Tensor:
-    """The number of the nearest centroid (K, b) of each block (n, b), uint8: |x - c|^2 = |x|^2 - 2 (x c - |c|^2 / 2)."""
+    """The number of the nearest centroid (K, b) of each block (n, b), uint8.
+
+    |x - c|^2 = |x|^2 - 2 (x c - |c|^2 / 2): the nearest has the largest bracket.
+    """
     found = torch.empty(len(blocks), dtype=torch.uint8, device=blocks.device)
     bias = centroids.square().sum(dim=1).div(-2)
     for part, result in zip(blocks.split(CHUNK), found.split(CHUNK), strict=True):
@@ -53,8 +57,8 @@ def means(blocks: Tensor, assignments: Tensor, centroids: Tensor) -> Tensor:
     empty = (counts == 0).nonzero().flatten()
     empty = empty[: count - len(empty)]  # if most are empty, the others take their turn at the next iteration
     full = counts.topk(len(empty)).indices
-    shift = 1e-3 * blocks.std() * torch.randn(len(empty), blocks.shape[1], generator=seeded(), device="cpu")
-    found[empty] = found[full] + shift.to(found.device)
+    noise = torch.randn(len(empty), blocks.shape[1], generator=seeded()).to(blocks.device)
+    found[empty] = found[full] + 1e-3 * blocks.std() * noise
     return found
 
 
@@ -73,7 +77,9 @@ def kmeans(blocks: Tensor) -> tuple[Tensor, Tensor]:
     centroids = sample[torch.arange(CENTROIDS, device=blocks.device) % len(sample)]
     if len(sample[:4096].unique(dim=0)) <= CENTROIDS:
         distinct = blocks.unique(dim=0)
-        centroids[: len(distinct)] = distinct[:CENTROIDS]
+        if len(distinct) <= CENTROIDS:
+            centroids[: len(distinct)] = distinct
+            return centroids, nearest(blocks, centroids)
     for _ in range(ITERATIONS):
         centroids = means(sample, nearest(sample, centroids), centroids)
     return centroids, nearest(blocks, centroids)
@@ -92,7 +98,7 @@ class ProductQuantizer(UniformQuantizer):
     def __init__(self, config: QuantConfig, weight: Tensor, per_row: bool, multiplied: bool):
         super().__init__(config, weight, per_row, multiplied)
         self.shape = weight.shape
-        square = self.shape[0] == self.shape[1]  # matrices of attention are
+        square = self.shape[0] == self.shape[1]  # as matrices of attention are, and those of feed-forward layers not
         self.stage = STAGES.index("embeddings" if not multiplied else "attention" if square else "ffn")
         self.block = 4 if self.stage == STAGES.index("attention") else 8
         if self.shape[1] % self.block:
@@ -101,9 +107,8 @@ class ProductQuantizer(UniformQuantizer):
         empty = {"device": weight.device}
         self.centroids = nn.Parameter(torch.zeros(CENTROIDS, self.block, **empty))
         self.register_buffer("assignments", torch.zeros(weight.numel() // self.block, dtype=torch.uint8, **empty))
-        self.register_buffer(
-            "counts", torch.zeros(CENTROIDS, **empty)
-        )  # blocks of each centroid; none: no centroids yet
+        # Blocks of each centroid; all 0: there are no centroids yet.
+        self.register_buffer("counts", torch.zeros(CENTROIDS, **empty))
 
     @property
     def by_number(self) -> bool:
@@ -141,7 +146,11 @@ class ProductQuantizer(UniformQuantizer):
 
     @torch.no_grad()
     def codes(self, weight: Tensor, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The integers of the decoded weight, from the float16 centroids that a file holds, and their scale."""
+        """The integers of the decoded weight, from the float16 centroids that a file holds, and their scale; those of
+        the weight itself while it waits.
+        """
+        if self.waiting:
+            return super().codes(weight)
         self.assign(weight)
         stored = self.centroids.half().float()
         decoded = F.embedding(self.assignments.view(self.shape[0], -1)[rows].int(), stored).flatten(-2)

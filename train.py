@@ -430,7 +430,7 @@ def run_student(run: Run, source: Source, teacher: Model, method: str, data: Dat
 
 
 def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Source, Data]:
-    """The folder, model and data of a run, checked before anything is written."""
+    """The folder, model and data of a run. All options are checked before anything is written."""
     task, device = find_task(config.task), choose_device(config.device, config.threads)
     folder = find_data(task, config.data_dir, config.model)
     print(introduction(config, task, folder))
@@ -453,9 +453,13 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Source, Data]:
     if config.distill in LAYERWISE and "sdq" in config.methods:  # too few steps? before training
         steps = total_steps(config, len(data.train), student=True)
         layer_schedule(config, source.config.num_layers, steps)
-    needed = len(STAGES) if config.weights == "pq" and set(config.methods) & {*TRAINED} else 1
-    if (steps := total_steps(config, len(data.train), student=True)) < needed:
-        raise UserError(f"--weights pq needs {needed} steps or more, not {steps}: raise --student-steps")
+    if config.weights == "pq" and config.methods != ("fp32",):
+        if source.config.hidden_size % 8 or source.config.ffn_size % 8:
+            raise UserError(
+                f"--weights pq needs layers of a multiple of 8, which {source.name} has not: choose another"
+            )
+        if (steps := total_steps(config, len(data.train), student=True)) < len(STAGES):
+            raise UserError(f"--weights pq needs {len(STAGES)} steps or more, not {steps}: raise --student-steps")
     run.start(source.name, data)
     return run, source, data
 

@@ -4,8 +4,8 @@ A Dataset holds all token ids of a split in one flat array, like a compressed sp
 by one index computation and padded to its longest row. Rows of similar length share a batch: on XNLI's English
 training set this leaves 2.5 % padding, where batches in file order have 53 %.
 
-If every word has a tag (ATIS, SNIPS, XGLUE's NER and POS), the tags lie beside the ids: the tag's id at the first piece of a word, IGNORE
-at its other pieces, the special tokens and the padding.
+If every word has a tag (ATIS, SNIPS, XGLUE's NER and POS), the tags lie beside the ids: the tag's id at the first piece
+of a word, IGNORE at its other pieces, the special tokens and the padding.
 
 BERT has token types, 0 for the tokens of the first text and 1 for those of the second. One number per row says where
 the second text begins. XLM-R has no types.
@@ -102,12 +102,9 @@ def encode_examples(
     row = find_task(task)
     examples = load(task, split, language, folder)
     if limit is not None and limit < len(examples):
-        # Drawn with a fixed seed: its languages are translations of each other, so all get the same rows.
-        size = 1 if split == "train" else row.together
-        blocks = np.random.default_rng(0).permutation(len(examples) // size)[: max(1, limit // size)]
-        examples = [examples[size * block + k] for block in np.sort(blocks) for k in range(size)]
+        examples = draw(examples, limit, 1 if split == "train" else row.together, "ndcg" in row.metrics)
     if row.names is not None:
-        return encode_sentences(examples, row.names(folder), tokenizer, max_length)
+        return encode_sentences(examples, row.names(folder), tokenizer, max_length, row.head == "token")
     first = [example.text_a for example in examples]
     second = None if examples[0].text_b is None else [example.text_b for example in examples]
     kind = np.float32 if row.regression else np.int64
@@ -122,11 +119,28 @@ def encode_examples(
     return dataset
 
 
-def encode_sentences(sentences: list[Sentence], names: Names, tokenizer: Encoder, max_length: int | None) -> Dataset:
-    """Words with tags -> Dataset: labels are ids of names.intents, tags are ids of names.slots."""
+def draw(examples: list, limit: int, together: int, by_query: bool) -> list:
+    """At most `limit` random examples in their order, as whole blocks: of `together` rows, or of a query's.
+
+    The seed is fixed: where languages are translations of each other, all get the same rows.
+    """
+    begins = np.arange(0, len(examples) // together * together, together)
+    if by_query:
+        begins = np.flatnonzero([not i or row[0] != examples[i - 1][0] for i, row in enumerate(examples)])
+    ends = np.append(begins[1:], len(examples) if by_query else len(examples) // together * together)
+    order = np.random.default_rng(0).permutation(len(begins))
+    count = max(1, int((np.cumsum((ends - begins)[order]) <= limit).sum()))
+    return [examples[i] for block in np.sort(order[:count]) for i in range(begins[block], ends[block])]
+
+
+def encode_sentences(
+    sentences: list[Sentence], names: Names, tokenizer: Encoder, max_length: int | None, cuts: bool = False
+) -> Dataset:
+    """Words with tags -> Dataset: labels are ids of names.intents, tags are ids of names.slots. cuts: whether a long
+    sentence becomes several rows; else it is refused.
+    """
     intents = {name: i for i, name in enumerate(names.intents)}
     slots = {name: i for i, name in enumerate(names.slots)}
-    cuts = names.intents == ("",)
     encoded = tokenizer.encode_words([sentence.words for sentence in sentences], None if cuts else max_length)
     if cuts:
         encoded, sentences = cut_long(encoded, sentences, max_length)

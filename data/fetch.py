@@ -326,8 +326,9 @@ def members_of(file: zipfile.ZipFile | tarfile.TarFile) -> list[Member]:
             for info in file.infolist()
         ]
     found = [
-        Member(info.name, info.size, not (info.isfile() or info.isdir()), partial(file.extractfile, info))
+        Member(info.name, info.size, not info.isfile(), partial(file.extractfile, info))
         for info in file
+        if not info.isdir()
     ]
     while file.fileobj.read(CHUNK):  # to the end, where gzip compares the checksum
         pass
@@ -343,12 +344,12 @@ def unpack(archive: str, members: tuple[str, ...], folder: str, optional: tuple[
     name = os.path.basename(archive)
     try:
         with closing(zipfile.ZipFile(archive) if name.endswith(".zip") else tarfile.open(archive, "r:gz")) as file:
-            present = members_of(file)
-            for member in present:
+            present = {member.name: member for member in members_of(file)}  # the last of two with one name
+            for member in present.values():
                 check_member(name, member)
-            if missing := set(members) - {member.name for member in present}:
+            if missing := set(members) - set(present):
                 raise UserError(f"{name} has no file {min(missing)}")
-            chosen = [member for member in present if member.name in {*members, *optional}]
+            chosen = [member for member in present.values() if member.name in {*members, *optional}]
             if sum(member.size for member in chosen) > MAX_UNPACKED:
                 raise UserError(f"{name} unpacks to more than {MAX_UNPACKED >> 30} GB and was refused")
             written = []

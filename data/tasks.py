@@ -5,8 +5,8 @@
     load("stsb", "test", "en", folder)    -> list of Example, whose labels are numbers
     load("atis", "train", "en", folder)   -> list of Sentence: words, their tags, an intent
 
-XNLI's protocol is zero-shot transfer: train on English, choose the epoch on English dev, test on every language; so are
-those of data/xglue.py, which has one file a language. The other tasks are English: GLUE's eight, whose files and splits data/glue.py explains, and ATIS and SNIPS, which
+XNLI's protocol is zero-shot transfer: train on English, choose the epoch on English dev, test on every language. It is
+also that of XGLUE's other tasks, which have a file for each language (data/xglue.py). The other tasks are English: GLUE's eight, whose files and splits data/glue.py explains, and ATIS and SNIPS, which
 data/slots.py does. The two test sets of mnli take the place of languages.
 
 A row holds all that differs between tasks. docs/extending.md adds one.
@@ -263,7 +263,7 @@ def xglue_task(name: str) -> Task:
         name=name,
         head="token" if tagged else "sequence",
         read=partial(read_xglue, name),
-        files={split: (split,) for split in SPLITS},
+        files={split: (f"a file for each language: {split}",) for split in SPLITS},
         find=partial(find_files, name),
         fetch=FETCH,
         labels=layout.labels,

@@ -1,4 +1,5 @@
-"""XGLUE's understanding tasks beside XNLI: train on English, test in every language (Liang et al. 2020, arXiv 2004.01401).
+"""XGLUE's understanding tasks beside XNLI: train on English, test in every language (Liang et al. 2020, arXiv
+2004.01401).
 
     ner     named entities: a tag per word         F1 of the entities          CoNLL-2002 and 2003
     pos     parts of speech: a tag per word        accuracy                    Universal Dependencies
@@ -10,7 +11,7 @@
 
 One row of the table XGLUE describes each. Two readers serve all: of token files, with a word and its tag in each line
 and an empty line after each sentence, and of tab-separated rows. A class is known by its name in the file, never by a
-number of ours. The languages are those whose files are there.
+number of ours. The languages are those of the table whose files are there.
 
 Files are looked for in the places where they are published: XGLUE's archive, and for some tasks the folders of XTREME
 (udpos), of PAWS-X (x-final), or conll/en/train.txt.
@@ -119,8 +120,8 @@ def find_files(name: str, folder: str, split: str) -> dict[str, str]:
     patterns = (f"{ARCHIVE}/{layout.places[0]}", *layout.places)
     chosen = next((each for each in patterns if existing(path(each, "train", "en"))), patterns[0])
     languages = layout.languages if split != "train" else ("en",)
-    paths = {language: path(chosen, split, language) for language in languages}
-    return {language: path for language, path in paths.items() if language == "en" or existing(path)}
+    found = {language: path(chosen, split, language) for language in languages}
+    return {language: file for language, file in found.items() if language == "en" or existing(file)}
 
 
 def official_files(name: str, place: int, languages: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -142,24 +143,26 @@ def read_xglue(name: str, folder: str, split: str) -> dict[str, list[Sentence] |
 
 @lru_cache(maxsize=40)
 def read_tokens(name: str, path: str) -> list[Sentence]:
-    """Sentences of words and tags. Between word and tag there is a tab or a space; lines -DOCSTART- are left out."""
+    """Sentences of words and tags. Between word and tag there is a tab, or a space; lines -DOCSTART- are left out."""
     known, sentences, words, tags = set(XGLUE[name].labels), [], [], []
     with open_text(path, FETCH) as file:
         for number, line in enumerate(file, start=1):
-            cells = line.strip().replace("\t", " ").split(" ")
-            if cells == [""] or cells[0] == "-DOCSTART-":
+            line = line.rstrip("\r\n ")
+            separator = "\t" if "\t" in line else " "
+            word, _, tag = line.rpartition(separator)
+            if not line or word == "-DOCSTART-":
                 if words:
                     sentences.append(Sentence(tuple(words), tuple(tags), ""))
                 words, tags = [], []
                 continue
-            if len(cells) != 2:
-                raise UserError(f"{path}, line {number}: {line.strip()[:50]!r} is not a word and its tag")
-            if cells[1] not in known:
+            if not word or separator in word:
+                raise UserError(f"{path}, line {number}: {line[:50]!r} is not a word and its tag")
+            if tag not in known:
                 raise UserError(
-                    f"{path}, line {number}: unknown tag {cells[1]!r}; known: {' '.join(XGLUE[name].labels)}"
+                    f"{path}, line {number}: unknown tag {tag[:50]!r}; known: {' '.join(XGLUE[name].labels)}"
                 )
-            words.append(cells[0])
-            tags.append(cells[1])
+            words.append(word)
+            tags.append(tag)
     if words:
         sentences.append(Sentence(tuple(words), tuple(tags), ""))
     return not_empty(sentences, path)

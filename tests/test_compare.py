@@ -292,15 +292,18 @@ def test_differences_are_paired_over_rows(tmp_path, capsys):
     assert "leave out --minus" in capsys.readouterr().err
     assert compare.main([*write_runs(tmp_path, runs), "--minus", "nonsense"]) == 2
     assert "no row of nonsense" in capsys.readouterr().err
-    for each in runs:
-        del each["methods"]["ptq"]["languages"]["de"]["correct_rows"]
-    assert compare.main([*write_runs(tmp_path, runs), "--minus", "fp32"]) == 2
-
-
-@pytest.mark.parametrize("y, rho", [([1, 2, 3, 4], 1.0), ([8, 4, 2, 1], -1.0), ([1, 1, 2, 2], 2 / 5**0.5)])
-def test_rank_correlation(y, rho):
-    """The last: with ties, scipy.stats.spearmanr gives 0.8944."""
-    assert compare.rank_correlation(np.arange(4.0), np.array(y)) == pytest.approx(rho)
+    for change in ({"total": 9}, {"correct_rows": None}):
+        other = json.loads(json.dumps(runs))
+        found = other[0]["methods"]["ptq"]["languages"]["de"]
+        found |= change
+        if change.get("correct_rows", 1) is None:
+            del found["correct_rows"]
+        assert compare.main([*write_runs(tmp_path, other), "--minus", "fp32"]) == 2
+        assert "these files hold no such rows" in capsys.readouterr().err
+    runs[0]["methods"]["onnxruntime"] = runs[0]["methods"]["ptq"]
+    runs[0]["config"]["bits"] = 4
+    assert compare.main(write_runs(tmp_path, runs[:1])) == 0
+    assert [line[0] for line in cells_of(capsys)[2:]] == ["fp32", "ptq W4A8", "onnxruntime W8A8"]
 
 
 # ---------------------------------------------------------------------------------- joint tasks

@@ -27,7 +27,7 @@ def test_figures(tmp_path, capsys):
     by_language = [str(tmp_path / "8-*.json"), "--languages", "--out", str(tmp_path / "x.png")]
     assert plot.main(by_language) == 0
     assert plot.main([str(tmp_path / "2-0.json"), *by_language[1:]]) == 2
-    assert "--languages needs fp32 rows" in capsys.readouterr().err
+    assert "--languages needs fp32 and quantized rows" in capsys.readouterr().err
     assert plot.main([str(tmp_path / "*.json"), *by_language[1:]]) == 2
     assert "differ in --bits" in capsys.readouterr().err
     no_errors = [str(tmp_path / "8-0.json"), "--errors", "--out", str(tmp_path / "x.png")]

@@ -94,8 +94,9 @@ def test_more_iterations_lower_the_error(monkeypatch):
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.85 * errors[0]
 
 
-@pytest.mark.parametrize("distinct", [1, 7, CENTROIDS])
-def test_few_distinct_blocks_are_exact(distinct):
+@pytest.mark.parametrize("distinct", [1, 7, 200, CENTROIDS])
+def test_few_distinct_blocks_are_exact(distinct, monkeypatch):
+    monkeypatch.setattr(pq, "SAMPLE", 100)  # also those that the sample has not
     torch.manual_seed(5)
     values = torch.randn(distinct, 8).half().float()
     weight = values[torch.randint(distinct, (40 * 12,))].view(40, 96)
@@ -194,6 +195,13 @@ def test_stages_quantize_one_group_after_the_other():
     assert set(weights) == {name for name, _ in model.named_parameters()}
 
 
+def test_a_model_whose_weights_wait_can_be_evaluated():
+    model = student()
+    begin_stage(model, 0)
+    model.eval()(torch.randint(4, 600, (3, 9)))
+    assert sum(bool(quantizer.counts.any()) for quantizer, _ in product_quantizers(model)) == 4
+
+
 def test_only_what_is_quantized_stops_learning():
     model = student().train()
     begin_stage(model, 0)
@@ -252,6 +260,7 @@ def test_bytes_follow_the_formula(saved):
         ("assignments", lambda t: t[:-1], "has shape"),
         ("assignments", lambda t: t.half(), "is damaged"),
         ("centroids", lambda t: t.float(), "is torch.float32"),
+        ("centroids", lambda t: t.byte(), "is damaged"),
         ("centroids", lambda t: t.index_fill(0, torch.tensor([3]), float("nan")), "is damaged"),
         ("centroids", lambda t: t[:1].clone().expand(CENTROIDS, -1), "more elements than the file holds"),
         ("shape", lambda shape: shape[::-1], "is damaged"),

@@ -122,6 +122,13 @@ def test_malformed_rows_are_refused(name, text, message, tmp_path):
     assert str(path) in str(error.value)
 
 
+def test_words_of_unusual_spaces(tmp_path):
+    """A word may be a no-break space, and beside a tab hold a space."""
+    path = tmp_path / "tokens"
+    path.write_text("\u00a0 PUNCT\n\u3000\tPUNCT\nViet Nam\tPROPN\n")
+    assert read_tokens("pos", str(path))[0].words == ("\u00a0", "\u3000", "Viet Nam")
+
+
 # ---------------------------------------------------------------------------------------- encoding
 def test_long_sentences_are_cut_between_words(tokenizer):
     rng = random.Random(0)
@@ -159,6 +166,8 @@ def test_encoded_tags_and_queries(tmp_path, tokenizer):
     folder = write_task(tmp_path, "wpr")
     dataset = encode_split("wpr", "test", "de", folder, tokenizer, 64)
     assert dataset.queries.tolist() == [1] * 4 + [2] * 4 + [3] * 4
+    part = encode_split("wpr", "test", "de", folder, tokenizer, 64, limit=9)  # whole queries
+    assert np.bincount(part.queries).tolist() == [0, 4, 4]
     again = encode_split("wpr", "test", "de", folder, tokenizer, 64)  # from the cache
     assert again.queries.tolist() == dataset.queries.tolist()
 

@@ -28,6 +28,7 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
 
 from common import UserError, exit_status, flag, markdown_table
 from config import METHODS, NOT_COMPARED, TrainConfig
+from data.metrics import spearman
 from data.tasks import TASKS, Task
 from run import compared_score, recovered_percent, summarize_languages
 
@@ -123,7 +124,7 @@ def check_comparable(runs: list[dict]) -> None:
                 if (theirs or None) != (config[name] or None):  # None, 0 and False: off
                     what = f"differ in {flag(name)}: put them in separate tables"
                     raise UserError(f"{run['path']} and {other['path']} {what}")
-        key = tuple(config[name] for name in {*ROW, *same})
+        key = tuple(config[name] for name in (*ROW, *same))
         if key in seen:
             what = "have the same seed, width and rank: give one of them"
             raise UserError(f"{run['path']} and {seen[key]} {what}")
@@ -161,9 +162,8 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
         shape = f"TT rank {rank}" if rank else "dense"
         if rank and embedding_rank:
             shape += f", embedding {embedding_rank}"
-        width = "" if method == "fp32" else width_of(config)
-        if method in METHODS and width:
-            width = " ".join([width, *variant_of(config, told)])
+        width = " ".join([width_of(config), *variant_of(config, told)])
+        width = "" if method == "fp32" else "W8A8" if method in PEERS else width
         label = Label(shape if is_joint else "", method, loss if by_loss else "", width)
         place = (rank, embedding_rank, method != "fp32", -config["bits"], -config["act_bits"])
         place += (
@@ -342,6 +342,12 @@ def paired_table(runs: list[dict], base: str) -> str:
     task, groups, lines = runs[0]["task"], group_runs(runs), []
     if not any(label.method == base for label in groups):
         raise UserError(f"no row of {base}: --minus takes one of {' '.join(dict.fromkeys(x.method for x in groups))}")
+    evaluations = [each for run in runs for row in run["methods"].values() for each in row["languages"].values()]
+    translated = len({each.get("total") for each in evaluations}) == 1
+    if task.metrics != ("accuracy",) or not translated or not all("correct_rows" in each for each in evaluations):
+        raise UserError(
+            "--minus pairs rows that are the same in all languages, by accuracy: these files hold no such rows"
+        )
     for label, rows in groups.items():
         bases = [other for other in groups if other.method == base and other.width in ("", label.width)]
         if not bases or label.method == base:
@@ -357,7 +363,7 @@ def paired_table(runs: list[dict], base: str) -> str:
         zero_shot, means = cells["zero-shot"], [format_difference(values.mean((0, 1))) for values in cells.values()]
         by_seed = " ".join(f"{value:+.2f}" for value in zero_shot.mean((1, 2)))
         accuracy = np.mean([[row["languages"][name]["score"] for name in others] for _, row in pairs], axis=0)
-        rho = rank_correlation(accuracy, -zero_shot.mean((0, 2)))
+        rho = spearman(accuracy, -zero_shot.mean((0, 2)))
         lines.append([str(label), str(len(pairs)), *means, by_seed, f"{rho:+.2f}"])
     return markdown_table([f"minus {base}", "seeds", *cells, "zero-shot by seed", "rank correlation"], lines)
 
@@ -365,8 +371,6 @@ def paired_table(runs: list[dict], base: str) -> str:
 def correct_rows(row: dict, language: str) -> np.ndarray:
     """1.0 for each test row that was predicted right, in the order of the file."""
     evaluation = row["languages"][language]
-    if "correct_rows" not in evaluation:
-        raise UserError("--minus needs to know which rows were right, which these older files lack: run train.py again")
     packed = np.frombuffer(bytes.fromhex(evaluation["correct_rows"]), np.uint8)
     return np.unpackbits(packed, count=evaluation["total"]).astype(float)
 
@@ -374,12 +378,6 @@ def correct_rows(row: dict, language: str) -> np.ndarray:
 def format_difference(values: np.ndarray) -> str:
     """Mean with its sign ± standard error."""
     return f"{values.mean():+.2f} ± {values.std(ddof=1) / len(values) ** 0.5:.2f}"
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rho; equal values share the mean of their ranks."""
-    ranks = [[(v > values).sum() + (v == values).sum() / 2 for v in values] for values in (x, y)]
-    return float(np.corrcoef(ranks)[0, 1])
 
 
 def compare(args: argparse.Namespace) -> str:

@@ -3,7 +3,8 @@
     python tools/peers.py out/NAME    # the --out of a finished run of train.py; then tools/compare.py as before
 
 "onnxruntime" is ONNX Runtime's dynamic quantization (needs onnx and onnxruntime), "openvino" post-training
-quantization by NNCF with 300 training texts (needs openvino and nncf). A row whose library is not installed is left out.
+quantization by NNCF with 300 training texts (needs openvino and nncf). A row whose library is not installed is left
+out. Both run on the CPU.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from data.batches import unpadded_batches
 from data.tasks import find_task
 from run import report, report_table
 from tools.backends import Runner, is_installed, load_onnx, load_openvino, write_onnx, write_openvino
+from tools.compare import read_runs
 from train import evaluate_languages, get_teacher, open_run
 
 CALIBRATION = 300  # texts
@@ -54,14 +56,17 @@ def read_config(out: str) -> TrainConfig:
         raise UserError(f"{out} holds no run of train.py: name the --out of one") from None
     if find_task(config.task).head != "sequence":
         raise UserError(f"{out}: peers are measured for tasks with one label a text")
-    return replace(config, out=out, device="cpu")
+    return replace(config, out=out)
 
 
 def add_peers(out: str) -> None:
-    run, source, data = open_run(read_config(out), resume=True)
+    config, path = read_config(out), os.path.join(out, "results.json")
+    (before,) = read_runs([path])
+    run, source, data = open_run(config, resume=True)
     if source.config.type_vocab_size > 1:
         raise UserError(f"{source.name} has token types: peers are measured for XLM-R's layout")
-    teacher, _, _ = get_teacher(run, source, data)
+    run.results["environment"] = before["environment"]  # of the training
+    teacher, cpu = get_teacher(run, source, data)[0].cpu(), torch.device("cpu")
     config, task = run.config, find_task(run.config.task)
 
     def calibrated(model: torch.nn.Module, path: str) -> None:
@@ -80,7 +85,7 @@ def add_peers(out: str) -> None:
             write(teacher, path)
             size = sum(entry.stat().st_size for entry in os.scandir(folder))
             row = {"size_bytes": size, "train_seconds": 0.0}
-            row |= evaluate_languages(name, Peer(load(path)), data.tests, task, run.device)
+            row |= evaluate_languages(name, Peer(load(path)), data.tests, task, cpu)
         run.finish_row(name, row)
     write_text(run.path("report.md"), report(run.results))
     print(f"\n{report_table(run.results)}\n\nwrote {out}/results.json, report.md")

@@ -100,8 +100,9 @@ def draw_languages(axes, runs: list[dict]) -> None:
     """
     groups, task, config = group_runs(runs), runs[0]["task"], runs[0]["config"]
     full = next((rows for label, rows in groups.items() if label.method == "fp32"), None)
-    if full is None or not task.zero_shot:
-        raise UserError("--languages needs fp32 rows of a task with several languages")
+    quantized = [(label, rows) for label, rows in groups.items() if rows is not full]
+    if full is None or not quantized or not task.zero_shot:
+        raise UserError("--languages needs fp32 and quantized rows of a task with several languages")
 
     def scores(rows: dict) -> np.ndarray:  # (seeds, languages)
         return np.array([[rows[key]["languages"][name]["score"] for name in names] for key in full if key in rows])
@@ -109,7 +110,6 @@ def draw_languages(axes, runs: list[dict]) -> None:
     names = list(runs[0]["languages"])
     accuracy = dict(zip(names, scores(full).mean(0), strict=True))
     names.sort(key=lambda name: (name != task.train_language, -accuracy[name]))
-    quantized = [(label, rows) for label, rows in groups.items() if rows is not full]
     bar = 0.8 / len(quantized)
     for i, (label, rows) in enumerate(quantized):
         places = [k - 0.4 + bar * (i + 0.5) for k in range(len(names))]
