@@ -49,8 +49,8 @@ TIMEOUT = 30  # seconds without a byte
 
 @dataclass(frozen=True)
 class Remote:
-    """A file to download. size: bytes, None if not published.  members: the files to unpack.  optional: further ones, if
-    they are there.
+    """A file to download. size: bytes, None if not published.  members: the files to unpack.  optional: further ones,
+    if they are there.
     """
 
     url: str

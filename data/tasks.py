@@ -6,8 +6,9 @@
     load("atis", "train", "en", folder)   -> list of Sentence: words, their tags, an intent
 
 XNLI's protocol is zero-shot transfer: train on English, choose the epoch on English dev, test on every language. It is
-also that of XGLUE's other tasks, which have a file for each language (data/xglue.py). The other tasks are English: GLUE's eight, whose files and splits data/glue.py explains, and ATIS and SNIPS, which
-data/slots.py does. The two test sets of mnli take the place of languages.
+also that of XGLUE's other tasks, which have a file for each language (data/xglue.py). The others are English: GLUE's
+eight, whose files and splits data/glue.py explains, and ATIS and SNIPS, which data/slots.py does. The two test sets of
+mnli take the place of languages.
 
 A row holds all that differs between tasks. docs/extending.md adds one.
 """

@@ -7,8 +7,8 @@
 
 The layout follows the task: a zero-shot task has columns for the training language and the mean of the others, a joint
 task has rows for dense models and tensor trains, and other tasks stand side by side, a column each. So do several
-zero-shot tasks, with the mean over all their languages, as XGLUE is scored. Seeds are averaged only over runs that agree
-in every other option.
+zero-shot tasks, with the mean over all their languages, as XGLUE is scored. Seeds are averaged only over runs that
+agree in every other option.
 """
 
 import argparse
