@@ -171,7 +171,7 @@ def draw_errors(axes, run: dict) -> None:
                 label = f"{name}, {kind}"
                 layers = range(1, len(values) + 1)
                 panel.plot(layers, values, style, color=COLORS[name], marker=".", label=label)
-        panel.set(title=place, xlabel="layer", xticks=list(layers))
+        panel.set(title=place, xlabel="layer", xticks=layers[:: 1 + len(layers) // 9])
     axes[0].set_ylabel("relative error, %")
     title = f"{run['model']}, {width_of(run['config'])}, against its float32 self"
     axes[0].figure.suptitle(title)
