@@ -141,6 +141,9 @@ TABLES = {  # arguments of tools/compare.py -> the page that holds all of its ou
     "xnli-mini-lsq/*.json": "docs/results-xnli.md",
     "xnli-minilm/*.json": "docs/results-xnli.md",
     "xnli-mini-pq/lr1e-4-*.json": "docs/results-xnli.md",
+    "xnli-e5/*.json": "docs/results-xnli.md",
+    "xnli-e5/*.json --minus=fp32": "docs/results-xnli.md",
+    "xnli-e5/*.json --minus=qat": "docs/results-xnli.md",
     "atis/*.json --latency bench-tt.json": "docs/results-tt.md",
     "glue/*.json": "docs/results-glue.md",
 }
