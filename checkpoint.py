@@ -13,7 +13,7 @@ nothing in the file is executed:
 A student also has "quant", the fields of QuantConfig, and "packed": each quantized weight as integers of b bits and a
 float32 scale per row, or one scale for a core of a tensor train. Fake quantization trains in float32, and a checkpoint
 of that would be full-size. Packed, 8 bits take one byte per weight, 4 bits two weights per byte, 2 bits four (3, 5, 6
-and 7 bits likewise without gaps).
+and 7 bits likewise without gaps). Product quantization has a byte per block and float16 centroids instead (pq.py).
 
 Files may come from anywhere. Every config is checked, and every tensor is compared with the shape that the config
 requires and must store its elements, before a model is filled with it.

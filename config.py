@@ -359,11 +359,14 @@ def rules(config: TrainConfig, task: Task) -> Iterator[tuple[object, str]]:
 
     weights = f"--weights {config.weights}"
     cores = config.tt_rank and config.weights != "uniform"
-    staged = config.weights == "pq" and config.distill in LAYERWISE
-    yield staged, f"--weights pq has stages of its own: not with --distill {config.distill}"
-    zero = config.weights == "pq" and config.noise == 1.0
-    yield zero, "--noise 1 sets all blocks of --weights pq to 0 while they wait for their stage: choose less"
     yield cores, f"{weights} is for matrices: cores of tensor trains have learned scales"
+    staged = config.weights == "pq"
+    yield (
+        staged and config.distill in LAYERWISE,
+        f"--weights pq has stages of its own: not with --distill {config.distill}",
+    )
+    zero = "--noise 1 sets all blocks of --weights pq to 0 while they wait for their stage: choose less"
+    yield staged and config.noise == 1.0, zero
     ranged = config.weight_range != "minmax"
     yield (
         config.bits == 32 and ranged,

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from common import atomic_write
+from data.glue import Example
 from data.slots import Names, Sentence
 from data.tasks import file_paths, find_task, load
 from data.tokenizer import PAD, Encoder
@@ -102,7 +103,9 @@ def encode_examples(
     row = find_task(task)
     examples = load(task, split, language, folder)
     if limit is not None and limit < len(examples):
-        examples = draw(examples, limit, 1 if split == "train" else row.together, "ndcg" in row.metrics)
+        size = 1 if split == "train" else row.together
+        blocks = np.arange(len(examples) // size * size) // size
+        examples = draw(examples, limit, query_numbers(examples) if "ndcg" in row.metrics else blocks)
     if row.names is not None:
         return encode_sentences(examples, row.names(folder), tokenizer, max_length, row.head == "token")
     first = [example.text_a for example in examples]
@@ -114,23 +117,27 @@ def encode_examples(
     else:
         encoded, begins = tokenizer.encode_typed(first, second, max_length)
         dataset = replace(dataset_of(encoded, labels), second=np.asarray(begins, dtype=np.int64))
-    if "ndcg" in row.metrics:  # rows of one query follow each other
-        dataset.queries = np.cumsum([a != b for a, b in zip(first, [None, *first], strict=False)])
+    if "ndcg" in row.metrics:
+        dataset.queries = query_numbers(examples)
     return dataset
 
 
-def draw(examples: list, limit: int, together: int, by_query: bool) -> list:
-    """At most `limit` random examples in their order, as whole blocks: of `together` rows, or of a query's.
+def query_numbers(examples: list[Example]) -> np.ndarray:
+    """(N,) from 1: the number of each row's query, its first text. Rows of one query follow each other."""
+    first = [example.text_a for example in examples]
+    return np.cumsum([a != b for a, b in zip(first, [None, *first], strict=False)])
+
+
+def draw(examples: list, limit: int, blocks: np.ndarray) -> list:
+    """At most `limit` random examples in their order, as whole blocks.  blocks: the number of each row's block; rows
+    beyond the last are left out.
 
     The seed is fixed: where languages are translations of each other, all get the same rows.
     """
-    begins = np.arange(0, len(examples) // together * together, together)
-    if by_query:
-        begins = np.flatnonzero([not i or row[0] != examples[i - 1][0] for i, row in enumerate(examples)])
-    ends = np.append(begins[1:], len(examples) if by_query else len(examples) // together * together)
-    order = np.random.default_rng(0).permutation(len(begins))
-    count = max(1, int((np.cumsum((ends - begins)[order]) <= limit).sum()))
-    return [examples[i] for block in np.sort(order[:count]) for i in range(begins[block], ends[block])]
+    _, which, sizes = np.unique(blocks, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(0).permutation(len(sizes))
+    count = max(1, int((np.cumsum(sizes[order]) <= limit).sum()))
+    return [examples[i] for i in np.flatnonzero(np.isin(which, order[:count]))]
 
 
 def encode_sentences(
@@ -216,13 +223,11 @@ def read_cache(path: str | None) -> Dataset | None:
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            tags = file["tags"] if "tags" in file else None
-            second = file["second"] if "second" in file else None
-            queries = file["queries"] if "queries" in file else None
-            dataset = Dataset(file["ids"], file["starts"], file["labels"], tags, second=second, queries=queries)
+            optional = {name: file[name] for name in ("tags", "second", "queries") if name in file}
+            dataset = Dataset(file["ids"], file["starts"], file["labels"], **optional)
         sound = len(dataset.starts) == len(dataset) + 1 and dataset.starts[-1] == len(dataset.ids)
-        sound = sound and (tags is None or len(tags) == len(dataset.ids))
-        sound = sound and all(each is None or len(each) == len(dataset) for each in (second, queries))
+        lengths = {"tags": len(dataset.ids), "second": len(dataset), "queries": len(dataset)}
+        sound = sound and all(len(array) == lengths[name] for name, array in optional.items())
         return dataset if sound else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # damaged: it is made again

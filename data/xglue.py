@@ -19,6 +19,7 @@ Files are looked for in the places where they are published: XGLUE's archive, an
 
 import os
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 from common import UserError
@@ -47,6 +48,10 @@ class Layout(NamedTuple):
     metrics: tuple[str, ...] = ("accuracy",)  # keys of an evaluation
     reported: tuple[str, ...] = ()  # further ones
     splits: dict[str, str] = {}  # the spelling of splits
+
+    def fill(self, place: str, split: str, language: str) -> str:
+        """The file of a split in one language."""
+        return place.format(split=self.splits.get(split, split), language=language)
 
 
 XGLUE = {
@@ -114,8 +119,7 @@ def find_files(name: str, folder: str, split: str) -> dict[str, str]:
     layout = XGLUE[name]
 
     def path(pattern: str, split: str, language: str) -> str:
-        inside = pattern.format(split=layout.splits.get(split, split), language=language)
-        return os.path.join(folder, *inside.split("/"))
+        return os.path.join(folder, *layout.fill(pattern, split, language).split("/"))
 
     patterns = (f"{ARCHIVE}/{layout.places[0]}", *layout.places)
     chosen = next((each for each in patterns if existing(path(each, "train", "en"))), patterns[0])
@@ -128,7 +132,7 @@ def official_files(name: str, place: int, languages: tuple[str, ...] = ()) -> tu
     """The files of a task as published, of all its languages if none is named."""
     layout = XGLUE[name]
     return tuple(
-        layout.places[place].format(split=layout.splits.get(split, split), language=language)
+        layout.fill(layout.places[place], split, language)
         for split in ("train", "dev", "test")
         for language in languages or layout.languages
         if split != "train" or language == "en"
@@ -146,7 +150,7 @@ def read_tokens(name: str, path: str) -> list[Sentence]:
     """Sentences of words and tags. Between word and tag there is a tab, or a space; lines -DOCSTART- are left out."""
     known, sentences, words, tags = set(XGLUE[name].labels), [], [], []
     with open_text(path, FETCH) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(chain(file, ("",)), start=1):  # the last sentence may have no empty line
             line = line.rstrip("\r\n ")
             separator = "\t" if "\t" in line else " "
             word, _, tag = line.rpartition(separator)
@@ -163,8 +167,6 @@ def read_tokens(name: str, path: str) -> list[Sentence]:
                 )
             words.append(word)
             tags.append(tag)
-    if words:
-        sentences.append(Sentence(tuple(words), tuple(tags), ""))
     return not_empty(sentences, path)
 
 

@@ -235,7 +235,7 @@ def write_openvino(model: Model, path: str, calibration: Iterable[Batch]) -> Non
 
     ids = torch.full((2, 16), 5)
     converted = openvino.convert_model(Exportable(model), example_input=(ids, torch.ones_like(ids)))
-    dataset = nncf.Dataset([(batch.ids.numpy(), np.ones_like(batch.ids)) for batch in calibration])
+    dataset = nncf.Dataset([arrays(batch.ids, batch.mask) for batch in calibration])
     quantized = nncf.quantize(converted, dataset, model_type=nncf.ModelType.TRANSFORMER)
     openvino.save_model(quantized, path)
 
@@ -286,6 +286,12 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
+def arrays(ids: Tensor, mask: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """The inputs of an Exportable for other libraries."""
+    mask = torch.ones_like(ids) if mask is None else mask.long()
+    return ids.numpy(), mask.numpy()
+
+
 def load_onnx(path: str) -> Runner:
     import onnxruntime
 
@@ -294,8 +300,7 @@ def load_onnx(path: str) -> Runner:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(ids: Tensor, mask: Tensor | None) -> Tensor:
-        mask = torch.ones_like(ids) if mask is None else mask.long()
-        return torch.from_numpy(session.run(None, {"ids": ids.numpy(), "mask": mask.numpy()})[0])
+        return torch.from_numpy(session.run(None, dict(zip(("ids", "mask"), arrays(ids, mask), strict=True)))[0])
 
     return run
 
@@ -305,12 +310,7 @@ def load_openvino(path: str) -> Runner:
 
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.compile_model(path, "CPU", options)
-
-    def run(ids: Tensor, mask: Tensor | None) -> Tensor:
-        mask = torch.ones_like(ids) if mask is None else mask.long()
-        return torch.from_numpy(compiled((ids.numpy(), mask.numpy()))[0])
-
-    return run
+    return lambda ids, mask: torch.from_numpy(compiled(arrays(ids, mask))[0])
 
 
 # ----------------------------------------------------------------------------------------- memory

@@ -162,8 +162,7 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
         shape = f"TT rank {rank}" if rank else "dense"
         if rank and embedding_rank:
             shape += f", embedding {embedding_rank}"
-        width = " ".join([width_of(config), *variant_of(config, told)])
-        width = "" if method == "fp32" else "W8A8" if method in PEERS else width
+        width = "" if method == "fp32" else "W8A8" if method in PEERS else width_of(config, told)
         label = Label(shape if is_joint else "", method, loss if by_loss else "", width)
         place = (rank, embedding_rank, method != "fp32", -config["bits"], -config["act_bits"])
         place += (
@@ -184,14 +183,11 @@ def tt_rank(config: dict, method: str) -> int:
     return 0 if method == "fp32" and config["model"] != "scratch" else config["tt_rank"]
 
 
-def variant_of(config: dict, names: list[str]) -> list[str]:
-    """The named options in words, where they are not the default: ["per tensor", "static"]."""
-    values = [(name, config[name]) for name in names if config[name] != getattr(TrainConfig, name)]
-    return [name.replace("_", " ") if value is True else value for name, value in values]
-
-
-def width_of(config: dict) -> str:
-    return f"W{config['bits']}A{config['act_bits']}"
+def width_of(config: dict, variants: Iterable[str] = ()) -> str:
+    """The bits, and the named options in words where they are not the default: "W8A8 per tensor static"."""
+    values = [(name, config[name]) for name in variants if config[name] != getattr(TrainConfig, name)]
+    words = [name.replace("_", " ") if value is True else value for name, value in values]
+    return " ".join([f"W{config['bits']}A{config['act_bits']}", *words])
 
 
 def format_mean(values: Iterable[float], digits: int = 2) -> str:

@@ -26,7 +26,7 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
 
 from common import UserError, exit_status, flag
 from data.tasks import TASKS, Task
-from tools.compare import VARIANTS, check_comparable, group_runs, read_runs, tt_rank, variant_of, width_of
+from tools.compare import VARIANTS, check_comparable, group_runs, read_runs, tt_rank, width_of
 
 GREEN, ORANGE, PURPLE, GRAY, BLUE = "#1b9e77", "#d95f02", "#7570b3", "#555555", "#4c72b0"
 COLORS = {"fp32": GRAY, "ptq": ORANGE, "ptq-static": "#e6ab02", "qat": PURPLE, "sdq": GREEN}
@@ -120,8 +120,8 @@ def draw_languages(axes, runs: list[dict]) -> None:
     axes.set_xticks(range(len(names)), [f"{name}\n{accuracy[name]:.1f}" for name in names])
     axes.axhline(0, color=GRAY, lw=0.8)
     axes.set(xlabel=f"language and its float32 {metric_name(task)}", ylabel="difference from float32, points")
-    width = " ".join([width_of(config), *variant_of(config, VARIANTS)])
-    axes.set_title(f"{task.name} {config['eval_split']}, {runs[0]['model']}, {width}, {count_seeds(len(full))}")
+    width, seeds = width_of(config, VARIANTS), count_seeds(len(full))
+    axes.set_title(f"{task.name} {config['eval_split']}, {runs[0]['model']}, {width}, {seeds}")
     axes.legend(frameon=False, ncols=len(quantized), loc="upper center", bbox_to_anchor=(0.5, -0.2))
     axes.grid(axis="y", alpha=0.3)
 
