@@ -4,7 +4,7 @@ weights-only load.
 A checkpoint is a dictionary of plain numbers, strings and tensors, which PyTorch reads with weights_only=True, so that
 nothing in the file is executed:
 
-    format     "sdq-checkpoint-1", or "sdq-student-4" of a student
+    format     "sdq-checkpoint-1", or "sdq-student-5" of a student
     config     the fields of ModelConfig
     tensors    parameters by name, float32 (or float16, to save space)
     tokenizer  the bytes of the tokenizer's file
@@ -37,7 +37,7 @@ from quant import FixedQuantizer, QuantConfig, WeightQuantizer, dequantize
 from tt import TensorTrain, TTConfig, tensorize
 
 WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")  # of convert.py
-CHECKPOINT_FORMAT, STUDENT_FORMAT = "sdq-checkpoint-1", "sdq-student-4"
+CHECKPOINT_FORMAT, STUDENT_FORMAT = "sdq-checkpoint-1", "sdq-student-5"
 WORDS = "encoder.embeddings.word.weight"
 CHUNK = 1 << 22  # weights packed at a time: XLM-R's embedding table alone has 192 million
 LIMITS = {  # of each number in a ModelConfig
@@ -188,6 +188,8 @@ def check_tensors(
             raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected {known}")
         if not stores_its_elements(tensor):
             raise UserError(f"{path}: tensor {name} claims more elements than the file holds")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{path}: tensor {name} has values that are not finite")
     extra = sorted(map(str, set(tensors) - set(shapes)))
     if extra:
         more = f" and {len(extra) - 1} more" if extra[1:] else ""
@@ -385,6 +387,7 @@ def unpack_weight(path: str, name: str, entry: dict, shape: torch.Size, quantize
         and isinstance(scale, Tensor)
         and scale.dtype == torch.float32
         and scale.shape == ((shape[0], 1) if quantizer.per_row else ())
+        and bool(scale.isfinite().all())
     )
     if not sound:
         raise UserError(f"{path}: packed tensor {name} does not have the shape {tuple(shape)} at {bits} bits")

@@ -18,7 +18,7 @@ from functools import cached_property
 
 from checkpoint import WEIGHTS_DIR, default_keep
 from common import UserError, flag
-from data.tasks import RAW_DIR, TASKS, Task, find_data, find_task
+from data.tasks import RAW_DIR, TASKS, Task, find_data, find_task, own_language
 from distill import LAYERWISE, LOSSES
 from prepare import WEIGHTS, check_quant
 from quant import QuantConfig
@@ -71,6 +71,9 @@ class TrainConfig:
     )
     languages: tuple[str, ...] = option((), TASK, "test languages besides the training language (default: all)")
     eval_split: str = option("test", TASK, "report on test or dev; with dev, rows held out of train select the epoch")
+    train_language: str | None = option(
+        None, TASK, "of the rows of --task tsv to train on (default: the only one, or en)"
+    )
     max_train: int | None = option(None, TASK, "train on N random examples (default: all)")
     max_eval: int | None = option(None, TASK, "evaluate N random examples per language (default: all)")
     max_length: int = option(128, TASK, "longest sequence in tokens; longer ones are truncated")
@@ -118,7 +121,7 @@ class TrainConfig:
     temperature: float = option(1.0, DISTILL, "softens the logits of teacher and student")
     task_weight: float = option(1.0, DISTILL, "weight of the loss of the task; 0 distills without labels")
 
-    epochs: int = option(3, OPTIM, "passes over the training set")
+    epochs: int = option(3, OPTIM, "passes over the training set; 0: the model is a teacher as it stands")
     student_epochs: int | None = option(None, OPTIM, "of qat and sdq (default: --epochs)")
     steps: int | None = option(None, OPTIM, "stop every training after N steps")
     student_steps: int | None = option(None, OPTIM, "of qat and sdq (default: --steps)")
@@ -220,11 +223,13 @@ def resolve(given: dict) -> TrainConfig:
         values["student_lr"] = rates[kind]
     if values.get("weights") in WEIGHTS:
         values.setdefault("noise", WEIGHTS[values["weights"]].noise)
+    if not task.train_language and values.get("data_dir"):
+        values["train_language"] = own_language(values["data_dir"], values.get("train_language"))
     config = TrainConfig(**values)
     ranges = WEIGHTS[config.weights].ranges if config.weights in WEIGHTS else ("minmax",)
     usual = {
         "weight_range": ranges[0],
-        "student_epochs": config.epochs,
+        "student_epochs": config.epochs or TrainConfig.epochs,
         "student_steps": config.steps,
         "student_lr": config.lr,
     }
@@ -316,11 +321,12 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 CHOICES = dict(eval_split=("test", "dev"), device=("auto", "cpu", "cuda"), precision=PRECISIONS)
 BOUNDS = {  # name -> (least, largest)
     **dict(task_weight=(0, 1), temperature=(1e-3, 1e3), seed=(0, 2**31), max_length=(8, 10**6)),
+    "epochs": (0, 10**9),
     **dict.fromkeys(("dropout", "student_dropout", "label_smoothing"), (0, 0.9)),
     **dict.fromkeys(("alpha", "beta"), (0, 1e9)),
     **dict.fromkeys(("lr", "student_lr"), (1e-12, 1e38)),
     **dict.fromkeys("max_train max_eval layers hidden batch_size threads eval_every".split(), (1, 10**9)),
-    **dict.fromkeys("epochs student_epochs steps student_steps".split(), (1, 10**9)),
+    **dict.fromkeys("student_epochs steps student_steps".split(), (1, 10**9)),
 }
 
 
@@ -355,6 +361,14 @@ def rules(config: TrainConfig, task: Task) -> Iterator[tuple[object, str]]:
     yield scratch and not words, "--model scratch needs --tokenizer FILE, a SentencePiece model"
     hidden = config.hidden or 64
     yield hidden % max(1, hidden // 64), f"--hidden {hidden}: choose a multiple of 64, or less than 128"
+    own = not task.train_language
+    yield (
+        own and not config.data_dir,
+        f"--task {task.name} needs --data-dir DIR, which holds train.tsv, dev.tsv and test.tsv",
+    )
+    language = f"--train-language {config.train_language}"
+    yield config.train_language and not own, f"{language}: {task.name} is trained on {task.train_language}, drop it"
+    yield scratch and not config.epochs, "--epochs 0 keeps a model as it stands: --model scratch has random weights"
     yield config.tt_embedding_rank and not config.tt_rank, "--tt-embedding-rank needs --tt-rank"
 
     weights = f"--weights {config.weights}"

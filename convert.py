@@ -1,14 +1,17 @@
-"""Published checkpoints -> weights/NAME.pt: one file with the config, float32 tensors and the tokenizer.
+"""Published checkpoints -> weights/NAME.pt: one file with the config, float32 tensors and the tokenizer. And back.
 
     python convert.py xlmr-base                   # download, verify, convert (1.1 GB); or infoxlm-base
     python convert.py xlmr-base --from DIR        # a Hugging Face folder that you already have
-    python convert.py minilm --from DIR           # a BERT, here sentence-transformers' all-MiniLM-L6-v2
     python convert.py my-model --from DIR         # any other size: config.json gives the shape
+    python convert.py --export out/NAME/student.pt DIR    # a student -> a Hugging Face folder, float32
 
-DIR holds config.json, model.safetensors or pytorch_model.bin, and sentencepiece.bpe.model or, for a BERT, vocab.txt
-(and tokenizer_config.json if the model is cased). The key tables below are the whole conversion: every tensor of the
-source is either mapped or named as skipped, and one that is missing, unexpected or of a wrong shape is an error that
-names it. Half-precision tensors (InfoXLM's file mixes fp16 and fp32) are cast.
+DIR holds config.json, the weights (model.safetensors or pytorch_model.bin, in one file or in shards with an index) and
+the tokenizer: sentencepiece.bpe.model, vocab.txt (with tokenizer_config.json if the model is cased) or tokenizer.json.
+It may also be the root of a model in Hugging Face's cache. The key tables below are the whole conversion: every tensor
+of the source is either mapped or named as skipped, and one that is missing, unexpected or of a wrong shape is an error
+that names it. Half-precision tensors (InfoXLM's file mixes fp16 and fp32) are cast.
+
+A model with a head of classes keeps it, and their names: for the task that has the same it is a teacher as it stands.
 
 Nothing in a source file is executed: safetensors is parsed here (a JSON header and raw tensors), .bin files are read
 with weights_only=True.
@@ -24,19 +27,41 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from checkpoint import WEIGHTS_DIR, check_config, check_tensors, checkpoint_payload, load_untrusted, save_atomically
-from common import UserError, exit_status
+from checkpoint import (
+    WEIGHTS_DIR,
+    check_config,
+    check_tensors,
+    checkpoint_payload,
+    float_model,
+    load_untrusted,
+    read_student,
+    save_atomically,
+    tokenizer_of,
+)
+from common import UserError, atomic_write, check_writable, exit_status, write_json
 from data.fetch import MODELS, fetch_model
-from data.tokenizer import MAX_MODEL_BYTES, Tokenizer, WordPieceTokenizer, load_tokenizer
+from data.tokenizer import (
+    BOS,
+    EOS,
+    MAX_MODEL_BYTES,
+    Encoder,
+    Tokenizer,
+    WordPieceTokenizer,
+    WordTokenizer,
+    load_tokenizer,
+)
+from data.tokenizer_json import read_tokenizer_json
 from model import PRESETS, Model, ModelConfig
 
 TOKENIZER_FILE = "sentencepiece.bpe.model"
 VOCAB_FILE = "vocab.txt"
+TOKENIZER_JSON = "tokenizer.json"
 
 # --------------------------------------------------------------------------------- the key tables
 # Hugging Face name -> name here. {i} is the layer. Both .weight and .bias follow the module's name.
+WORDS = "embeddings.word_embeddings.weight"
 EMBEDDINGS = {
-    "embeddings.word_embeddings.weight": "encoder.embeddings.word.weight",
+    WORDS: "encoder.embeddings.word.weight",
     "embeddings.position_embeddings.weight": "encoder.embeddings.position.weight",
     "embeddings.token_type_embeddings.weight": "encoder.embeddings.token_type.weight",
     "embeddings.LayerNorm.weight": "encoder.embeddings.norm.weight",
@@ -139,9 +164,14 @@ SAFETENSORS_TYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "BOOL": torch.bool,
 }
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
 
 
@@ -187,6 +217,8 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
 def read_bin(path: str) -> dict[str, Tensor]:
     """The tensors of a pytorch_model.bin, without executing anything in it."""
     tensors = load_untrusted(path, "use model.safetensors, or fetch it again")
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):  # a training library's file
+        tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{path} is not a dictionary of tensors")
     return tensors
@@ -194,21 +226,71 @@ def read_bin(path: str) -> dict[str, Tensor]:
 
 def read_folder(folder: str) -> tuple[dict[str, Tensor], dict | None, bytes]:
     """A Hugging Face folder -> (tensors, config.json or None, the bytes of the tokenizer)."""
+    folder = snapshot_of(folder)
+    settings = read_json(os.path.join(folder, "config.json"))
+    if settings is not None:
+        check_settings(
+            "config.json", settings, IMPLEMENTED
+        )  # a wrong kind of model is named before its files are missed
+    tensors = read_weights(folder)
+    return tensors, settings, read_tokenizer(folder).bytes
+
+
+def snapshot_of(folder: str) -> str:
+    """The folder itself, or in Hugging Face's cache the files of the newest revision below it."""
     if not os.path.isdir(folder):
         raise UserError(f"no folder {folder}")
-    weights = [os.path.join(folder, name) for name in ("model.safetensors", "pytorch_model.bin")]
-    found = [path for path in weights if os.path.isfile(path)]
+    snapshots = os.path.join(folder, "snapshots")
+    if not os.path.isdir(snapshots):
+        return folder
+    found = [os.path.join(snapshots, revision) for revision in os.listdir(snapshots)]
     if not found:
-        raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
-    settings = read_json(os.path.join(folder, "config.json"))
-    sentencepiece = os.path.join(folder, TOKENIZER_FILE)
-    if settings is None:
-        bert = not os.path.isfile(sentencepiece) and os.path.isfile(os.path.join(folder, VOCAB_FILE))
-    else:
-        bert = settings.get("model_type") == "bert"
-    tokenizer = read_wordpiece(folder) if bert else Tokenizer.from_file(sentencepiece)
-    read = read_safetensors if found[0].endswith(".safetensors") else read_bin
-    return read(found[0]), settings, tokenizer.bytes
+        raise UserError(f"{snapshots} is empty: fetch the model again")
+    return max(found, key=os.path.getmtime)
+
+
+def real_file(folder: str, name: str) -> str | None:
+    """The path of a file, or None if there is none. Raises UserError for a file that Git LFS has not fetched."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a Git LFS pointer, not the file: run 'git lfs pull' in its folder")
+    return path
+
+
+def read_weights(folder: str) -> dict[str, Tensor]:
+    """The tensors of a folder, from one file or from all the shards that an index names."""
+    for name, read in {"model.safetensors": read_safetensors, "pytorch_model.bin": read_bin}.items():
+        if path := real_file(folder, name):
+            return read(path)
+        index = read_json(os.path.join(folder, f"{name}.index.json"))
+        if index is None:
+            continue
+        shards = set(index["weight_map"].values()) if isinstance(index.get("weight_map"), dict) else set()
+        if not shards or not all(isinstance(each, str) and each == os.path.basename(each) for each in shards):
+            raise UserError(f"{folder}/{name}.index.json names no files beside it")
+        tensors: dict[str, Tensor] = {}
+        for shard in sorted(shards):
+            if not (path := real_file(folder, shard)):
+                raise UserError(f"{folder} has no {shard}, which {name}.index.json names: fetch it again")
+            tensors |= read(path)
+        return tensors
+    raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+
+
+def read_tokenizer(folder: str) -> Encoder:
+    """The tokenizer of a folder, whichever file holds it."""
+    if path := real_file(folder, TOKENIZER_FILE):
+        return Tokenizer.from_file(path)
+    if os.path.isfile(os.path.join(folder, VOCAB_FILE)):
+        return read_wordpiece(folder)
+    if path := real_file(folder, TOKENIZER_JSON):
+        return read_tokenizer_json(path)
+    if os.path.isfile(os.path.join(folder, "merges.txt")):
+        raise UserError(f"{folder} has a BPE tokenizer; known: SentencePiece, as in XLM-R, and WordPiece, as in BERT")
+    raise UserError(f"no tokenizer in {folder}: no {TOKENIZER_FILE}, {VOCAB_FILE} or {TOKENIZER_JSON}")
 
 
 def read_json(path: str) -> dict | None:
@@ -216,7 +298,7 @@ def read_json(path: str) -> dict | None:
     if not os.path.isfile(path):
         return None
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             settings = json.load(file)
     except (ValueError, RecursionError):
         settings = None
@@ -227,9 +309,7 @@ def read_json(path: str) -> dict | None:
 
 def read_wordpiece(folder: str) -> WordPieceTokenizer:
     """vocab.txt, and whether capitals and accents are dropped (tokenizer_config.json)."""
-    path = os.path.join(folder, VOCAB_FILE)
-    if not os.path.isfile(path):
-        raise UserError(f"no tokenizer at {path}: a BERT comes with a vocab.txt")
+    path = real_file(folder, VOCAB_FILE)
     if os.path.getsize(path) > MAX_MODEL_BYTES:
         raise UserError(f"{path}: {os.path.getsize(path):,} bytes can't be a vocabulary")
     settings = read_json(os.path.join(folder, "tokenizer_config.json")) or {}
@@ -260,28 +340,32 @@ def check_settings(path: str, settings: dict, expected: dict[str, tuple]) -> Non
             raise UserError(f"{path}: {key} is {settings[key]!r}; supported: {supported or 'none'}")
 
 
+IMPLEMENTED = {  # settings of config.json
+    "model_type": ("xlm-roberta", "roberta", "bert"),
+    "hidden_act": ("gelu",),
+    "position_embedding_type": ("absolute", None),
+    "is_decoder": (False, None),  # a decoder attends to earlier tokens only
+}
+
+
+CONFIG_NAMES = {  # here -> in config.json
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "ffn_size": "intermediate_size",
+    "type_vocab_size": "type_vocab_size",
+    "pad_id": "pad_token_id",
+    "norm_eps": "layer_norm_eps",
+    "dropout": "hidden_dropout_prob",
+}
+
+
 def config_from_json(settings: dict) -> ModelConfig:
     """Hugging Face's config.json -> ModelConfig. Raises UserError for what is not implemented."""
-    expected = {
-        "model_type": ("xlm-roberta", "roberta", "bert"),
-        "hidden_act": ("gelu",),
-        "position_embedding_type": ("absolute", None),
-        "is_decoder": (False, None),  # a decoder attends to earlier tokens only
-    }
-    check_settings("config.json", settings, expected)
+    check_settings("config.json", settings, IMPLEMENTED)
     bert = settings.get("model_type") == "bert"
-    names = {
-        "vocab_size": "vocab_size",
-        "hidden_size": "hidden_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "ffn_size": "intermediate_size",
-        "type_vocab_size": "type_vocab_size",
-        "pad_id": "pad_token_id",
-        "norm_eps": "layer_norm_eps",
-        "dropout": "hidden_dropout_prob",
-        "max_tokens": "max_position_embeddings",
-    }
+    names = {**CONFIG_NAMES, "max_tokens": "max_position_embeddings"}
     if bert:  # BERT's first files lack these two; Hugging Face assumes the same
         settings = {"pad_token_id": 0, "layer_norm_eps": 1e-12, **settings}
     missing = [name for name in names.values() if name not in settings]
@@ -301,9 +385,11 @@ def convert_tensors(name: str, tensors: dict[str, Tensor], settings: dict | None
 
     Raises UserError naming the first tensor that is missing, unexpected, of a wrong shape or not a float.
     """
-    preset = PRESETS.get(name)
+    preset, loaded = PRESETS.get(name), load_tokenizer(tokenizer, "the tokenizer")
     if settings is not None:
         config = config_from_json(settings)
+        if config.position_offset == 0 and not loaded.typed:  # a BERT with XLM-R's tokenizer, which alone pads
+            config = replace(config, pad_id=loaded.pad_id)
         if preset is not None and config != preset:
             differs = next(k for k in vars(preset) if getattr(config, k) != getattr(preset, k))
             raise UserError(
@@ -328,11 +414,12 @@ def convert_tensors(name: str, tensors: dict[str, Tensor], settings: dict | None
     missing = [key for key in table if key not in tensors]
     if missing:
         raise UserError(f"the source has no tensor {missing[0]}")
-    not_float = [key for key in table if not tensors[key].is_floating_point()]
+    not_float = [key for key in table if tensors[key].dtype not in FLOATS]
     if not_float:
-        raise UserError(f"tensor {not_float[0]} is {tensors[not_float[0]].dtype}, not a float")
+        kind = tensors[not_float[0]].dtype
+        raise UserError(f"tensor {not_float[0]} is {kind}, not a float of 16 bits or more: convert the original model")
     tied = tensors.get("lm_head.decoder.weight")
-    words = tensors["embeddings.word_embeddings.weight"]
+    words = tensors[WORDS]
     # The two may differ in precision.
     if tied is not None and not torch.equal(tied, words.to(tied.dtype)):
         raise UserError("lm_head.decoder.weight differs from the word embeddings: untied models are not supported")
@@ -344,25 +431,34 @@ def convert_tensors(name: str, tensors: dict[str, Tensor], settings: dict | None
     check_tensors("the source", expected, ours, dtypes=())
     # Copies, because torch.save writes the whole storage behind a view: the whole source file.
     ours = {key: tensor.to(torch.float32, copy=True) for key, tensor in ours.items()}
-    file_name = VOCAB_FILE if family is BERT else TOKENIZER_FILE
-    loaded = load_tokenizer(tokenizer, file_name)
-    if loaded.vocab_size != config.vocab_size:
-        raise UserError(f"{file_name} has {loaded.vocab_size:,} ids, the model {config.vocab_size:,}")
-    if family is BERT and loaded.pad_id != config.pad_id:
-        raise UserError(f"{file_name} has [PAD] at {loaded.pad_id}, the model at {config.pad_id}")
+    if loaded.vocab_size > config.vocab_size:
+        raise UserError(f"the tokenizer has {loaded.vocab_size:,} ids, the model only {config.vocab_size:,}")
+    if loaded.pad_id != config.pad_id:
+        raise UserError(f"the tokenizer pads with {loaded.pad_id}, the model with {config.pad_id}")
     model.load_state_dict(ours, strict=True, assign=True)  # a meta model has no storage to copy into
-    return checkpoint_payload(model, tokenizer, name=name)
+    labels = label_names(settings or {}, config.num_labels)
+    return checkpoint_payload(model, tokenizer, name=name, labels="\t".join(labels))
+
+
+def label_names(settings: dict, count: int) -> list[str]:
+    """The names of a head's classes by id; LABEL_0, LABEL_1, ... as Hugging Face has it where config.json has none."""
+    names = settings.get("id2label")
+    names = names if isinstance(names, dict) else {}
+    return [str(names.get(str(i), f"LABEL_{i}")) for i in range(count)]
 
 
 def plain_names(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
     """Tensors by the names of the key table.
 
-    In a model with a head the encoder's names have a prefix, in a bare encoder they don't. BERT files that came from
-    TensorFlow name a norm's weight and bias gamma and beta.
+    In a model with a head the encoder's names have a prefix, in a bare encoder they don't; training libraries put one
+    more before all names. BERT files that came from TensorFlow name a norm's weight and bias gamma and beta.
     """
+    words = next((key for key in tensors if key.endswith(WORDS)), WORDS)
+    outer = words.removesuffix(WORDS).removesuffix(family.prefix)
+    outer = outer if all(key.startswith(outer) for key in tensors) else ""
     renamed = {}
     for key, tensor in tensors.items():
-        key = key.removeprefix(family.prefix)
+        key = key.removeprefix(outer).removeprefix(family.prefix)
         if family is BERT:
             key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key)
             key = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
@@ -390,16 +486,93 @@ def find_head(tensors: dict[str, Tensor], family: Family, settings: dict) -> dic
     return {"head": bare, "num_labels": 0}
 
 
+# ----------------------------------------------------------------------------------------- export
+CLASSES = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
+
+
+def export(path: str, folder: str) -> None:
+    """A student -> a Hugging Face folder: float32 tensors that lie on the student's grid, config.json, tokenizer.
+
+    transformers' logits are those of the student with float activations; a library that quantizes symmetrically by
+    output channel finds the same integers. Raises UserError for a model that Hugging Face has no class for.
+    """
+    student = read_student(path)
+    config, labels = student.config, student.notes.get("labels", "").split("\t")
+    tokenizer = tokenizer_of(path, student)
+    if config.tt or config.head not in CLASSES or isinstance(tokenizer, WordTokenizer):
+        what = "tensor trains" if config.tt else f"a {config.head} head and {type(tokenizer).__name__}"
+        raise UserError(
+            f"{path} has {what}, for which transformers has no class: export a classifier of texts or words"
+        )
+    check_writable(folder)
+    if os.path.exists(os.path.join(folder, "config.json")):
+        raise UserError(f"{folder} holds a model already: name another folder")
+    family = family_of(config)
+    ours = float_model(student).state_dict()
+    tensors = {}
+    for source, target in key_table(config).items():
+        prefix = "" if source.startswith("classifier.") else family.prefix
+        tensors[prefix + source] = ours[target]
+    bert = family is BERT
+    wordpiece = isinstance(tokenizer, WordPieceTokenizer)
+    settings = {
+        "architectures": [("Bert" if bert else "XLMRoberta") + CLASSES[config.head]],
+        "model_type": "bert" if bert else "xlm-roberta",
+        **{theirs: getattr(config, our) for our, theirs in CONFIG_NAMES.items()},
+        "max_position_embeddings": config.max_tokens + config.position_offset,
+        "attention_probs_dropout_prob": config.dropout,
+        "hidden_act": "gelu",
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+    if wordpiece:
+        kind = {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lower}
+    else:
+        settings |= {"bos_token_id": BOS, "eos_token_id": EOS}
+        kind = {"tokenizer_class": "XLMRobertaTokenizer"}
+    kind["model_max_length"] = config.max_tokens
+    write_safetensors(tensors, os.path.join(folder, "model.safetensors"))
+    write_json(os.path.join(folder, "tokenizer_config.json"), kind)
+    name = VOCAB_FILE if wordpiece else TOKENIZER_FILE
+    vocabulary = "\n".join(tokenizer.pieces).encode() + b"\n" if wordpiece else tokenizer.bytes
+    with atomic_write(os.path.join(folder, name)) as file:
+        file.write(vocabulary)
+    write_json(os.path.join(folder, "config.json"), settings)  # last: now the folder is a model
+    print(
+        f"wrote {folder}/config.json, model.safetensors, {name}, tokenizer_config.json: float32, {settings['architectures'][0]}"
+    )
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: str) -> None:
+    """The inverse of read_safetensors, for float32 tensors."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    with atomic_write(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().numpy().data)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Turn a published checkpoint into weights/NAME.pt.",
-        epilog="examples: python convert.py xlmr-base; python convert.py xlmr-base --from ~/models/xlm-roberta-base",
+        description="Turn a published checkpoint into weights/NAME.pt, or a student into a Hugging Face folder.",
+        epilog="examples: python convert.py xlmr-base; python convert.py xlmr-base --from ~/models/xlm-roberta-base; "
+        "python convert.py --export out/NAME/student.pt DIR",
     )
-    parser.add_argument("name", help=f"{', '.join(sorted(MODELS))}; with --from also any name of your own")
+    parser.add_argument("name", nargs="?", help=f"{', '.join(sorted(MODELS))}; with --from also any name of your own")
     parser.add_argument("--from", dest="folder", metavar="DIR", help="a local Hugging Face folder; default: download")
     parser.add_argument("--out", metavar="FILE", help="default: weights/NAME.pt")
+    parser.add_argument("--export", nargs=2, metavar=("STUDENT", "DIR"), help="write a student.pt as a folder instead")
     args = parser.parse_args(argv)
+    if bool(args.export) == bool(args.name):
+        parser.error("give the name of a model, or --export STUDENT DIR")
     again = "; run the same command again to continue"
+    if args.export:
+        return exit_status(lambda: export(*args.export))
     return exit_status(lambda: run(args.name, args.folder, args.out), again)
 
 
@@ -410,14 +583,16 @@ def run(name: str, folder: str | None, out: str | None) -> None:
     if folder is None:
         if name not in MODELS:
             raise UserError(f"no download is known for {name!r}, only {' '.join(sorted(MODELS))}: add --from DIR")
-        folder = os.path.join(WEIGHTS_DIR, "downloads", name)
+        folder = os.path.join(os.path.dirname(os.path.abspath(out)), "downloads", name)
         fetch_model(name, folder)
     payload = convert_tensors(name, *read_folder(folder))
     size = save_atomically(payload, out)
     count = sum(tensor.numel() for tensor in payload["tensors"].values())
-    print(f"wrote {out}: {payload['config']['head']} head, {count:,} parameters, {size / 1e6:,.1f} MB")
+    config, labels = payload["config"], payload["notes"]["labels"].replace("\t", ", ")
+    named = f" ({labels})" if labels else ""
+    print(f"wrote {out}: {config['head']} head{named}, {count:,} parameters, {size / 1e6:,.1f} MB")
     standard = os.path.abspath(out) == os.path.join(WEIGHTS_DIR, name + ".pt")
-    task = "rte" if family_of(ModelConfig(**payload["config"])) is BERT else "xnli"
+    task = "rte" if load_tokenizer(payload["tokenizer"].numpy().tobytes()).typed else "xnli"
     print(f"next: python train.py --task {task} --model {name if standard else out}")
 
 

@@ -433,7 +433,7 @@ def initialize(model: Model) -> Model:
 def with_head(model: Model, head: str, num_labels: int, num_slots: int = 0) -> Model:
     """The same encoder (shared, not copied) with a new head: where fine-tuning starts.
 
-    A sequence head keeps the dense layer of BERT's pretrained pooler. The new head is dense: of a model of tensor
+    A sequence head keeps the dense layer of BERT's pretrained pooler, or of another sequence head. The new head is dense: of a model of tensor
     trains, tensorize it.
     """
     new = Model.__new__(Model)
@@ -445,7 +445,7 @@ def with_head(model: Model, head: str, num_labels: int, num_slots: int = 0) -> M
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
-    if model.config.head == "pooler" and head == "sequence":
+    if model.config.head in ("pooler", "sequence") and head == "sequence" and not model.config.tt:
         new.head.dense.load_state_dict(model.head.dense.state_dict())
     if isinstance(new.encoder.embeddings.word, nn.Embedding):
         new.encoder.embeddings.word.sparse = head != "mlm"

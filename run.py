@@ -336,7 +336,8 @@ def recovered(methods: dict[str, dict], name: str, task: Task) -> float | None:
 
 def report_table(results: dict) -> str:
     """The report as a Markdown table, one row per method. Metrics are in %."""
-    task, methods = find_task(results["config"]["task"]), results["methods"]
+    config, methods = results["config"], results["methods"]
+    task = find_task(config["task"], config.get("train_language"))
     languages = list(results["languages"])
     by_language = task.zero_shot and len(languages) > 1
     others = [name for name in languages if name != task.train_language] if by_language else []

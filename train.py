@@ -33,7 +33,17 @@ from data.batches import IGNORE, Batch, Dataset, encode_split, evaluation_batche
 from data.fetch import MODELS
 from data.metrics import scores
 from data.slots import joint_scores, token_scores
-from data.tasks import RAW_DIR, Task, file_paths, find_data, find_task, languages_of, load, selection_splits
+from data.tasks import (
+    RAW_DIR,
+    Task,
+    file_paths,
+    find_data,
+    find_task,
+    languages_of,
+    load,
+    match_labels,
+    selection_splits,
+)
 from data.tokenizer import Tokenizer, WordTokenizer
 from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_loss
 from int8 import integer_model, to_integer
@@ -286,11 +296,12 @@ class Source:
     """What fine-tuning starts from: a converted checkpoint, or random weights."""
 
     def __init__(self, config: TrainConfig, folder: str):
-        task = find_task(config.task)
+        task = find_task(config.task, config.train_language)
         self.seed, self.path = config.seed, None
         self.data = "own" if config.data_dir else "official" if folder == RAW_DIR else "built in"
         self.labels, self.slots = class_names(task, folder)
         self.head = {"head": task.head, "num_labels": len(self.labels), "num_slots": len(self.slots)}
+        self.classes: list[int] | None = None  # of the model's own head, in the order of the task's labels
         if config.model == "scratch":
             if config.tokenizer:
                 self.tokenizer = Tokenizer.from_file(config.tokenizer)
@@ -320,18 +331,41 @@ class Source:
             self.name = os.path.splitext(os.path.basename(self.path))[0]
             stat = os.stat(self.path)
             self.identity = [os.path.abspath(self.path), stat.st_size, stat.st_mtime_ns]
+            self.find_classes(payload, task)
+        if not config.epochs and self.classes is None:
+            raise UserError(f"--epochs 0: {self.name} has no head of classes for {task.name}; train one")
         longest = self.config.max_tokens
         if config.max_length > longest:
             raise UserError(
                 f"--max-length {config.max_length}: {self.name} has {longest} positions; use {longest} or less"
             )
 
+    def find_classes(self, payload: dict, task: Task) -> None:
+        """Whether the model's own head has the classes of the task, which are known by their names. Says so."""
+        count = self.config.num_labels
+        if self.config.head not in ("sequence", "token") or self.config.tt:
+            return
+        names = payload["notes"].get("labels", "").split("\t")
+        names = names if len(names) == count else [f"LABEL_{i}" for i in range(count)]
+        if self.config.head == task.head:
+            self.classes = match_labels(names, self.labels)
+        if self.classes is None:
+            print(f"{self.name} has a {self.config.head} head for {', '.join(names)[:200]}: {task.name} gets a new one")
+        else:
+            pairs = [f"{names[i]} is {label}" for i, label in zip(self.classes, self.labels, strict=True)]
+            print(f"{self.name} has a head for {task.name}, which is kept: {', '.join(pairs)[:200]}")
+
     def build(self) -> Model:
-        """A model to fine-tune: the encoder with a new head. One seed, one model."""
+        """A model to fine-tune: the encoder with its own head, if it fits, or a new one. One seed, one model."""
         torch.manual_seed(self.seed)
         if self.path is None:
             return initialize(checkpoint.meta_model(self.config))
-        model = with_head(checkpoint.load_checkpoint(self.path), **self.head)
+        model = checkpoint.load_checkpoint(self.path)
+        if self.classes is not None:
+            for parameter in model.head.out_proj.parameters():
+                parameter.data = parameter.data[self.classes]
+            return model
+        model = with_head(model, **self.head)
         if model.config.tt:
             tensorize(model, model.config.tt)  # the new head
         return model
@@ -354,8 +388,8 @@ def find_model(name: str) -> str:
 
 def class_names(task: Task, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The classes that a model of this task can predict: of a sequence, and of a word (slots)."""
-    if task.labels:
-        return task.labels, ()
+    if task.labels or task.labels_of:
+        return task.labels or task.labels_of(folder), ()
     names = task.names(folder)
     return names.intents[: names.known_intents], names.slots[: names.known_slots]
 
@@ -369,8 +403,9 @@ def get_teacher(run: Run, source: Source, data: Data) -> tuple[Model, int, float
             raise UserError(f"this run's teacher, {path}, is gone (or --lr changed): start with another --out")
         model = source.build()
         set_dropout(model, run.config.dropout)
-        seconds = train(model.to(run.device), None, data, run, "fp32")
-        payload = checkpoint.checkpoint_payload(model, source.tokenizer.bytes, seconds=f"{seconds:.1f}")
+        seconds = train(model.to(run.device), None, data, run, "fp32") if run.config.epochs else 0.0
+        notes = dict(seconds=f"{seconds:.1f}", labels="\t".join(source.labels))
+        payload = checkpoint.checkpoint_payload(model, source.tokenizer.bytes, **notes)
         checkpoint.save_atomically(payload, path)
         remove(run.path("state.pt"))
         del model, payload
@@ -404,14 +439,14 @@ def make_student(run: Run, teacher: Model, method: str, data: Data) -> Model:
 
 def run_student(run: Run, source: Source, teacher: Model, method: str, data: Data) -> dict:
     """One quantized row of the report. Writes student.pt."""
-    config, task = run.config, find_task(run.config.task)
+    config, task = run.config, find_task(run.config.task, run.config.train_language)
     student = make_student(run, teacher, method, data)
     seconds = 0.0
     if method in TRAINED:
         seconds = train(student, teacher if method == "sdq" else None, data, run, method)
     quant = quant_config(config, method)
     notes = dict(task=config.task, model=source.name, method=method, data=source.data)
-    notes |= {"labels": " ".join(source.labels), "slots": " ".join(source.slots)}
+    notes |= {"labels": "\t".join(source.labels), "slots": "\t".join(source.slots)}
     payload = checkpoint.student_payload(student, quant, source.tokenizer.bytes, **notes)
     size = checkpoint.save_atomically(payload, run.path("student.pt"))
     floats = 32 in (config.bits, config.act_bits)  # there are no integers to multiply
@@ -431,7 +466,7 @@ def run_student(run: Run, source: Source, teacher: Model, method: str, data: Dat
 
 def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Source, Data]:
     """The folder, model and data of a run. All options are checked before anything is written."""
-    task, device = find_task(config.task), choose_device(config.device, config.threads)
+    task, device = find_task(config.task, config.train_language), choose_device(config.device, config.threads)
     folder = find_data(task, config.data_dir, config.model)
     print(introduction(config, task, folder))
     source, out = Source(config, folder), config.out or default_out(config)
@@ -468,7 +503,7 @@ def run_recipe(config: TrainConfig, resume: bool) -> None:
     """All rows of the report."""
     started = time.monotonic()
     run, source, data = open_run(config, resume)
-    task = find_task(config.task)
+    task = find_task(config.task, config.train_language)
     teacher, teacher_bytes, teacher_seconds = get_teacher(run, source, data)
     for method in config.methods:
         if method in run.results["methods"]:
@@ -507,7 +542,8 @@ def load_tests(config: TrainConfig, task: Task, folder: str, tokenizer: Tokenize
     missing = [p for p in file_paths(task, folder, split) if not os.path.exists(p)]
     if missing:
         hint = "" if split == "dev" else ". --eval-split dev needs no test file"
-        raise UserError(f"no file {missing[0]}: fetch it with '{task.fetch}', or name its folder with --data-dir{hint}")
+        how = f"fetch it with '{task.fetch}', or " if task.fetch else ""
+        raise UserError(f"no file {missing[0]}: {how}name its folder with --data-dir{hint}")
     known = languages_of(task, folder, split)
     for language in config.languages:
         if language not in known:
@@ -528,7 +564,8 @@ def encode(config: TrainConfig, folder: str, tokenizer: Tokenizer, split: str, l
 def evaluate_file(config: TrainConfig) -> None:
     """--eval: load a packed student as an integer model and evaluate it."""
     started = time.monotonic()
-    device, task = choose_device(config.device, config.threads), find_task(config.task)
+    device = choose_device(config.device, config.threads)
+    task = find_task(config.task, config.train_language)
     read = checkpoint.read_student(config.eval)
     if read.config.head != task.head or read.notes.get("task") != config.task:
         raise UserError(f"{config.eval} was not trained for {config.task}: name its --task")
@@ -541,7 +578,7 @@ def evaluate_file(config: TrainConfig) -> None:
     sample = task.sample_model if read.notes.get("data") == "built in" else ""
     folder = find_data(task, config.data_dir, sample)
     tests = load_tests(config, task, folder, checkpoint.tokenizer_of(config.eval, read))
-    names = [" ".join(each) for each in class_names(task, folder)]
+    names = ["\t".join(each) for each in class_names(task, folder)]
     if [read.notes.get("labels"), read.notes.get("slots")] != names:
         raise UserError(f"{config.eval} has other labels than {folder}: name its --data-dir")
     row = evaluate_languages("student", model, tests, task, device)

@@ -10,7 +10,7 @@ of a word, IGNORE at its other pieces, the special tokens and the padding.
 BERT has token types, 0 for the tokens of the first text and 1 for those of the second. One number per row says where
 the second text begins. XLM-R has no types.
 
-Encodings are cached under .cache/. The key holds all that they depend on, the code that makes them included.
+Encodings are cached (cache_dir). The key holds all that they depend on, the code that makes them included.
 """
 
 import glob
@@ -32,7 +32,7 @@ from data.slots import Names, Sentence
 from data.tasks import file_paths, find_task, load
 from data.tokenizer import PAD, Encoder
 
-CACHE_DIR = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".cache")
+CACHE_DIR = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".cache")  # of this checkout
 POOL = 50  # batches whose rows are sorted by length together: more gives less padding and shuffling
 IGNORE = -100  # the tag of a token that has none; cross_entropy ignores it by default
 
@@ -110,16 +110,21 @@ def encode_examples(
         return encode_sentences(examples, row.names(folder), tokenizer, max_length, row.head == "token")
     first = [example.text_a for example in examples]
     second = None if examples[0].text_b is None else [example.text_b for example in examples]
+    dataset = encode_texts(tokenizer, first, second, max_length)
     kind = np.float32 if row.regression else np.int64
-    labels = np.array([example.label for example in examples], dtype=kind)
-    if not tokenizer.typed:
-        dataset = dataset_of(tokenizer.encode_batch(first, second, max_length), labels)
-    else:
-        encoded, begins = tokenizer.encode_typed(first, second, max_length)
-        dataset = replace(dataset_of(encoded, labels), second=np.asarray(begins, dtype=np.int64))
+    dataset.labels = np.array([example.label for example in examples], dtype=kind)
     if "ndcg" in row.metrics:
         dataset.queries = query_numbers(examples)
     return dataset
+
+
+def encode_texts(tokenizer: Encoder, first: list[str], second: list[str] | None, max_length: int) -> Dataset:
+    """Texts or pairs -> Dataset, with token types if the tokenizer has them. All labels are 0."""
+    none = np.zeros(len(first), dtype=np.int64)
+    if not tokenizer.typed:
+        return dataset_of(tokenizer.encode_batch(first, second, max_length), none)
+    encoded, begins = tokenizer.encode_typed(first, second, max_length)
+    return replace(dataset_of(encoded, none), second=begins, pad=tokenizer.pad_id)
 
 
 def query_numbers(examples: list[Example]) -> np.ndarray:
@@ -193,10 +198,10 @@ def dataset_of(
 def cache_path(task, split, language, folder, tokenizer, max_length, limit) -> str | None:
     """The file of an encoding. None if a data file is missing: load() will say so."""
     row = find_task(task)
-    # The ids of a joint task depend on the names in the files of every split.
+    # Ids of labels may depend on the names in the files of every split.
     sources = [
         os.path.abspath(path)
-        for each in ((split,) if row.names is None else row.files)
+        for each in ((split,) if row.names is None and row.labels_of is None else row.files)
         for path in file_paths(row, folder, each)
     ]
     if not all(map(os.path.isfile, file_paths(row, folder, split))):
@@ -206,7 +211,16 @@ def cache_path(task, split, language, folder, tokenizer, max_length, limit) -> s
     key += (tokenizer.sha256, tokenizer.typed, max_length, limit, code)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     safe = re.sub(r"[^A-Za-z0-9-]", "_", language)[:20]  # it may come from a file
-    return os.path.join(CACHE_DIR, f"{task}-{split}-{safe}-{digest}.npz")
+    return os.path.join(cache_dir(), f"{task}-{split}-{safe}-{digest}.npz")
+
+
+def cache_dir() -> str:
+    """The folder that the variable SDQ_CACHE names, .cache here, or the user's if this checkout can't be written."""
+    if given := os.environ.get("SDQ_CACHE"):
+        return given
+    if os.access(os.path.dirname(CACHE_DIR), os.W_OK):
+        return CACHE_DIR
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sdq")
 
 
 def file_state(path: str) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@
     load("xnli", "dev", "sw", folder)     -> list of Example, Swahili
     load("stsb", "test", "en", folder)    -> list of Example, whose labels are numbers
     load("atis", "train", "en", folder)   -> list of Sentence: words, their tags, an intent
+    load("tsv", "train", "de", folder)    -> list of Example, from your own train.tsv
 
 XNLI's protocol is zero-shot transfer: train on English, choose the epoch on English dev, test on every language. It is
 also that of XGLUE's other tasks, which have a file for each language (data/xglue.py). The others are English: GLUE's
@@ -14,8 +15,8 @@ A row holds all that differs between tasks. docs/extending.md adds one.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -42,12 +43,13 @@ class Task:
     files: dict[str, tuple[str, ...]]  # split -> the files it is read from, under task_folder()
     fetch: str  # the command that brings the files, or tells where they come from
     labels: tuple[str, ...] = ()  # names of the classes by id; of a regression: of the number
+    labels_of: Callable[[str], tuple[str, ...]] | None = None  # in place of `labels`, if only the files know
     # The names of tags; those of a joint task, which only its files know.
     names: Callable[[str], Names] | None = None
     # (folder, split) -> {language: file}, in place of `files`, if each language has a file.
     find: Callable[[str, str], dict[str, str]] | None = None
     languages: tuple[str, ...] | None = ("en",)  # the test sets; None: those in the test files
-    train_language: str = "en"
+    train_language: str = "en"  # "": find_task is told
     together: int = 1  # rows of dev and test that belong together: a sample takes all of them or none
     zero_shot: bool = False  # whether reports give the mean over all but the train language
     metrics: tuple[str, ...] = ("accuracy",)  # keys of an evaluation; their mean is its "score"
@@ -105,10 +107,27 @@ def selection_splits(task: Task, eval_split: str) -> tuple[str, str]:
     return "train", "dev"
 
 
-def find_task(name: str) -> Task:
+def find_task(name: str, train_language: str | None = None) -> Task:
+    """The row of a task.  train_language: of a task whose files decide it."""
     if name not in TASKS:
         raise UserError(f"unknown task {name!r}; known: {' '.join(TASKS)}")
-    return TASKS[name]
+    return replace(TASKS[name], train_language=train_language) if train_language else TASKS[name]
+
+
+def match_labels(own: list[str], labels: tuple[str, ...]) -> list[int] | None:
+    """For each label of a task its index among a model's classes: by name, or by position where the names of one of
+    them say nothing (LABEL_0, or plain numbers). None if the model has other classes.
+
+    >>> match_labels(["CONTRADICTION", "entailment"], ("entailment", "contradiction"))
+    [1, 0]
+    """
+    if len(own) != len(labels):
+        return None
+    theirs, ours = (["".join(filter(str.isalnum, name.casefold())) for name in names] for names in (own, labels))
+    if len(set(ours)) == len(ours) and set(theirs) == set(ours):
+        return [theirs.index(name) for name in ours]
+    nameless = any(all(name.removeprefix("label").isdecimal() for name in names) for names in (theirs, ours))
+    return list(range(len(own))) if nameless or len(own) == 1 else None
 
 
 def languages_of(task: Task, folder: str, split: str) -> tuple[str, ...]:
@@ -278,6 +297,58 @@ def xglue_task(name: str) -> Task:
     )
 
 
+# ------------------------------------------------------------------------------------ your own rows
+OWN_COLUMNS = ("text", "label")
+MOST_CLASSES = 1000
+
+
+def own_rows(folder: str, split: str) -> Iterator[tuple[str, str, str, str | None, str]]:
+    """(file and line, text, label, second text or None, language) of DIR/train.tsv, dev.tsv or test.tsv, whose first
+    line names its columns: text, label, and optionally text2 and language.
+    """
+    path = os.path.join(folder, f"{split}.tsv")
+    for number, (text, label, second, language) in read_tsv(path, OWN_COLUMNS, "", optional=("text2", "language")):
+        where = f"{path}, line {number}"
+        for name, cell in (("text", text), ("label", label), ("language", language)):
+            if cell is not None and not cell.strip():
+                raise UserError(f"{where}: the {name} is empty")
+        yield where, text, label, second, language or "all"
+
+
+@lru_cache(maxsize=4)
+def own_labels(folder: str) -> tuple[str, ...]:
+    """The classes of train.tsv: in the order of their numbers, or of the alphabet."""
+    found = {label for _, _, label, _, _ in own_rows(folder, "train")}
+    if not 2 <= len(found) <= MOST_CLASSES:
+        what = "many classes: are its labels numbers to predict? Only classes can be learned" if found else "classes"
+        raise UserError(
+            f"{folder}/train.tsv has {len(found):,} {what}" if len(found) != 1 else f"{folder}/train.tsv has one class"
+        )
+    return tuple(sorted(found, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name)))
+
+
+@lru_cache(maxsize=4)
+def read_own(folder: str, split: str) -> dict[str, list[Example]]:
+    ids = {label: i for i, label in enumerate(own_labels(folder))}
+    found: dict[str, list[Example]] = {}
+    for where, text, label, second, language in own_rows(folder, split):
+        if label not in ids:
+            raise UserError(f"{where}: unknown label {label[:50]!r}; train.tsv has {' '.join(ids)[:200]}")
+        found.setdefault(language, []).append(Example(text, second, ids[label]))
+    if not found:
+        raise UserError(f"{folder}/{split}.tsv has no rows")
+    return found
+
+
+def own_language(folder: str, wanted: str | None) -> str:
+    """The language to train on: as wanted, the only one of train.tsv, or English."""
+    known = list(read_own(folder, "train"))
+    chosen = wanted or (known[0] if len(known) == 1 else "en")
+    if chosen not in known:
+        raise UserError(f"train.tsv has no language {chosen!r}: choose --train-language from {' '.join(known)[:200]}")
+    return chosen
+
+
 TASKS = {
     "xnli": Task(
         name="xnli",
@@ -298,4 +369,17 @@ TASKS = {
     "snips": joint_task("snips"),
     **{name: glue_task(name) for name in GLUE},
     **{name: xglue_task(name) for name in XGLUE},
+    "tsv": Task(
+        name="tsv",
+        head="sequence",
+        read=read_own,
+        files={split: (f"{split}.tsv",) for split in SPLITS},
+        fetch="",
+        labels_of=own_labels,
+        languages=None,
+        train_language="",
+        zero_shot=True,
+        columns={"accuracy": "accuracy"},
+        models=("xlmr-base",),
+    ),
 }

@@ -90,13 +90,13 @@ class Tokenizer(Encoder):
 
     @staticmethod
     def from_payload(payload: dict, path: str, vocab_size: int) -> Encoder:
-        """The tokenizer (of any kind) of a checkpoint's dictionary, which must fit the model's vocabulary."""
+        """The tokenizer (of any kind) of a checkpoint's dictionary, whose ids must fit into the model's table."""
         stored = payload.get("tokenizer")
         try:
             tokenizer = load_tokenizer(stored.numpy().tobytes(), path)
         except (AttributeError, TypeError):
             raise UserError(f"{path} holds no tokenizer: convert it again") from None
-        if tokenizer.vocab_size != vocab_size:
+        if tokenizer.vocab_size > vocab_size:  # a table may have reserved rows
             raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its model {vocab_size:,}")
         return tokenizer
 

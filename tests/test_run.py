@@ -32,7 +32,7 @@ from run import (
 
 
 def packed(tmp_path, out):
-    return read_checkpoint(str(tmp_path / out / "student.pt"), "sdq-student-4")["packed"]
+    return read_checkpoint(str(tmp_path / out / "student.pt"), "sdq-student-5")["packed"]
 
 
 def steps_of(tmp_path, out="run"):

@@ -47,11 +47,11 @@ def test_every_row_is_complete(name):
     assert task.name == name and task.head in HEADS and set(task.files) == {"train", "dev", "test"}
     languages = task.languages or (task.train_language,)  # None: those in its files
     assert task.train_language in languages and len(set(languages)) == len(languages)
-    assert bool(task.labels) + bool(task.names) == 1 + (task.head == "token")
+    assert bool(task.labels or task.labels_of) + bool(task.names) == 1 + (task.head == "token")
     joint = {"accuracy", "exact", *slot_scores([["O"]], [["O"]])}
     keys = joint if task.head == "joint" else {"accuracy", "precision", *METRICS}
     assert {*task.metrics, *task.columns.values()} <= keys and task.columns
-    assert task.zero_shot == (name in ("xnli", *XGLUE))  # of mnli, both tests are in the training language
+    assert task.zero_shot == (name in ("xnli", "tsv", *XGLUE))  # of mnli, both tests are in the training language
     if task.sample:
         assert os.path.isdir(os.path.join(ROOT, "data", task.sample)) and task.real_thing
 

@@ -29,7 +29,7 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
 from common import UserError, exit_status, flag, markdown_table
 from config import METHODS, NOT_COMPARED, TrainConfig
 from data.metrics import spearman
-from data.tasks import TASKS, Task
+from data.tasks import TASKS, Task, find_task
 from run import compared_score, recovered_percent, summarize_languages
 
 PEERS = ("onnxruntime", "openvino")  # added by tools/peers.py
@@ -66,7 +66,7 @@ def read_runs(patterns: list[str]) -> list[dict]:
         with valid_file(path, "a results.json of train.py"):
             with open(path, encoding="utf-8") as file:
                 run = json.load(file)
-            task = TASKS[run["config"]["task"]]
+            task = find_task(TASKS[run["config"]["task"]].name, run["config"].get("train_language"))
             run["config"]["seed"], run["config"]["bits"], [*run["methods"]][0]  # must be there
             run |= {"path": path, "task": task, "config": current_options(run["config"])}
             for method, row in run["methods"].items():
@@ -108,7 +108,7 @@ def check_comparable(runs: list[dict]) -> None:
     seen = {}
     for i, run in enumerate(runs):
         config, before = run["config"], runs[:i]
-        same_task = [other for other in before if other["task"] is run["task"]]
+        same_task = [other for other in before if other["task"] == run["task"]]
         is_joint = run["task"].head == "joint"
         same = ["bits", *([] if is_joint else VARIANTS)]  # what one --student-lr is for
         same_width = [other for other in same_task if all(other["config"][k] == config[k] for k in same)]
@@ -211,7 +211,8 @@ def scores_table(runs: list[dict]) -> str:
     "recovered" compares means over the tasks, for each seed that has them all.
     """
     groups = group_runs(runs)
-    tasks = [task for task in TASKS.values() if any(run["task"] is task for run in runs)]
+    there = {run["task"].name: run["task"] for run in runs}
+    tasks = [there[name] for name in TASKS if name in there]
     means = {label: mean_over_tasks(rows, tasks) for label, rows in groups.items()}
     lines = []
     for label, rows in groups.items():

@@ -1,0 +1,278 @@
+"""Folders as today's tools write them: each kind converts to what transformers computes, or is named in one line; a
+classifier keeps its head; an exported student comes back. golden_folder: make_golden_folder.py.
+"""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, TOKENIZER
+
+import convert
+import train
+from checkpoint import float_model, load_checkpoint, read_checkpoint, read_student
+from data.tasks import NLI_LABELS, match_labels
+from data.tokenizer import load_tokenizer
+from data.tokenizer_json import read_tokenizer_json
+
+FOLDER = os.path.join(ROOT, "tests", "golden_folder")
+BERT = os.path.join(ROOT, "tests", "golden_bert")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(FOLDER, tmp_path / "hf")
+
+
+def converted(folder, name="small"):
+    out = os.path.join(os.path.dirname(folder), f"{name}.pt")
+    assert convert.main([name, "--from", str(folder), "--out", out]) == 0
+    return out
+
+
+def error_of(folder, capsys):
+    out = os.path.join(os.path.dirname(folder), "no.pt")
+    assert convert.main(["no", "--from", str(folder), "--out", out]) == 2 and not os.path.exists(out)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def write(path, **changes):
+    settings = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(settings))
+
+
+# ------------------------------------------------------------------- what transformers 5 writes
+def test_hidden_states_and_logits_are_those_of_transformers(folder):
+    """Shards, tokenizer.json alone, reserved rows, a BERT that pads with 1."""
+    model = load_checkpoint(converted(folder))
+    assert (model.config.vocab_size, model.config.pad_id, model.config.position_offset) == (416, 1, 0)
+    expected = np.load(os.path.join(FOLDER, "expected.npz"))
+    mask = torch.from_numpy(expected["mask"])
+    logits, taps = model(torch.from_numpy(expected["ids"]), mask, capture=("hidden",))
+    for ours, theirs in zip(taps["hidden"], expected["hidden"], strict=True):
+        torch.testing.assert_close(ours[mask], torch.from_numpy(theirs)[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, torch.from_numpy(expected["logits"]), atol=1e-5, rtol=1e-5)
+
+
+def test_ids_of_a_unigram_tokenizer_json(folder):
+    payload = read_checkpoint(converted(folder))
+    tokenizer = load_tokenizer(payload["tokenizer"].numpy().tobytes())
+    with open(os.path.join(FOLDER, "tokens.json"), encoding="utf-8") as file:
+        cases = json.load(file)
+    marks = ("<", "\x00", "\ufffd")  # special tokens in a text, and two characters that SentencePiece treats as spaces
+    kept = [case for case in cases if not any(mark in f"{case[0]}{case[1]}" for mark in marks)]
+    assert len(kept) > 0.9 * len(cases)
+    for first, second, length, ids in kept:
+        assert tokenizer.encode(first, second, length) == ids, first
+
+
+def test_ids_of_a_wordpiece_tokenizer_json():
+    tokenizer = read_tokenizer_json(os.path.join(FOLDER, "wordpiece.json"))
+    with open(os.path.join(BERT, "tokens.json"), encoding="utf-8") as file:
+        cases = [case for case in json.load(file) if case[0]]
+    for _, first, second, length, ids, _ in cases:
+        assert tokenizer.encode(first, second, length) == ids
+    with open(os.path.join(BERT, "vocab.txt"), encoding="utf-8", newline="\n") as file:
+        assert tokenizer.pieces == file.read().splitlines()
+
+
+def test_other_tokenizers_are_named(folder, capsys):
+    path = folder / "tokenizer.json"
+    good = json.loads(path.read_text())
+
+    def changed(part, **values):
+        path.write_text(json.dumps({**good, part: {**(good[part] or {}), **values}}))
+        return error_of(folder, capsys)
+
+    assert "is a BPE tokenizer" in changed("model", type="BPE")
+    assert "is a WordLevel tokenizer" in changed("model", type="WordLevel")
+    assert '"Lowercase"' in changed("normalizer", type="Lowercase")
+    assert "ByteLevel" in changed("pre_tokenizer", type="ByteLevel")
+    assert "<s> <pad> </s> <unk>" in changed("model", vocab=[["a", 0.0]] * 400)
+    assert "<s> <pad> </s> <unk>" in changed("model", byte_fallback=True)
+    for text in ("{", "[]", "{}", '{"model": 3}', '{"model": {"type": "Unigram", "vocab": [[]]}}', "\xff"):
+        path.write_text(text, encoding="latin-1")
+        assert "is damaged" in error_of(folder, capsys) or "BPE" in text
+    for name, values in (("do_lower", {"lowercase": "yes"}), ("accents", {"strip_accents": False})):
+        with open(os.path.join(FOLDER, "wordpiece.json"), encoding="utf-8") as file:
+            settings = json.load(file)
+        settings["normalizer"] |= values
+        path.write_text(json.dumps(settings))
+        assert "the normalizer" in error_of(folder, capsys), name
+    path.unlink()
+    (folder / "merges.txt").write_text("a b\n")
+    assert "has a BPE tokenizer" in error_of(folder, capsys)
+
+
+# ------------------------------------------------------------------------------ places and names
+def test_root_of_a_cache(folder, tmp_path):
+    expected = read_checkpoint(converted(folder))["tensors"]
+    root = tmp_path / "models--someone--model"
+    shutil.copytree(folder, root / "snapshots" / "0a1b")
+    again = read_checkpoint(converted(root, "again"))["tensors"]
+    assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
+
+
+def test_shards_are_checked(folder, capsys):
+    path = folder / "model.safetensors.index.json"
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    assert "has no model-00002-of-00003.safetensors" in error_of(folder, capsys)
+    for weight_map in ({"x": "../evil.safetensors"}, {"x": 3}, {}, 3):
+        write(path, weight_map=weight_map)
+        assert "names no files beside it" in error_of(folder, capsys)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "0.auto_model."])
+def test_names_with_a_prefix(folder, prefix):
+    expected = read_checkpoint(converted(folder))["tensors"]
+    tensors = convert.read_weights(str(folder))
+    for name in os.listdir(folder):
+        if "safetensors" in name:
+            (folder / name).unlink()
+    wrapped = {prefix + key: tensor.clone() for key, tensor in tensors.items()}
+    torch.save({"state_dict": wrapped, "epoch": 3}, folder / "pytorch_model.bin")
+    again = read_checkpoint(converted(folder, "again"))["tensors"]
+    assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
+
+
+# --------------------------------------------------------------------------------- true mistakes
+def test_unfetched_files_are_called_so(folder, capsys):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name in ("tokenizer.json", "model-00001-of-00003.safetensors", "model.safetensors", "sentencepiece.bpe.model"):
+        there = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).write_text(pointer)
+        error = error_of(folder, capsys)
+        assert name in error and "is a Git LFS pointer" in error
+        (folder / name).unlink()
+        if there is not None:
+            (folder / name).write_bytes(there)
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "mpnet", "electra", "deberta-v2"])
+def test_other_architectures_are_named_before_files_are_missed(tmp_path, capsys, kind):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    assert f"model_type is '{kind}'" in error_of(folder, capsys)
+
+
+def test_quantized_and_non_finite_weights(folder, capsys):
+    tensors = convert.read_weights(str(folder))
+    for name in os.listdir(folder):
+        if "safetensors" in name:
+            (folder / name).unlink()
+    key, path = "bert.encoder.layer.1.output.dense.weight", folder / "pytorch_model.bin"
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        torch.save({**tensors, key: tensors[key].to(dtype)}, path)
+        assert f"is {dtype}, not a float" in error_of(folder, capsys)
+    for value in (float("nan"), float("inf")):
+        damaged = tensors[key].clone()
+        damaged[3, 2] = value
+        torch.save({**tensors, key: damaged}, path)
+        assert "not finite" in error_of(folder, capsys)
+
+
+def test_a_sound_safetensors_file_of_integers(tmp_path):
+    header = {"x": {"dtype": "I8", "shape": [3], "data_offsets": [0, 3]}}
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes((1, 2, 255)))
+    assert convert.read_safetensors(str(path))["x"].tolist() == [1, 2, -1]
+
+
+def test_byte_order_marks(folder):
+    path = folder / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    converted(folder)
+
+
+# ------------------------------------------------------------------------- fine-tuned classifiers
+def test_labels_are_matched_by_name():
+    labels = ("not_entailment", "entailment")
+    assert match_labels(["ENTAILMENT", "Not entailment"], labels) == [1, 0]
+    assert match_labels(["LABEL_0", "LABEL_1"], labels) == [0, 1]  # says nothing: by position
+    assert match_labels(["negative", "positive"], ("0", "1")) == [0, 1]
+    assert match_labels(["1", "0"], ("0", "1")) == [1, 0]
+    assert match_labels(["negative", "positive"], labels) is None
+    assert match_labels(["a", "b", "c"], labels) is None
+    assert match_labels(["нет", "да"], ("да", "нет")) == [1, 0]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+def test_a_fine_tuned_classifier_is_the_teacher(folder, tmp_path, capsys, order):
+    """As float32 row of the report, without training, in two orders of labels."""
+    names = ["contradiction", "entailment", "neutral"]
+    names = [names[i] for i in order]
+    write(folder / "config.json", id2label=dict(enumerate(names)))
+    model = converted(folder)
+    sample = os.path.join(ROOT, "tests", "sample")
+    common = ["--task", "xnli", "--data-dir", sample, "--model", model, "--epochs", "0", "--student-steps", "2"]
+    common += ["--max-length", "32", "--out", str(tmp_path / "run")]
+    assert train.main([*common, "--methods", "fp32", "sdq"]) == 0
+    assert "is kept: " in capsys.readouterr().out
+    with open(tmp_path / "run" / "results.json") as file:
+        row = json.load(file)["methods"]["fp32"]
+    student = read_student(str(tmp_path / "run" / "student.pt"))
+    assert student.notes["labels"].split("\t") == list(NLI_LABELS)
+    # Against the model as it stands, whose labels are compared by name.
+    plain, correct = load_checkpoint(model), 0
+    tokenizer = load_tokenizer(read_checkpoint(model)["tokenizer"].numpy().tobytes())
+    with open(os.path.join(sample, "XNLI-1.0", "xnli.test.tsv"), encoding="utf-8") as file:
+        rows = [line.split("\t") for line in file.read().splitlines()[1:]]
+    for _, gold, first, second, _ in rows:
+        logits, _ = plain(torch.tensor([tokenizer.encode(first, second, 32)]))
+        correct += names[int(logits.argmax())] == gold
+    assert sum(each["correct"] for each in row["languages"].values()) == correct
+
+
+def test_other_heads_are_replaced_with_a_word(folder, tmp_path, capsys):
+    write(folder / "config.json", id2label={"0": "bad", "1": "fair", "2": "good"})
+    model = converted(folder)
+    sample = os.path.join(ROOT, "tests", "sample")
+    common = ["--task", "xnli", "--data-dir", sample, "--model", model, "--max-length", "32", "--methods", "fp32"]
+    assert train.main([*common, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
+    assert "sequence head for bad, fair, good: xnli gets a new one" in capsys.readouterr().out
+    assert train.main([*common, "--epochs", "0", "--out", str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert "has no head of classes for xnli" in error and not os.path.exists(tmp_path / "none")
+
+
+# ------------------------------------------------------------------------------------- exporting
+@pytest.mark.parametrize("kind", ["roberta", "bert", "sentencepiece"])
+def test_an_exported_student_comes_back(tmp_path, capsys, kind):
+    source = {"roberta": os.path.join(GOLDEN, "seq"), "bert": BERT, "sentencepiece": FOLDER}[kind]
+    folder = shutil.copytree(source, tmp_path / "hf")
+    if kind == "roberta":
+        shutil.copy(TOKENIZER, folder)
+    model, sample = converted(folder), os.path.join(ROOT, "tests", "sample")
+    common = [
+        "--task",
+        "xnli",
+        "--data-dir",
+        sample,
+        "--model",
+        model,
+        "--max-length",
+        "32",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert train.main([*common, "--steps", "2", "--bits", "4", "--methods", "qat"]) == 0
+    student, target = str(tmp_path / "run" / "student.pt"), tmp_path / "exported"
+    assert convert.main(["--export", student, str(target)]) == 0
+    again = load_checkpoint(converted(target, "again"))
+    read = read_student(student)
+    expected = float_model(read._replace(quant=read.quant)).state_dict()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in again.state_dict().items())
+    settings = json.loads((target / "config.json").read_text())
+    assert settings["id2label"] == {str(i): name for i, name in enumerate(NLI_LABELS)}
+    payload = read_checkpoint(str(tmp_path / "again.pt"))
+    assert payload["tokenizer"].numpy().tobytes() == read.vocabulary.numpy().tobytes()
+    capsys.readouterr()
+    assert convert.main(["--export", student, str(target)]) == 2
+    assert "holds a model already" in capsys.readouterr().err
