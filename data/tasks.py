@@ -318,11 +318,12 @@ def own_rows(folder: str, split: str) -> Iterator[tuple[str, str, str, str | Non
 @lru_cache(maxsize=4)
 def own_labels(folder: str) -> tuple[str, ...]:
     """The classes of train.tsv: in the order of their numbers, or of the alphabet."""
-    found = {label for _, _, label, _, _ in own_rows(folder, "train")}
-    if not 2 <= len(found) <= MOST_CLASSES:
-        what = "many classes: are its labels numbers to predict? Only classes can be learned" if found else "classes"
+    found, path = {label for _, _, label, _, _ in own_rows(folder, "train")}, f"{folder}/train.tsv"
+    if len(found) < 2:
+        raise UserError(f"{path} has {'one class' if found else 'no rows'}: there is nothing to learn")
+    if len(found) > MOST_CLASSES:
         raise UserError(
-            f"{folder}/train.tsv has {len(found):,} {what}" if len(found) != 1 else f"{folder}/train.tsv has one class"
+            f"{path} has {len(found):,} classes: are its labels numbers to predict? Only classes are learned"
         )
     return tuple(sorted(found, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name)))
 

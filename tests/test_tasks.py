@@ -24,6 +24,9 @@ from data.tasks import (
     find_task,
     languages_of,
     load,
+    own_labels,
+    own_language,
+    read_own,
     read_xnli,
     selection_splits,
     task_folder,
@@ -212,3 +215,72 @@ def test_reported_rows_do_not_select_the_epoch():
     assert selection_splits(find_task("xnli"), "test") == ("train", "dev")
     assert selection_splits(find_task("xnli"), "dev") == ("rest", "held-out")
     assert selection_splits(find_task("stsb"), "dev") == ("train", "dev")  # dev is a part of train.tsv there
+
+
+# ------------------------------------------------------------------------------------ your own rows
+OWN = {
+    "train": [("gut gut", "very good", "de"), ("schlecht", "bad", "de")] * 20,
+    "dev": [("gut", "very good", "de"), ("schlecht gut", "bad", "de"), ("bon", "very good", "fr")],
+    "test": [("gut schlecht", "very good", "de"), ("nul", "bad", "fr"), ("bon", "very good", "fr")],
+}
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder of train.tsv, dev.tsv and test.tsv in two languages, and a function that writes one of them."""
+
+    def write(split, rows, header=("text", "label", "language")):
+        text = "".join("\t".join(row) + "\n" for row in [header, *rows])
+        (tmp_path / f"{split}.tsv").write_text(text, encoding="utf-8")
+        own_labels.cache_clear()
+        read_own.cache_clear()
+
+    for split, rows in OWN.items():
+        write(split, rows)
+    return tmp_path, write
+
+
+def test_own_rows(own):
+    folder, write = own
+    assert own_labels(str(folder)) == ("bad", "very good") and own_language(str(folder), None) == "de"
+    assert load("tsv", "test", "fr", str(folder)) == [Example("nul", None, 0), Example("bon", None, 1)]
+    assert languages_of(find_task("tsv", "de"), str(folder), "test") == ("de", "fr")
+    # numbers in their order, a second text, no language
+    write("train", [("2", "10", "b"), ("a", "9", "")], ("text", "label", "text2"))
+    assert own_labels(str(folder)) == ("9", "10") and own_language(str(folder), None) == "all"
+    assert load("tsv", "train", "all", str(folder)) == [Example("2", "b", 1), Example("a", "", 0)]
+    write("train", [("a", "x", "de"), ("b", "y", "en"), ("c", "y", "fr")])
+    assert own_language(str(folder), None) == "en" and own_language(str(folder), "fr") == "fr"
+
+
+def test_mistakes_in_own_rows_name_file_and_line(own):
+    folder, write = own
+
+    def error(split="train"):
+        with pytest.raises(UserError) as info:
+            read_own(str(folder), split)
+        return str(info.value)
+
+    write("dev", [("a", "bad", "de"), ("b", "worse", "de")])
+    assert f"{folder}/dev.tsv, line 3: unknown label 'worse'; train.tsv has bad very good" in error("dev")
+    write("test", [("a", "bad", "de"), (" ", "bad", "de")])
+    assert "test.tsv, line 3: the text is empty" in error("test")
+    write("test", [("a", "bad", "de", "x")])
+    assert "test.tsv, line 2: 4 columns, the header has 3" in error("test")
+    write("test", [])
+    assert "test.tsv has no rows" in error("test")
+    write("train", OWN["train"], ("text", "class", "language"))
+    assert "train.tsv, line 1: no column 'label'; it has: text class language" in error()
+    write("train", [("a", "x", "de")] * 3)
+    assert "train.tsv has one class" in error()
+    write("train", [(f"a {i}", f"{i}.5", "de") for i in range(1001)])
+    assert "train.tsv has 1,001 classes: are its labels numbers to predict?" in error()
+    (folder / "train.tsv").write_text("")
+    assert "train.tsv, line 1: no column 'text'" in error()
+    (folder / "train.tsv").write_bytes(b"text\tlabel\n\xff\tbad\n")
+    assert "train.tsv is not UTF-8 text" in error() and "fetch" not in error()
+    (folder / "train.tsv").unlink()
+    assert error() == f"no file {folder}/train.tsv: name its folder with --data-dir"
+    write("train", [("a", "x", "de"), ("b", "y", "fr")])
+    with pytest.raises(UserError, match="no language 'en': choose --train-language from de fr"):
+        own_language(str(folder), None)
