@@ -78,6 +78,11 @@ PRESETS = {
     "infoxlm-base": ModelConfig(),  # the same architecture, other weights (Chi et al. 2021)
     "bert-base": BERT,
     "minilm": replace(BERT, hidden_size=384, num_layers=6, ffn_size=1536),  # all-MiniLM-L6-v2
+    # BERT's shape with XLM-R's tokenizer, 250,002 ids and 35 rows that are not used
+    **dict.fromkeys(
+        ("multilingual-minilm", "multilingual-e5-small", "paraphrase-multilingual-minilm"),
+        replace(BERT, vocab_size=250037, hidden_size=384, ffn_size=1536, pad_id=1),
+    ),
 }
 
 

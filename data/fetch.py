@@ -45,6 +45,7 @@ from data.xglue import ARCHIVE, XGLUE, official_files
 CHUNK = 1 << 20
 MAX_UNPACKED = 4 << 30  # bytes; the largest file unpacked here is under 100 MB
 TIMEOUT = 30  # seconds without a byte
+HUB = "https://huggingface.co"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class Remote:
     @property
     def name(self) -> str:
         return self.url.rsplit("/", 1)[1]
+
+    @property
+    def address(self) -> str:
+        """Where it is downloaded: at the mirror of Hugging Face that the variable HF_ENDPOINT names, if it is set."""
+        mirror = os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB
+        return mirror + self.url.removeprefix(HUB) if self.url.startswith(HUB + "/") else self.url
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,33 @@ MODELS = {
         Remote(
             _MINILM + "tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"
         ),
+    ),
+    # BERT's architecture with XLM-R's tokenizer: 12 layers, 384 wide, 100 languages. MIT; MIT; Apache 2.0.
+    "multilingual-minilm": (
+        Remote(
+            "https://huggingface.co/microsoft/Multilingual-MiniLM-L12-H384/resolve/main/pytorch_model.bin",
+            470_657_952,
+            "cce170910f4d4f3b45be025508f51ef1ad6a1de69f2d46dce7e4603ad31aaaeb",
+        ),
+        _XLMR_TOKENIZER,
+    ),
+    "multilingual-e5-small": (
+        Remote(
+            "https://huggingface.co/intfloat/multilingual-e5-small/resolve/614241f622f53c4eeff9890bdc4f31cfecc418b3/"
+            "model.safetensors",
+            470_641_600,
+            "1a55775f53449dac10a2bcbc312469fac40b96d53198c407081a831f81c98477",
+        ),
+        _XLMR_TOKENIZER,
+    ),
+    "paraphrase-multilingual-minilm": (
+        Remote(
+            "https://huggingface.co/sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2/resolve/"
+            "e8f8c211226b894fcb81acc59f3b34ba3efd5f42/model.safetensors",
+            470_641_600,
+            "eaa086f0ffee582aeb45b36e34cdd1fe2d6de2bef61f8a559a1bbc9bd955917b",
+        ),
+        _XLMR_TOKENIZER,
     ),
 }
 _LAYOUT = (
@@ -209,8 +243,9 @@ DATASETS |= {task: (glue_archive(task),) for task in _ARCHIVES}
 
 
 # ------------------------------------------------------------------------------------ downloading
-def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0) -> str:
-    """Download a file into `folder` and return its path. An existing file with the right hash is kept.
+def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0, instead: str = "") -> str:
+    """Download a file into `folder` and return its path. An existing file with the right hash is kept. instead: what
+    the user can do where there is no network.
 
     Raises UserError for a refused, cut, truncated or wrong download.
     """
@@ -229,11 +264,11 @@ def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0) ->
             if receive(remote, part):
                 break
         except urllib.error.HTTPError as error:
-            raise UserError(f"{remote.url} answered {error.code} {error.reason}") from None
+            raise UserError(f"{remote.address} answered {error.code} {error.reason}") from None
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", None) or error
             if attempt == tries - 1 and not (os.path.exists(part) and os.path.getsize(part)):
-                raise UserError(f"cannot reach {remote.url}: {cause}") from None
+                raise UserError(f"cannot reach {remote.address}: {cause}{instead}") from None
         if attempt < tries - 1:
             time.sleep(pause * 2**attempt)
     else:
@@ -256,7 +291,7 @@ def receive(remote: Remote, part: str) -> bool:
     if have:
         headers["Range"] = f"bytes={have}-"
     try:
-        response = urllib.request.urlopen(urllib.request.Request(remote.url, headers=headers), timeout=TIMEOUT)
+        response = urllib.request.urlopen(urllib.request.Request(remote.address, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:  # the server has no byte after ours
             if remote.size is None:
@@ -443,7 +478,7 @@ def contents(task: Task, folder: str, split: str) -> str:
 
 def fetch_model(name: str, folder: str) -> None:
     for remote in MODELS[name]:
-        download(remote, folder)
+        download(remote, folder, instead="; if you have the model's folder, give it with --from DIR")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,11 +14,13 @@ import zipfile
 import pytest
 from conftest import ROOT
 
+import convert
 from common import UserError
 from data import fetch
 from data.fetch import Remote, download, unpack
 from data.glue import GLUE
 from data.tasks import find_task
+from model import PRESETS
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 
@@ -183,6 +185,21 @@ def test_no_server(tmp_path):
     with pytest.raises(UserError, match="cannot reach http://127.0.0.1:9/f.bin") as error:
         get(Remote("http://127.0.0.1:9/f.bin", 10, "0" * 64), tmp_path)
     assert one_line(error) and os.listdir(tmp_path) == []
+
+
+def test_mirror(server, tmp_path, monkeypatch):
+    file = Remote(f"{fetch.HUB}/good/f.bin", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setenv("HF_ENDPOINT", server + "/")
+    assert file.address.startswith("http://127.0.0.1") and get(file, tmp_path) and (tmp_path / "f.bin").exists()
+    assert Remote("https://elsewhere.org/f.bin", 1, "0" * 64).address == "https://elsewhere.org/f.bin"
+
+
+def test_unreachable_model_can_be_given_as_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9/")
+    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
+    assert convert.main(["multilingual-e5-small", "--out", str(tmp_path / "w.pt")]) == 2
+    error = capsys.readouterr().err
+    assert "cannot reach http://127.0.0.1:9/intfloat/" in error and "--from DIR" in error and error.count("\n") == 1
 
 
 def test_existing_file_with_other_content_is_not_overwritten(server, tmp_path):
@@ -366,6 +383,6 @@ def test_pins_are_complete():
     for remotes in (fetch.XNLI, *xglue, *fetch.MODELS.values(), *glue):
         for file in remotes:
             assert file.url.startswith("https://") and re.fullmatch("[0-9a-f]{64}", file.sha256)
-    assert {name for name in fetch.MODELS} == {"xlmr-base", "infoxlm-base", "minilm"}
+    assert set(fetch.MODELS) < set(PRESETS)  # which give the shape where no config.json is downloaded
     names = {file.name for file in fetch.MODELS["minilm"]}  # what convert.py reads
     assert names == {"model.safetensors", "config.json", "vocab.txt", "tokenizer_config.json"}
