@@ -54,8 +54,11 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
         with open(temporary, mode, **text) as file:
             yield file
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         remove(temporary)
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides that of the system
+        if isinstance(cause, OSError) and cause.errno:
+            raise OSError(cause.errno, cause.strerror, path) from None
         raise
 
 

@@ -311,18 +311,18 @@ def receive(remote: Remote, part: str) -> bool:
                 os.unlink(part)
             raise UserError(f"{remote.url} holds {total:,} bytes, published are {remote.size:,}; nothing was kept")
         limit = remote.size or total or MAX_UNPACKED
-        with open(part, "ab" if have else "wb") as file:
+        with open(part, "ab" if have else "wb", buffering=0) as file:
             started, megabytes = time.monotonic(), (remote.size or total or 0) / 1e6 or None
             progress = Progress(f"{remote.name}, MB:", megabytes, have / 1e6)
             while True:
                 try:
                     chunk = response.read(CHUNK)
                 except http.client.IncompleteRead as error:  # cut in the middle: keep what came
-                    file.write(error.partial)
+                    append(file, error.partial)
                     return False
                 if not chunk:
                     break
-                file.write(chunk)
+                append(file, chunk)
                 have += len(chunk)
                 speed = (have / 1e6 - progress.first) / max(time.monotonic() - started, 1e-9)
                 progress.update(have / 1e6, f"{speed:.1f} MB/s")
@@ -334,6 +334,15 @@ def receive(remote: Remote, part: str) -> bool:
         raise UserError(f"{remote.url} sends more than the published {limit:,} bytes; nothing was kept")
     expected = remote.size if remote.size is not None else total
     return expected is None or have == expected
+
+
+def append(file: IO[bytes], data: bytes) -> None:
+    """Write all of it. Raises UserError for a full disk, which is no reason to try again."""
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError as error:
+        raise UserError(f"cannot write {file.name}: {error.strerror}") from None
 
 
 def sha256_of(path: str) -> str:

@@ -195,7 +195,7 @@ class WordPieceTokenizer(Encoder):
     def from_vocab(cls, vocab: bytes, lower: bool, source: str = "vocab.txt") -> "WordPieceTokenizer":
         """From the bytes of a vocab.txt as published. lower: the model is uncased."""
         first = f"{WORDPIECE_MAGIC} {'lower' if lower else 'cased'}\n".encode()
-        lines = vocab.replace(b"\r\n", b"\n").removesuffix(b"\n")
+        lines = vocab.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").removesuffix(b"\n")
         return cls(first + lines + b"\n", source)
 
     def encode_batch(self, a: list[str], b: list[str] | None = None, max_length: int | None = None) -> list[np.ndarray]:

@@ -5,6 +5,7 @@ import http.server
 import io
 import os
 import re
+import resource
 import shutil
 import stat
 import tarfile
@@ -200,6 +201,17 @@ def test_unreachable_model_can_be_given_as_a_folder(tmp_path, monkeypatch, capsy
     assert convert.main(["multilingual-e5-small", "--out", str(tmp_path / "w.pt")]) == 2
     error = capsys.readouterr().err
     assert "cannot reach http://127.0.0.1:9/intfloat/" in error and "--from DIR" in error and error.count("\n") == 1
+
+
+def test_full_disk_is_not_tried_again(server, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*f.bin.part: File too large") as error:
+            get(remote(server, "good/f.bin"), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert one_line(error)
 
 
 def test_existing_file_with_other_content_is_not_overwritten(server, tmp_path):

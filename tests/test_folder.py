@@ -4,12 +4,13 @@ classifier keeps its head; an exported student comes back. golden_folder: make_g
 
 import json
 import os
+import resource
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, TOKENIZER
+from conftest import GOLDEN, ROOT, SAMPLE, TOKENIZER
 
 import convert
 import train
@@ -210,8 +211,7 @@ def test_a_fine_tuned_classifier_is_the_teacher(folder, tmp_path, capsys, order)
     names = [names[i] for i in order]
     write(folder / "config.json", id2label=dict(enumerate(names)))
     model = converted(folder)
-    sample = os.path.join(ROOT, "tests", "sample")
-    common = ["--task", "xnli", "--data-dir", sample, "--model", model, "--epochs", "0", "--student-steps", "2"]
+    common = ["--task", "xnli", "--data-dir", SAMPLE, "--model", model, "--epochs", "0", "--student-steps", "2"]
     common += ["--max-length", "32", "--out", str(tmp_path / "run")]
     assert train.main([*common, "--methods", "fp32", "sdq"]) == 0
     assert "is kept: " in capsys.readouterr().out
@@ -222,7 +222,7 @@ def test_a_fine_tuned_classifier_is_the_teacher(folder, tmp_path, capsys, order)
     # Against the model as it stands, whose labels are compared by name.
     plain, correct = load_checkpoint(model), 0
     tokenizer = load_tokenizer(read_checkpoint(model)["tokenizer"].numpy().tobytes())
-    with open(os.path.join(sample, "XNLI-1.0", "xnli.test.tsv"), encoding="utf-8") as file:
+    with open(os.path.join(SAMPLE, "XNLI-1.0", "xnli.test.tsv"), encoding="utf-8") as file:
         rows = [line.split("\t") for line in file.read().splitlines()[1:]]
     for _, gold, first, second, _ in rows:
         logits, _ = plain(torch.tensor([tokenizer.encode(first, second, 32)]))
@@ -233,13 +233,36 @@ def test_a_fine_tuned_classifier_is_the_teacher(folder, tmp_path, capsys, order)
 def test_other_heads_are_replaced_with_a_word(folder, tmp_path, capsys):
     write(folder / "config.json", id2label={"0": "bad", "1": "fair", "2": "good"})
     model = converted(folder)
-    sample = os.path.join(ROOT, "tests", "sample")
-    common = ["--task", "xnli", "--data-dir", sample, "--model", model, "--max-length", "32", "--methods", "fp32"]
+    common = ["--task", "xnli", "--data-dir", SAMPLE, "--model", model, "--max-length", "32", "--methods", "fp32"]
     assert train.main([*common, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
     assert "sequence head for bad, fair, good: xnli gets a new one" in capsys.readouterr().out
     assert train.main([*common, "--epochs", "0", "--out", str(tmp_path / "none")]) == 2
     error = capsys.readouterr().err
     assert "has no head of classes for xnli" in error and not os.path.exists(tmp_path / "none")
+
+
+# ------------------------------------------------------------------------------------- full disks
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 20,000 bytes, as if the disk were full then."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line(folder, tmp_path, capsys, full_disk):
+    (tmp_path / "w.pt").write_bytes(b"what was there")
+    small = ["--data-dir", SAMPLE, "--steps", "1", "--max-length", "32", "--device", "cpu"]
+    for program, arguments in (
+        (convert, ["small", "--from", str(folder), "--out", str(tmp_path / "w.pt")]),
+        (train, [*small, "--task", "xnli", "--model", "mini", "--out", str(tmp_path / "run")]),
+    ):
+        assert program.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.splitlines()[-1].startswith("error: ") and "File too large" in error and "Traceback" not in error
+    assert (tmp_path / "w.pt").read_bytes() == b"what was there"
+    assert not [name for _, _, names in os.walk(tmp_path) for name in names if name.endswith(".part")]
 
 
 # ------------------------------------------------------------------------------------- exporting
@@ -249,12 +272,12 @@ def test_an_exported_student_comes_back(tmp_path, capsys, kind):
     folder = shutil.copytree(source, tmp_path / "hf")
     if kind == "roberta":
         shutil.copy(TOKENIZER, folder)
-    model, sample = converted(folder), os.path.join(ROOT, "tests", "sample")
+    model = converted(folder)
     common = [
         "--task",
         "xnli",
         "--data-dir",
-        sample,
+        SAMPLE,
         "--model",
         model,
         "--max-length",
