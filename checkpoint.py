@@ -15,14 +15,19 @@ float32 scale per row, or one scale for a core of a tensor train. Fake quantizat
 of that would be full-size. Packed, 8 bits take one byte per weight, 4 bits two weights per byte, 2 bits four (3, 5, 6
 and 7 bits likewise without gaps). Product quantization has a byte per block and float16 centroids instead (pq.py).
 
-Files may come from anywhere. Every config is checked, and every tensor is compared with the shape that the config
-requires and must store its elements, before a model is filled with it.
+Files may come from anywhere. Before anything is unpickled, the checksums of the archive are compared and its pickle is
+scanned: it may name plain tensors and nothing else, and allocates no more than the file holds. Then every config is
+checked, and every tensor is compared with the shape that the config requires and must store its elements, finite ones,
+before a model is filled with it.
 """
 
+import io
 import os
 import pickle
+import pickletools
+import zipfile
 from dataclasses import asdict, fields
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +42,7 @@ from quant import FixedQuantizer, QuantConfig, WeightQuantizer, dequantize
 from tt import TensorTrain, TTConfig, tensorize
 
 WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")  # of convert.py
+TEACHERS = "teachers"  # the folder of those that train.py keeps
 CHECKPOINT_FORMAT, STUDENT_FORMAT = "sdq-checkpoint-1", "sdq-student-5"
 WORDS = "encoder.embeddings.word.weight"
 CHUNK = 1 << 22  # weights packed at a time: XLM-R's embedding table alone has 192 million
@@ -112,15 +118,60 @@ def check_config(config: ModelConfig) -> ModelConfig:
     return config
 
 
+PLAIN = {  # what a file may name
+    "collections OrderedDict",
+    "torch Size",
+    "torch.storage UntypedStorage",
+    *(f"torch._utils _rebuild_{kind}" for kind in ("tensor_v2", "tensor_v3", "parameter")),
+    *(f"torch {kind}Storage" for kind in "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()),
+    *(f"torch float8_{kind}" for kind in ("e4m3fn", "e5m2")),
+}
+MAX_PICKLE = 4 << 20  # bytes; XLM-R large's has 0.1 MB
+
+
 def load_untrusted(path: str, advice: str, mmap: bool = False) -> object:
     """torch.load that executes nothing. Raises UserError with the advice for pickled code or damage."""
     try:
+        check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         what = "holds pickled code or is no PyTorch file, and was not loaded"
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError):
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception:  # the libraries raise whatever a damaged file leads them to
         what = "is damaged or no PyTorch file"
     raise UserError(f"{path} {what}: {advice}")
+
+
+def check_archive(path: str) -> None:
+    """Raises ValueError for a damaged archive, and UnpicklingError for a pickle that names more than plain tensors.
+
+    torch.load compares no checksums, and what it unpickles could ask for any amount of memory.
+    """
+    if not zipfile.is_zipfile(path):  # the format before PyTorch 1.6: five pickles, then the numbers
+        with open(path, "rb") as file:
+            for i in range(5):
+                check_pickle(file, largest=os.path.getsize(path) if i > 2 else None)  # the first is a magic number
+        return
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        plain = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+        if not plain or len({record.filename for record in records}) < len(records) or archive.testzip():
+            raise ValueError
+        for record in records:
+            if record.filename.endswith(".pkl"):
+                if record.file_size > MAX_PICKLE:
+                    raise ValueError
+                check_pickle(io.BytesIO(archive.read(record)))
+
+
+def check_pickle(file: IO[bytes], largest: int | None = None) -> None:
+    """Read a pickle without executing it.  largest: of its integers, which may be sizes."""
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and argument not in PLAIN:
+            raise pickle.UnpicklingError(argument)
+        if largest is not None and isinstance(argument, int) and argument > largest:
+            raise ValueError
 
 
 def read_checkpoint(path: str, expected_format: str = CHECKPOINT_FORMAT) -> dict:
@@ -131,6 +182,8 @@ def read_checkpoint(path: str, expected_format: str = CHECKPOINT_FORMAT) -> dict
     advice = "make one with 'python convert.py NAME --from DIR'"
     if expected_format != CHECKPOINT_FORMAT:
         advice = "train.py writes student.pt and state.pt, run it again"
+    elif os.path.basename(os.path.dirname(os.path.abspath(path))) == TEACHERS:
+        advice = "delete it, and the next run trains it again"
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}: {advice}")
     payload = load_untrusted(path, advice, mmap=True)
@@ -144,7 +197,9 @@ def config_of(payload: dict, path: str) -> ModelConfig:
     config = payload.get("config")
     known = {field.name for field in fields(ModelConfig)}
     try:
-        if not known - {"num_slots", "tt"} <= set(config) <= known:  # those two came later
+        if (
+            not isinstance(config, dict) or not known - {"num_slots", "tt"} <= set(config) <= known
+        ):  # those two came later
             raise ValueError
         tt = config.get("tt")
         if tt is not None:
@@ -298,20 +353,12 @@ def student_payload(student: Model, config: QuantConfig, tokenizer: bytes, **not
         begin_stage(student, len(STAGES) - 1)  # nothing waits any more
         quantizers = {name: student.get_submodule(at) for name, at in quantized_weights(student).items()}
         packed = {
-            name: {
-                "assignments": quantizer.assignments.cpu(),
-                "shape": list(quantizer.shape),
-                "centroids": quantizer.centroids.detach().half().cpu(),
-            }
+            name: {"assignments": quantizer.assignments.cpu(), "centroids": quantizer.centroids.detach().half().cpu()}
             for name, quantizer in quantizers.items()
         }
     else:
         packed = {
-            name: {
-                "codes": pack(weight.codes, config.weight_bits),
-                "shape": list(weight.codes.shape),
-                "scale": weight.scale,
-            }
+            name: {"codes": pack(weight.codes, config.weight_bits), "scale": weight.scale}
             for name, weight in weight_codes(student).items()
         }
     settings = asdict(config)
@@ -349,13 +396,13 @@ def read_student(path: str) -> Student:
     payload = read_checkpoint(path, STUDENT_FORMAT)
     config = config_of(payload, path)
     try:
-        quant = QuantConfig(**{**payload["quant"], "keep": tuple(payload["quant"]["keep"])})
+        quant = quant_of(payload["quant"])
         tensors, packed = dict(payload["tensors"]), dict(payload["packed"])
         notes = {str(name): str(text) for name, text in payload["notes"].items()}
         empty = meta_model(config)
         prepare(empty, quant)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: the student checkpoint is damaged: {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: the student checkpoint is damaged: {str(error)[:200]}") from None
     wanted = quantized_weights(empty)
     shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
     weights = {}
@@ -373,24 +420,31 @@ def read_student(path: str) -> Student:
     return Student(config, quant, weights, tensors, notes, payload.get("tokenizer"))
 
 
+def quant_of(settings: dict) -> QuantConfig:
+    """The QuantConfig of a file. Raises TypeError and the like for values of other types; prepare checks the rest."""
+    quant = QuantConfig(**{**settings, "keep": tuple(settings["keep"])})
+    for field in fields(QuantConfig):
+        if type(getattr(quant, field.name)) is not type(field.default):
+            raise TypeError(f"{field.name} is {getattr(quant, field.name)!r}")
+    if not all(isinstance(name, str) for name in quant.keep):
+        raise TypeError(f"keep is {quant.keep}")
+    return quant
+
+
+def check_parts(path: str, name: str, entry: dict, sizes: dict[str, tuple], dtypes: tuple) -> list[Tensor]:
+    """The tensors of a packed weight, each of its shape and type. Raises UserError if they are not."""
+    if not isinstance(entry, dict) or set(entry) != set(sizes):
+        raise UserError(f"{path}: packed tensor {name} is damaged")
+    for (part, size), dtype in zip(sizes.items(), dtypes, strict=True):
+        check_tensors(f"{path}: {name}", {part: size}, {part: entry[part]}, (dtype,))
+    return [entry[part] for part in sizes]
+
+
 def unpack_weight(path: str, name: str, entry: dict, shape: torch.Size, quantizer: WeightQuantizer) -> Weight:
     """The integers of a packed weight, after checking its parts against what the model requires."""
-    if not isinstance(entry, dict) or set(entry) != {"codes", "shape", "scale"}:
-        raise UserError(f"{path}: packed tensor {name} is damaged")
-    packed, scale, bits = entry["codes"], entry["scale"], quantizer.bits
-    sound = (
-        list(shape) == entry["shape"]
-        and isinstance(packed, Tensor)
-        and packed.dtype == torch.uint8
-        and packed.shape == (packed_bytes(shape.numel(), bits),)
-        and stores_its_elements(packed)
-        and isinstance(scale, Tensor)
-        and scale.dtype == torch.float32
-        and scale.shape == ((shape[0], 1) if quantizer.per_row else ())
-        and bool(scale.isfinite().all())
-    )
-    if not sound:
-        raise UserError(f"{path}: packed tensor {name} does not have the shape {tuple(shape)} at {bits} bits")
+    bits, rows = quantizer.bits, (shape[0], 1) if quantizer.per_row else ()
+    sizes = {"codes": (packed_bytes(shape.numel(), bits),), "scale": rows}
+    packed, scale = check_parts(path, name, entry, sizes, (torch.uint8, torch.float32))
     codes = torch.empty(shape, dtype=torch.int8)
     flat, step = codes.view(-1), CHUNK // 8 * 8  # a multiple of 8 codes fills whole bytes
     for start in range(0, flat.numel(), step):
@@ -404,16 +458,8 @@ def unpack_weight(path: str, name: str, entry: dict, shape: torch.Size, quantize
 
 def unpack_blocks(path: str, name: str, entry: dict, shape: torch.Size, quantizer: ProductQuantizer) -> Weight:
     """The integers of a weight that was stored as blocks, after checking its parts."""
-    if not isinstance(entry, dict) or set(entry) != {"assignments", "shape", "centroids"}:
-        raise UserError(f"{path}: packed tensor {name} is damaged")
-    assignments, centroids = entry["assignments"], entry["centroids"]
-    parts = {"assignments": assignments, "centroids": centroids}
-    sizes = {"assignments": quantizer.assignments.shape, "centroids": torch.Size((CENTROIDS, quantizer.block))}
-    check_tensors(f"{path}: {name}", sizes, parts, (torch.uint8, torch.float16))
-    kinds = assignments.dtype, centroids.dtype
-    sound = kinds == (torch.uint8, torch.float16) and bool(centroids.isfinite().all())
-    if not sound or list(shape) != entry["shape"]:
-        raise UserError(f"{path}: packed tensor {name} is damaged")
+    sizes = {"assignments": quantizer.assignments.shape, "centroids": (CENTROIDS, quantizer.block)}
+    assignments, centroids = check_parts(path, name, entry, sizes, (torch.uint8, torch.float16))
     quantizer.to_empty(device="cpu")
     with torch.no_grad():
         quantizer.centroids.copy_(centroids)

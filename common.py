@@ -5,6 +5,7 @@ tables.
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ import torch
 
 class UserError(Exception):
     """A mistake that the user can mend: one line that says what is wrong and what to type instead."""
+
+    def __init__(self, message: str):
+        super().__init__(re.sub(r"\s*\n\s*", " ", message))  # parts of it may come from a file
 
 
 def flag(name: str) -> str:
@@ -50,8 +54,9 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{os.getpid()}.part"
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    remove(temporary)  # of a killed process with this number, or a link that was planted: "x" follows none
     try:
-        with open(temporary, mode, **text) as file:
+        with open(temporary, mode.replace("w", "x"), **text) as file:
             yield file
         os.replace(temporary, path)
     except BaseException as error:
@@ -72,7 +77,7 @@ def write_json(path: str, value: dict) -> None:
 
 
 def remove(path: str) -> None:
-    if os.path.exists(path):
+    if os.path.lexists(path):
         os.unlink(path)
 
 

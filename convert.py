@@ -219,7 +219,9 @@ def read_bin(path: str) -> dict[str, Tensor]:
     tensors = load_untrusted(path, "use model.safetensors, or fetch it again")
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):  # a training library's file
         tensors = tensors["state_dict"]
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
+    ):
         raise UserError(f"{path} is not a dictionary of tensors")
     return tensors
 

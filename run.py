@@ -11,12 +11,14 @@ Teachers are kept beside it, in teachers/, and reused by every run that would tr
 """
 
 import copy
+import glob
 import hashlib
 import json
 import math
 import os
 import statistics
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import NamedTuple
@@ -24,7 +26,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint import read_checkpoint, save_atomically
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from checkpoint import TEACHERS, check_tensors, read_checkpoint, save_atomically
 from common import Progress, UserError, check_writable, flag, hardware, markdown_table, remove, write_json, write_text
 from config import METHODS, NOT_COMPARED, TRAINED, TrainConfig
 from data.batches import Batch, Dataset, collate, training_order
@@ -47,7 +54,7 @@ class Run:
 
     def __init__(self, out: str, config: TrainConfig, device: torch.device, resume: bool):
         self.out, self.config, self.device, self.resume = out, config, device, resume
-        self.teachers = os.path.join(os.path.dirname(os.path.abspath(out)), "teachers")
+        self.teachers = os.path.join(os.path.dirname(os.path.abspath(out)), TEACHERS)
         for folder in (out, self.teachers):
             check_writable(folder)
         self.results: dict = {}
@@ -81,14 +88,20 @@ class Run:
             raise UserError(f"{self.out} holds a stopped run: continue it with --resume, or delete it")
 
     def start(self, model: str, data: Data) -> None:
-        """Read the rows that a resumed run has finished, else remove what an earlier run left; write config.json."""
+        """Read the rows that a resumed run has finished, else remove what an earlier run left; write config.json.
+
+        Raises UserError if another process runs in this folder now.
+        """
         os.makedirs(self.out, exist_ok=True)
+        if (lock := lock_folder(self.out)) is not None:
+            weakref.finalize(self, os.close, lock)
+        for folder in (self.out, self.teachers):
+            remove_leftovers(folder)
         self.results = {"config": asdict(self.config), "model": model, "languages": list(data.tests)}
         here = {"hardware": hardware(self.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
         self.results |= {"train_examples": len(data.train), "environment": here, "methods": {}}
         if self.resume and os.path.exists(self.path("results.json")):
-            with open(self.path("results.json"), encoding="utf-8") as file:
-                self.results["methods"] = json.load(file)["methods"]
+            self.results["methods"] = self.read_rows(data)
         elif not self.resume:
             for name in ("log.jsonl", "results.json", "report.md", "student.pt"):
                 remove(self.path(name))
@@ -98,6 +111,19 @@ class Run:
                 f"--analyze: {self.out} has rows that were not analyzed: resume without it, or change --out"
             )
         write_json(self.path("config.json"), asdict(self.config))
+
+    def read_rows(self, data: Data) -> dict[str, dict]:
+        """The rows of results.json. Raises UserError if it is damaged."""
+        path = self.path("results.json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                rows = json.load(file)["methods"]
+            for row in rows.values():  # what the table needs
+                row["size_bytes"], row["train_seconds"], row["score"], row["zero_shot_mean"]
+                [row["languages"][language]["score"] for language in data.tests]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path} is damaged: delete it, and --resume evaluates its rows again") from None
+        return rows
 
     def finish_row(self, method: str, row: dict) -> None:
         """Add a row to results.json. The state of its training is no longer needed."""
@@ -115,16 +141,18 @@ class Run:
 
     def read_log(self) -> list[dict]:
         try:
-            with open(self.path("log.jsonl"), encoding="utf-8") as file:
+            with open(self.path("log.jsonl"), encoding="utf-8", errors="replace") as file:
                 lines = file.read().splitlines()
         except FileNotFoundError:
             return []
         records = []
         for line in lines:
             try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue  # the last line of a run that was killed while writing it
+                record = json.loads(line)
+                record["method"], record["step"] + 0
+                records.append(record)
+            except (ValueError, KeyError, TypeError):
+                continue  # the last line of a run that was killed while writing it, or a damaged one
         return records
 
     def dev_curve(self, method: str) -> list[list[float]]:
@@ -137,6 +165,44 @@ class Run:
         if records := self.read_log():
             kept = [r for r in records if r["method"] != method or r["step"] <= step]
             write_text(self.path("log.jsonl"), "".join(json.dumps(r) + "\n" for r in kept))
+
+
+def lock_folder(folder: str) -> int | None:
+    """Hold a folder until the descriptor is closed or this process ends, however it ends. None where the system has no
+    such locks.
+
+    Raises UserError if another process holds it.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"another run is writing to {folder} now: wait for it, or choose another --out") from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove the unfinished files of processes that were killed."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.part")):
+        writer = path.split(".")[-2]
+        if writer.isdecimal() and int(writer) != os.getpid() and not is_running(int(writer)):
+            remove(path)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        pass
+    return True
 
 
 # ------------------------------------------------------------------------------------- a training
@@ -251,19 +317,45 @@ class Training:
         if not os.path.exists(path):
             return False
         payload = read_checkpoint(path, STATE_FORMAT)
-        name, step, seconds = payload["progress"]
-        if name != self.name:
-            return False
-        # Copies, because the tensors are mapped from a file that will be replaced.
-        payload = copy.deepcopy(payload)
-        self.step, self.seconds, self.best = step, seconds, payload["best"]
-        self.model.load_state_dict(payload["tensors"])
-        for optimizer, saved in zip(self.optimizers, payload["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        torch.set_rng_state(payload["rng"]["cpu"])
-        if payload["rng"]["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(payload["rng"]["cuda"])
+        try:
+            name, step, seconds = payload["progress"]
+            if name != self.name:
+                return False
+            # Copies, because the tensors are mapped from a file that will be replaced.
+            payload = copy.deepcopy(payload)
+            self.check_state(path, payload)
+            self.step, self.seconds, self.best = step, float(seconds), payload["best"]
+            self.model.load_state_dict(payload["tensors"])
+            for optimizer, saved in zip(self.optimizers, payload["optimizers"], strict=True):
+                groups = optimizer.state_dict()["param_groups"]  # all that may change is the rate, at every step
+                optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+            torch.set_rng_state(payload["rng"]["cpu"])
+            if payload["rng"]["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(payload["rng"]["cuda"])
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            text = str(error).split("\n")[0][:100]
+            raise UserError(f"{path} is damaged ({text}): delete it, and --resume trains {self.name} again") from None
         return True
+
+    def check_state(self, path: str, payload: dict) -> None:
+        """Raises UserError, or ValueError and the like, for a state that is not one of this training: an optimizer
+        computes with whatever shapes it is given.
+        """
+        _, step, _ = payload["progress"]
+        best, shapes = payload["best"], {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        check_tensors(path, shapes, payload["tensors"], dtypes=())
+        if best["tensors"]:
+            check_tensors(path, shapes, best["tensors"], dtypes=())
+        if not 0 <= step <= self.total_steps or not 0 <= best["step"] <= step:
+            raise ValueError(f"step {step} of {self.total_steps}")
+        math.isfinite(best["score"]), best["text"] + ""
+        for optimizer, saved in zip(self.optimizers, payload["optimizers"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for i, values in saved["state"].items():
+                moments = {name: values[name] for name in ("exp_avg", "exp_avg_sq")}
+                check_tensors(path, dict.fromkeys(moments, parameters[i].shape), moments)
+                if float(values["step"]) < 0 or len(values) != 3:
+                    raise ValueError("a state of another optimizer")
 
     def not_finite(self, what: str) -> str:
         text = f"{self.name}: {what} is not finite after {self.step} steps; "

@@ -88,7 +88,7 @@ def encode_split(
     """
     row = find_task(task)
     path = cache_path(task, split, language, folder, tokenizer, max_length, limit)
-    dataset = read_cache(path)
+    dataset = read_cache(path, tokenizer.vocab_size)
     if dataset is None:
         dataset = encode_examples(task, split, language, folder, tokenizer, max_length, limit)
         write_cache(path, dataset)
@@ -232,18 +232,21 @@ def file_state(path: str) -> tuple[int, int] | None:
     return state.st_size, state.st_mtime_ns
 
 
-def read_cache(path: str | None) -> Dataset | None:
+def read_cache(path: str | None, ids: int) -> Dataset | None:
+    """The encoding in a file; None if there is none or it is damaged.  ids: how many the tokenizer has."""
     if path is None or not os.path.exists(path):
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
             optional = {name: file[name] for name in ("tags", "second", "queries") if name in file}
             dataset = Dataset(file["ids"], file["starts"], file["labels"], **optional)
-        sound = len(dataset.starts) == len(dataset) + 1 and dataset.starts[-1] == len(dataset.ids)
+        sound = len(dataset.starts) == len(dataset) + 1 and dataset.starts[0] == 0
+        sound = sound and dataset.starts[-1] == len(dataset.ids) and bool((dataset.lengths > 0).all())
+        sound = sound and dataset.ids.dtype == np.int32 and 0 <= dataset.ids.min() and dataset.ids.max() < ids
         lengths = {"tags": len(dataset.ids), "second": len(dataset), "queries": len(dataset)}
         sound = sound and all(len(array) == lengths[name] for name, array in optional.items())
         return dataset if sound else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError):
         return None  # damaged: it is made again
 
 

@@ -19,6 +19,12 @@ sys.path.insert(0, ROOT)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start
 torch.set_num_threads(1)
 
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=25, help="damaged files to try per format (tests/test_fuzz.py)")
+    parser.addoption("--kills", type=int, default=3, help="how often to kill a run (tests/test_kill.py)")
+
+
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 

@@ -57,7 +57,7 @@ def read_again(*args):
 class TypedTokenizer:
     """Letters are tokens: [CLS] a [SEP] b [SEP], as BERT has it."""
 
-    typed, pad_id, sha256 = True, 7, "0" * 64
+    typed, pad_id, sha256, vocab_size = True, 7, "0" * 64, 1 << 20
 
     def encode_typed(self, a, b, max_length):
         rows = [

@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +71,7 @@ def read_runs(patterns: list[str]) -> list[dict]:
             run["config"]["seed"], run["config"]["bits"], [*run["methods"]][0]  # must be there
             run |= {"path": path, "task": task, "config": current_options(run["config"])}
             for method, row in run["methods"].items():
-                METHOD_ORDER.index(method), row["size_bytes"]
+                METHOD_ORDER.index(method), row["size_bytes"] + 0
                 for evaluation in row["languages"].values():
                     scores = [evaluation[key] for key in (*task.metrics, *task.columns.values())]
                     evaluation["score"] = statistics.fmean(scores[: len(task.metrics)])
@@ -81,6 +82,9 @@ def read_runs(patterns: list[str]) -> list[dict]:
         for row in (row for run in runs if run["task"].zero_shot for row in run["methods"].values()):
             row["compared"] = statistics.fmean(evaluation["score"] for evaluation in row["languages"].values())
     return runs
+
+
+TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str, "tuple": (list, tuple)}  # of options
 
 
 def current_options(config: dict) -> dict:
@@ -96,6 +100,10 @@ def current_options(config: dict) -> dict:
         config["distill"] += f", gamma {gamma:g}"
     if weights:
         config["distill"] += f", {' '.join(weights)}"
+    for spec in fields(TrainConfig):
+        value, types = config[spec.name], [kind for name, kind in TYPES.items() if name in str(spec.type)]
+        if value is not None and not isinstance(value, tuple(types)):
+            raise TypeError(f"{spec.name} is {value!r}")
     return config
 
 

@@ -1,0 +1,188 @@
+"""A run that is killed at any moment continues with --resume to the same files, and nothing is left over.
+
+`python -m pytest tests/test_kill.py --kills 300` kills 300 times at random moments, and at every open, rename and save,
+instead of a few times. Each run is a child of this process (fork), so that PyTorch is imported once.
+"""
+
+import builtins
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+
+import pytest
+import torch
+from conftest import SMALL
+
+import train
+from common import UserError
+from run import lock_folder
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+OPTIONS = [
+    *SMALL,
+    "--languages",
+    "de",
+    "--methods",
+    "fp32",
+    "ptq",
+    "sdq",
+    "--bits",
+    "4",
+    "--steps",
+    "6",
+    "--eval-every",
+    "2",
+]
+KEPT = {"config.json", "log.jsonl", "results.json", "report.md", "student.pt"}
+
+
+def start(folder, *options, kill_at=None):
+    """Run train.py in a child process; return its number.  kill_at: the n-th open, rename or save kills it."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        sys.stdout = sys.stderr = open(os.path.join(folder, "output.txt"), "a", buffering=1, encoding="utf-8")
+        calls = 0
+
+        def deadly(function):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return call
+
+        if kill_at is not None:
+            builtins.open, os.replace, os.unlink = deadly(builtins.open), deadly(os.replace), deadly(os.unlink)
+            torch.save = deadly(torch.save)
+        status = train.main([*OPTIONS, "--out", os.path.join(folder, "run"), *options])
+        os._exit(status)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(99)
+
+
+def end(child):
+    """The exit status; negative: the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def finish(folder):
+    """Resume until the run is finished; how a user would do it."""
+    there = os.path.exists(os.path.join(folder, "run", "config.json"))
+    status = end(start(folder, *(["--resume"] if there else [])))
+    with open(os.path.join(folder, "output.txt"), encoding="utf-8") as file:
+        assert status == 0, file.read()[-2000:]
+
+
+def outcome(folder):
+    """What must be equal: bytes of the student and the teacher, results and log without times, no other files."""
+    out = os.path.join(folder, "run")
+    assert set(os.listdir(out)) == KEPT and not [name for name in os.listdir(folder) if name.endswith(".part")]
+    with open(os.path.join(out, "results.json"), encoding="utf-8") as file:
+        results = json.load(file)
+    for row in results["methods"].values():
+        row.pop("train_seconds")
+    results["config"].pop("out")
+    with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as file:
+        log = [json.loads(line) for line in file]
+    for record in log:
+        record.pop("ms", None)
+    teachers = os.path.join(folder, "teachers")
+    assert len(os.listdir(teachers)) == 1
+    with open(os.path.join(out, "student.pt"), "rb") as file:
+        student = hashlib.sha256(file.read()).hexdigest()
+    tensors = torch.load(os.path.join(teachers, *os.listdir(teachers)), weights_only=True)["tensors"]
+    return results, log, student, {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(outcome, seconds, number of opens, renames and saves) of a run that nobody stops."""
+    folder = str(tmp_path_factory.mktemp("whole"))
+    finish(folder)  # encodings are cached now
+    folder = str(tmp_path_factory.mktemp("again"))
+    started = time.monotonic()
+    finish(folder)
+    return outcome(folder), time.monotonic() - started
+
+
+def test_the_same_command_gives_the_same_bytes(whole, tmp_path):
+    finish(str(tmp_path))
+    assert outcome(str(tmp_path)) == whole[0]
+
+
+def test_killed_at_random_moments(whole, tmp_path, request):
+    expected, seconds = whole
+    rng, kills, folder = random.Random(0), 0, None
+    while kills < request.config.getoption("--kills"):
+        if folder is None:
+            folder = str(tmp_path / str(kills))
+            os.mkdir(folder)
+        there = os.path.exists(os.path.join(folder, "run", "config.json"))
+        child = start(folder, *(["--resume"] if there else []))
+        time.sleep(rng.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        kills += 1
+        if end(child) == -signal.SIGKILL and rng.random() < 0.7:
+            continue  # once more in the same folder
+        finish(folder)
+        assert outcome(folder) == expected
+        folder = None
+
+
+def test_killed_at_every_file_operation(whole, tmp_path, request):
+    """At a few of them in the suite, at all with --kills 100 or more."""
+    expected, _ = whole
+    step = 1 if request.config.getoption("--kills") >= 100 else 31
+    for number in range(1, 10_000, step):
+        folder = str(tmp_path / str(number))
+        os.mkdir(folder)
+        if end(start(folder, kill_at=number)) != -signal.SIGKILL:
+            break
+        finish(folder)
+        assert outcome(folder) == expected, f"operation {number}"
+    assert number > 40
+
+
+# ------------------------------------------------------------------------------ two runs, one folder
+def test_second_run_in_a_folder_is_refused(whole, tmp_path):
+    first = start(str(tmp_path))
+    while not os.path.exists(tmp_path / "run" / "log.jsonl"):
+        time.sleep(0.01)
+    os.kill(first, signal.SIGSTOP)
+    second = end(start(str(tmp_path), "--resume"))
+    os.kill(first, signal.SIGCONT)
+    assert second == 2 and end(first) == 0
+    with open(tmp_path / "output.txt", encoding="utf-8") as file:
+        assert "another run is writing to" in file.read()
+    assert outcome(str(tmp_path)) == whole[0]
+
+
+def test_a_lock_ends_with_its_run(tmp_path):
+    descriptor = lock_folder(str(tmp_path))
+    if descriptor is None:
+        pytest.skip("no locks on this file system")
+    child = os.fork()
+    if not child:
+        os.close(descriptor)
+        os._exit(0 if refused(str(tmp_path)) else 1)
+    assert end(child) == 0
+    os.close(descriptor)
+    assert not refused(str(tmp_path))
+
+
+def refused(folder):
+    try:
+        os.close(lock_folder(folder))
+    except UserError:
+        return True
+    return False
