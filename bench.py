@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import train
 from checkpoint import config_of, meta_model, read_checkpoint
-from common import Progress, UserError, exit_status, hardware, markdown_table, write_json
+from common import Progress, UserError, choose_device, exit_status, hardware, markdown_table, write_json
 from config import OneLineParser, TrainConfig, resolve
 from data.batches import Batch, Dataset, collate, dataset_of, evaluation_batches
 from data.tasks import find_data, find_task, load
@@ -476,7 +476,7 @@ def complete(args: Namespace) -> None:
             raise UserError(f"--{option} {value}: choose {least} to {most}")
     if args.hidden % 64:
         raise UserError(f"--hidden {args.hidden}: not divisible by 64, the size of a head")
-    args.device = train.choose_device(args.device, args.threads)
+    args.device = choose_device(args.device, args.threads)
     if not args.sizes:
         larger = [16384] if (args.what, args.device.type) == ("matmul", "cuda") else []
         args.sizes = SIZES.get(args.what, [1]) + larger

@@ -70,7 +70,12 @@ def save_atomically(payload: dict, path: str) -> int:
     Into an open file: given a path, torch.save would write the temporary name into the archive.
     """
     with atomic_write(path) as file:
-        torch.save(payload, file)
+        try:
+            torch.save(payload, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, which torch.save hides
+                raise error.__context__ from None
+            raise
         return file.tell()
 
 

@@ -61,9 +61,8 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
         os.replace(temporary, path)
     except BaseException as error:
         remove(temporary)
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides that of the system
-        if isinstance(cause, OSError) and cause.errno:
-            raise OSError(cause.errno, cause.strerror, path) from None
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = path
         raise
 
 
@@ -81,13 +80,13 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
-def check_writable(folder: str) -> None:
+def check_writable(folder: str, advice: str = "choose another --out") -> None:
     """Raises UserError for a folder that can't be written, before anything is computed or changed."""
     there = os.path.abspath(folder)
     while not os.path.exists(there) and os.path.dirname(there) != there:
         there = os.path.dirname(there)
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {folder}: choose another --out")
+        raise UserError(f"cannot write to {folder}: {advice}")
 
 
 # ----------------------------------------------------------------------------------------- output
@@ -142,6 +141,15 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     rules = ["-" * (width + 1) + ":" for width in widths]
     rules[0] = "-" * (widths[0] + 2)
     return "\n".join([join(header), "|" + "|".join(rules) + "|", *map(join, rows)])
+
+
+def choose_device(name: str, threads: int | None) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; use --device cpu")
+    if threads:
+        torch.set_num_threads(threads)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(auto if name == "auto" else name)
 
 
 def hardware(device: torch.device) -> str:

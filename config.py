@@ -66,9 +66,7 @@ class TrainConfig:
 
     recipe: str = option("sdq", TASK, "defaults of a paper, see below; any other option overrides them")
     task: str = option("xnli", TASK, f"one of {' '.join(TASKS)}")
-    data_dir: str | None = option(
-        None, TASK, "folder of the official files (default: data/raw, or built-in data)", "DIR"
-    )
+    data_dir: str | None = option(None, TASK, "folder of the files (default: data/raw, or built-in data)", "DIR")
     languages: tuple[str, ...] = option((), TASK, "test languages besides the training language (default: all)")
     eval_split: str = option("test", TASK, "report on test or dev; with dev, rows held out of train select the epoch")
     train_language: str | None = option(
@@ -145,6 +143,11 @@ class TrainConfig:
     )
     out: str | None = option(None, RUN, "folder of this run (default: out/TASK-MODEL-wBaA-sSEED)", "DIR")
     eval_every: int | None = option(None, RUN, "steps between evaluations on dev (default: an epoch)")
+
+    @property
+    def row(self) -> Task:
+        """The row of the task."""
+        return find_task(self.task, self.train_language)
 
     @cached_property
     def loss_weights(self) -> dict[str, float]:
@@ -223,7 +226,7 @@ def resolve(given: dict) -> TrainConfig:
         values["student_lr"] = rates[kind]
     if values.get("weights") in WEIGHTS:
         values.setdefault("noise", WEIGHTS[values["weights"]].noise)
-    if not task.train_language and values.get("data_dir"):
+    if not task.train_language and values.get("data_dir") and not values.get("eval"):
         values["train_language"] = own_language(values["data_dir"], values.get("train_language"))
     config = TrainConfig(**values)
     ranges = WEIGHTS[config.weights].ranges if config.weights in WEIGHTS else ("minmax",)

@@ -56,6 +56,7 @@ from model import PRESETS, Model, ModelConfig
 TOKENIZER_FILE = "sentencepiece.bpe.model"
 VOCAB_FILE = "vocab.txt"
 TOKENIZER_JSON = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
 
 # --------------------------------------------------------------------------------- the key tables
 # Hugging Face name -> name here. {i} is the layer. Both .weight and .bias follow the module's name.
@@ -191,6 +192,10 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
             entries = []
             for name, entry in header.items():
                 begin, end = entry["data_offsets"]
+                if entry["dtype"] not in SAFETENSORS_TYPES:
+                    raise UserError(
+                        f"{path}: tensor {name} is {entry['dtype']}, not a float: convert the original model"
+                    )
                 dtype = SAFETENSORS_TYPES[entry["dtype"]]
                 entries.append((name, dtype, tuple(entry["shape"]), begin, end))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -231,24 +236,27 @@ def read_folder(folder: str) -> tuple[dict[str, Tensor], dict | None, bytes]:
     folder = snapshot_of(folder)
     settings = read_json(os.path.join(folder, "config.json"))
     if settings is not None:
-        check_settings(
-            "config.json", settings, IMPLEMENTED
-        )  # a wrong kind of model is named before its files are missed
-    tensors = read_weights(folder)
-    return tensors, settings, read_tokenizer(folder).bytes
+        config_from_json(settings)  # a wrong kind of model is named before its files are missed
+    return read_weights(folder), settings, read_tokenizer(folder).bytes
 
 
 def snapshot_of(folder: str) -> str:
-    """The folder itself, or in Hugging Face's cache the files of the newest revision below it."""
+    """The folder itself, or in Hugging Face's cache that of the main revision below it, or of the newest."""
     if not os.path.isdir(folder):
         raise UserError(f"no folder {folder}")
     snapshots = os.path.join(folder, "snapshots")
     if not os.path.isdir(snapshots):
         return folder
     found = [os.path.join(snapshots, revision) for revision in os.listdir(snapshots)]
+    found = sorted(filter(os.path.isdir, found), key=os.path.getmtime)
     if not found:
         raise UserError(f"{snapshots} is empty: fetch the model again")
-    return max(found, key=os.path.getmtime)
+    main = os.path.join(folder, "refs", "main")
+    if os.path.isfile(main):
+        with open(main, encoding="utf-8", errors="replace") as file:
+            revision = os.path.join(snapshots, os.path.basename(file.read(100).strip()))
+        return revision if revision in found else found[-1]
+    return found[-1]
 
 
 def real_file(folder: str, name: str) -> str | None:
@@ -270,26 +278,39 @@ def read_weights(folder: str) -> dict[str, Tensor]:
         index = read_json(os.path.join(folder, f"{name}.index.json"))
         if index is None:
             continue
-        shards = set(index["weight_map"].values()) if isinstance(index.get("weight_map"), dict) else set()
+        shards = list(index["weight_map"].values()) if isinstance(index.get("weight_map"), dict) else []
         if not shards or not all(isinstance(each, str) and each == os.path.basename(each) for each in shards):
             raise UserError(f"{folder}/{name}.index.json names no files beside it")
         tensors: dict[str, Tensor] = {}
-        for shard in sorted(shards):
+        for shard in sorted(set(shards)):
             if not (path := real_file(folder, shard)):
                 raise UserError(f"{folder} has no {shard}, which {name}.index.json names: fetch it again")
-            tensors |= read(path)
+            part = read(path)
+            if twice := tensors.keys() & part.keys():
+                raise UserError(f"{path} repeats tensor {min(twice)} of another shard")
+            tensors |= part
         return tensors
     raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 
 def read_tokenizer(folder: str) -> Encoder:
-    """The tokenizer of a folder, whichever file holds it."""
+    """The tokenizer of a folder, whichever file holds it.
+
+    Raises UserError if there is none that is implemented, or one with tokens or rules beyond its vocabulary.
+    """
+    settings = read_json(os.path.join(folder, SETTINGS)) or {}
+    added = [*(read_json(os.path.join(folder, "added_tokens.json")) or {})]
+    later = settings.get("added_tokens_decoder")
+    added += [str(each.get("content")) for each in (later if isinstance(later, dict) else {}).values()]
     if path := real_file(folder, TOKENIZER_FILE):
-        return Tokenizer.from_file(path)
-    if os.path.isfile(os.path.join(folder, VOCAB_FILE)):
-        return read_wordpiece(folder)
+        return refuse_added(path, Tokenizer.from_file(path), added)
+    if path := real_file(folder, VOCAB_FILE):
+        return refuse_added(path, read_wordpiece(path, settings), added)
     if path := real_file(folder, TOKENIZER_JSON):
-        return read_tokenizer_json(path)
+        tokenizer, more = read_tokenizer_json(path)
+        if isinstance(tokenizer, WordPieceTokenizer) and check_wordpiece(settings, tokenizer.lower) != tokenizer.lower:
+            raise UserError(f"{path} and {SETTINGS} disagree about capitals (do_lower_case): make them agree")
+        return refuse_added(path, tokenizer, added + more)
     if os.path.isfile(os.path.join(folder, "merges.txt")):
         raise UserError(f"{folder} has a BPE tokenizer; known: SentencePiece, as in XLM-R, and WordPiece, as in BERT")
     raise UserError(f"no tokenizer in {folder}: no {TOKENIZER_FILE}, {VOCAB_FILE} or {TOKENIZER_JSON}")
@@ -309,17 +330,30 @@ def read_json(path: str) -> dict | None:
     return settings
 
 
-def read_wordpiece(folder: str) -> WordPieceTokenizer:
-    """vocab.txt, and whether capitals and accents are dropped (tokenizer_config.json)."""
-    path = real_file(folder, VOCAB_FILE)
+def refuse_added(path: str, tokenizer: Encoder, added: list[str]) -> Encoder:
+    """Raises UserError for a token that was added to a vocabulary: it would be cut into pieces here."""
+    for token in added:
+        if not tokenizer.has_piece(token):
+            raise UserError(f"{path}: {token[:50]!r} was added to its vocabulary, which is not implemented")
+    return tokenizer
+
+
+def read_wordpiece(path: str, settings: dict) -> WordPieceTokenizer:
+    """vocab.txt, and whether capitals and accents are dropped.  settings: of tokenizer_config.json."""
     if os.path.getsize(path) > MAX_MODEL_BYTES:
         raise UserError(f"{path}: {os.path.getsize(path):,} bytes can't be a vocabulary")
-    settings = read_json(os.path.join(folder, "tokenizer_config.json")) or {}
-    lower = settings.get("do_lower_case", True)
+    lower = check_wordpiece(settings, default=True)
+    with open(path, "rb") as file:
+        return WordPieceTokenizer.from_vocab(file.read(), lower, path)
+
+
+def check_wordpiece(settings: dict, default: bool) -> bool:
+    """Whether a tokenizer_config.json drops capitals. Raises UserError for rules that are not implemented."""
+    lower = settings.get("do_lower_case", default)
     if not isinstance(lower, bool):
-        raise UserError(f"tokenizer_config.json: do_lower_case is {lower!r}; want true or false")
+        raise UserError(f"{SETTINGS}: do_lower_case is {lower!r}; want true or false")
     check_settings(
-        "tokenizer_config.json",
+        SETTINGS,
         settings,
         {
             "tokenizer_class": ("BertTokenizer", "BertTokenizerFast"),  # others split words otherwise
@@ -329,8 +363,7 @@ def read_wordpiece(folder: str) -> WordPieceTokenizer:
             "never_split": (None, []),
         },
     )
-    with open(path, "rb") as file:
-        return WordPieceTokenizer.from_vocab(file.read(), lower, path)
+    return lower
 
 
 # ------------------------------------------------------------------------------------- conversion
@@ -340,14 +373,6 @@ def check_settings(path: str, settings: dict, expected: dict[str, tuple]) -> Non
         if key in settings and settings[key] not in known:
             supported = ", ".join(str(value) for value in known if value not in (None, []))
             raise UserError(f"{path}: {key} is {settings[key]!r}; supported: {supported or 'none'}")
-
-
-IMPLEMENTED = {  # settings of config.json
-    "model_type": ("xlm-roberta", "roberta", "bert"),
-    "hidden_act": ("gelu",),
-    "position_embedding_type": ("absolute", None),
-    "is_decoder": (False, None),  # a decoder attends to earlier tokens only
-}
 
 
 CONFIG_NAMES = {  # here -> in config.json
@@ -365,7 +390,13 @@ CONFIG_NAMES = {  # here -> in config.json
 
 def config_from_json(settings: dict) -> ModelConfig:
     """Hugging Face's config.json -> ModelConfig. Raises UserError for what is not implemented."""
-    check_settings("config.json", settings, IMPLEMENTED)
+    expected = {
+        "model_type": ("xlm-roberta", "roberta", "bert"),
+        "hidden_act": ("gelu",),
+        "position_embedding_type": ("absolute", None),
+        "is_decoder": (False, None),  # a decoder attends to earlier tokens only
+    }
+    check_settings("config.json", settings, expected)
     bert = settings.get("model_type") == "bert"
     names = {**CONFIG_NAMES, "max_tokens": "max_position_embeddings"}
     if bert:  # BERT's first files lack these two; Hugging Face assumes the same
@@ -433,8 +464,11 @@ def convert_tensors(name: str, tensors: dict[str, Tensor], settings: dict | None
     check_tensors("the source", expected, ours, dtypes=())
     # Copies, because torch.save writes the whole storage behind a view: the whole source file.
     ours = {key: tensor.to(torch.float32, copy=True) for key, tensor in ours.items()}
+    check_tensors("the source in float32", expected, ours)
     if loaded.vocab_size > config.vocab_size:
         raise UserError(f"the tokenizer has {loaded.vocab_size:,} ids, the model only {config.vocab_size:,}")
+    if loaded.typed and config.type_vocab_size < 2:
+        raise UserError("a WordPiece tokenizer tells two texts apart by token types, of which the model has one")
     if loaded.pad_id != config.pad_id:
         raise UserError(f"the tokenizer pads with {loaded.pad_id}, the model with {config.pad_id}")
     model.load_state_dict(ours, strict=True, assign=True)  # a meta model has no storage to copy into
@@ -446,7 +480,7 @@ def label_names(settings: dict, count: int) -> list[str]:
     """The names of a head's classes by id; LABEL_0, LABEL_1, ... as Hugging Face has it where config.json has none."""
     names = settings.get("id2label")
     names = names if isinstance(names, dict) else {}
-    return [str(names.get(str(i), f"LABEL_{i}")) for i in range(count)]
+    return [" ".join(str(names.get(str(i), f"LABEL_{i}")).split()) for i in range(count)]
 
 
 def plain_names(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
@@ -495,8 +529,8 @@ CLASSES = {"sequence": "ForSequenceClassification", "token": "ForTokenClassifica
 def export(path: str, folder: str) -> None:
     """A student -> a Hugging Face folder: float32 tensors that lie on the student's grid, config.json, tokenizer.
 
-    transformers' logits are those of the student with float activations; a library that quantizes symmetrically by
-    output channel finds the same integers. Raises UserError for a model that Hugging Face has no class for.
+    transformers' logits are those of the student with float activations. Raises UserError for a model that Hugging Face
+    has no class for.
     """
     student = read_student(path)
     config, labels = student.config, student.notes.get("labels", "").split("\t")
@@ -506,7 +540,7 @@ def export(path: str, folder: str) -> None:
         raise UserError(
             f"{path} has {what}, for which transformers has no class: export a classifier of texts or words"
         )
-    check_writable(folder)
+    check_writable(folder, "name another folder")
     if os.path.exists(os.path.join(folder, "config.json")):
         raise UserError(f"{folder} holds a model already: name another folder")
     family = family_of(config)
@@ -515,8 +549,7 @@ def export(path: str, folder: str) -> None:
     for source, target in key_table(config).items():
         prefix = "" if source.startswith("classifier.") else family.prefix
         tensors[prefix + source] = ours[target]
-    bert = family is BERT
-    wordpiece = isinstance(tokenizer, WordPieceTokenizer)
+    bert, wordpiece = family is BERT, isinstance(tokenizer, WordPieceTokenizer)
     settings = {
         "architectures": [("Bert" if bert else "XLMRoberta") + CLASSES[config.head]],
         "model_type": "bert" if bert else "xlm-roberta",
@@ -534,15 +567,13 @@ def export(path: str, folder: str) -> None:
         kind = {"tokenizer_class": "XLMRobertaTokenizer"}
     kind["model_max_length"] = config.max_tokens
     write_safetensors(tensors, os.path.join(folder, "model.safetensors"))
-    write_json(os.path.join(folder, "tokenizer_config.json"), kind)
+    write_json(os.path.join(folder, SETTINGS), kind)
     name = VOCAB_FILE if wordpiece else TOKENIZER_FILE
     vocabulary = "\n".join(tokenizer.pieces).encode() + b"\n" if wordpiece else tokenizer.bytes
     with atomic_write(os.path.join(folder, name)) as file:
         file.write(vocabulary)
     write_json(os.path.join(folder, "config.json"), settings)  # last: now the folder is a model
-    print(
-        f"wrote {folder}/config.json, model.safetensors, {name}, tokenizer_config.json: float32, {settings['architectures'][0]}"
-    )
+    print(f"wrote {folder}: config.json, model.safetensors, {name}, tokenizer_config.json")
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: str) -> None:
@@ -570,8 +601,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FILE", help="default: weights/NAME.pt")
     parser.add_argument("--export", nargs=2, metavar=("STUDENT", "DIR"), help="write a student.pt as a folder instead")
     args = parser.parse_args(argv)
-    if bool(args.export) == bool(args.name):
-        parser.error("give the name of a model, or --export STUDENT DIR")
+    if bool(args.export) == bool(args.name or args.folder or args.out):
+        parser.error("give the name of a model, or --export STUDENT DIR alone")
     again = "; run the same command again to continue"
     if args.export:
         return exit_status(lambda: export(*args.export))

@@ -14,6 +14,7 @@ each word, separated by spaces, behind the label if there is one. In Python:
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from checkpoint import read_student, tokenizer_of
-from common import UserError, exit_status
+from common import UserError, choose_device, exit_status
 from data.batches import IGNORE, Dataset, dataset_of, encode_texts, evaluation_batches, evaluation_order
 from data.tokenizer import Encoder
 from int8 import integer_model
@@ -38,33 +39,42 @@ class Student(NamedTuple):
     tokenizer: Encoder
     labels: tuple[str, ...]
     slots: tuple[str, ...]
+    max_length: int  # where texts are cut, as in training
 
 
 def load(path: str, device: str = "auto") -> Student:
     """A student.pt as an integer model. Raises UserError for a damaged file or one without integers."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     read = read_student(path)
     names = [tuple(filter(None, read.notes.get(kind, "").split("\t"))) for kind in ("labels", "slots")]
     if read.config.head == "token":  # its labels are those of words
         names = [(), names[0]]
     elif read.config.head not in ("sequence", "joint"):
         raise UserError(f"{path} has a {read.config.head} head, which predicts nothing")
-    return Student(integer_model(read, device), tokenizer_of(path, read), *names)
+    length = read.notes.get("max_length", "")
+    length = min(int(length) if length.isdecimal() else read.config.max_tokens, read.config.max_tokens)
+    model = integer_model(read, choose_device(device, None))
+    return Student(model, tokenizer_of(path, read), *names, length)
 
 
 def predict(student: Student, texts: Iterable[str | tuple[str, str]]) -> Iterator[tuple]:
     """For each text or pair, in order: (label, probability); (number,) of a regression; (tags,) of words, or (label,
-    probability, tags). Pairs get the token types that they were trained with; a long text is cut at the model's length.
+    probability, tags). Pairs get the token types that they were trained with; a long text is cut as in training.
+
+    Raises UserError for texts of which only some are pairs, and for a sentence with tags that is too long.
     """
-    texts = iter(texts)
+    texts, kinds = iter(texts), set()
     while chunk := list(islice(texts, CHUNK)):
+        kinds |= {isinstance(text, tuple) for text in chunk}
+        if len(kinds) > 1 or (student.slots and True in kinds):
+            what = "words with tags" if student.slots else "one text in each line, or two by a tab in each"
+            raise UserError(f"some texts are pairs, which is not what is asked for here: give {what}")
         yield from predict_chunk(student, chunk)
 
 
 @torch.no_grad()
 def predict_chunk(student: Student, texts: list[str | tuple[str, str]]) -> list[tuple]:
     model, device = student.model, next(student.model.parameters()).device
-    dataset = encode(student, texts)
+    dataset = replace(encode(student, texts), pad=student.tokenizer.pad_id)
     rows = []
     for batch in evaluation_batches(dataset, TOKENS):
         batch = batch.to(device)
@@ -89,20 +99,18 @@ def best(logits: torch.Tensor, labels: tuple[str, ...]) -> tuple[list, ...]:
 
 
 def encode(student: Student, texts: list[str | tuple[str, str]]) -> Dataset:
-    length = student.model.config.max_tokens
-    if student.slots:
-        encoded = student.tokenizer.encode_words([text.split() for text in texts], length)
-        tags = [np.full(len(ids), IGNORE) for ids, _ in encoded]
-        for row, (_, first) in zip(tags, encoded, strict=True):
-            row[first] = 0  # any tag: here a word begins
-        dataset = dataset_of([ids for ids, _ in encoded], [0] * len(texts), tags)
-        dataset.pad = student.tokenizer.pad_id
-        return dataset
-    pairs = [text if isinstance(text, tuple) else (text, None) for text in texts]
-    first, second = map(list, zip(*pairs, strict=True))
-    if None in second and any(text is not None for text in second):
-        raise UserError("some texts are pairs and some are not: give each line one text, or each line two by a tab")
-    return encode_texts(student.tokenizer, first, None if None in second else second, length)
+    none = np.zeros(len(texts), dtype=np.int64)
+    if not student.slots:
+        first, *second = zip(*([text] if isinstance(text, str) else text for text in texts), strict=True)
+        return encode_texts(student.tokenizer, first, second[0] if second else None, student.max_length, none)
+    encoded = student.tokenizer.encode_words([text.split() for text in texts])
+    longest = max(len(ids) for ids, _ in encoded)
+    if longest > student.model.config.max_tokens:
+        raise UserError(f"a sentence has {longest} tokens, the model takes {student.model.config.max_tokens}: split it")
+    tags = [np.full(len(ids), IGNORE) for ids, _ in encoded]
+    for row, (_, first) in zip(tags, encoded, strict=True):
+        row[first] = 0  # any tag: here a word begins
+    return dataset_of([ids for ids, _ in encoded], none, tags)
 
 
 def lines_of(path: str) -> Iterator[str | tuple[str, str]]:
@@ -126,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("student", help="a student.pt of train.py")
     parser.add_argument("texts", nargs="?", default="-", help="one text a line, two by a tab (default: standard input)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
     args = parser.parse_args(argv)
 
     def job() -> None:

@@ -27,23 +27,13 @@ from torch import Tensor, nn
 
 import checkpoint
 from analyze import analysis_tables, attention_recovery, layer_errors
-from common import Progress, UserError, clock, exit_status, hardware, multiplies_bf16, remove, write_text
+from common import Progress, UserError, choose_device, clock, exit_status, hardware, multiplies_bf16, remove, write_text
 from config import TRAINED, TrainConfig, default_out, parse_args, quant_config, tt_config
 from data.batches import IGNORE, Batch, Dataset, encode_split, evaluation_batches, evaluation_order, unpadded_batches
 from data.fetch import MODELS
 from data.metrics import scores
 from data.slots import joint_scores, token_scores
-from data.tasks import (
-    RAW_DIR,
-    Task,
-    file_paths,
-    find_data,
-    find_task,
-    languages_of,
-    load,
-    match_labels,
-    selection_splits,
-)
+from data.tasks import RAW_DIR, Task, file_paths, find_data, languages_of, load, match_labels, selection_splits
 from data.tokenizer import Tokenizer, WordTokenizer
 from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_loss
 from int8 import integer_model, to_integer
@@ -296,7 +286,7 @@ class Source:
     """What fine-tuning starts from: a converted checkpoint, or random weights."""
 
     def __init__(self, config: TrainConfig, folder: str):
-        task = find_task(config.task, config.train_language)
+        task = config.row
         self.seed, self.path = config.seed, None
         self.data = "own" if config.data_dir else "official" if folder == RAW_DIR else "built in"
         self.labels, self.slots = class_names(task, folder)
@@ -342,15 +332,17 @@ class Source:
 
     def find_classes(self, payload: dict, task: Task) -> None:
         """Whether the model's own head has the classes of the task, which are known by their names. Says so."""
-        count = self.config.num_labels
-        if self.config.head not in ("sequence", "token") or self.config.tt:
+        head, count = self.config.head, self.config.num_labels
+        if not count:
             return
-        names = payload["notes"].get("labels", "").split("\t")
-        names = names if len(names) == count else [f"LABEL_{i}" for i in range(count)]
-        if self.config.head == task.head:
+        notes = payload.get("notes")
+        names = str(notes.get("labels", "")).split("\t") if isinstance(notes, dict) else []
+        known = len(names) == count
+        if known and head == task.head != "joint" and not self.config.tt:
             self.classes = match_labels(names, self.labels)
         if self.classes is None:
-            print(f"{self.name} has a {self.config.head} head for {', '.join(names)[:200]}: {task.name} gets a new one")
+            of = ", ".join(names)[:200] if known else "classes without names; to keep it, convert the model again"
+            print(f"{self.name} has a {head} head for {of}: {task.name} gets a new one")
         else:
             pairs = [f"{names[i]} is {label}" for i, label in zip(self.classes, self.labels, strict=True)]
             print(f"{self.name} has a head for {task.name}, which is kept: {', '.join(pairs)[:200]}")
@@ -396,7 +388,7 @@ def class_names(task: Task, folder: str) -> tuple[tuple[str, ...], tuple[str, ..
 
 def get_teacher(run: Run, source: Source, data: Data) -> tuple[Model, int, float]:
     """The float32 teacher, trained now or before: (model, bytes on disk, seconds of training)."""
-    identity = [*source.identity, WARMUP, WEIGHT_DECAY, CLIP_NORM]
+    identity = [*source.identity, *(source.classes or ()), WARMUP, WEIGHT_DECAY, CLIP_NORM]
     path = teacher_path(run, source.name, identity, data)
     if not os.path.exists(path):
         if run.resume and os.path.exists(run.path("results.json")):
@@ -439,13 +431,14 @@ def make_student(run: Run, teacher: Model, method: str, data: Data) -> Model:
 
 def run_student(run: Run, source: Source, teacher: Model, method: str, data: Data) -> dict:
     """One quantized row of the report. Writes student.pt."""
-    config, task = run.config, find_task(run.config.task, run.config.train_language)
+    config, task = run.config, run.config.row
     student = make_student(run, teacher, method, data)
     seconds = 0.0
     if method in TRAINED:
         seconds = train(student, teacher if method == "sdq" else None, data, run, method)
     quant = quant_config(config, method)
     notes = dict(task=config.task, model=source.name, method=method, data=source.data)
+    notes |= {"train_language": task.train_language, "max_length": str(config.max_length)}
     notes |= {"labels": "\t".join(source.labels), "slots": "\t".join(source.slots)}
     payload = checkpoint.student_payload(student, quant, source.tokenizer.bytes, **notes)
     size = checkpoint.save_atomically(payload, run.path("student.pt"))
@@ -466,7 +459,7 @@ def run_student(run: Run, source: Source, teacher: Model, method: str, data: Dat
 
 def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Source, Data]:
     """The folder, model and data of a run. All options are checked before anything is written."""
-    task, device = find_task(config.task, config.train_language), choose_device(config.device, config.threads)
+    task, device = config.row, choose_device(config.device, config.threads)
     folder = find_data(task, config.data_dir, config.model)
     print(introduction(config, task, folder))
     source, out = Source(config, folder), config.out or default_out(config)
@@ -503,7 +496,7 @@ def run_recipe(config: TrainConfig, resume: bool) -> None:
     """All rows of the report."""
     started = time.monotonic()
     run, source, data = open_run(config, resume)
-    task = find_task(config.task, config.train_language)
+    task = config.row
     teacher, teacher_bytes, teacher_seconds = get_teacher(run, source, data)
     for method in config.methods:
         if method in run.results["methods"]:
@@ -545,6 +538,8 @@ def load_tests(config: TrainConfig, task: Task, folder: str, tokenizer: Tokenize
         how = f"fetch it with '{task.fetch}', or " if task.fetch else ""
         raise UserError(f"no file {missing[0]}: {how}name its folder with --data-dir{hint}")
     known = languages_of(task, folder, split)
+    if task.train_language not in known:
+        raise UserError(f"{folder}: {split} has no row in {task.train_language!r}, the training language")
     for language in config.languages:
         if language not in known:
             raise UserError(f"--languages {language!r}: {task.name} has {' '.join(known)}")
@@ -565,8 +560,9 @@ def evaluate_file(config: TrainConfig) -> None:
     """--eval: load a packed student as an integer model and evaluate it."""
     started = time.monotonic()
     device = choose_device(config.device, config.threads)
-    task = find_task(config.task, config.train_language)
     read = checkpoint.read_student(config.eval)
+    config = replace(config, train_language=read.notes.get("train_language"))
+    task = config.row
     if read.config.head != task.head or read.notes.get("task") != config.task:
         raise UserError(f"{config.eval} was not trained for {config.task}: name its --task")
     quant = read.quant
@@ -588,15 +584,6 @@ def evaluate_file(config: TrainConfig) -> None:
     print(f"\n{report_table(results)}\n")
     print(f"{kind}, {hardware(device)}, {torch.get_num_threads()} threads; ", end="")
     print(f"{clock(time.monotonic() - started)} in all")
-
-
-def choose_device(name: str, threads: int | None) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; use --device cpu")
-    if threads:
-        torch.set_num_threads(threads)
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(auto if name == "auto" else name)
 
 
 def main(argv: list[str] | None = None) -> int:

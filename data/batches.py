@@ -110,21 +110,22 @@ def encode_examples(
         return encode_sentences(examples, row.names(folder), tokenizer, max_length, row.head == "token")
     first = [example.text_a for example in examples]
     second = None if examples[0].text_b is None else [example.text_b for example in examples]
-    dataset = encode_texts(tokenizer, first, second, max_length)
     kind = np.float32 if row.regression else np.int64
-    dataset.labels = np.array([example.label for example in examples], dtype=kind)
+    labels = np.array([example.label for example in examples], dtype=kind)
+    dataset = encode_texts(tokenizer, first, second, max_length, labels)
     if "ndcg" in row.metrics:
         dataset.queries = query_numbers(examples)
     return dataset
 
 
-def encode_texts(tokenizer: Encoder, first: list[str], second: list[str] | None, max_length: int) -> Dataset:
-    """Texts or pairs -> Dataset, with token types if the tokenizer has them. All labels are 0."""
-    none = np.zeros(len(first), dtype=np.int64)
+def encode_texts(
+    tokenizer: Encoder, first: list[str], second: list[str] | None, max_length: int, labels: np.ndarray
+) -> Dataset:
+    """Texts or pairs -> Dataset, with token types if the tokenizer has them."""
     if not tokenizer.typed:
-        return dataset_of(tokenizer.encode_batch(first, second, max_length), none)
+        return dataset_of(tokenizer.encode_batch(first, second, max_length), labels)
     encoded, begins = tokenizer.encode_typed(first, second, max_length)
-    return replace(dataset_of(encoded, none), second=begins, pad=tokenizer.pad_id)
+    return replace(dataset_of(encoded, labels), second=np.asarray(begins, dtype=np.int64))
 
 
 def query_numbers(examples: list[Example]) -> np.ndarray:

@@ -37,7 +37,7 @@ from typing import IO, NamedTuple
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import Progress, UserError, exit_status
+from common import Progress, UserError, check_writable, exit_status
 from data.glue import GLUE, read_file
 from data.tasks import RAW_DIR, Task, file_paths, find_task
 from data.xglue import ARCHIVE, XGLUE, official_files
@@ -68,6 +68,7 @@ class Remote:
     def address(self) -> str:
         """Where it is downloaded: at the mirror of Hugging Face that the variable HF_ENDPOINT names, if it is set."""
         mirror = os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB
+        mirror = mirror if "://" in mirror else f"https://{mirror}"
         return mirror + self.url.removeprefix(HUB) if self.url.startswith(HUB + "/") else self.url
 
 
@@ -254,10 +255,8 @@ def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0, in
         if sha256_of(path) == remote.sha256:
             return path
         raise UserError(f"{path} exists but is not the published file: delete it and run this again")
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    check_writable(folder, "choose another folder")
+    os.makedirs(folder, exist_ok=True)
     part, cause = path + ".part", "the server hung up"
     for attempt in range(tries):
         try:

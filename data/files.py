@@ -64,4 +64,6 @@ def read_tsv(
                 malformed.append(number)
             else:
                 expected = "the layout" if header else "the header"
+                if not line.strip():
+                    raise UserError(f"{path}, line {number} is empty: {expected} has {len(names)} columns")
                 raise UserError(f"{path}, line {number}: {len(cells)} columns, {expected} has {len(names)}")

@@ -14,7 +14,9 @@ mnli take the place of languages.
 A row holds all that differs between tasks. docs/extending.md adds one.
 """
 
+import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -41,7 +43,7 @@ class Task:
     # (folder, split) -> {language: examples}, split being "train", "dev" or "test"
     read: Callable[[str, str], dict[str, list[Example]] | dict[str, list[Sentence]]]
     files: dict[str, tuple[str, ...]]  # split -> the files it is read from, under task_folder()
-    fetch: str  # the command that brings the files, or tells where they come from
+    fetch: str  # the command that brings the files, or tells where they come from; "" of the user's own
     labels: tuple[str, ...] = ()  # names of the classes by id; of a regression: of the number
     labels_of: Callable[[str], tuple[str, ...]] | None = None  # in place of `labels`, if only the files know
     # The names of tags; those of a joint task, which only its files know.
@@ -90,8 +92,9 @@ def hold_out(examples: list, split: str) -> list:
     groups: dict[object, list[int]] = {}
     for i, example in enumerate(examples):
         groups.setdefault(example[0], []).append(i)
-    members, rows, most = list(groups.values()), set(), min(HELD_OUT, max(1, len(examples) // 10))
-    for k in np.random.default_rng(0).permutation(len(groups)):
+    members = list(groups.values()) if len(groups) > 1 else [[i] for i in range(len(examples))]
+    rows, most = set(), min(HELD_OUT, max(1, len(examples) // 10))
+    for k in np.random.default_rng(0).permutation(len(members)):
         if len(rows) >= most:
             break
         rows.update(members[k])
@@ -123,10 +126,11 @@ def match_labels(own: list[str], labels: tuple[str, ...]) -> list[int] | None:
     """
     if len(own) != len(labels):
         return None
-    theirs, ours = (["".join(filter(str.isalnum, name.casefold())) for name in names] for names in (own, labels))
-    if len(set(ours)) == len(ours) and set(theirs) == set(ours):
-        return [theirs.index(name) for name in ours]
-    nameless = any(all(name.removeprefix("label").isdecimal() for name in names) for names in (theirs, ours))
+    plain = [["".join(filter(str.isalnum, name.casefold())) for name in names] for names in (own, labels)]
+    for theirs, ours in ((own, labels), plain):  # as they are, else by their letters
+        if len(set(ours)) == len(ours) and set(theirs) == set(ours):
+            return [theirs.index(name) for name in ours]
+    nameless = any(all(re.fullmatch(r"(label_?)?\d+", name.casefold()) for name in names) for names in (own, labels))
     return list(range(len(own))) if nameless or len(own) == 1 else None
 
 
@@ -309,15 +313,16 @@ def own_rows(folder: str, split: str) -> Iterator[tuple[str, str, str, str | Non
     path = os.path.join(folder, f"{split}.tsv")
     for number, (text, label, second, language) in read_tsv(path, OWN_COLUMNS, "", optional=("text2", "language")):
         where = f"{path}, line {number}"
-        for name, cell in (("text", text), ("label", label), ("language", language)):
-            if cell is not None and not cell.strip():
+        label, language = label.strip(), "all" if language is None else language.strip()
+        for name, cell in (("text", text.strip()), ("label", label), ("language", language)):
+            if not cell:
                 raise UserError(f"{where}: the {name} is empty")
-        yield where, text, label, second, language or "all"
+        yield where, text, label, second, language
 
 
 @lru_cache(maxsize=4)
 def own_labels(folder: str) -> tuple[str, ...]:
-    """The classes of train.tsv: in the order of their numbers, or of the alphabet."""
+    """The classes of train.tsv: numbers in their order, then words in that of the alphabet."""
     found, path = {label for _, _, label, _, _ in own_rows(folder, "train")}, f"{folder}/train.tsv"
     if len(found) < 2:
         raise UserError(f"{path} has {'one class' if found else 'no rows'}: there is nothing to learn")
@@ -325,16 +330,26 @@ def own_labels(folder: str) -> tuple[str, ...]:
         raise UserError(
             f"{path} has {len(found):,} classes: are its labels numbers to predict? Only classes are learned"
         )
-    return tuple(sorted(found, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name)))
+
+    def order(name: str) -> tuple[float, str]:
+        try:
+            return (float(name), name) if math.isfinite(float(name)) else (math.inf, name)
+        except ValueError:
+            return math.inf, name
+
+    return tuple(sorted(found, key=order))
 
 
 @lru_cache(maxsize=4)
 def read_own(folder: str, split: str) -> dict[str, list[Example]]:
     ids = {label: i for i, label in enumerate(own_labels(folder))}
+    *_, pairs, _ = next(own_rows(folder, "train"))
     found: dict[str, list[Example]] = {}
     for where, text, label, second, language in own_rows(folder, split):
         if label not in ids:
             raise UserError(f"{where}: unknown label {label[:50]!r}; train.tsv has {' '.join(ids)[:200]}")
+        if (second is None) != (pairs is None):
+            raise UserError(f"{folder}: only one of train.tsv and {split}.tsv has a column text2")
         found.setdefault(language, []).append(Example(text, second, ids[label]))
     if not found:
         raise UserError(f"{folder}/{split}.tsv has no rows")

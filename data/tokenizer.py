@@ -140,6 +140,9 @@ class Tokenizer(Encoder):
             rows.append((np.concatenate(([BOS], *own, [EOS])).astype(np.int32), first))
         return refuse_long(rows, max_length)
 
+    def has_piece(self, token: str) -> bool:
+        return self.pieces.piece_to_id(token) != 0 or token in ("<unk>", "<pad>", "<mask>")
+
     @staticmethod
     def _to_xlmr(ids: list[int]) -> np.ndarray:
         ids = np.asarray(ids, dtype=np.int32)
@@ -234,6 +237,9 @@ class WordPieceTokenizer(Encoder):
             inner = [i for ids in own for i in ids]
             rows.append((np.array([self.cls_id, *inner, self.sep_id], dtype=np.int32), first))
         return refuse_long(rows, max_length)
+
+    def has_piece(self, token: str) -> bool:
+        return token in self.ids
 
     def _text(self, text: str) -> list[int]:
         """The ids of a text, without [CLS] and [SEP].

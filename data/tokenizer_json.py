@@ -3,7 +3,7 @@
     Unigram      pieces, scores and a table of characters -> the bytes of a SentencePiece model, as XLM-R has it
     WordPiece    pieces and their ids                     -> the lines of a vocab.txt, as BERT has it
 
-Any other kind, or a setting that would give other ids, is refused by its name. A SentencePiece model is a protocol
+Any other kind, or a setting that would give other ids, raises an error that names it. A SentencePiece model is a protocol
 buffer, in which every field is a tag, (number << 3) | type, and its value; only the fields below are needed, because
 the defaults of all others are XLM-R's:
 
@@ -24,8 +24,11 @@ BYTES, FLOAT = 2, 5  # types of protocol buffer fields
 CONTINUES = "##"
 
 
-def read_tokenizer_json(path: str) -> Encoder:
-    """The tokenizer of a file. Raises UserError for a damaged one or a kind that is not implemented."""
+def read_tokenizer_json(path: str) -> tuple[Encoder, list[str]]:
+    """The tokenizer of a file, and the special and added tokens that it lists.
+
+    Raises UserError for a damaged file or a kind that is not implemented.
+    """
     if os.path.getsize(path) > 2 * MAX_MODEL_BYTES:
         raise UserError(f"{path}: {os.path.getsize(path):,} bytes can't be a tokenizer")
     try:
@@ -34,7 +37,8 @@ def read_tokenizer_json(path: str) -> Encoder:
         kind = settings["model"].get("type", "WordPiece" if "max_input_chars_per_word" in settings["model"] else "BPE")
         if kind not in READERS:
             raise UserError(f"{path} is a {kind} tokenizer; known: Unigram, as in XLM-R, and WordPiece, as in BERT")
-        return READERS[kind](path, settings)
+        tokens = [str(token["content"]) for token in settings.get("added_tokens") or ()]
+        return READERS[kind](path, settings), tokens
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
         raise UserError(f"{path} is damaged: it is not a tokenizer of Hugging Face's libraries") from None
 
@@ -44,11 +48,11 @@ def parts(settings: dict, name: str) -> list[dict]:
     step = settings.get(name)
     if step is None:
         return []
-    return step[f"{name}s" if name != "pre_tokenizer" else "pretokenizers"] if step["type"] == "Sequence" else [step]
+    return step[name.replace("_", "") + "s"] if step["type"] == "Sequence" else [step]
 
 
 def refuse(path: str, what: str, found: object) -> None:
-    raise UserError(f"{path}: {what} {json.dumps(found)[:80]} is not implemented: its ids would differ")
+    raise UserError(f"{path}: {what} {json.dumps(found)[:300]} is not implemented: its ids would differ")
 
 
 def read_unigram(path: str, settings: dict) -> Tokenizer:
@@ -56,12 +60,13 @@ def read_unigram(path: str, settings: dict) -> Tokenizer:
     for step in parts(settings, "normalizer"):
         if step["type"] == "Precompiled":
             charsmap = base64.b64decode(step["precompiled_charsmap"] or "")
-        elif step.get("pattern") != {"Regex": " {2,}"}:  # spaces are joined anyway
+        elif step.get("pattern") != {"Regex": " {2,}"} or step.get("content") != " ":  # spaces are joined anyway
             refuse(path, "the normalizer", step)
-    for step in parts(settings, "pre_tokenizer"):
-        spaces = step["type"] == "Metaspace" and step.get("replacement") == "▁"
-        if not (spaces and step.get("prepend_scheme", "always") == "always") and step["type"] != "WhitespaceSplit":
-            refuse(path, "the pre-tokenizer", step)
+    split, *marks = parts(settings, "pre_tokenizer") or [{}]
+    spaces = [(step["type"], step["replacement"], step.get("prepend_scheme", "always")) for step in marks]
+    prefixed = all(step.get("add_prefix_space", True) for step in marks)
+    if split.get("type") != "WhitespaceSplit" or spaces != [("Metaspace", "▁", "always")] or not prefixed:
+        refuse(path, "the pre-tokenizer", settings.get("pre_tokenizer"))
     pieces = [(str(piece), float(score)) for piece, score in model["vocab"]]
     layout = [piece for piece, _ in pieces[:4]] + [piece for piece, _ in pieces[-1:]]
     if layout != [*UNIGRAM_SPECIALS, "<mask>"] or model.get("unk_id") != 3 or model.get("byte_fallback"):

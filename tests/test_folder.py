@@ -15,7 +15,7 @@ from conftest import GOLDEN, ROOT, SAMPLE, TOKENIZER
 import convert
 import train
 from checkpoint import float_model, load_checkpoint, read_checkpoint, read_student
-from data.tasks import NLI_LABELS, match_labels
+from data.tasks import NLI_LABELS, match_labels, own_labels, read_own
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import read_tokenizer_json
 
@@ -73,7 +73,7 @@ def test_ids_of_a_unigram_tokenizer_json(folder):
 
 
 def test_ids_of_a_wordpiece_tokenizer_json():
-    tokenizer = read_tokenizer_json(os.path.join(FOLDER, "wordpiece.json"))
+    tokenizer, _ = read_tokenizer_json(os.path.join(FOLDER, "wordpiece.json"))
     with open(os.path.join(BERT, "tokens.json"), encoding="utf-8") as file:
         cases = [case for case in json.load(file) if case[0]]
     for _, first, second, length, ids, _ in cases:
@@ -96,6 +96,11 @@ def test_other_tokenizers_are_named(folder, capsys):
     assert "ByteLevel" in changed("pre_tokenizer", type="ByteLevel")
     assert "<s> <pad> </s> <unk>" in changed("model", vocab=[["a", 0.0]] * 400)
     assert "<s> <pad> </s> <unk>" in changed("model", byte_fallback=True)
+    assert "the pre-tokenizer" in changed("pre_tokenizer", type="WhitespaceSplit")
+    marks = [{"type": "WhitespaceSplit"}, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"}]
+    assert '"never"' in changed("pre_tokenizer", pretokenizers=marks)
+    path.write_text(json.dumps({**good, "added_tokens": [*good["added_tokens"], {"id": 400, "content": "<e1>"}]}))
+    assert "'<e1>' was added to its vocabulary" in error_of(folder, capsys)
     for text in ("{", "[]", "{}", '{"model": 3}', '{"model": {"type": "Unigram", "vocab": [[]]}}', "\xff"):
         path.write_text(text, encoding="latin-1")
         assert "is damaged" in error_of(folder, capsys) or "BPE" in text
@@ -110,20 +115,53 @@ def test_other_tokenizers_are_named(folder, capsys):
     assert "has a BPE tokenizer" in error_of(folder, capsys)
 
 
+def test_added_tokens_and_capitals_of_wordpiece_are_checked(tmp_path, capsys):
+    folder = shutil.copytree(BERT, tmp_path / "hf")
+    (folder / "added_tokens.json").write_text('{"[E1]": 780}')
+    assert "'[E1]' was added" in error_of(folder, capsys)
+    (folder / "added_tokens.json").unlink()
+    settings = {"added_tokens_decoder": {"780": {"content": "newword"}, "0": {"content": "[PAD]"}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "'newword' was added" in error_of(folder, capsys)
+    (folder / "vocab.txt").unlink()
+    shutil.copy(os.path.join(FOLDER, "wordpiece.json"), folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert "disagree about capitals" in error_of(folder, capsys)
+    (folder / "tokenizer_config.json").write_text("{}")
+    payload = read_checkpoint(converted(folder))
+    write(folder / "config.json", model_type="roberta", type_vocab_size=1, pad_token_id=0)
+    tensors = convert.read_weights(str(folder))
+    key = "bert.embeddings.token_type_embeddings.weight"
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    tensors = {name.replace("bert.", "roberta."): tensor.clone() for name, tensor in tensors.items()}
+    key = key.replace("bert.", "roberta.")
+    tensors[key] = tensors[key][:1].clone()
+    torch.save({name: tensor for name, tensor in tensors.items() if "pooler" not in name}, folder / "pytorch_model.bin")
+    assert payload["config"]["type_vocab_size"] == 2 and "error: " in error_of(folder, capsys)
+
+
 # ------------------------------------------------------------------------------ places and names
 def test_root_of_a_cache(folder, tmp_path):
     expected = read_checkpoint(converted(folder))["tensors"]
     root = tmp_path / "models--someone--model"
     shutil.copytree(folder, root / "snapshots" / "0a1b")
+    os.mkdir(root / "snapshots" / "newer")  # half a download
+    os.mkdir(root / "refs")
+    (root / "refs" / "main").write_text("0a1b\n")
     again = read_checkpoint(converted(root, "again"))["tensors"]
     assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
 
 
 def test_shards_are_checked(folder, capsys):
     path = folder / "model.safetensors.index.json"
+    good = path.read_text()
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "again.safetensors")
+    write(path, weight_map={**json.loads(good)["weight_map"], "x": "again.safetensors"})
+    assert "repeats tensor" in error_of(folder, capsys)
+    path.write_text(good)
     (folder / "model-00002-of-00003.safetensors").unlink()
     assert "has no model-00002-of-00003.safetensors" in error_of(folder, capsys)
-    for weight_map in ({"x": "../evil.safetensors"}, {"x": 3}, {}, 3):
+    for weight_map in ({"x": "../evil.safetensors"}, {"x": 3}, {"x": []}, {}, 3):
         write(path, weight_map=weight_map)
         assert "names no files beside it" in error_of(folder, capsys)
 
@@ -202,6 +240,9 @@ def test_labels_are_matched_by_name():
     assert match_labels(["negative", "positive"], labels) is None
     assert match_labels(["a", "b", "c"], labels) is None
     assert match_labels(["нет", "да"], ("да", "нет")) == [1, 0]
+    assert match_labels(["-1", "0", "1"], ("0", "1", "-1")) == [1, 2, 0]
+    assert match_labels(["C++", "C"], ("C", "C++")) == [1, 0]
+    assert match_labels(["-1", "0", "1"], ("a", "b", "c")) is None
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
@@ -228,6 +269,31 @@ def test_a_fine_tuned_classifier_is_the_teacher(folder, tmp_path, capsys, order)
         logits, _ = plain(torch.tensor([tokenizer.encode(first, second, 32)]))
         correct += names[int(logits.argmax())] == gold
     assert sum(each["correct"] for each in row["languages"].values()) == correct
+
+
+def test_another_order_of_labels_is_another_teacher(folder, tmp_path, capsys):
+    model = converted(folder)
+    names = ("contradiction", "entailment", "neutral")
+    common = ["--task", "tsv", "--data-dir", str(tmp_path), "--model", model, "--epochs", "0", "--methods", "fp32"]
+    for i, labels in enumerate((names, ("0", "1", "2"), names[::-1])):
+        for split in ("train", "dev", "test"):
+            rows = "".join(f"the girl {k}\t{labels[k % 3]}\n" for k in range(6))
+            (tmp_path / f"{split}.tsv").write_text("text\tlabel\n" + rows)
+        own_labels.cache_clear()
+        read_own.cache_clear()
+        assert train.main([*common, "--max-length", "32", "--out", str(tmp_path / f"run{i}")]) == 0
+    found = capsys.readouterr().out
+    assert "0 is" not in found and "contradiction is 0, entailment is 1, neutral is 2" in found
+
+
+def test_a_head_without_names_is_not_guessed(folder, tmp_path, capsys):
+    payload = read_checkpoint(converted(folder))
+    del payload["notes"]["labels"]
+    old = str(tmp_path / "old.pt")
+    torch.save(payload, old)
+    common = ["--task", "xnli", "--data-dir", SAMPLE, "--model", old, "--max-length", "32", "--methods", "fp32"]
+    assert train.main([*common, "--epochs", "0", "--out", str(tmp_path / "run")]) == 2
+    assert "classes without names; to keep it, convert the model again" in capsys.readouterr().out
 
 
 def test_other_heads_are_replaced_with_a_word(folder, tmp_path, capsys):

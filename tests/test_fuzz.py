@@ -238,7 +238,12 @@ def formats(folder: str) -> dict:
         "safetensors": (*folder_of("model.safetensors", os.path.join(GOLDEN, "seq")), None, False),
         "config.json": (*folder_of("config.json", FOLDER), config, False),
         "index": (*folder_of("model.safetensors.index.json", FOLDER), None, False),
-        "tokenizer.json": (os.path.join(FOLDER, "tokenizer.json"), read_tokenizer_json, tokenizer, False),
+        "tokenizer.json": (
+            os.path.join(FOLDER, "tokenizer.json"),
+            lambda path: read_tokenizer_json(path)[0],
+            tokenizer,
+            False,
+        ),
         "SentencePiece": (TOKENIZER, Tokenizer.from_file, None, False),
         "vocab.txt": (*folder_of("vocab.txt", os.path.join(ROOT, "tests", "golden_bert")), None, False),
         "encodings": (cache, lambda path: batches.read_cache(path, 442), None, False),

@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import FLIGHTS, ROOT, SAMPLE
 
 import predict
 import train
+from common import UserError
 
 BERT = os.path.join(ROOT, "tests", "golden_bert")
 
@@ -75,7 +77,8 @@ def test_mistakes_are_one_line(student, tmp_path, capsys):
     for text, message in (
         ("a\tb\tc\n", "line 1 has 3 texts"),
         ("a\tb\n\n", "line 2 is empty"),
-        ("a\nb\tc\n", "some texts are pairs and some are not"),
+        ("a\nb\tc\n", "some texts are pairs"),
+        ("a\tb\n" * 1024 + "c\n", "some texts are pairs"),
     ):
         file.write_text(text)
         assert predict.main([path, str(file)]) == 2
@@ -83,6 +86,8 @@ def test_mistakes_are_one_line(student, tmp_path, capsys):
         assert message in error and error.count("\n") == 1
     file.write_bytes(b"\xff\xfe")
     assert predict.main([path, str(file)]) == 2 and "is not UTF-8" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert predict.main([path, str(file), "--device", "cuda"]) == 2 and "no CUDA" in capsys.readouterr().err
     assert predict.main([path, str(tmp_path / "none")]) == 2 and "none" in capsys.readouterr().err
     assert predict.main([str(file)]) == 2 and "error: " in capsys.readouterr().err
 
@@ -101,6 +106,9 @@ def test_tags_of_words(tmp_path):
         open(os.path.join(FLIGHTS, "test", name), encoding="utf-8").read().splitlines()
         for name in ("seq.in", "seq.out", "label")
     )
+    for wrong, message in (([("a", "b")], "words with tags"), (["a " * 600], "602 tokens, the model takes 512")):
+        with pytest.raises(UserError, match=message):
+            list(predict.predict(loaded, wrong))
     found = list(predict.predict(loaded, texts))
     right = sum(intent == gold for (intent, _, _), gold in zip(found, intents, strict=True))
     assert right == evaluations["en"]["correct"]

@@ -248,7 +248,10 @@ def test_own_rows(own):
     # numbers in their order, a second text, no language
     write("train", [("2", "10", "b"), ("a", "9", "")], ("text", "label", "text2"))
     assert own_labels(str(folder)) == ("9", "10") and own_language(str(folder), None) == "all"
+    assert [len(load("tsv", split, "all", str(folder))) for split in ("held-out", "rest")] == [1, 1]
     assert load("tsv", "train", "all", str(folder)) == [Example("2", "b", 1), Example("a", "", 0)]
+    write("train", [("q", name, str(i)) for i, name in enumerate(("x", "-1", "9" * 5000, "0.5", "nan"))])
+    assert own_labels(str(folder)) == ("-1", "0.5", "9" * 5000, "nan", "x")
     write("train", [("a", "x", "de"), ("b", "y", "en"), ("c", "y", "fr")])
     assert own_language(str(folder), None) == "en" and own_language(str(folder), "fr") == "fr"
 
@@ -265,6 +268,10 @@ def test_mistakes_in_own_rows_name_file_and_line(own):
     assert f"{folder}/dev.tsv, line 3: unknown label 'worse'; train.tsv has bad very good" in error("dev")
     write("test", [("a", "bad", "de"), (" ", "bad", "de")])
     assert "test.tsv, line 3: the text is empty" in error("test")
+    write("test", [("a", "bad ", "de"), ("",)])
+    assert "test.tsv, line 3 is empty" in error("test")
+    write("test", [("a", "bad", "b")], ("text", "label", "text2"))
+    assert "only one of train.tsv and test.tsv has a column text2" in error("test")
     write("test", [("a", "bad", "de", "x")])
     assert "test.tsv, line 2: 4 columns, the header has 3" in error("test")
     write("test", [])

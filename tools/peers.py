@@ -24,7 +24,6 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
 from common import UserError, exit_status, write_text
 from config import TrainConfig
 from data.batches import unpadded_batches
-from data.tasks import find_task
 from run import report, report_table
 from tools.backends import Runner, is_installed, load_onnx, load_openvino, write_onnx, write_openvino
 from tools.compare import read_runs
@@ -54,7 +53,7 @@ def read_config(out: str) -> TrainConfig:
         config = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     except (OSError, ValueError, TypeError, AttributeError):
         raise UserError(f"{out} holds no run of train.py: name the --out of one") from None
-    if find_task(config.task).head != "sequence":
+    if config.row.head != "sequence":
         raise UserError(f"{out}: peers are measured for tasks with one label a text")
     return replace(config, out=out)
 
@@ -67,7 +66,7 @@ def add_peers(out: str) -> None:
         raise UserError(f"{source.name} has token types: peers are measured for XLM-R's layout")
     run.results["environment"] = before["environment"]  # of the training
     teacher, cpu = get_teacher(run, source, data)[0].cpu(), torch.device("cpu")
-    config, task = run.config, find_task(run.config.task)
+    config, task = run.config, run.config.row
 
     def calibrated(model: torch.nn.Module, path: str) -> None:
         write_openvino(model, path, unpadded_batches(data.train, CALIBRATION, 1, config.seed))
