@@ -103,7 +103,7 @@ def test_other_tokenizers_are_named(folder, capsys):
     assert "'<e1>' was added to its vocabulary" in error_of(folder, capsys)
     for text in ("{", "[]", "{}", '{"model": 3}', '{"model": {"type": "Unigram", "vocab": [[]]}}', "\xff"):
         path.write_text(text, encoding="latin-1")
-        assert "is damaged" in error_of(folder, capsys) or "BPE" in text
+        assert "tokenizer.json" in error_of(folder, capsys)
     for name, values in (("do_lower", {"lowercase": "yes"}), ("accents", {"strip_accents": False})):
         with open(os.path.join(FOLDER, "wordpiece.json"), encoding="utf-8") as file:
             settings = json.load(file)
