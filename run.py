@@ -39,6 +39,7 @@ from data.tasks import Task, find_task, selection_splits
 from model import Model
 
 STATE_FORMAT = "sdq-state-2"
+STATE_PARTS = {"progress": list, "best": dict, "tensors": dict, "optimizers": list, "rng": dict}
 SAVE_SECONDS = 120  # at most this much work is lost
 SAVE_EVERY = 500  # steps between states; one also follows every evaluation on dev
 
@@ -318,6 +319,9 @@ class Training:
             return False
         payload = read_checkpoint(path, STATE_FORMAT)
         try:
+            for part, kind in STATE_PARTS.items():
+                if not isinstance(payload[part], kind):
+                    raise TypeError(f"{part} is no {kind.__name__}")
             name, step, seconds = payload["progress"]
             if name != self.name:
                 return False
