@@ -202,9 +202,8 @@ def config_of(payload: dict, path: str) -> ModelConfig:
     config = payload.get("config")
     known = {field.name for field in fields(ModelConfig)}
     try:
-        if (
-            not isinstance(config, dict) or not known - {"num_slots", "tt"} <= set(config) <= known
-        ):  # those two came later
+        later = {"num_slots", "tt"}  # fields that older files don't have
+        if not isinstance(config, dict) or not known - later <= set(config) <= known:
             raise ValueError
         tt = config.get("tt")
         if tt is not None:
@@ -218,9 +217,12 @@ def config_of(payload: dict, path: str) -> ModelConfig:
 
 def load_checkpoint(path: str) -> Model:
     """The float32 model of a checkpoint (also of one in float16), on CPU, in eval mode. Every tensor is accounted for."""
-    payload = read_checkpoint(path)
-    config = config_of(payload, path)
-    tensors = payload.get("tensors")
+    return float32_model(read_checkpoint(path), path)
+
+
+def float32_model(payload: dict, path: str) -> Model:
+    """The model of a checkpoint's dictionary."""
+    config, tensors = config_of(payload, path), payload.get("tensors")
     if not isinstance(tensors, dict):
         raise UserError(f"{path} is damaged: it holds no tensors; convert it again")
     model = meta_model(config)

@@ -123,7 +123,7 @@ class Run:
                 row["size_bytes"], row["train_seconds"], row["score"], row["zero_shot_mean"]
                 [row["languages"][language]["score"] for language in data.tests]
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path} is damaged: delete it, and --resume evaluates its rows again") from None
+            raise UserError(f"{path} is damaged: delete it, and --resume makes its rows again") from None
         return rows
 
     def finish_row(self, method: str, row: dict) -> None:

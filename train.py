@@ -403,9 +403,12 @@ def get_teacher(run: Run, source: Source, data: Data) -> tuple[Model, int, float
         del model, payload
     else:
         print(f"fp32: teacher from {path}")
-    teacher = checkpoint.load_checkpoint(path).to(run.device).requires_grad_(False)
-    seconds = float(checkpoint.read_checkpoint(path)["notes"]["seconds"])
-    return teacher, os.path.getsize(path), seconds
+    payload = checkpoint.read_checkpoint(path)
+    teacher = checkpoint.float32_model(payload, path).to(run.device).requires_grad_(False)
+    try:
+        return teacher, os.path.getsize(path), float(payload["notes"]["seconds"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is no teacher of train.py: delete it, and the next run trains it again") from None
 
 
 def make_student(run: Run, teacher: Model, method: str, data: Data) -> Model:

@@ -11,7 +11,7 @@ from conftest import SCRATCH, SMALL, answer, log_of, results, run
 
 import train
 from checkpoint import load_checkpoint, read_checkpoint
-from common import UserError
+from common import UserError, write_json
 from config import parse_args
 from data.batches import Dataset
 from data.tasks import TASKS, find_task
@@ -502,3 +502,45 @@ def test_results_are_those_of_the_log(tmp_path):
         assert each["score"] == scores.pop("en")
         assert each["zero_shot_mean"] == pytest.approx(statistics.fmean(scores.values()))
         assert "english" not in each and "student" not in each
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path, capsys):
+    """On --resume, results cut in half are named; a log that is no text is no obstacle; rows are made again."""
+    options = ("--steps", "2", "--methods", "fp32", "ptq")
+    assert run(tmp_path, *options) == 0
+    expected = results(tmp_path)["methods"]
+    path, log = tmp_path / "run" / "results.json", tmp_path / "run" / "log.jsonl"
+    whole = path.read_text()
+    for text in (whole[: len(whole) // 2], "[]", "{}", '{"methods": 3}', whole.replace('"score"', '"scores"'), "\xff"):
+        path.write_text(text, encoding="latin-1")
+        assert run(tmp_path, *options, "--resume") == 2
+        error = capsys.readouterr().err
+        assert "results.json is damaged: delete it" in error and error.count("\n") == 1
+    path.unlink()
+    log.write_bytes(b"\xff\xfe{\n" + log.read_bytes()[:-20])
+    (tmp_path / "run" / "student.pt.999999999.part").write_bytes(b"of a killed process")
+    assert run(tmp_path, *options, "--resume") == 0
+    again = results(tmp_path)["methods"]
+    assert {name: row["languages"] for name, row in again.items()} == {n: r["languages"] for n, r in expected.items()}
+    assert not (tmp_path / "run" / "student.pt.999999999.part").exists()
+
+
+def test_a_teacher_without_notes_is_named(tmp_path, capsys):
+    options = ("--steps", "2", "--methods", "fp32")
+    assert run(tmp_path, *options) == 0
+    (name,) = os.listdir(tmp_path / "teachers")
+    path = str(tmp_path / "teachers" / name)
+    payload = torch.load(path, weights_only=True)
+    torch.save({**payload, "notes": {}}, path)
+    assert run(tmp_path, *options, out="other") == 2
+    assert "is no teacher of train.py: delete it" in capsys.readouterr().err
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    """Temporary files have foreseeable names."""
+    target = tmp_path / "precious"
+    target.write_text("precious")
+    os.symlink(target, tmp_path / f"x.json.{os.getpid()}.part")
+    write_json(str(tmp_path / "x.json"), {"a": 1})
+    assert target.read_text() == "precious" and not os.path.islink(tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
