@@ -197,6 +197,13 @@ def read_checkpoint(path: str, expected_format: str = CHECKPOINT_FORMAT) -> dict
     return payload
 
 
+def check_kinds(payload: dict, **kinds: type) -> None:
+    """Raises TypeError for a part of another type: a tensor, say, can be iterated as well, but slowly."""
+    for name, kind in kinds.items():
+        if not isinstance(payload.get(name), kind):
+            raise TypeError(f"{name} is no {kind.__name__}")
+
+
 def config_of(payload: dict, path: str) -> ModelConfig:
     """The checked model config of a checkpoint's dictionary."""
     config = payload.get("config")
@@ -403,8 +410,9 @@ def read_student(path: str) -> Student:
     payload = read_checkpoint(path, STUDENT_FORMAT)
     config = config_of(payload, path)
     try:
-        quant = quant_of(payload["quant"])
-        tensors, packed = dict(payload["tensors"]), dict(payload["packed"])
+        check_kinds(payload, quant=dict, tensors=dict, packed=dict, notes=dict)
+        check_kinds(payload["quant"], keep=list)
+        quant, tensors, packed = quant_of(payload["quant"]), payload["tensors"], payload["packed"]
         notes = {str(name): str(text) for name, text in payload["notes"].items()}
         empty = meta_model(config)
         prepare(empty, quant)

@@ -31,7 +31,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from checkpoint import TEACHERS, check_tensors, read_checkpoint, save_atomically
+from checkpoint import TEACHERS, check_kinds, check_tensors, read_checkpoint, save_atomically
 from common import Progress, UserError, check_writable, flag, hardware, markdown_table, remove, write_json, write_text
 from config import METHODS, NOT_COMPARED, TRAINED, TrainConfig
 from data.batches import Batch, Dataset, collate, training_order
@@ -39,7 +39,6 @@ from data.tasks import Task, find_task, selection_splits
 from model import Model
 
 STATE_FORMAT = "sdq-state-2"
-STATE_PARTS = {"progress": list, "best": dict, "tensors": dict, "optimizers": list, "rng": dict}
 SAVE_SECONDS = 120  # at most this much work is lost
 SAVE_EVERY = 500  # steps between states; one also follows every evaluation on dev
 
@@ -319,9 +318,7 @@ class Training:
             return False
         payload = read_checkpoint(path, STATE_FORMAT)
         try:
-            for part, kind in STATE_PARTS.items():
-                if not isinstance(payload[part], kind):
-                    raise TypeError(f"{part} is no {kind.__name__}")
+            check_kinds(payload, progress=list, best=dict, tensors=dict, optimizers=list, rng=dict)
             name, step, seconds = payload["progress"]
             if name != self.name:
                 return False
