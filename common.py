@@ -45,15 +45,22 @@ def exit_status(job: Callable[[], None], after_interrupt: str = "") -> int:
 
 
 # ------------------------------------------------------------------------------------------ files
+writes = True  # False in processes that only compute (parallel.py)
+
+
 @contextmanager
 def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary neighbour of `path`, and rename it to `path` once it is written completely: a reader never sees
     half a file. Makes the folder if there is none.
     """
     path = os.fspath(path)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    if not writes:
+        with open(os.devnull, mode, **text) as file:
+            yield file
+        return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{os.getpid()}.part"
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     remove(temporary)  # of a killed process with this number, or a link that was planted: "x" follows none
     try:
         with open(temporary, mode.replace("w", "x"), **text) as file:
@@ -76,7 +83,7 @@ def write_json(path: str, value: dict) -> None:
 
 
 def remove(path: str) -> None:
-    if os.path.lexists(path):
+    if writes and os.path.lexists(path):
         os.unlink(path)
 
 

@@ -124,6 +124,7 @@ class TrainConfig:
     steps: int | None = option(None, OPTIM, "stop every training after N steps")
     student_steps: int | None = option(None, OPTIM, "of qat and sdq (default: --steps)")
     batch_size: int = option(32, OPTIM, "examples per step")
+    accumulate: int = option(1, OPTIM, "parts in which a batch is computed: the same losses in less memory")
     lr: float = option(2e-5, OPTIM, "peak learning rate")
     student_lr: float | None = option(None, OPTIM, "of qat and sdq (default: --lr; higher below 8 bits)")
     label_smoothing: float = option(0.0, OPTIM, "of the cross-entropy")
@@ -328,7 +329,7 @@ BOUNDS = {  # name -> (least, largest)
     **dict.fromkeys(("dropout", "student_dropout", "label_smoothing"), (0, 0.9)),
     **dict.fromkeys(("alpha", "beta"), (0, 1e9)),
     **dict.fromkeys(("lr", "student_lr"), (1e-12, 1e38)),
-    **dict.fromkeys("max_train max_eval layers hidden batch_size threads eval_every".split(), (1, 10**9)),
+    **dict.fromkeys("accumulate max_train max_eval layers hidden batch_size threads eval_every".split(), (1, 10**9)),
     **dict.fromkeys("student_epochs steps student_steps".split(), (1, 10**9)),
 }
 
@@ -372,6 +373,7 @@ def rules(config: TrainConfig, task: Task) -> Iterator[tuple[object, str]]:
     language = f"--train-language {config.train_language}"
     yield config.train_language and not own, f"{language}: {task.name} is trained on {task.train_language}, drop it"
     yield scratch and not config.epochs, "--epochs 0 keeps a model as it stands: --model scratch has random weights"
+    yield config.accumulate > config.batch_size, "--accumulate: a batch has fewer rows; choose --batch-size or less"
     yield config.tt_embedding_rank and not config.tt_rank, "--tt-embedding-rank needs --tt-rank"
 
     weights = f"--weights {config.weights}"
@@ -421,7 +423,7 @@ def rules(config: TrainConfig, task: Task) -> Iterator[tuple[object, str]]:
 
 # Options that neither name a run nor keep it from being resumed. NOTE: threads and device change the last bits of a
 # result, so resuming is bit-exact only with the same ones.
-NOT_COMPARED = ("device", "threads", "out", "analyze", "check_student", "eval")
+NOT_COMPARED = ("device", "threads", "accumulate", "out", "analyze", "check_student", "eval")
 
 
 def default_out(config: TrainConfig) -> str:

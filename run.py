@@ -16,7 +16,10 @@ import hashlib
 import json
 import math
 import os
+import signal
 import statistics
+import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -31,6 +34,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+import common
+import parallel
 from checkpoint import TEACHERS, check_kinds, check_tensors, read_checkpoint, save_atomically
 from common import Progress, UserError, check_writable, flag, hardware, markdown_table, remove, write_json, write_text
 from config import METHODS, NOT_COMPARED, TRAINED, TrainConfig
@@ -38,7 +43,9 @@ from data.batches import Batch, Dataset, collate, training_order
 from data.tasks import Task, find_task, selection_splits
 from model import Model
 
-STATE_FORMAT = "sdq-state-2"
+STATE_FORMAT = "sdq-state-3"
+NEXT_RANK = 1_000_003  # between the seeds of two processes
+TERMINATED = 143  # exit status after SIGTERM, 128 + 15
 SAVE_SECONDS = 120  # at most this much work is lost
 SAVE_EVERY = 500  # steps between states; one also follows every evaluation on dev
 
@@ -93,10 +100,11 @@ class Run:
         Raises UserError if another process runs in this folder now.
         """
         os.makedirs(self.out, exist_ok=True)
-        if (lock := lock_folder(self.out)) is not None:
-            weakref.finalize(self, os.close, lock)
-        for folder in (self.out, self.teachers):
-            remove_leftovers(folder)
+        if common.writes:
+            if (lock := lock_folder(self.out)) is not None:
+                weakref.finalize(self, os.close, lock)
+            for folder in (self.out, self.teachers):
+                remove_leftovers(folder)
         self.results = {"config": asdict(self.config), "model": model, "languages": list(data.tests)}
         here = {"hardware": hardware(self.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
         self.results |= {"train_examples": len(data.train), "environment": here, "methods": {}}
@@ -136,6 +144,8 @@ class Run:
 
     # ---------------------------------------------------------------------------------------- log
     def log(self, record: dict) -> None:
+        if not common.writes:
+            return
         with open(self.path("log.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -165,6 +175,31 @@ class Run:
         if records := self.read_log():
             kept = [r for r in records if r["method"] != method or r["step"] <= step]
             write_text(self.path("log.jsonl"), "".join(json.dumps(r) + "\n" for r in kept))
+
+
+class Stop:
+    """What SIGTERM, which schedulers send some time before they kill, has to do."""
+
+    training = False  # whether there is a state to save
+    wanted = False
+
+
+def stop_at_sigterm() -> None:
+    """From now on SIGTERM ends the process with the status TERMINATED; a training saves its state first."""
+    Stop.training = Stop.wanted = False
+
+    def stop(*_) -> None:
+        Stop.wanted = True
+        if not Stop.training:
+            stopped()
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
+def stopped() -> None:
+    print("stopped by SIGTERM: the same command with --resume continues", file=sys.stderr)
+    sys.exit(TERMINATED)
 
 
 def lock_folder(folder: str) -> int | None:
@@ -225,7 +260,7 @@ class Training:
         if run.resume and self.load():
             print(f"{name}: continues after step {self.step}")
         else:
-            torch.manual_seed(config.seed)
+            torch.manual_seed(config.seed + NEXT_RANK * parallel.rank())
         if run.resume:
             run.trim_log(name, self.step)
         self.progress = Progress(name, self.total_steps, self.step)
@@ -235,6 +270,7 @@ class Training:
     def steps(self) -> Iterator[tuple[int, Batch]]:
         """(step, batch) of every step that is left. Saves the state every SAVE_EVERY steps and after evaluations."""
         order, order_epoch = [], -1
+        Stop.training = True
         while self.step < self.total_steps:
             epoch, index = divmod(self.step, self.per_epoch)
             if epoch != order_epoch:
@@ -245,9 +281,14 @@ class Training:
             evaluated = self.should_evaluate()
             self.step += 1
             late = time.monotonic() - self.saved > SAVE_SECONDS
-            if evaluated or late or self.step % SAVE_EVERY == 0:
+            stop = parallel.anywhere(Stop.wanted)
+            if evaluated or stop or self.step % SAVE_EVERY == 0 or parallel.anywhere(late):
                 self.save()
                 self.saved = time.monotonic()
+            if stop:
+                stopped()
+
+        Stop.training = False
 
     def should_evaluate(self) -> bool:
         """Whether an epoch, the training or --eval-every steps end with the current step."""
@@ -301,13 +342,16 @@ class Training:
             raise UserError(self.not_finite("a weight"))
         self.seconds = time.monotonic() - self.started
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        numbers = parallel.gather([{"cpu": torch.get_rng_state(), "cuda": cuda}])
+        if not common.writes:
+            return
         payload = {
             "format": STATE_FORMAT,
             "progress": [self.name, self.step, self.seconds],
             "best": self.best,
             "tensors": state,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "rng": numbers,  # of each process
         }
         save_atomically(payload, self.run.path("state.pt"))
 
@@ -318,7 +362,7 @@ class Training:
             return False
         payload = read_checkpoint(path, STATE_FORMAT)
         try:
-            check_kinds(payload, progress=list, best=dict, tensors=dict, optimizers=list, rng=dict)
+            check_kinds(payload, progress=list, best=dict, tensors=dict, optimizers=list, rng=list)
             name, step, seconds = payload["progress"]
             if name != self.name:
                 return False
@@ -330,9 +374,14 @@ class Training:
             for optimizer, saved in zip(self.optimizers, payload["optimizers"], strict=True):
                 groups = optimizer.state_dict()["param_groups"]  # all that may change is the rate, at every step
                 optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-            torch.set_rng_state(payload["rng"]["cpu"])
-            if payload["rng"]["cuda"] is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(payload["rng"]["cuda"])
+            if len(payload["rng"]) == parallel.world_size():
+                numbers = payload["rng"][parallel.rank()]
+                torch.set_rng_state(numbers["cpu"])
+                if numbers["cuda"] is not None and torch.cuda.is_available():
+                    torch.cuda.set_rng_state(numbers["cuda"])
+            else:
+                print(f"{name}: {len(payload['rng'])} processes before, now {parallel.world_size()}: other noise")
+                torch.manual_seed(self.run.config.seed + NEXT_RANK * parallel.rank() + step)
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             text = str(error).split("\n")[0][:100]
             raise UserError(f"{path} is damaged ({text}): delete it, and --resume trains {self.name} again") from None

@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
+import parallel
 from analyze import analysis_tables, attention_recovery, layer_errors
 from common import Progress, UserError, choose_device, clock, exit_status, hardware, multiplies_bf16, remove, write_text
 from config import TRAINED, TrainConfig, default_out, parse_args, quant_config, tt_config
@@ -40,7 +42,17 @@ from int8 import integer_model, to_integer
 from model import PRESETS, Model, ModelConfig, initialize, set_dropout, with_head
 from pq import STAGES, begin_stage, product_quantizers
 from prepare import calibrate, prepare
-from run import Data, Run, Training, report, report_table, summarize_languages, teacher_path, total_steps
+from run import (
+    Data,
+    Run,
+    Training,
+    report,
+    report_table,
+    stop_at_sigterm,
+    summarize_languages,
+    teacher_path,
+    total_steps,
+)
 from tt import tensorize
 
 WARMUP = 0.1  # fraction of the steps in which the learning rate rises
@@ -154,11 +166,17 @@ def train(model: Model, teacher: Model | None, data: Data, run: Run, method: str
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        terms = loss_fn(model.train(), teacher, batch, config, step)
-        loss = sum(terms.values())
-        loss.backward()
+        terms: dict[str, Tensor] = {}
+        for part, shares in parallel.parts(batch, config.accumulate):  # usually the whole batch
+            of_part = loss_fn(model.train(), teacher, part, config, step)
+            of_part = parallel.shared(of_part, shares, model.config.head)
+            sum(of_part.values()).backward()
+            terms = {name: terms.get(name, 0) + term.detach() for name, term in of_part.items()}
+        parallel.sum_gradients(model, batch)
+        terms = parallel.sum_values(terms)
         norm = clip_gradients(model, CLIP_NORM)
-        values = training.check_finite({"loss": loss, **terms, "norm": norm})  # before anything is updated
+        values = {"loss": sum(terms.values()), **terms, "norm": norm}
+        values = training.check_finite(values)  # before anything is updated
         for optimizer in optimizers:
             optimizer.step()
         training.log(values, lr, batch.tokens)
@@ -238,25 +256,29 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
     """The metrics of the dataset in %, "score" (their mean) and the counts behind them."""
     model.eval()
-    predictions, labels = [], []  # of sequences
-    tags, slots = [], []  # labels and predictions of words, one array per sequence
-    for batch in evaluation_batches(dataset, EVAL_TOKENS[device.type]):
+    predictions, labels = [], []  # of sequences, one array per batch
+    tags, slots = [], []  # labels and predictions of words, one list of arrays per batch, one array per sequence
+    for batch in islice(
+        evaluation_batches(dataset, EVAL_TOKENS[device.type]), parallel.rank(), None, parallel.world_size()
+    ):
         batch = batch.to(device)
         logits, _ = model(batch.ids, batch.mask, types=batch.types)
         if batch.tags is not None:
             logits, slot_logits = logits if isinstance(logits, tuple) else (None, logits)
             words = batch.tags != IGNORE
             borders = words.sum(dim=1).cumsum(dim=0)[:-1].cpu()
-            tags += np.split(batch.tags[words].cpu().numpy(), borders)
-            slots += np.split(slot_logits.argmax(dim=-1)[words].cpu().numpy(), borders)
+            tags.append(np.split(batch.tags[words].cpu().numpy(), borders))
+            slots.append(np.split(slot_logits.argmax(dim=-1)[words].cpu().numpy(), borders))
         if logits is None:
             continue
         is_class = not batch.labels.is_floating_point()
-        predictions.append((logits.argmax(dim=-1) if is_class else logits[:, 0]).cpu())
-        labels.append(batch.labels.cpu())
+        predictions.append((logits.argmax(dim=-1) if is_class else logits[:, 0]).cpu().numpy())
+        labels.append(batch.labels.cpu().numpy())
+    predictions, labels, tags, slots = map(parallel.gather, (predictions, labels, tags, slots))
+    tags, slots = list(chain(*tags)), list(chain(*slots))
     if not predictions:
         return token_scores(slots, tags, dataset.slots, dataset.metrics)
-    predictions, labels = torch.cat(predictions).numpy(), torch.cat(labels).numpy()
+    predictions, labels = np.concatenate(predictions), np.concatenate(labels)
     if not tags:
         in_file_order = np.argsort(evaluation_order(dataset))
         predictions, labels = predictions[in_file_order], labels[in_file_order]
@@ -399,6 +421,7 @@ def get_teacher(run: Run, source: Source, data: Data) -> tuple[Model, int, float
         notes = dict(seconds=f"{seconds:.1f}", labels="\t".join(source.labels))
         payload = checkpoint.checkpoint_payload(model, source.tokenizer.bytes, **notes)
         checkpoint.save_atomically(payload, path)
+        parallel.wait()
         remove(run.path("state.pt"))
         del model, payload
     else:
@@ -470,15 +493,17 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Source, Data]:
         bf16 = multiplies_bf16(device) and (device.type == "cuda" or source.config.hidden_size >= 256)
         config = replace(config, precision="bfloat16" if bf16 else "float32")
     run = Run(out, config, device, resume)
-    print(f"{hardware(device)}, {torch.get_num_threads()} threads, training in {config.precision}, out {run.out}")
-    tests = load_tests(config, task, folder, source.tokenizer)
+    many = f"{parallel.world_size()} processes, " if parallel.world_size() > 1 else ""
+    print(f"{hardware(device)}, {many}{torch.get_num_threads()} threads, training in {config.precision}, out {run.out}")
     training = (config, folder, source.tokenizer)
     for_training, for_selection = selection_splits(task, config.eval_split)
-    data = Data(
-        encode(*training, for_training, task.train_language, config.max_train),
-        encode(*training, for_selection, task.train_language, config.max_eval),
-        tests,
-    )
+    with parallel.first():  # the others find the encodings in the cache
+        tests = load_tests(config, task, folder, source.tokenizer)
+        data = Data(
+            encode(*training, for_training, task.train_language, config.max_train),
+            encode(*training, for_selection, task.train_language, config.max_eval),
+            tests,
+        )
     rows = sum(map(len, tests.values()))
     print(f"{len(data.train):,} training examples, {rows:,} test examples in {len(data.tests)} sets")
     if config.distill in LAYERWISE and "sdq" in config.methods:  # too few steps? before training
@@ -592,11 +617,14 @@ def evaluate_file(config: TrainConfig) -> None:
 def main(argv: list[str] | None = None) -> int:
     def job() -> None:
         config, resume = parse_args(argv)
+        parallel.start()
+        stop_at_sigterm()
         try:
             if config.eval:
                 evaluate_file(config)
             else:
                 run_recipe(config, resume)
+            parallel.stop()
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type
             if "out of memory" in str(error) or "allocate memory" in str(error):
                 raise UserError("out of memory: use a smaller --batch-size, --max-length") from None

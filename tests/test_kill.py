@@ -65,6 +65,8 @@ def start(folder, *options, kill_at=None):
             torch.save = deadly(torch.save)
         status = train.main([*OPTIONS, "--out", os.path.join(folder, "run"), *options])
         os._exit(status)
+    except SystemExit as stop:
+        os._exit(stop.code)
     except BaseException:
         traceback.print_exc()
         os._exit(99)

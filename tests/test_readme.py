@@ -110,6 +110,7 @@ def test_every_flag_that_is_named_exists():
     parsers = "".join(module.build_parser().format_help() for module in (config, bench, plot))
     known = {"--resume", *re.findall(r"--[a-z-]+", parsers)}
     known |= literal_flags("convert.py") | literal_flags("tools/compare.py")
+    known |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
     for page, text in PAGES.items():
         if page != LOG:
             named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))

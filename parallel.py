@@ -1,0 +1,180 @@
+"""The same training step from parts of a batch: on several devices (torchrun), or one after the other (--accumulate).
+
+    torchrun --nproc-per-node 2 train.py --task xnli          # 2 processes; gloo on CPU, NCCL on CUDA
+    python train.py --task xnli --accumulate 2                # one process, half of the memory
+
+A batch of B rows is cut into N * K parts for N processes of K parts each; row i belongs to part i mod (N K). Losses are
+means, and parts may differ in rows and tokens: each term of a part is multiplied by the part's share of what its mean is
+over, so that the sum of all parts is the loss of the whole batch, and the sum of their gradients its gradient.
+
+Every process holds the whole model and does the same updates. Rank 0 alone writes and prints. Dropout and quantization
+noise differ between processes. Words that no process saw have no gradient: those that any saw are summed as a small
+table.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import common
+from data.batches import IGNORE, Batch
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def start() -> None:
+    """Join the processes that torchrun started, if it did. All but the first neither write nor print."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or not dist.is_available():
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    if rank() > 0:
+        common.writes = False
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def stop() -> None:
+    if world_size() > 1:
+        dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Until every process is here: what rank 0 has written can be read then."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather(own: list) -> list:
+    """All processes' lists in one: the first of each by rank, then the second of each, and so on."""
+    if world_size() == 1:
+        return own
+    found = [own] * world_size()
+    dist.all_gather_object(found, own)
+    longest = max(map(len, found))
+    return [each[i] for i in range(longest) for each in found if i < len(each)]
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether any process says so: all of them must save, or stop, at the same step."""
+    if world_size() == 1:
+        return flag
+    total = torch.tensor(float(flag), device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(total)
+    return bool(total)
+
+
+@contextmanager
+def first() -> Iterator[None]:
+    """Rank 0 runs the block, then the others."""
+    if rank() > 0:
+        wait()
+    yield
+    if rank() == 0:
+        wait()
+
+
+# ------------------------------------------------------------------------------------------ parts
+def parts(batch: Batch, count: int) -> Iterator[tuple[Batch, dict[str, float]]]:
+    """This process's parts of a batch, `count` of them, each with its shares of the means that losses are."""
+    of = world_size() * count
+    if of == 1:
+        yield batch, {}
+        return
+    whole = sizes(batch)
+    for i in range(rank() * count, rank() * count + count):
+        rows = slice(i, None, of)
+        if i < len(batch.ids):
+            part = cut(batch, rows)
+            yield part, {kind: size / max(whole[kind], 1) for kind, size in sizes(part).items()}
+        elif (
+            i == rank() * count
+        ):  # fewer rows than processes: a row that counts nothing, for the same gradients to exist
+            yield cut(batch, slice(0, 1)), dict.fromkeys(whole, 0.0)
+
+
+def cut(batch: Batch, rows: slice) -> Batch:
+    """Some rows, without the columns that only others need."""
+    mask = None if batch.mask is None else batch.mask[rows]
+    length = batch.ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
+    whole = mask is None or bool(mask[:, :length].all())
+    count = len(batch.ids[rows]) * length if whole else int(mask.sum())
+    return replace(
+        batch,
+        ids=batch.ids[rows, :length],
+        mask=None if whole else mask[:, :length],
+        labels=batch.labels[rows],
+        tokens=count,
+        tags=None if batch.tags is None else batch.tags[rows, :length],
+        types=None if batch.types is None else batch.types[rows, :length],
+    )
+
+
+def sizes(batch: Batch) -> dict[str, float]:
+    """How many rows, tagged words, tokens, and pairs of tokens of one row a batch has: what the means are over."""
+    B, T = batch.ids.shape
+    lengths = torch.full((B,), T) if batch.mask is None else batch.mask.sum(dim=1)
+    words = 0 if batch.tags is None else int((batch.tags != IGNORE).sum())
+    return {"rows": B, "words": words, "tokens": int(lengths.sum()), "pairs": int(lengths.square().sum())}
+
+
+def shared(terms: dict[str, Tensor], shares: dict[str, float], head: str) -> dict[str, Tensor]:
+    """The terms of a loss, each times the part's share of its mean. shares: {} of a whole batch.
+
+    NOTE: of a joint head, whose terms are sums of a mean over rows and one over words, the share is that of rows.
+    """
+    if not shares:
+        return terms
+    over = {"score": "pairs", "task": "words" if head == "token" else "rows"}
+    over["logits"] = "tokens" if head == "token" else "rows"
+    return {name: shares[over.get(name, "tokens")] * term for name, term in terms.items()}
+
+
+# -------------------------------------------------------------------------------------- summing up
+def sum_gradients(model: nn.Module, batch: Batch) -> None:
+    """Add the gradients of all processes, in place.  batch: the whole one, whose words have gradients."""
+    if world_size() == 1:
+        return
+    dense = []
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            continue
+        if not parameter.grad.is_sparse:
+            dense.append(parameter.grad)
+            continue
+        words = torch.unique(batch.ids)
+        place = torch.full((len(parameter),), -1, device=words.device)
+        place[words] = torch.arange(len(words), device=words.device)
+        own = parameter.grad.coalesce()
+        values = torch.zeros(len(words), parameter.shape[1], device=words.device, dtype=own.dtype)
+        values[place[own.indices()[0]]] = own.values()
+        dist.all_reduce(values)
+        parameter.grad = torch.sparse_coo_tensor(words[None], values, parameter.shape, is_coalesced=True)
+    flat = torch.cat([gradient.reshape(-1) for gradient in dense])
+    dist.all_reduce(flat)
+    start = 0
+    for gradient in dense:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()
+
+
+def sum_values(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums over all processes of scalars that each has."""
+    if world_size() == 1:
+        return values
+    total = torch.stack(list(values.values()))
+    dist.all_reduce(total)
+    return dict(zip(values, total, strict=True))
