@@ -14,9 +14,11 @@ table.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,8 @@ from torch import Tensor, nn
 
 import common
 from data.batches import IGNORE, Batch
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -58,8 +62,13 @@ def wait() -> None:
         dist.barrier()
 
 
+def mine(items: Iterable[T]) -> Iterator[T]:
+    """Every N-th item, from the rank's on."""
+    return islice(items, rank(), None, world_size())
+
+
 def gather(own: list) -> list:
-    """All processes' lists in one: the first of each by rank, then the second of each, and so on."""
+    """The inverse of mine: all processes' lists in one, the first of each by rank, then the second, and so on."""
     if world_size() == 1:
         return own
     found = [own] * world_size()

@@ -19,7 +19,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 
 import numpy as np
 import torch
@@ -258,9 +258,7 @@ def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
     model.eval()
     predictions, labels = [], []  # of sequences, one array per batch
     tags, slots = [], []  # labels and predictions of words, one list of arrays per batch, one array per sequence
-    for batch in islice(
-        evaluation_batches(dataset, EVAL_TOKENS[device.type]), parallel.rank(), None, parallel.world_size()
-    ):
+    for batch in parallel.mine(evaluation_batches(dataset, EVAL_TOKENS[device.type])):
         batch = batch.to(device)
         logits, _ = model(batch.ids, batch.mask, types=batch.types)
         if batch.tags is not None:

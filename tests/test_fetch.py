@@ -192,6 +192,8 @@ def test_mirror(server, tmp_path, monkeypatch):
     file = Remote(f"{fetch.HUB}/good/f.bin", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
     monkeypatch.setenv("HF_ENDPOINT", server + "/")
     assert file.address.startswith("http://127.0.0.1") and get(file, tmp_path) and (tmp_path / "f.bin").exists()
+    monkeypatch.setenv("HF_ENDPOINT", "mirror.org")
+    assert file.address == "https://mirror.org/good/f.bin"
     assert Remote("https://elsewhere.org/f.bin", 1, "0" * 64).address == "https://elsewhere.org/f.bin"
 
 

@@ -214,6 +214,9 @@ def test_quantized_and_non_finite_weights(folder, capsys):
         damaged[3, 2] = value
         torch.save({**tensors, key: damaged}, path)
         assert "not finite" in error_of(folder, capsys)
+    large = tensors[key].double().index_fill(0, torch.tensor([3]), 1e300)  # inf in float32
+    torch.save({**tensors, key: large}, path)
+    assert "not finite" in error_of(folder, capsys)
 
 
 def test_a_sound_safetensors_file_of_integers(tmp_path):

@@ -276,6 +276,8 @@ def test_mistakes_in_own_rows_name_file_and_line(own):
     assert "test.tsv, line 2: 4 columns, the header has 3" in error("test")
     write("test", [])
     assert "test.tsv has no rows" in error("test")
+    write("train", OWN["train"], ("\ufefftext", "label", "language"))  # a byte order mark
+    assert own_labels(str(folder)) == ("bad", "very good")
     write("train", OWN["train"], ("text", "class", "language"))
     assert "train.tsv, line 1: no column 'label'; it has: text class language" in error()
     write("train", [("a", "x", "de")] * 3)
