@@ -4,7 +4,7 @@ weights-only load.
 A checkpoint is a dictionary of plain numbers, strings and tensors, which PyTorch reads with weights_only=True, so that
 nothing in the file is executed:
 
-    format     "sdq-checkpoint-1", or "sdq-student-5" of a student
+    format     "sdq-checkpoint-1", or "sdq-student-6" of a student
     config     the fields of ModelConfig
     tensors    parameters by name, float32 (or float16, to save space)
     tokenizer  the bytes of the tokenizer's file
@@ -43,7 +43,7 @@ from tt import TensorTrain, TTConfig, tensorize
 
 WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")  # of convert.py
 TEACHERS = "teachers"  # the folder of those that train.py keeps
-CHECKPOINT_FORMAT, STUDENT_FORMAT = "sdq-checkpoint-1", "sdq-student-5"
+CHECKPOINT_FORMAT, STUDENT_FORMAT = "sdq-checkpoint-1", "sdq-student-6"
 WORDS = "encoder.embeddings.word.weight"
 CHUNK = 1 << 22  # weights packed at a time: XLM-R's embedding table alone has 192 million
 LIMITS = {  # of each number in a ModelConfig
@@ -127,11 +127,15 @@ PLAIN = {  # what a file may name
     "collections OrderedDict",
     "torch Size",
     "torch.storage UntypedStorage",
+    "torch device",
+    "_codecs encode",  # bytes
+    *(f"torch {kind}" for kind in ("float64", "float32", "float16", "bfloat16", "int64")),
     *(f"torch._utils _rebuild_{kind}" for kind in ("tensor_v2", "tensor_v3", "parameter")),
     *(f"torch {kind}Storage" for kind in "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()),
     *(f"torch float8_{kind}" for kind in ("e4m3fn", "e5m2")),
 }
 MAX_PICKLE = 4 << 20  # bytes; XLM-R large's has 0.1 MB
+MAX_NUMBER = 10**7  # in the pickle of a smaller file: what LIMITS allow
 
 
 def load_untrusted(path: str, advice: str, mmap: bool = False) -> object:
@@ -139,8 +143,9 @@ def load_untrusted(path: str, advice: str, mmap: bool = False) -> object:
     try:
         check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError:
-        what = "holds pickled code or is no PyTorch file, and was not loaded"
+    except pickle.UnpicklingError as error:
+        named = f" ({error})" if len(str(error)) < 80 else ""
+        what = f"holds pickled code{named} or is no PyTorch file, and was not loaded"
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:  # the libraries raise whatever a damaged file leads them to
@@ -153,28 +158,30 @@ def check_archive(path: str) -> None:
 
     torch.load compares no checksums, and what it unpickles could ask for any amount of memory.
     """
-    if not zipfile.is_zipfile(path):  # the format before PyTorch 1.6: five pickles, then the numbers
-        with open(path, "rb") as file:
+    size = max(os.path.getsize(path), MAX_NUMBER)
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # the format before PyTorch 1.6: five pickles, then the numbers
+            file.seek(0)
             for i in range(5):
-                check_pickle(file, largest=os.path.getsize(path) if i > 2 else None)  # the first is a magic number
-        return
+                check_pickle(file, size if i > 2 else None)  # the first is a magic number
+            return
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
+        names = {record.filename.lower() for record in records}  # PyTorch finds them in any case
         plain = all(record.compress_type == zipfile.ZIP_STORED for record in records)
-        if not plain or len({record.filename for record in records}) < len(records) or archive.testzip():
+        pickles = [record for record in records if record.filename.lower().endswith(".pkl")]
+        if not plain or len(names) < len(records) or len(pickles) != 1 or archive.testzip():
             raise ValueError
-        for record in records:
-            if record.filename.endswith(".pkl"):
-                if record.file_size > MAX_PICKLE:
-                    raise ValueError
-                check_pickle(io.BytesIO(archive.read(record)))
+        if pickles[0].file_size > MAX_PICKLE:
+            raise ValueError
+        check_pickle(io.BytesIO(archive.read(pickles[0])), size)
 
 
-def check_pickle(file: IO[bytes], largest: int | None = None) -> None:
+def check_pickle(file: IO[bytes], largest: int | None) -> None:
     """Read a pickle without executing it.  largest: of its integers, which may be sizes."""
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and argument not in PLAIN:
-            raise pickle.UnpicklingError(argument)
+            raise pickle.UnpicklingError(str(argument))
         if largest is not None and isinstance(argument, int) and argument > largest:
             raise ValueError
 
@@ -413,7 +420,8 @@ def read_student(path: str) -> Student:
         check_kinds(payload, quant=dict, tensors=dict, packed=dict, notes=dict)
         check_kinds(payload["quant"], keep=list)
         quant, tensors, packed = quant_of(payload["quant"]), payload["tensors"], payload["packed"]
-        notes = {str(name): str(text) for name, text in payload["notes"].items()}
+        notes = payload["notes"]
+        check_kinds(notes, **dict.fromkeys(notes, str))
         empty = meta_model(config)
         prepare(empty, quant)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -439,7 +447,8 @@ def quant_of(settings: dict) -> QuantConfig:
     """The QuantConfig of a file. Raises TypeError and the like for values of other types; prepare checks the rest."""
     quant = QuantConfig(**{**settings, "keep": tuple(settings["keep"])})
     for field in fields(QuantConfig):
-        if type(getattr(quant, field.name)) is not type(field.default):
+        kinds = (int, float) if field.name == "noise" else (type(field.default),)
+        if type(getattr(quant, field.name)) not in kinds:
             raise TypeError(f"{field.name} is {getattr(quant, field.name)!r}")
     if not all(isinstance(name, str) for name in quant.keep):
         raise TypeError(f"keep is {quant.keep}")

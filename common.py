@@ -2,6 +2,7 @@
 tables.
 """
 
+import glob
 import json
 import os
 import platform
@@ -46,6 +47,7 @@ def exit_status(job: Callable[[], None], after_interrupt: str = "") -> int:
 
 # ------------------------------------------------------------------------------------------ files
 writes = True  # False in processes that only compute (parallel.py)
+HERE = f"@{platform.node()}.part"  # ends the names of unfinished files, behind the number of the process
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
             yield file
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.part"
+    temporary = f"{path}.{os.getpid()}{HERE}"
     remove(temporary)  # of a killed process with this number, or a link that was planted: "x" follows none
     try:
         with open(temporary, mode.replace("w", "x"), **text) as file:
@@ -87,6 +89,26 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
+def remove_leftovers(folder: str) -> None:
+    """Remove the unfinished files of this machine's processes that are gone."""
+    for path in glob.glob(os.path.join(glob.escape(folder), f"*{glob.escape(HERE)}")):
+        writer = path.removesuffix(HERE).rpartition(".")[2]
+        if writer.isdecimal() and not is_running(int(writer)):
+            remove(path)
+
+
+def is_running(process: int) -> bool:
+    if os.name == "nt":  # there os.kill would stop it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        pass
+    return True
+
+
 def check_writable(folder: str, advice: str = "choose another --out") -> None:
     """Raises UserError for a folder that can't be written, before anything is computed or changed."""
     there = os.path.abspath(folder)
@@ -111,6 +133,8 @@ class Progress:
 
     def update(self, done: float, text: str | Callable[[], str] = "") -> None:
         """done: how much is finished now.  text: shown beside it; a function is called only if the line is drawn."""
+        if not writes:
+            return
         now = time.monotonic()
         if now - self.shown < (0.2 if self.live else 10.0):
             return

@@ -124,7 +124,7 @@ class TrainConfig:
     steps: int | None = option(None, OPTIM, "stop every training after N steps")
     student_steps: int | None = option(None, OPTIM, "of qat and sdq (default: --steps)")
     batch_size: int = option(32, OPTIM, "examples per step")
-    accumulate: int = option(1, OPTIM, "parts in which a batch is computed: the same losses in less memory")
+    accumulate: int = option(1, OPTIM, "parts in which a batch is computed, for less memory")
     lr: float = option(2e-5, OPTIM, "peak learning rate")
     student_lr: float | None = option(None, OPTIM, "of qat and sdq (default: --lr; higher below 8 bits)")
     label_smoothing: float = option(0.0, OPTIM, "of the cross-entropy")
@@ -421,8 +421,8 @@ def rules(config: TrainConfig, task: Task) -> Iterator[tuple[object, str]]:
     yield softened and without, "--temperature softens the logits: distill them, too, or drop it"
 
 
-# Options that neither name a run nor keep it from being resumed. NOTE: threads and device change the last bits of a
-# result, so resuming is bit-exact only with the same ones.
+# Options that neither name a run nor keep it from being resumed. NOTE: threads, device and parts change the last bits of
+# a result, so resuming is bit-exact only with the same ones.
 NOT_COMPARED = ("device", "threads", "accumulate", "out", "analyze", "check_student", "eval")
 
 

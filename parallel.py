@@ -1,11 +1,13 @@
 """The same training step from parts of a batch: on several devices (torchrun), or one after the other (--accumulate).
 
     torchrun --nproc-per-node 2 train.py --task xnli          # 2 processes; gloo on CPU, NCCL on CUDA
-    python train.py --task xnli --accumulate 2                # one process, half of the memory
+    python train.py --task xnli --accumulate 2                # one process, half of the memory for activations
 
 A batch of B rows is cut into N * K parts for N processes of K parts each; row i belongs to part i mod (N K). Losses are
 means, and parts may differ in rows and tokens: each term of a part is multiplied by the part's share of what its mean is
-over, so that the sum of all parts is the loss of the whole batch, and the sum of their gradients its gradient.
+over, so that the sum of all parts is the loss of the whole batch, and the sum of their gradients its gradient. NOTE:
+differs where a batch is more than its rows: ranges of activations found per batch (--per-tensor with dynamic ranges) and
+the gradient of learned activation ranges, which is scaled by the size of the part (lsq.py).
 
 Every process holds the whole model and does the same updates. Rank 0 alone writes and prints. Dropout and quantization
 noise differ between processes. Words that no process saw have no gradient: those that any saw are summed as a small
@@ -17,6 +19,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from itertools import islice
 from typing import TypeVar
 
@@ -25,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import common
+from common import UserError
 from data.batches import IGNORE, Batch
 
 T = TypeVar("T")
@@ -38,17 +42,22 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def start() -> None:
-    """Join the processes that torchrun started, if it did. All but the first neither write nor print."""
+def start(device: str) -> None:
+    """Join the processes that torchrun started, if it did. All but the first neither write nor print; errors of all are
+    told.  device: --device.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or not dist.is_available():
         return
-    cuda = torch.cuda.is_available()
+    cuda, local = torch.cuda.is_available() and device != "cpu", int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(f"process {local} has no GPU: start {torch.cuda.device_count()} with --nproc-per-node")
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+        torch.cuda.set_device(local)
+    # Others wait while rank 0 reads and encodes the data.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     if rank() > 0:
         common.writes = False
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")
 
 
 def stop() -> None:
@@ -81,9 +90,16 @@ def anywhere(flag: bool) -> bool:
     """Whether any process says so: all of them must save, or stop, at the same step."""
     if world_size() == 1:
         return flag
-    total = torch.tensor(float(flag), device="cuda" if torch.cuda.is_available() else "cpu")
+    total = torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(total)
     return bool(total)
+
+
+def same(model: nn.Module) -> None:
+    """Give all processes the tensors of rank 0's model: what each has computed by itself may differ in the last bits."""
+    if world_size() > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
 
 
 @contextmanager
@@ -105,13 +121,10 @@ def parts(batch: Batch, count: int) -> Iterator[tuple[Batch, dict[str, float]]]:
         return
     whole = sizes(batch)
     for i in range(rank() * count, rank() * count + count):
-        rows = slice(i, None, of)
         if i < len(batch.ids):
-            part = cut(batch, rows)
+            part = cut(batch, slice(i, None, of))
             yield part, {kind: size / max(whole[kind], 1) for kind, size in sizes(part).items()}
-        elif (
-            i == rank() * count
-        ):  # fewer rows than processes: a row that counts nothing, for the same gradients to exist
+        elif i == rank() * count:  # too few rows: one that counts nothing, so that gradients exist
             yield cut(batch, slice(0, 1)), dict.fromkeys(whole, 0.0)
 
 

@@ -11,7 +11,6 @@ Teachers are kept beside it, in teachers/, and reused by every run that would tr
 """
 
 import copy
-import glob
 import hashlib
 import json
 import math
@@ -37,9 +36,20 @@ except ImportError:  # Windows
 import common
 import parallel
 from checkpoint import TEACHERS, check_kinds, check_tensors, read_checkpoint, save_atomically
-from common import Progress, UserError, check_writable, flag, hardware, markdown_table, remove, write_json, write_text
+from common import (
+    Progress,
+    UserError,
+    check_writable,
+    flag,
+    hardware,
+    markdown_table,
+    remove,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from config import METHODS, NOT_COMPARED, TRAINED, TrainConfig
-from data.batches import Batch, Dataset, collate, training_order
+from data.batches import Batch, Dataset, cache_dir, collate, training_order
 from data.tasks import Task, find_task, selection_splits
 from model import Model
 
@@ -103,7 +113,7 @@ class Run:
         if common.writes:
             if (lock := lock_folder(self.out)) is not None:
                 weakref.finalize(self, os.close, lock)
-            for folder in (self.out, self.teachers):
+            for folder in (self.out, self.teachers, cache_dir()):
                 remove_leftovers(folder)
         self.results = {"config": asdict(self.config), "model": model, "languages": list(data.tests)}
         here = {"hardware": hardware(self.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -141,6 +151,7 @@ class Run:
         write_json(self.path("results.json"), self.results)
         if method in TRAINED:
             remove(self.path("state.pt"))
+        parallel.wait()  # the others must not see the state of a finished row
 
     # ---------------------------------------------------------------------------------------- log
     def log(self, record: dict) -> None:
@@ -172,9 +183,8 @@ class Run:
 
     def trim_log(self, method: str, step: int) -> None:
         """Remove what was logged after the state that a resumed training continues from."""
-        if records := self.read_log():
-            kept = [r for r in records if r["method"] != method or r["step"] <= step]
-            write_text(self.path("log.jsonl"), "".join(json.dumps(r) + "\n" for r in kept))
+        kept = [r for r in self.read_log() if r["method"] != method or r["step"] <= step]
+        write_text(self.path("log.jsonl"), "".join(json.dumps(r) + "\n" for r in kept))
 
 
 class Stop:
@@ -222,30 +232,12 @@ def lock_folder(folder: str) -> int | None:
     return descriptor
 
 
-def remove_leftovers(folder: str) -> None:
-    """Remove the unfinished files of processes that were killed."""
-    for path in glob.glob(os.path.join(glob.escape(folder), "*.part")):
-        writer = path.split(".")[-2]
-        if writer.isdecimal() and int(writer) != os.getpid() and not is_running(int(writer)):
-            remove(path)
-
-
-def is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # of another user
-        pass
-    return True
-
-
 # ------------------------------------------------------------------------------------- a training
 class Training:
     """The steps of one training, its best parameters, and its state on disk.
 
-    Everything follows from the seed and the step: a training that continues from a state gives the same bits as one
-    that was never stopped.
+    Everything follows from the seed and the step: a training that continues from a state, in as many processes, gives
+    the same bits as one that was never stopped.
     """
 
     def __init__(self, run: Run, name: str, model: Model, optimizers: list[torch.optim.Optimizer], dataset: Dataset):
@@ -263,12 +255,15 @@ class Training:
             torch.manual_seed(config.seed + NEXT_RANK * parallel.rank())
         if run.resume:
             run.trim_log(name, self.step)
+        parallel.same(model)
         self.progress = Progress(name, self.total_steps, self.step)
         self.saved = time.monotonic()
         self.started = self.saved - self.seconds
 
     def steps(self) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) of every step that is left. Saves the state every SAVE_EVERY steps and after evaluations."""
+        """(step, batch) of every step that is left. Saves the state every SAVE_EVERY steps and SAVE_SECONDS, after
+        evaluations, and when the process is asked to end.
+        """
         order, order_epoch = [], -1
         Stop.training = True
         while self.step < self.total_steps:
@@ -286,9 +281,11 @@ class Training:
                 self.save()
                 self.saved = time.monotonic()
             if stop:
+                parallel.wait()  # for rank 0 to write
                 stopped()
-
         Stop.training = False
+        if parallel.anywhere(Stop.wanted):
+            stopped()
 
     def should_evaluate(self) -> bool:
         """Whether an epoch, the training or --eval-every steps end with the current step."""
@@ -424,7 +421,7 @@ def total_steps(config: TrainConfig, examples: int, student: bool) -> int:
     return min(steps, limit or steps)
 
 
-TEACHER_OPTIONS = (  # all that the parameters of a teacher depend on, besides model and data
+TEACHER_OPTIONS = (  # all that the parameters of a teacher depend on, besides model, data and how batches are cut
     "task max_train max_eval max_length epochs steps batch_size lr dropout seed eval_every label_smoothing precision"
 ).split()
 

@@ -158,6 +158,7 @@ def train(model: Model, teacher: Model | None, data: Data, run: Run, method: str
         first, last = stage * length, stage == stages - 1
         if stage != current:
             begin_stage(model, stage)
+            parallel.same(model)
             if step == first > 0:  # in place: run.Training saves them
                 optimizers[:] = make_optimizers(model)
             current = stage
@@ -341,6 +342,7 @@ class Source:
             self.name = os.path.splitext(os.path.basename(self.path))[0]
             stat = os.stat(self.path)
             self.identity = [os.path.abspath(self.path), stat.st_size, stat.st_mtime_ns]
+            self.payload = payload  # its tensors are mapped from disk
             self.find_classes(payload, task)
         if not config.epochs and self.classes is None:
             raise UserError(f"--epochs 0: {self.name} has no head of classes for {task.name}; train one")
@@ -356,7 +358,8 @@ class Source:
         if not count:
             return
         notes = payload.get("notes")
-        names = str(notes.get("labels", "")).split("\t") if isinstance(notes, dict) else []
+        labels = notes.get("labels") if isinstance(notes, dict) else None
+        names = labels.split("\t") if isinstance(labels, str) else []
         known = len(names) == count
         if known and head == task.head != "joint" and not self.config.tt:
             self.classes = match_labels(names, self.labels)
@@ -372,7 +375,7 @@ class Source:
         torch.manual_seed(self.seed)
         if self.path is None:
             return initialize(checkpoint.meta_model(self.config))
-        model = checkpoint.load_checkpoint(self.path)
+        model = checkpoint.float32_model(self.payload, self.path)
         if self.classes is not None:
             for parameter in model.head.out_proj.parameters():
                 parameter.data = parameter.data[self.classes]
@@ -410,7 +413,7 @@ def get_teacher(run: Run, source: Source, data: Data) -> tuple[Model, int, float
     """The float32 teacher, trained now or before: (model, bytes on disk, seconds of training)."""
     identity = [*source.identity, *(source.classes or ()), WARMUP, WEIGHT_DECAY, CLIP_NORM]
     path = teacher_path(run, source.name, identity, data)
-    if not os.path.exists(path):
+    if not parallel.anywhere(os.path.exists(path)):
         if run.resume and os.path.exists(run.path("results.json")):
             raise UserError(f"this run's teacher, {path}, is gone (or --lr changed): start with another --out")
         model = source.build()
@@ -419,8 +422,8 @@ def get_teacher(run: Run, source: Source, data: Data) -> tuple[Model, int, float
         notes = dict(seconds=f"{seconds:.1f}", labels="\t".join(source.labels))
         payload = checkpoint.checkpoint_payload(model, source.tokenizer.bytes, **notes)
         checkpoint.save_atomically(payload, path)
-        parallel.wait()
         remove(run.path("state.pt"))
+        parallel.wait()
         del model, payload
     else:
         print(f"fp32: teacher from {path}")
@@ -533,6 +536,7 @@ def run_recipe(config: TrainConfig, resume: bool) -> None:
         else:
             row = run_student(run, source, teacher, method, data)
         run.finish_row(method, row)
+    remove(run.path("state.pt"))  # if a kill came between the last row and its removal
     write_text(run.path("report.md"), report(run.results))
     methods = run.results["methods"]
     if any("errors" in row for row in methods.values()):
@@ -615,7 +619,7 @@ def evaluate_file(config: TrainConfig) -> None:
 def main(argv: list[str] | None = None) -> int:
     def job() -> None:
         config, resume = parse_args(argv)
-        parallel.start()
+        parallel.start(config.device)
         stop_at_sigterm()
         try:
             if config.eval:
@@ -625,7 +629,7 @@ def main(argv: list[str] | None = None) -> int:
             parallel.stop()
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type
             if "out of memory" in str(error) or "allocate memory" in str(error):
-                raise UserError("out of memory: use a smaller --batch-size, --max-length") from None
+                raise UserError("out of memory: use a smaller --batch-size, --max-length, or --accumulate") from None
             raise
 
     return exit_status(job, ": the same command with --resume continues")

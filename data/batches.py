@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import common
 from common import atomic_write
 from data.glue import Example
 from data.slots import Names, Sentence
@@ -252,7 +253,7 @@ def read_cache(path: str | None, ids: int) -> Dataset | None:
 
 
 def write_cache(path: str | None, dataset: Dataset) -> None:
-    if path is None:
+    if path is None or not common.writes:
         return
     names = ("ids", "starts", "labels", "tags", "second", "queries")
     arrays = {name: getattr(dataset, name) for name in names if getattr(dataset, name) is not None}

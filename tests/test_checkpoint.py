@@ -90,7 +90,7 @@ def damaged_checkpoints(config):
         "extra": ({**good, "tensors": {**tensors, "spare": torch.zeros(1)}}, "unexpected tensor spare"),
         "shape": (with_first(torch.zeros(3, 3)), "has shape (3, 3)"),
         "dtype": (with_first(tensors[first].bfloat16()), "torch.bfloat16"),
-        "config": (with_config(num_layers=10**9), "num_layers is 1000000000"),
+        "config": (with_config(num_layers=10**6), "num_layers is 1000000"),
         "text in config": (with_config(hidden_size="x"), "hidden_size is 'x'"),
         "unknown field": (with_config(spare=1), "model config is damaged"),
         "repeated element": (with_first(repeated), "claims more elements than the file holds"),

@@ -108,7 +108,7 @@ def outcome(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(outcome, seconds, number of opens, renames and saves) of a run that nobody stops."""
+    """(outcome, seconds) of a run that nobody stops."""
     folder = str(tmp_path_factory.mktemp("whole"))
     finish(folder)  # encodings are cached now
     folder = str(tmp_path_factory.mktemp("again"))

@@ -768,7 +768,7 @@ def test_eval_raises_for_other_files(tmp_path, capsys):
     _, error = answer(capsys, "--eval", str(tmp_path / "nowhere.pt"))
     assert "no checkpoint at" in error
     _, error = answer(capsys, "--eval", str(teacher))
-    assert "is not a checkpoint of this project (sdq-student-5)" in error
+    assert "is not a checkpoint of this project (sdq-student-6)" in error
 
 
 def test_analyze_adds_errors_of_each_layer(tmp_path, capsys):
