@@ -148,6 +148,8 @@ TABLES = {  # arguments of tools/compare.py -> the page that holds all of its ou
     "xnli-e5/*.json": "docs/results-xnli.md",
     "xnli-e5/*.json --minus=fp32": "docs/results-xnli.md",
     "xnli-e5/*.json --minus=qat": "docs/results-xnli.md",
+    "xnli-e5/w8-pt-static-*.json xnli-e5-ablation/*.json": "docs/results-xnli.md",
+    "xnli-e5/w8-pt-static-*.json xnli-e5-ablation/*.json --minus=qat": "docs/results-xnli.md",
     "atis/*.json --latency bench-tt.json": "docs/results-tt.md",
     "glue/*.json": "docs/results-glue.md",
 }
