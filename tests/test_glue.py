@@ -128,7 +128,7 @@ def message_of(task, folder, split="test", language=None):
         ("cola", "src\t2\t\ttext", "line 3: unknown label '2'; known: 0 1"),
         ("rte", "0\ta\tb\tneutral", "dev.tsv, line 4: unknown label 'neutral'; known: entailment"),
         ("rte", "0\ta\tb\tentailment\t", "line 4: 5 columns, the header has 4"),
-        ("sst2", "", "line 4: 1 columns, the header has 2"),
+        ("sst2", "", "line 4 is empty: the header has 2 columns"),
         ("mrpc", "1\t7\t8\tonly one", "line 4: 4 columns, the header has 5"),
         ("mnli", "0\t1\t1n\tg\ta\tb\tneutral\t-", "line 4: unknown label '-'"),
         ("stsb", rows_of("stsb", 1)[0][:-5] + "5.1", "line 4: the score '5.1' is not a number from 0"),
