@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 import checkpoint
 from common import UserError
-from data.tokenizer import Tokenizer
 from model import Attention, FeedForward, Model
 from prepare import prepare
 from quant import ActQuantizer, Codes, QuantConfig, QuantLinear, rescale
@@ -398,9 +397,3 @@ def integer_trains(student: checkpoint.Student, device: str | torch.device, kern
         layer.attention = IntSharedAttention(layer.attention)
         layer.ffn = IntFeedForward(layer.ffn)
     return model.to(device).requires_grad_(False).eval()
-
-
-def load_integer(path: str, device: str = "cpu", kernel: str = "auto") -> tuple[Model, Tokenizer]:
-    """A packed student as an integer model, and its tokenizer."""
-    read = checkpoint.read_student(path)
-    return integer_model(read, device, kernel), checkpoint.tokenizer_of(path, read)

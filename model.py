@@ -438,8 +438,8 @@ def initialize(model: Model) -> Model:
 def with_head(model: Model, head: str, num_labels: int, num_slots: int = 0) -> Model:
     """The same encoder (shared, not copied) with a new head: where fine-tuning starts.
 
-    A sequence head keeps the dense layer of BERT's pretrained pooler, or of another sequence head. The new head is dense: of a model of tensor
-    trains, tensorize it.
+    A sequence head keeps the dense layer of BERT's pretrained pooler, or of another sequence head. The new head is
+    dense: of a model of tensor trains, tensorize it.
     """
     new = Model.__new__(Model)
     nn.Module.__init__(new)

@@ -177,12 +177,9 @@ def sum_gradients(model: nn.Module, batch: Batch) -> None:
         if not parameter.grad.is_sparse:
             dense.append(parameter.grad)
             continue
-        words = torch.unique(batch.ids)
-        place = torch.full((len(parameter),), -1, device=words.device)
-        place[words] = torch.arange(len(words), device=words.device)
-        own = parameter.grad.coalesce()
+        words, own = torch.unique(batch.ids), parameter.grad.coalesce()  # sorted, as own's indices are
         values = torch.zeros(len(words), parameter.shape[1], device=words.device, dtype=own.dtype)
-        values[place[own.indices()[0]]] = own.values()
+        values[torch.searchsorted(words, own.indices()[0])] = own.values()
         dist.all_reduce(values)
         parameter.grad = torch.sparse_coo_tensor(words[None], values, parameter.shape, is_coalesced=True)
     flat = torch.cat([gradient.reshape(-1) for gradient in dense])

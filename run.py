@@ -276,8 +276,9 @@ class Training:
             evaluated = self.should_evaluate()
             self.step += 1
             late = time.monotonic() - self.saved > SAVE_SECONDS
-            stop = parallel.anywhere(Stop.wanted)
-            if evaluated or stop or self.step % SAVE_EVERY == 0 or parallel.anywhere(late):
+            asked = parallel.anywhere(Stop.wanted or late)  # seldom, so that a step has one such question
+            stop = asked and parallel.anywhere(Stop.wanted)
+            if evaluated or asked or self.step % SAVE_EVERY == 0:
                 self.save()
                 self.saved = time.monotonic()
             if stop:

@@ -33,6 +33,7 @@ from common import Progress, UserError, choose_device, clock, exit_status, hardw
 from config import TRAINED, TrainConfig, default_out, parse_args, quant_config, tt_config
 from data.batches import IGNORE, Batch, Dataset, encode_split, evaluation_batches, evaluation_order, unpadded_batches
 from data.fetch import MODELS
+from data.files import no_file
 from data.metrics import scores
 from data.slots import joint_scores, token_scores
 from data.tasks import RAW_DIR, Task, file_paths, find_data, languages_of, load, match_labels, selection_splits
@@ -565,8 +566,7 @@ def load_tests(config: TrainConfig, task: Task, folder: str, tokenizer: Tokenize
     missing = [p for p in file_paths(task, folder, split) if not os.path.exists(p)]
     if missing:
         hint = "" if split == "dev" else ". --eval-split dev needs no test file"
-        how = f"fetch it with '{task.fetch}', or " if task.fetch else ""
-        raise UserError(f"no file {missing[0]}: {how}name its folder with --data-dir{hint}")
+        raise UserError(no_file(missing[0], task.fetch) + hint)
     known = languages_of(task, folder, split)
     if task.train_language not in known:
         raise UserError(f"{folder}: {split} has no row in {task.train_language!r}, the training language")

@@ -14,6 +14,12 @@ def existing(path: str) -> str | None:
     return next((name for name in (path, path + ".xz") if os.path.isfile(name)), None)
 
 
+def no_file(path: str, fetch: str) -> str:
+    """What to say of a missing file.  fetch: as for open_text."""
+    how = f"fetch it with '{fetch}', or " if fetch else ""
+    return f"no file {path}: {how}name its folder with --data-dir"
+
+
 @contextmanager
 def open_text(path: str, fetch: str) -> Iterator[TextIO]:
     """Open a UTF-8 file, PATH or PATH.xz. fetch: the command that brings it or tells its source; "" if it is the user's.
@@ -23,8 +29,7 @@ def open_text(path: str, fetch: str) -> Iterator[TextIO]:
     """
     found, again = existing(path), f": fetch it again with '{fetch}'" if fetch else ""
     if found is None:
-        how = f"fetch it with '{fetch}', or " if fetch else ""
-        raise UserError(f"no file {path}: {how}name its folder with --data-dir")
+        raise UserError(no_file(path, fetch))
     open_file = lzma.open if found.endswith(".xz") else open
     try:
         with open_file(found, "rt", encoding="utf-8-sig", newline="\n") as file:

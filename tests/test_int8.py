@@ -20,7 +20,6 @@ from int8 import (
     choose_kernel,
     integer_model,
     is_exact,
-    load_integer,
     to_integer,
 )
 from prepare import WEIGHTS
@@ -109,7 +108,7 @@ def test_integer_logits_equal_the_students(kernel, values, tiny_config, tokenize
     expected, _ = model(ids, mask)
     path = str(tmp_path / "student.pt")
     save_atomically(student_payload(model, config, tokenizer_bytes), path)
-    for found in (to_integer(model, config, kernel=kernel), load_integer(path, kernel=kernel)[0]):
+    for found in (to_integer(model, config, kernel=kernel), integer_model(read_student(path), "cpu", kernel)):
         logits, taps = found(ids, mask, ("context", "hidden"))
         assert torch.equal(logits, expected)  # bit for bit
         assert len(taps["context"]) == tiny_config.num_layers
@@ -156,7 +155,7 @@ def test_kept_layers_have_no_integer_model(tiny_config, tokenizer_bytes, tmp_pat
     ids, mask = random_ids([9, 4], tiny_config.vocab_size)
     assert torch.equal(model(ids, mask)[0], load_student(path)[0](ids, mask)[0])
     with pytest.raises(UserError, match="every Linear layer of the encoder"):
-        load_integer(path)
+        integer_model(read_student(path), "cpu")
 
 
 # ----------------------------------------- few bits, learned ranges and quantized attention products
@@ -286,7 +285,7 @@ def test_float_tensor_trains_have_no_integer_model(values, tiny_config, tokenize
     with torch.no_grad():
         assert same_logits(load_student(path)[0](ids, mask)[0], model(ids, mask)[0])
     with pytest.raises(UserError, match="quantized weights and activations"):
-        load_integer(path)
+        integer_model(read_student(path), "cpu")
 
 
 def test_integer_model_of_tensor_trains_holds_integers(tiny_config):

@@ -8,7 +8,7 @@ import torch
 import checkpoint
 import pq
 import train
-from int8 import load_integer
+from int8 import integer_model
 from model import ModelConfig, build_model
 from pq import CENTROIDS, STAGES, ProductQuantizer, begin_stage, kmeans, means, nearest, product_quantizers
 from prepare import prepare
@@ -237,7 +237,7 @@ def test_integer_model_has_the_logits_of_the_student(saved, monkeypatch):
     monkeypatch.setattr(checkpoint, "tokenizer_of", lambda *_: None)
     ids = torch.randint(4, 600, (5, 17))
     expected = model.eval()(ids)[0]
-    assert torch.equal(load_integer(path)[0](ids)[0], expected)
+    assert torch.equal(integer_model(checkpoint.read_student(path), "cpu")(ids)[0], expected)
     assert torch.equal(checkpoint.load_student(path)[0](ids)[0], expected)
     assert not torch.allclose(build_model(SHAPE).eval()(ids)[0], expected, atol=1e-3)
 
