@@ -276,8 +276,9 @@ class Training:
             evaluated = self.should_evaluate()
             self.step += 1
             late = time.monotonic() - self.saved > SAVE_SECONDS
-            asked = parallel.anywhere(Stop.wanted or late)  # seldom, so that a step has one such question
-            stop = asked and parallel.anywhere(Stop.wanted)
+            wanted = Stop.wanted or parallel.orphan()
+            asked = parallel.anywhere(wanted or late)  # seldom, so that a step has one such question
+            stop = asked and parallel.anywhere(wanted)
             if evaluated or asked or self.step % SAVE_EVERY == 0:
                 self.save()
                 self.saved = time.monotonic()

@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 import common
-from common import atomic_write
+from common import Progress, atomic_write
 from data.glue import Example
 from data.slots import Names, Sentence
 from data.tasks import file_paths, find_task, load
 from data.tokenizer import PAD, Encoder
 
 CACHE_DIR = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".cache")  # of this checkout
+ENCODED = 20_000  # texts or pairs that are encoded at once
 POOL = 50  # batches whose rows are sorted by length together: more gives less padding and shuffling
 IGNORE = -100  # the tag of a token that has none; cross_entropy ignores it by default
 
@@ -122,11 +123,22 @@ def encode_examples(
 def encode_texts(
     tokenizer: Encoder, first: list[str], second: list[str] | None, max_length: int, labels: np.ndarray
 ) -> Dataset:
-    """Texts or pairs -> Dataset, with token types if the tokenizer has them."""
-    if not tokenizer.typed:
-        return dataset_of(tokenizer.encode_batch(first, second, max_length), labels)
-    encoded, begins = tokenizer.encode_typed(first, second, max_length)
-    return replace(dataset_of(encoded, labels), second=np.asarray(begins, dtype=np.int64))
+    """Texts or pairs -> Dataset, with token types if the tokenizer has them. In parts: Python's lists of ids take ten
+    times the memory of arrays.
+    """
+    rows, begins, progress = [], [], Progress("encoding", len(first))
+    for begin in range(0, len(first), ENCODED):
+        part = slice(begin, begin + ENCODED)
+        pair = first[part], None if second is None else second[part]
+        if tokenizer.typed:
+            encoded, of_second = tokenizer.encode_typed(*pair, max_length)
+            begins.append(of_second)
+        else:
+            encoded = tokenizer.encode_batch(*pair, max_length)
+        rows += encoded
+        progress.update(begin + len(encoded))
+    progress.clear()
+    return replace(dataset_of(rows, labels), second=np.concatenate(begins) if begins else None)
 
 
 def query_numbers(examples: list[Example]) -> np.ndarray:

@@ -1,7 +1,8 @@
 """A run that is killed at any moment continues with --resume to the same files, and nothing is left over.
 
 `python -m pytest tests/test_kill.py --kills 300` kills 300 times at random moments, and at every open, rename and save,
-instead of a few times. Each run is a child of this process (fork), so that PyTorch is imported once.
+instead of a few times; runs of two processes, too. Each process is a child of this one (fork), so that PyTorch is
+imported once.
 """
 
 import builtins
@@ -10,19 +11,23 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import time
 import traceback
 
 import pytest
 import torch
-from conftest import SMALL
+import torch.distributed as dist
+from conftest import SMALL, log_of
 
 import train
 from common import UserError
-from run import lock_folder
+from run import TERMINATED, lock_folder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+HAS_GLOO = dist.is_available() and dist.is_gloo_available()
+needs_gloo = pytest.mark.skipif(not HAS_GLOO, reason="torch.distributed with gloo is not built")
 OPTIONS = [
     *SMALL,
     "--languages",
@@ -41,12 +46,13 @@ OPTIONS = [
 KEPT = {"config.json", "log.jsonl", "results.json", "report.md", "student.pt"}
 
 
-def start(folder, *options, kill_at=None):
+def start(folder, *options, kill_at=None, environment=()):
     """Run train.py in a child process; return its number.  kill_at: the n-th open, rename or save kills it."""
     child = os.fork()
     if child:
         return child
     try:
+        os.environ.update(environment)
         sys.stdout = sys.stderr = open(os.path.join(folder, "output.txt"), "a", buffering=1, encoding="utf-8")
         calls = 0
 
@@ -153,6 +159,79 @@ def test_killed_at_every_file_operation(whole, tmp_path, request):
         finish(folder)
         assert outcome(folder) == expected, f"operation {number}"
     assert number > 40
+
+
+# ---------------------------------------------------------------------------------- two processes
+@needs_gloo
+def test_two_processes_killed_at_random_moments(tmp_path, request):
+    """Two thirds of the times one or both are killed, else both get SIGTERM; the other ends by itself."""
+    (tmp_path / "whole").mkdir()
+    finish_two(str(tmp_path / "whole"))  # encodings are cached now
+    (tmp_path / "again").mkdir()
+    started = time.monotonic()
+    finish_two(str(tmp_path / "again"))
+    expected, seconds = outcome(str(tmp_path / "again")), time.monotonic() - started
+    assert outcome(str(tmp_path / "whole")) == expected
+    rng = random.Random(0)
+    for number in range(request.config.getoption("--kills")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        children = start_two(str(folder))
+        time.sleep(rng.uniform(0, seconds))
+        if number % 3 == 2:
+            stopped, sent = children, signal.SIGTERM
+        else:
+            stopped, sent = rng.choice([children[:1], children[1:], children]), signal.SIGKILL
+        for child in stopped:
+            os.kill(child, sent)
+        ends_soon(children)
+        finish_two(str(folder))
+        assert outcome(str(folder)) == expected, number
+
+
+@needs_gloo
+def test_another_number_of_processes_continues(tmp_path):
+    longer = ["--epochs", "10", "--steps", "60", "--methods", "fp32"]
+    children = start_two(str(tmp_path), *longer)
+    while not os.path.exists(tmp_path / "run" / "state.pt"):
+        time.sleep(0.01)
+    for child in children:
+        os.kill(child, signal.SIGTERM)
+    assert ends_soon(children) == [TERMINATED, TERMINATED]
+    assert end(start(str(tmp_path), *longer, "--resume")) == 0
+    assert "2 processes before, now 1: other noise" in (tmp_path / "output.txt").read_text()
+    steps = [record["step"] for record in log_of(tmp_path) if "loss" in record]
+    assert steps == list(range(1, 61))
+
+
+def start_two(folder, *options):
+    """Two processes of one run, as torchrun starts them; their numbers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    there = os.path.exists(os.path.join(folder, "run", "config.json"))
+    options = [*options, *(["--resume"] if there else [])]
+    return [start(folder, *options, environment={**environment, "RANK": r, "LOCAL_RANK": r}) for r in "01"]
+
+
+def ends_soon(children):
+    """Exit statuses of processes that must end within a minute."""
+    limit, ended = time.monotonic() + 60, {}
+    while len(ended) < len(children):
+        assert time.monotonic() < limit, "a process hangs"
+        for child in set(children) - set(ended):
+            number, status = os.waitpid(child, os.WNOHANG)
+            if number:
+                ended[child] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    return list(ended.values())
+
+
+def finish_two(folder):
+    statuses = ends_soon(start_two(folder))
+    with open(os.path.join(folder, "output.txt"), encoding="utf-8") as file:
+        assert statuses == [0, 0], file.read()[-3000:]
 
 
 # ------------------------------------------------------------------------------ two runs, one folder

@@ -9,9 +9,8 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import ROOT, SMALL, log_of, random_ids, results, run
-from test_kill import end, start
+from test_kill import end, needs_gloo, start
 
 import parallel
 from config import TrainConfig
@@ -21,8 +20,6 @@ from model import with_head
 from run import TERMINATED
 from train import sdq_loss
 
-HAS_GLOO = dist.is_available() and dist.is_gloo_available()
-needs_gloo = pytest.mark.skipif(not HAS_GLOO, reason="torch.distributed with gloo is not built")
 LENGTHS = [9, 4, 7, 3, 8, 5, 2]
 
 
