@@ -68,6 +68,11 @@ def orphan() -> bool:
     return world_size() > 1 and os.getppid() != torchrun
 
 
+def lost_another(error: RuntimeError) -> bool:
+    """Whether an error says that another process of this run is gone."""
+    return dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 def stop() -> None:
     if world_size() > 1:
         dist.destroy_process_group()

@@ -630,6 +630,8 @@ def main(argv: list[str] | None = None) -> int:
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type
             if "out of memory" in str(error) or "allocate memory" in str(error):
                 raise UserError("out of memory: use a smaller --batch-size, --max-length, or --accumulate") from None
+            if parallel.lost_another(error):
+                raise UserError("another process of this run ended; once more with --resume continues") from None
             raise
 
     return exit_status(job, ": the same command with --resume continues")

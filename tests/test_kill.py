@@ -186,6 +186,7 @@ def test_two_processes_killed_at_random_moments(tmp_path, request):
             os.kill(child, sent)
         ends_soon(children)
         finish_two(str(folder))
+        assert "Traceback" not in (folder / "output.txt").read_text(), number
         assert outcome(str(folder)) == expected, number
 
 
