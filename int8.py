@@ -21,6 +21,7 @@ student (-127..127) is exact on VNNI and CUDA; choose_kernel finds out by trying
 multiplies integers in float32, at float32 speed: exact below 2^24, which typical sums are.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -36,23 +37,55 @@ from prepare import prepare
 from quant import ActQuantizer, Codes, QuantConfig, QuantLinear, rescale
 from tt import QuantTTLinear, TTLinear, TTMEmbedding, lookup
 
+
 # --------------------------------------------------------------------------------------- kernels
-# Between 2^23 and 2^24 the float32 numbers are the integers: adding this rounds a small number to the
-# nearest integer, halves to even, and leaves it in the lowest bits.
-TO_INTEGER = 1.5 * 2**23
-
-
 def activation_codes(quantizer: ActQuantizer, x: Tensor) -> Codes:
     """The integers that the student's quantizer rounds x to, one byte each (uint8), also with fewer than 8 bits.
 
     The same as quantize(...).to(torch.uint8) in fewer passes over memory, which take the time here.
     """
     scale, zero_point = quantizer.qparams(x)
-    q = torch.mul(x, scale.reciprocal()).add_(zero_point)
-    # With a dynamic range only a rounding tie at the upper end can overflow.
-    q.clamp_(quantizer.quant_min if quantizer.static else None, quantizer.quant_max)
-    low_bytes = q.add_(TO_INTEGER).view(torch.uint8)[..., ::4]
-    return Codes(low_bytes.contiguous(), scale, zero_point)
+    q, shift = torch.mul(x, scale.reciprocal()), 0
+    if quantizer.static and not x.is_cuda:  # there int() would wait
+        shift = int(zero_point)
+    else:
+        q.add_(zero_point)
+    if quantizer.quant_max < 255:
+        q.clamp_(max=quantizer.quant_max - shift)
+    return Codes(round_to_bytes(q, shift), scale, zero_point)
+
+
+def round_to_bytes(x: Tensor, shift: int) -> Tensor:
+    """clamp(round(x + shift), 0, 255), halves to even: uint8.
+
+    PyTorch's quantized tensors will be removed (pytorch#184982), but no other operator does this in one pass. Their
+    bytes are taken, and the rest is left.
+    """
+    if x.is_cuda or not quantizes_in_one_pass():
+        return to_bytes(x.add_(shift).clamp_(0, 255))
+    quantized = torch.quantize_per_tensor(x, 1.0, shift, torch.quint8)
+    values = torch.empty(0, dtype=torch.uint8)
+    return values.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Round numbers in 0..255 in place. Between 2^23 and 2^24 the float32 numbers are the integers: adding this rounds
+    a small number to the nearest integer, halves to even, and leaves it in the lowest bits.
+    """
+    return x.add_(1.5 * 2**23).contiguous().view(torch.uint8)[..., ::4].contiguous()
+
+
+@cache
+def quantizes_in_one_pass() -> bool:
+    """Whether this PyTorch has the operator of round_to_bytes; it warns at its first call."""
+    x = torch.tensor([-1e30, -0.5, 0.5, 1.5, 2.5, 254.6, 1e30] * 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = torch.quantize_per_tensor(x, 1.0, 0, torch.quint8).int_repr()
+        except (AttributeError, RuntimeError):
+            return False
+    return torch.equal(found, to_bytes(x.clamp(0, 255)))
 
 
 # A kernel packs an int8 matrix (N, K) once and multiplies uint8 activations (M, K) by it many times: sums(q_x) = sum_k

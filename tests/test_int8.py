@@ -23,6 +23,7 @@ from int8 import (
     to_integer,
 )
 from prepare import WEIGHTS
+from quant import ActQuantizer, QuantConfig
 from tt import TTConfig
 
 # ---------------------------------------------------------------------------------------- kernels
@@ -41,6 +42,27 @@ def test_sums_against_int64(kernel, shape):
     expected = (values.long() - found.offset) @ weight.long().t()
     assert torch.equal(sums.double(), expected.double())
     assert sums.dtype == torch.float32 and sums.shape == (M, N)
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("values", [{}, {"per_token": False}, {"act_range": "static"}], ids=str)
+@pytest.mark.parametrize("bits", [2, 7, 8])
+def test_activation_codes_are_the_students(values, bits, one_pass, monkeypatch):
+    """To the bit: also of ties, of numbers beyond the range, and of a tensor that is a view."""
+    if one_pass and not int8.quantizes_in_one_pass():
+        pytest.skip("this PyTorch has no operator for it")
+    monkeypatch.setattr(int8, "quantizes_in_one_pass", lambda: one_pass)
+    quantizer = ActQuantizer(QuantConfig(act_bits=bits, **values))
+    if quantizer.static:
+        quantizer.set_range(torch.tensor(0.03), torch.tensor(2.0**bits / 3).round())
+    x = 3 * torch.randn(7, 1000)
+    x[0, :300] = 0.03 * (torch.arange(300) - 150.5)  # halves, where nothing else decides
+    x[1, :2] = torch.tensor([-1e20, 1e20])
+    for each in (x, x.view(7, 20, 50).transpose(1, 2), x[:, ::3]):
+        expected = quantizer.eval()(each)
+        found = int8.activation_codes(quantizer, each)
+        assert found.values.dtype == torch.uint8 and torch.equal(found.values.float(), expected.values)
+        assert torch.equal(found.scale, expected.scale) and torch.equal(found.zero_point, expected.zero_point)
 
 
 @pytest.mark.parametrize("kernel", KERNEL_NAMES)
