@@ -8,7 +8,7 @@
     python bench.py train --layers 4 --hidden 384 --vocab 8000
 
 A shared machine drifts by tens of percent within minutes, so measuring one variant after the other would compare two
-moments, not two programs. Here every round runs each variant once. Times are medians over the rounds, and a ratio is
+moments, not two programs. Here every round runs each variant once (whole models: a few times in a row, the first not measured). Times are medians over the rounds, and a ratio is
 the median of the ratios within each round.
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import train
 from checkpoint import config_of, meta_model, read_checkpoint
-from common import Progress, UserError, choose_device, exit_status, hardware, markdown_table, write_json
+from common import Progress, UserError, choose_device, exit_status, hardware, instructions, markdown_table, write_json
 from config import OneLineParser, TrainConfig, resolve
 from data.batches import Batch, Dataset, collate, dataset_of, evaluation_batches
 from data.tasks import find_data, find_task, load
@@ -44,11 +44,12 @@ Variants = dict[str, Callable[[], object]]  # name -> what is measured; the firs
 
 # ----------------------------------------------------------------------------------------- timing
 def interleave(
-    variants: Variants, rounds: int, device: torch.device, calls: int = 1, warmup: int = 2
+    variants: Variants, rounds: int, device: torch.device, calls: int = 1, warmup: int = 2, warm: bool = False
 ) -> dict[str, list[float]]:
     """Seconds per call of each variant in each measured round. Waits for CUDA.
 
-    calls: how often a round calls each variant, for functions that are too short for the clock.
+    calls: how often a round calls each variant, for functions that are too short for the clock.  warm: call it once more
+    before, so that the caches hold its weights and not those of another variant, as a server would have it.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     measurements = [(i, name) for i in range(warmup + rounds) for name in variants]
@@ -59,6 +60,8 @@ def interleave(
         time.sleep(0.02)  # other libraries' threads spin for a while after their work,
         for _ in range(20):  # and PyTorch's have to be woken
             wake_up.add_(1)
+        if warm:
+            variants[name]()
         started = time.perf_counter()
         for _ in range(calls):
             variants[name]()
@@ -101,13 +104,15 @@ def measure_layers(variants: Variants, M: int, K: int, N: int, args: Namespace) 
 
 
 @torch.inference_mode()
-def measure_models(models: dict[str, Callable], sizes: list[int], args: Namespace) -> list[dict]:
-    """Medians of models, called with (ids, mask), for each batch size."""
+def measure_models(models: dict[str, Callable], sizes: list[tuple[int, int]], args: Namespace) -> list[dict]:
+    """Medians of models, called with (ids, mask), for each size (sequences, tokens of each). Warm."""
     rows = []
-    for batch_size in sizes:
-        ids = backends.random_sequences(batch_size, args.tokens, args.vocab).to(args.device)
-        found = measure({name: partial(model, ids, None) for name, model in models.items()}, args)
-        rows += [{"name": name, "batch_size": batch_size, **row} for name, row in found.items()]
+    for batch_size, tokens in sizes:
+        ids = backends.random_sequences(batch_size, tokens, args.vocab).to(args.device)
+        variants = {name: partial(model, ids, None) for name, model in models.items()}
+        found = measure(variants, args, calls=3 if ids.numel() < 2048 else 1, warm=True)
+        size = {"batch_size": batch_size, "tokens": tokens}
+        rows += [{"name": name, **size, **row} for name, row in found.items()]
     return rows
 
 
@@ -115,11 +120,11 @@ def measure_models(models: dict[str, Callable], sizes: list[int], args: Namespac
 LATENCY_COLUMNS = ["model", "batch", "median ms", "quartiles ms", "speed-up", "MB on disk"]
 
 
-def latency_cells(row: dict, tokens: int, ms_digits: int, mb_digits: int) -> list[str]:
+def latency_cells(row: dict, ms_digits: int, mb_digits: int) -> list[str]:
     """The cells of LATENCY_COLUMNS."""
     time = [f"{row['median_ms']:,.{ms_digits}f}", quartiles_cell(row), f"{1 / row['ratio']:.2f}x"]
     megabytes = f"{row['size_bytes'] / 1e6:,.{mb_digits}f}"
-    return [row["name"], f"{row['batch_size']} x {tokens}", *time, megabytes]
+    return [row["name"], f"{row['batch_size']} x {row['tokens']}", *time, megabytes]
 
 
 def quartiles_cell(row: dict) -> str:
@@ -176,7 +181,8 @@ def bench_model(args: Namespace) -> dict:
         runners = {name: backends.load_backend(name, folder, args.device) for name in names}
         ids = backends.random_sequences(*size, args.vocab).to(args.device)
         errors = backends.errors_of(runners, ids)
-        rows = measure_models(runners, args.sizes, args)
+        sizes = [(1, max(1, args.tokens // 4)), *((size, args.tokens) for size in args.sizes)]  # a short text first
+        rows = measure_models(runners, sizes, args)
         for row in rows:
             name = row["name"]
             size = os.path.getsize(os.path.join(folder, backends.FILES[name]))
@@ -188,7 +194,7 @@ def model_table(result: dict) -> str:
     lines = []
     for row in result["rows"]:
         peak = f"{row['peak_bytes'] / 1e6:,.0f}" if row["peak_bytes"] else "-"
-        cells = latency_cells(row, result["shape"]["tokens"], ms_digits=1, mb_digits=1)
+        cells = latency_cells(row, ms_digits=1, mb_digits=1)
         lines.append([*cells, peak, f"{row['error']:.1e}"])
     return markdown_table([*LATENCY_COLUMNS, "MB at peak", "error"], lines)
 
@@ -363,7 +369,9 @@ def forward_and_backward(layer: nn.Module, x: Tensor, upstream: Tensor) -> tuple
 def bench_tt_models(args: Namespace) -> list[dict]:
     """The model for ATIS: latency of one sentence and of a batch, and the size of the file."""
     models = backends.tt_models(*backends.joint_configs(args), args.tokens, args.device)
-    rows = measure_models({name: model for name, (model, _) in models.items()}, [1, 32], args)
+    rows = measure_models(
+        {name: model for name, (model, _) in models.items()}, [(1, args.tokens), (32, args.tokens)], args
+    )
     return [{**row, "size_bytes": models[row["name"]][1]} for row in rows]
 
 
@@ -396,8 +404,8 @@ def tt_table(result: dict) -> str:
         for row in result["layers"]
     ]
     layers = markdown_table([*head, "forward ms", "forward + backward ms"], lines)
-    tokens, dense_bytes = result["shape"]["tokens"], result["models"][0]["size_bytes"]
-    lines = [[*latency_cells(row, tokens, 2, 3), f"{dense_bytes / row['size_bytes']:.1f}x"] for row in result["models"]]
+    dense_bytes = result["models"][0]["size_bytes"]
+    lines = [[*latency_cells(row, 2, 3), f"{dense_bytes / row['size_bytes']:.1f}x"] for row in result["models"]]
     models = markdown_table([*LATENCY_COLUMNS, "times smaller"], lines)
     head = ["training", "ms per step", "to dense", "s per epoch", "MB weights + gradients + Adam"]
     lines = [
@@ -438,8 +446,8 @@ OPTIONS = {  # name -> (default: XLM-R base's shape, bounds, help)
 # The words of ATIS, and the mean length of its sentences with <s> and </s>.
 TT_DEFAULTS = {"layers": 2, "vocab": 614, "batch-size": 32, "tokens": 14}
 SIZES = {"matmul": [1, 16, 128, 1024, 4096], "model": [1, 8, 32], "tt": [4096]}
-SIZES_HELP = """matmul, tt: tokens of one layer; model: batch sizes (default: matmul 1 16 128 1024
-4096, on CUDA also 16384; tt 4096; model 1 8 32)"""
+SIZES_HELP = """matmul, tt: tokens of one layer; model: batch sizes, after a text of a quarter of --tokens (default:
+matmul 1 16 128 1024 4096, on CUDA also 16384; tt 4096; model 1 8 32)"""
 
 
 def build_parser() -> ArgumentParser:
@@ -488,12 +496,13 @@ def run_benchmark(args: Namespace) -> None:
     complete(args)
     benchmark, show_table, _ = BENCHMARKS[args.what]
     found = benchmark(args)
-    result = {"benchmark": args.what, "hardware": hardware(args.device)}
+    result = {"benchmark": args.what, "hardware": hardware(args.device), "instructions": instructions(args.device)}
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     result |= {"rounds": args.rounds, "shape": {k: getattr(args, k) for k in SHAPES[args.what]}}
     result |= found
     shape = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in result["shape"].items())
-    print(f"{result['hardware']}, {result['threads']} threads, torch {result['torch']}; {shape}")
+    found = " ".join(result["instructions"]) or "-"
+    print(f"{result['hardware']} ({found}), {result['threads']} threads, torch {result['torch']}; {shape}")
     print(show_table(result))
     if not torch.cuda.is_available():
         print("GPU: not measured, there is no CUDA device here")

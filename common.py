@@ -194,7 +194,14 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether the processor multiplies bfloat16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool({"avx512_bf16", "amx_bf16"} & set(cpuinfo("flags").split()))
+    return bool({"avx512_bf16", "amx_bf16"} & set(instructions(device)))
+
+
+def instructions(device: torch.device) -> list[str]:
+    """What decides how fast a CPU multiplies; [] for a GPU, and where the system does not tell."""
+    known = "avx2 avx512f avx512_vnni avx_vnni avx512_bf16 amx_int8 amx_bf16".split()
+    flags = set() if device.type == "cuda" else set(cpuinfo("flags").split())
+    return [name for name in known if name in flags]
 
 
 def cpuinfo(field: str) -> str:

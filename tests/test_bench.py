@@ -46,6 +46,9 @@ def test_interleave_runs_every_variant_in_every_round():
     calls.clear()
     times = bench.interleave(variants, 2, torch.device("cpu"), calls=3, warmup=0)
     assert calls == [*"aaabbb"] * 2 and [len(t) for t in times.values()] == [2, 2]
+    calls.clear()
+    bench.interleave(variants, 1, torch.device("cpu"), warmup=0, warm=True)
+    assert calls == [*"aabb"]
 
 
 # ------------------------------------------------------------------------------------- benchmarks
@@ -78,7 +81,8 @@ def test_model_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(backends, "peak_memory", lambda name, *x: measure(name, *x) if name == "fp32" else None)
     options = "model --vocab 30000 --tokens 20 --sizes 1 3".split()
     rows = bench_to_json(tmp_path, *options)["rows"]
-    assert [(row["name"], row["batch_size"]) for row in rows] == [(n, b) for b in (1, 3) for n in OURS]
+    sizes = [(1, 5), (1, 20), (3, 20)]
+    assert [(row["batch_size"], row["tokens"], row["name"]) for row in rows] == [(*s, n) for s in sizes for n in OURS]
     found = {row["name"]: row for row in rows}
     sizes = {name: row["size_bytes"] for name, row in found.items()}
     assert sizes["int8 static"] < 0.3 * sizes["fp32"]

@@ -45,17 +45,23 @@ Runner = Callable[[Tensor, Tensor | None], Tensor]  # (ids, mask) -> logits
 
 FILES = {  # backend -> its file. The first one that is available is the baseline.
     "Hugging Face fp32": "hugging-face/model.safetensors",
+    "Hugging Face bf16": "hugging-face/model.safetensors",
     "fp32": "fp32.pt",
     "fake-quantized": "dynamic.pt",
     "int8 dynamic": "dynamic.pt",
     "int8 static": "static.pt",
     "torch.ao int8 dynamic": "hugging-face/torch-ao.pt",
     "ONNX Runtime int8 dynamic": "int8.onnx",
+    "OpenVINO": "openvino.bin",
+    "OpenVINO int8 static": "openvino-int8.bin",
 }
 NEEDS = {  # backend of another library -> the packages that it needs
     "Hugging Face fp32": ("transformers", "safetensors"),
+    "Hugging Face bf16": ("transformers", "safetensors"),
     "torch.ao int8 dynamic": ("transformers", "safetensors"),
     "ONNX Runtime int8 dynamic": ("onnx", "onnxruntime"),
+    "OpenVINO": ("openvino",),
+    "OpenVINO int8 static": ("openvino", "nncf"),
 }
 ATIS_INTENTS, ATIS_SLOTS, ATIS_SENTENCES = 21, 120, 4478  # of the training set
 NO_TOKENIZER = b"x"  # these models never see text
@@ -75,7 +81,7 @@ def available_backends(device: torch.device) -> tuple[str, ...]:
     names = []
     for name in FILES:
         missing = [m for m in NEEDS.get(name, ()) if not is_installed(m)]
-        cpu_only = name in NEEDS and "int8" in name
+        cpu_only = name in NEEDS and not name.startswith("Hugging Face")
         if name.startswith("torch.ao") and not has_torch_ao():
             print(f"{name}: not measured, this PyTorch has no kernels for it")
         elif missing:
@@ -158,6 +164,9 @@ def write_files(config: ModelConfig, folder: str, names: tuple[str, ...]) -> Non
         write_hugging_face(model, folder, names)
     if "ONNX Runtime int8 dynamic" in names:
         write_onnx(model, os.path.join(folder, FILES["ONNX Runtime int8 dynamic"]))
+    for name, batches in {"OpenVINO": None, "OpenVINO int8 static": random_texts(config)}.items():
+        if name in names:
+            write_openvino(model, xml_of(os.path.join(folder, FILES[name])), batches)
     ids = random_sequences(8, min(128, config.max_tokens), config.vocab_size)
     for act_range in ("dynamic", "static"):
         quant = QuantConfig(act_range=act_range)
@@ -226,15 +235,30 @@ def write_onnx(model: Model, path: str) -> None:
     os.unlink(whole)
 
 
-def write_openvino(model: Model, path: str, calibration: Iterable[Batch]) -> None:
+def random_texts(config: ModelConfig) -> list[Batch]:
+    """For calibration."""
+    ids = random_sequences(8, min(128, config.max_tokens), config.vocab_size)
+    return [Batch(row[None], None, torch.zeros(1), len(row)) for row in ids]
+
+
+def xml_of(path: str) -> str:
+    """The description of the model whose weights are in a .bin file."""
+    return path.removesuffix(".bin") + ".xml"
+
+
+def write_openvino(model: Model, path: str, calibration: Iterable[Batch] | None) -> None:
     """Convert to OpenVINO and quantize after training (NNCF, its settings for Transformers): weights per channel,
-    activations per tensor with ranges from the calibration batches, which have no padding.
+    activations per tensor with ranges from the calibration batches, which have no padding. None: floats.
     """
-    import nncf
     import openvino
 
     ids = torch.full((2, 16), 5)
     converted = openvino.convert_model(Exportable(model), example_input=(ids, torch.ones_like(ids)))
+    if calibration is None:
+        openvino.save_model(converted, path)
+        return
+    import nncf
+
     dataset = nncf.Dataset([arrays(batch.ids, batch.mask) for batch in calibration])
     quantized = nncf.quantize(converted, dataset, model_type=nncf.ModelType.TRANSFORMER)
     openvino.save_model(quantized, path)
@@ -258,6 +282,8 @@ def load_backend(name: str, folder: str, device: torch.device) -> Runner:
     path = os.path.join(folder, FILES[name])
     if name == "ONNX Runtime int8 dynamic":
         return load_onnx(path)
+    if name.startswith("OpenVINO"):
+        return load_openvino(xml_of(path))
     if name in NEEDS:
         import transformers
 
@@ -266,6 +292,8 @@ def load_backend(name: str, folder: str, device: torch.device) -> Runner:
         reference = kind.from_pretrained(os.path.dirname(path)).eval().to(device)
         if name == "torch.ao int8 dynamic":
             reference = torch_ao(reference)
+        if name == "Hugging Face bf16":
+            reference = reference.bfloat16()
         return lambda ids, mask: reference(ids, attention_mask=mask).logits
     if name == "fp32":
         model = checkpoint.load_checkpoint(path).to(device)

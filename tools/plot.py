@@ -322,7 +322,7 @@ def draw_model(axes, result: dict) -> None:
     """bench.py model: the speed-up of each backend, a group of bars per batch size."""
     rows = result["rows"]
     names = list(dict.fromkeys(row["name"] for row in rows))
-    sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
+    sizes = list(dict.fromkeys((row["batch_size"], row["tokens"]) for row in rows))
     width = 0.85 / len(names)
     for i, name in enumerate(names):
         mine = [row for row in rows if row["name"] == name]
@@ -331,8 +331,7 @@ def draw_model(axes, result: dict) -> None:
         bars = axes.bar(places, [1 / row["ratio"] for row in mine], width, label=label)
         axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=1)
     axes.axhline(1, color=GRAY, lw=0.8, ls="--")
-    tokens = result["shape"]["tokens"]
-    axes.set_xticks(range(len(sizes)), [f"{size} x {tokens} tokens" for size in sizes])
+    axes.set_xticks(range(len(sizes)), [f"{count} x {tokens} tokens" for count, tokens in sizes])
     axes.set(ylabel=f"speed-up over {names[0]}", title=measured_on(result))
     axes.legend(frameon=False, fontsize=7, ncols=2)
     axes.set_ylim(top=1.35 * axes.get_ylim()[1])
