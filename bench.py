@@ -8,8 +8,8 @@
     python bench.py train --layers 4 --hidden 384 --vocab 8000
 
 A shared machine drifts by tens of percent within minutes, so measuring one variant after the other would compare two
-moments, not two programs. Here every round runs each variant once (whole models: a few times in a row, the first not measured). Times are medians over the rounds, and a ratio is
-the median of the ratios within each round.
+moments, not two programs. Here every round runs each variant once (whole models: a few times in a row, the first not
+measured). Times are medians over the rounds, and a ratio is the median of the ratios within each round.
 """
 
 import itertools
@@ -48,8 +48,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds per call of each variant in each measured round. Waits for CUDA.
 
-    calls: how often a round calls each variant, for functions that are too short for the clock.  warm: call it once more
-    before, so that the caches hold its weights and not those of another variant, as a server would have it.
+    calls: how often a round calls each variant, for functions that are too short for the clock.  warm: call it once
+    more before, so that the caches hold its weights and not those of another variant, as a server would have it.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     measurements = [(i, name) for i in range(warmup + rounds) for name in variants]
@@ -62,6 +62,8 @@ def interleave(
             wake_up.add_(1)
         if warm:
             variants[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in range(calls):
             variants[name]()
@@ -501,8 +503,8 @@ def run_benchmark(args: Namespace) -> None:
     result |= {"rounds": args.rounds, "shape": {k: getattr(args, k) for k in SHAPES[args.what]}}
     result |= found
     shape = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in result["shape"].items())
-    found = " ".join(result["instructions"]) or "-"
-    print(f"{result['hardware']} ({found}), {result['threads']} threads, torch {result['torch']}; {shape}")
+    has = " ".join(result["instructions"]) or "-"
+    print(f"{result['hardware']} ({has}), {result['threads']} threads, torch {result['torch']}; {shape}")
     print(show_table(result))
     if not torch.cuda.is_available():
         print("GPU: not measured, there is no CUDA device here")

@@ -440,6 +440,9 @@ def read_student(path: str) -> Student:
         raise UserError(f"{path}: packed tensor {missing[0]} is missing")
     expected = {name: shape for name, shape in shapes.items() if name not in wanted and not left_out(name)}
     check_tensors(path, expected, tensors, (torch.float32,))
+    for name in expected:
+        if name.endswith(".zero_point") and not (0 <= (value := tensors[name].item()) <= 255 and value.is_integer()):
+            raise UserError(f"{path}: tensor {name} is {value}, not an integer of the grid")
     return Student(config, quant, weights, tensors, notes, payload.get("tokenizer"))
 
 

@@ -56,13 +56,13 @@ def activation_codes(quantizer: ActQuantizer, x: Tensor) -> Codes:
 
 
 def round_to_bytes(x: Tensor, shift: int) -> Tensor:
-    """clamp(round(x + shift), 0, 255), halves to even: uint8.
+    """clamp(round(x + shift), 0, 255), halves to even: uint8. x may be overwritten.
 
     PyTorch's quantized tensors will be removed (pytorch#184982), but no other operator does this in one pass. Their
     bytes are taken, and the rest is left.
     """
     if x.is_cuda or not quantizes_in_one_pass():
-        return to_bytes(x.add_(shift).clamp_(0, 255))
+        return to_bytes((x.add_(shift) if shift else x).clamp_(0, 255))
     quantized = torch.quantize_per_tensor(x, 1.0, shift, torch.quint8)
     values = torch.empty(0, dtype=torch.uint8)
     return values.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
@@ -77,15 +77,15 @@ def to_bytes(x: Tensor) -> Tensor:
 
 @cache
 def quantizes_in_one_pass() -> bool:
-    """Whether this PyTorch has the operator of round_to_bytes; it warns at its first call."""
-    x = torch.tensor([-1e30, -0.5, 0.5, 1.5, 2.5, 254.6, 1e30] * 8)
+    """Whether this PyTorch has the operator of round_to_bytes, and adds before it rounds, which not all builds do."""
+    x = torch.tensor([-1e30, -0.5, 0.5, 1.5, 2.5, 253.6, 1e30] * 9)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # that it will be removed
         try:
-            found = torch.quantize_per_tensor(x, 1.0, 0, torch.quint8).int_repr()
+            found = torch.quantize_per_tensor(x, 1.0, 1, torch.quint8).int_repr()
         except (AttributeError, RuntimeError):
             return False
-    return torch.equal(found, to_bytes(x.clamp(0, 255)))
+    return torch.equal(found, to_bytes((x + 1).clamp(0, 255)))
 
 
 # A kernel packs an int8 matrix (N, K) once and multiplies uint8 activations (M, K) by it many times: sums(q_x) = sum_k

@@ -32,7 +32,7 @@ from common import UserError
 from data.batches import IGNORE, Batch
 
 T = TypeVar("T")
-torchrun: int | None = None  # the process that started this one
+torchrun: int | None = None  # the number of the process that started this one
 
 
 def world_size() -> int:
@@ -54,8 +54,9 @@ def start(device: str) -> None:
         raise UserError(f"process {local} has no GPU: start {torch.cuda.device_count()} with --nproc-per-node")
     if cuda:
         torch.cuda.set_device(local)
-    global torchrun
-    torchrun = os.getppid()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        global torchrun
+        torchrun = os.getppid()
     # Others wait while rank 0 reads and encodes the data.
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     if rank() > 0:
@@ -65,7 +66,7 @@ def start(device: str) -> None:
 
 def orphan() -> bool:
     """Whether torchrun was killed without a chance to end this process."""
-    return world_size() > 1 and os.getppid() != torchrun
+    return torchrun is not None and os.getppid() != torchrun
 
 
 def lost_another(error: RuntimeError) -> bool:

@@ -22,6 +22,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ from model import Model
 STATE_FORMAT = "sdq-state-3"
 NEXT_RANK = 1_000_003  # between the seeds of two processes
 TERMINATED = 143  # exit status after SIGTERM, 128 + 15
+STOPPED = "stopped by SIGTERM: the same command with --resume continues\n"
 SAVE_SECONDS = 120  # at most this much work is lost
 SAVE_EVERY = 500  # steps between states; one also follows every evaluation on dev
 
@@ -200,15 +202,20 @@ def stop_at_sigterm() -> None:
 
     def stop(*_) -> None:
         Stop.wanted = True
-        if not Stop.training:
-            stopped()
+        if Stop.training:
+            return
+        # Nothing to save. An exception would be raised wherever the program is, also where Python hides it.
+        with suppress(RuntimeError):  # the program may be printing now
+            sys.stdout.flush()
+        os.write(2, STOPPED.encode())
+        os._exit(TERMINATED)
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
 
 
 def stopped() -> None:
-    print("stopped by SIGTERM: the same command with --resume continues", file=sys.stderr)
+    sys.stderr.write("torchrun is gone; " * parallel.orphan() + STOPPED)
     sys.exit(TERMINATED)
 
 

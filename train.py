@@ -619,9 +619,9 @@ def evaluate_file(config: TrainConfig) -> None:
 def main(argv: list[str] | None = None) -> int:
     def job() -> None:
         config, resume = parse_args(argv)
-        parallel.start(config.device)
-        stop_at_sigterm()
         try:
+            parallel.start(config.device)
+            stop_at_sigterm()
             if config.eval:
                 evaluate_file(config)
             else:
@@ -631,7 +631,8 @@ def main(argv: list[str] | None = None) -> int:
             if "out of memory" in str(error) or "allocate memory" in str(error):
                 raise UserError("out of memory: use a smaller --batch-size, --max-length, or --accumulate") from None
             if parallel.lost_another(error):
-                raise UserError("another process of this run ended; once more with --resume continues") from None
+                text = str(error).splitlines()[0][:150]
+                raise UserError(f"another process of this run ended ({text}); --resume continues") from None
             raise
 
     return exit_status(job, ": the same command with --resume continues")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import random_ids
+from conftest import DEVICES, random_ids
 from test_checkpoint import make_bert_student, make_student, make_train_student
 
 import int8
@@ -47,17 +47,18 @@ def test_sums_against_int64(kernel, shape):
 @pytest.mark.parametrize("one_pass", [True, False])
 @pytest.mark.parametrize("values", [{}, {"per_token": False}, {"act_range": "static"}], ids=str)
 @pytest.mark.parametrize("bits", [2, 7, 8])
-def test_activation_codes_are_the_students(values, bits, one_pass, monkeypatch):
+@pytest.mark.parametrize("device", DEVICES)
+def test_activation_codes_are_the_students(device, values, bits, one_pass, monkeypatch):
     """To the bit: also of ties, of numbers beyond the range, and of a tensor that is a view."""
     if one_pass and not int8.quantizes_in_one_pass():
         pytest.skip("this PyTorch has no operator for it")
     monkeypatch.setattr(int8, "quantizes_in_one_pass", lambda: one_pass)
-    quantizer = ActQuantizer(QuantConfig(act_bits=bits, **values))
+    quantizer = ActQuantizer(QuantConfig(act_bits=bits, **values)).to(device)
+    x = 3 * torch.randn(7, 1000, device=device)
     if quantizer.static:
         quantizer.set_range(torch.tensor(0.03), torch.tensor(2.0**bits / 3).round())
-    x = 3 * torch.randn(7, 1000)
-    x[0, :300] = 0.03 * (torch.arange(300) - 150.5)  # halves, where nothing else decides
-    x[1, :2] = torch.tensor([-1e20, 1e20])
+        x[0, :300] = 0.03 * (torch.arange(300) - 150.5)  # halves
+        x[1, :2] = torch.tensor([-1e20, 1e20])
     for each in (x, x.view(7, 20, 50).transpose(1, 2), x[:, ::3]):
         expected = quantizer.eval()(each)
         found = int8.activation_codes(quantizer, each)

@@ -164,7 +164,9 @@ def test_killed_at_every_file_operation(whole, tmp_path, request):
 # ---------------------------------------------------------------------------------- two processes
 @needs_gloo
 def test_two_processes_killed_at_random_moments(tmp_path, request):
-    """Two thirds of the times one or both are killed, else both get SIGTERM; the other ends by itself."""
+    """Two thirds of the times one or both are killed, else both get SIGTERM; the other ends by itself. Not before they
+    have met: until then torchrun would end the other.
+    """
     (tmp_path / "whole").mkdir()
     finish_two(str(tmp_path / "whole"))  # encodings are cached now
     (tmp_path / "again").mkdir()
@@ -177,6 +179,8 @@ def test_two_processes_killed_at_random_moments(tmp_path, request):
         folder = tmp_path / str(number)
         folder.mkdir()
         children = start_two(str(folder))
+        output = folder / "output.txt"
+        wait_until(lambda file=output: file.exists() and "2 processes" in file.read_text(), children)
         time.sleep(rng.uniform(0, seconds))
         if number % 3 == 2:
             stopped, sent = children, signal.SIGTERM
@@ -184,9 +188,9 @@ def test_two_processes_killed_at_random_moments(tmp_path, request):
             stopped, sent = rng.choice([children[:1], children[1:], children]), signal.SIGKILL
         for child in stopped:
             os.kill(child, sent)
-        ends_soon(children)
+        assert set(ends_soon(children)) <= {0, 2, TERMINATED, -sent, -signal.SIGTERM}
         finish_two(str(folder))
-        assert "Traceback" not in (folder / "output.txt").read_text(), number
+        assert "Traceback" not in output.read_text(), number
         assert outcome(str(folder)) == expected, number
 
 
@@ -194,8 +198,7 @@ def test_two_processes_killed_at_random_moments(tmp_path, request):
 def test_another_number_of_processes_continues(tmp_path):
     longer = ["--epochs", "10", "--steps", "60", "--methods", "fp32"]
     children = start_two(str(tmp_path), *longer)
-    while not os.path.exists(tmp_path / "run" / "state.pt"):
-        time.sleep(0.01)
+    wait_until((tmp_path / "run" / "state.pt").exists, children)
     for child in children:
         os.kill(child, signal.SIGTERM)
     assert ends_soon(children) == [TERMINATED, TERMINATED]
@@ -203,6 +206,15 @@ def test_another_number_of_processes_continues(tmp_path):
     assert "2 processes before, now 1: other noise" in (tmp_path / "output.txt").read_text()
     steps = [record["step"] for record in log_of(tmp_path) if "loss" in record]
     assert steps == list(range(1, 61))
+
+
+@needs_gloo
+def test_a_process_ends_if_the_other_was_killed(tmp_path):
+    children = start_two(str(tmp_path), "--epochs", "10", "--steps", "60")
+    wait_until((tmp_path / "run" / "state.pt").exists, children)
+    os.kill(children[0], signal.SIGKILL)
+    assert sorted(ends_soon(children)) == [-signal.SIGKILL, 2]
+    assert "error: another process of this run ended" in (tmp_path / "output.txt").read_text()
 
 
 def start_two(folder, *options):
@@ -216,16 +228,29 @@ def start_two(folder, *options):
     return [start(folder, *options, environment={**environment, "RANK": r, "LOCAL_RANK": r}) for r in "01"]
 
 
+def wait_until(condition, children):
+    """Until something is there; if it is not within a minute, the processes are killed."""
+    limit = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > limit:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            pytest.fail("a process hangs")
+        time.sleep(0.01)
+
+
 def ends_soon(children):
     """Exit statuses of processes that must end within a minute."""
-    limit, ended = time.monotonic() + 60, {}
-    while len(ended) < len(children):
-        assert time.monotonic() < limit, "a process hangs"
+    ended = {}
+
+    def all_ended():
         for child in set(children) - set(ended):
             number, status = os.waitpid(child, os.WNOHANG)
             if number:
                 ended[child] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
+        return len(ended) == len(children)
+
+    wait_until(all_ended, children)
     return list(ended.values())
 
 

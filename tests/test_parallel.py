@@ -136,6 +136,17 @@ def test_stopped_processes_continue(tmp_path):
     assert losses(tmp_path, "run") == losses(tmp_path, "whole/run")
 
 
+@needs_gloo
+def test_processes_end_if_torchrun_was_killed(tmp_path):
+    process = torchrun(tmp_path, "run", *OPTIONS, "--steps", "4000", "--epochs", "4000")
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.kill()
+    output = process.communicate(timeout=60)[0]  # ends when both have closed their output
+    assert output.count("torchrun is gone") == 2 and (tmp_path / "run" / "state.pt").exists(), output
+
+
 # ---------------------------------------------------------------------------------------- SIGTERM
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_sigterm_saves_a_state(tmp_path):
