@@ -112,6 +112,7 @@ def test_two_processes_train_as_one(tmp_path):
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
     assert output.count("training examples") == 1 and "2 processes, 1 threads" in output
+    assert "UserWarning" not in output
     same_run(tmp_path, "two/run", "one/run")
     assert sorted(os.listdir(tmp_path / "two" / "run")) == sorted(os.listdir(tmp_path / "one" / "run"))
 
