@@ -241,11 +241,35 @@ def uint8_output_range(kernel: FloatKernel | OneDNNKernel, act: ActQuantizer):
     return None
 
 
+class FloatLinear(nn.Module):
+    """An IntLinear of a static range whose integers are multiplied in float32, where all sums are exact: (..., K) ->
+    (..., N). The same bits in three operations.
+    """
+
+    def __init__(self, weight: checkpoint.Weight, bias: Tensor | None, act: ActQuantizer):
+        super().__init__()
+        scale, zero_point = act.static_range()
+        codes = weight.codes.float()
+        self.register_buffer("weight", codes)
+        self.register_buffer("shift", -zero_point * codes.sum(dim=1))
+        self.register_buffer("scale", scale * weight.scale.flatten().expand(len(codes)))
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Codes) -> Tensor:
+        y = F.linear(x.values.float(), self.weight, self.shift).mul_(self.scale)
+        return y if self.bias is None else y.add_(self.bias)
+
+
 class IntTTLinear(nn.Module):
     """A tensor train merged to A (r, K) and B (N, r), two integer layers: (..., K) -> (..., N).
 
     Called like an IntLinear. With static ranges the activation between the two stays in 8 bits.
+
+    A call of an integer kernel takes some 40 microseconds, twice the time in which float32 multiplies a few tokens by a
+    thin matrix. So with static ranges, integers of up to FEW tokens are multiplied in float32.
     """
+
+    FEW = 64
 
     def __init__(self, layer: QuantTTLinear, act: ActQuantizer, kernel: str, device: str):
         super().__init__()
@@ -253,16 +277,30 @@ class IntTTLinear(nn.Module):
         A, B = (checkpoint.weight_of(quantizer, half) for half, quantizer in merged)
         self.A = IntLinear(A, None, act, kernel, device)
         self.B = IntLinear(B, layer.bias, layer.middle_quantizer, kernel, device)
-        self.act_quantizer, self.codes, self.kernel = act, self.A.codes, self.B.kernel
+        self.act_quantizer, self.middle_quantizer, self.kernel = act, layer.middle_quantizer, self.B.kernel
         self.inner = uint8_output_range(self.A.kernel, layer.middle_quantizer)
+        self.small = None
+        if act.static and layer.middle_quantizer.static:
+            self.small = nn.ModuleList((FloatLinear(A, None, act), FloatLinear(B, layer.bias, layer.middle_quantizer)))
+
+    def is_small(self, x: Tensor) -> bool:
+        return self.small is not None and not x.is_cuda and x.shape[:-1].numel() <= self.FEW
+
+    def codes(self, x: Tensor | Codes) -> Codes:
+        if isinstance(x, Codes):
+            return x
+        return self.act_quantizer(x) if self.is_small(x) else self.A.codes(x)
 
     def middle(self, x: Tensor | Codes) -> Tensor | Codes:
         if self.inner is None:
             return self.A(x)
-        values = self.A.fused(self.codes(x), out=self.inner)
+        values = self.A.fused(self.A.codes(x), out=self.inner)
         return Codes(values, *self.B.act_quantizer.static_range())
 
     def forward(self, x: Tensor | Codes) -> Tensor:
+        x = self.codes(x)
+        if self.is_small(x.values):
+            return self.small[1](self.middle_quantizer(self.small[0](x)))
         return self.B(self.middle(x))
 
     def fused(self, x: Codes, post: str, out: tuple[float, int]) -> Tensor:
@@ -342,7 +380,7 @@ class IntFeedForward(FeedForward):
         return super().forward(x)
 
     def expand(self, x: Tensor) -> Tensor | Codes:
-        if self.inner is None:
+        if self.inner is None or (isinstance(self.up, IntTTLinear) and self.up.is_small(x)):
             return super().expand(x)
         values = self.up.fused(self.up.codes(x), "gelu", self.inner)
         return Codes(values, *self.down.act_quantizer.static_range())

@@ -42,6 +42,8 @@ from torch import Tensor, nn
 from lsq import LearnedScale
 from quant import Codes, QuantConfig, UniformQuantizer, product
 
+FEW = 64  # ids whose rows are built one by one: to find the distinct ones takes longer
+
 
 # ---------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
@@ -359,8 +361,11 @@ def lookup(ids: Tensor, left: Tensor, right: Tensor, num_embeddings: int) -> Ten
 
     Raises IndexError for an id outside the table, also if the padded table has it.
     """
-    distinct, where = torch.unique(ids, return_inverse=True)  # sorted (U,); each is built once
-    if distinct.numel() and (distinct[0] < 0 or distinct[-1] >= num_embeddings):
+    if ids.numel() <= FEW:
+        distinct, where = ids.flatten(), torch.arange(ids.numel(), device=ids.device).view_as(ids)
+    else:
+        distinct, where = torch.unique(ids, return_inverse=True)  # each is built once
+    if distinct.numel() and (distinct.min() < 0 or distinct.max() >= num_embeddings):
         raise IndexError(f"an id is outside the table of {num_embeddings} rows")
     first, second = distinct // len(right), distinct % len(right)
     a = F.embedding(first, left.flatten(1)).view(-1, *left.shape[1:])  # (U, C_1, r)
