@@ -112,7 +112,7 @@ def measure_models(models: dict[str, Callable], sizes: list[tuple[int, int]], ar
     for batch_size, tokens in sizes:
         ids = backends.random_sequences(batch_size, tokens, args.vocab).to(args.device)
         variants = {name: partial(model, ids, None) for name, model in models.items()}
-        found = measure(variants, args, calls=3 if ids.numel() < 2048 else 1, warm=True)
+        found = measure(variants, args, calls=max(1, min(10, 1024 // ids.numel())), warm=True)
         size = {"batch_size": batch_size, "tokens": tokens}
         rows += [{"name": name, **size, **row} for name, row in found.items()]
     return rows
