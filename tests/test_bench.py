@@ -154,8 +154,8 @@ def test_hand_written_backward_in_committed_results_is_shown():
     times = {"median_ms": 2.0, "quartiles_ms": [1.0, 3.0], "ratio": 0.5}
     row = {"name": "TTLinear, backward by hand", "M": 4, "K": 2, "N": 3, "parameters": 5}
     row |= {"flops": None, "forward": times, "with_backward": times}
-    model = {"name": "dense fp32", "batch_size": 1, "size_bytes": 10, **times}
-    result = {"layers": [row], "models": [model], "training": {}, "shape": {"tokens": 9}}
+    model = {"name": "dense fp32", "batch_size": 1, "tokens": 9, "size_bytes": 10, **times}
+    result = {"layers": [row], "models": [model], "training": {}, "shape": {}}
     assert "| TTLinear, backward by hand |" in bench.tt_table(result)
     assert "| 2.00 (0.50x) |" in bench.tt_table(result)
 
