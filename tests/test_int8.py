@@ -13,8 +13,8 @@ from common import UserError
 from int8 import (
     KERNELS,
     FloatKernel,
+    IntAttention,
     IntLinear,
-    IntSharedAttention,
     IntTTLinear,
     MergedTable,
     choose_kernel,
@@ -316,7 +316,7 @@ def test_integer_model_of_tensor_trains_holds_integers(tiny_config):
     model, config = make_train_student(tiny_config)
     found = to_integer(model, config, kernel="reference")
     assert not any("cores" in name for name, _ in found.named_parameters())
-    assert isinstance(found.encoder.layers[0].attention, IntSharedAttention)
+    assert isinstance(found.encoder.layers[0].attention, IntAttention)
     up = found.encoder.layers[0].ffn.up
     assert isinstance(up, IntTTLinear)
     assert up.A.kernel.weight.shape == (4, 32) and up.B.kernel.weight.shape == (64, 4)
