@@ -150,6 +150,11 @@ TABLES = {  # arguments of tools/compare.py -> the page that holds all of its ou
     "xnli-e5/*.json --minus=qat": "docs/results-xnli.md",
     "xnli-e5/w8-pt-static-*.json xnli-e5-ablation/*.json": "docs/results-xnli.md",
     "xnli-e5/w8-pt-static-*.json xnli-e5-ablation/*.json --minus=qat": "docs/results-xnli.md",
+    "xglue-e5/*.json": "docs/results-xglue.md",
+    "xglue-e5/pos-*.json": "docs/results-xglue.md",
+    "xglue-e5/pos-*.json --languages": "docs/results-xglue.md",
+    "xglue-e5/ner-*.json": "docs/results-xglue.md",
+    "xglue-e5/ner-*.json --languages": "docs/results-xglue.md",
     "atis/*.json --latency bench-tt.json": "docs/results-tt.md",
     "glue/*.json": "docs/results-glue.md",
 }
