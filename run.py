@@ -216,7 +216,7 @@ def stop_at_sigterm() -> None:
 
 def stopped() -> None:
     sys.stderr.write("torchrun is gone; " * parallel.orphan() + STOPPED)
-    sys.exit(TERMINATED)
+    parallel.leave(TERMINATED)
 
 
 def lock_folder(folder: str) -> int | None:

@@ -15,7 +15,6 @@ dev in the training language. run.py says what a run writes; a stopped run conti
 
 import copy
 import os
-import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -639,4 +638,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parallel.leave(main())
