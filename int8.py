@@ -101,14 +101,9 @@ class FloatKernel:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype = torch.float32):
         self.weight = weight.to(dtype)
-        self.column = self.weight.sum(dim=1)
 
     def sums(self, values: Tensor) -> Tensor:
         return F.linear(values.to(self.weight.dtype), self.weight).float()
-
-    def layer(self, values: Tensor, zero_point: int, scale: Tensor, bias: Tensor | None, *_) -> Tensor:
-        y = F.linear(values.to(self.weight.dtype), self.weight, -zero_point * self.column).float().mul_(scale)
-        return y if bias is None else y.add_(bias)
 
 
 class OneDNNKernel:
@@ -217,7 +212,7 @@ class IntLinear(nn.Module):
 
     def forward(self, x: Tensor | Codes) -> Tensor:
         x = self.codes(x)
-        if hasattr(self.kernel, "layer") and not x.scale.dim():  # per tensor
+        if self.kernel.fused and not x.scale.dim():  # per tensor
             return self.fused(x)
         sums = self.kernel.sums(x.values.flatten(0, -2)).view(*x.values.shape[:-1], -1)
         if self.kernel.offset:

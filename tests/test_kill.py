@@ -263,8 +263,7 @@ def finish_two(folder):
 # ------------------------------------------------------------------------------ two runs, one folder
 def test_second_run_in_a_folder_is_refused(whole, tmp_path):
     first = start(str(tmp_path))
-    while not os.path.exists(tmp_path / "run" / "log.jsonl"):
-        time.sleep(0.01)
+    wait_until((tmp_path / "run" / "log.jsonl").exists, [first])
     os.kill(first, signal.SIGSTOP)
     second = end(start(str(tmp_path), "--resume"))
     os.kill(first, signal.SIGCONT)

@@ -164,10 +164,11 @@ def write_files(config: ModelConfig, folder: str, names: tuple[str, ...]) -> Non
         write_hugging_face(model, folder, names)
     if "ONNX Runtime int8 dynamic" in names:
         write_onnx(model, os.path.join(folder, FILES["ONNX Runtime int8 dynamic"]))
-    for name, batches in {"OpenVINO": None, "OpenVINO int8 static": random_texts(config)}.items():
+    ids = random_sequences(8, min(128, config.max_tokens), config.vocab_size)  # for calibration
+    texts = [Batch(row[None], None, torch.zeros(1), len(row)) for row in ids]
+    for name, batches in {"OpenVINO": None, "OpenVINO int8 static": texts}.items():
         if name in names:
             write_openvino(model, xml_of(os.path.join(folder, FILES[name])), batches)
-    ids = random_sequences(8, min(128, config.max_tokens), config.vocab_size)
     for act_range in ("dynamic", "static"):
         quant = QuantConfig(act_range=act_range)
         payload = checkpoint.student_payload(quantized_copy(model, quant, ids), quant, NO_TOKENIZER)
@@ -235,12 +236,6 @@ def write_onnx(model: Model, path: str) -> None:
     os.unlink(whole)
 
 
-def random_texts(config: ModelConfig) -> list[Batch]:
-    """For calibration."""
-    ids = random_sequences(8, min(128, config.max_tokens), config.vocab_size)
-    return [Batch(row[None], None, torch.zeros(1), len(row)) for row in ids]
-
-
 def xml_of(path: str) -> str:
     """The description of the model whose weights are in a .bin file."""
     return path.removesuffix(".bin") + ".xml"
@@ -254,14 +249,12 @@ def write_openvino(model: Model, path: str, calibration: Iterable[Batch] | None)
 
     ids = torch.full((2, 16), 5)
     converted = openvino.convert_model(Exportable(model), example_input=(ids, torch.ones_like(ids)))
-    if calibration is None:
-        openvino.save_model(converted, path)
-        return
-    import nncf
+    if calibration is not None:
+        import nncf
 
-    dataset = nncf.Dataset([arrays(batch.ids, batch.mask) for batch in calibration])
-    quantized = nncf.quantize(converted, dataset, model_type=nncf.ModelType.TRANSFORMER)
-    openvino.save_model(quantized, path)
+        dataset = nncf.Dataset([arrays(batch.ids, batch.mask) for batch in calibration])
+        converted = nncf.quantize(converted, dataset, model_type=nncf.ModelType.TRANSFORMER)
+    openvino.save_model(converted, path)
 
 
 def has_torch_ao() -> bool:
