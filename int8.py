@@ -35,8 +35,10 @@ import checkpoint
 from common import UserError
 from model import Attention, FeedForward, Model
 from prepare import prepare
-from quant import ActQuantizer, Codes, QuantConfig, QuantLinear, rescale
+from quant import ActQuantizer, Codes, QuantConfig, QuantLinear, quantize, rescale
 from tt import QuantTTLinear, TTLinear, TTMEmbedding, lookup
+
+Range = tuple[float, int] | None  # scale and zero point of a uint8 result; None: float32
 
 
 # --------------------------------------------------------------------------------------- kernels
@@ -46,6 +48,9 @@ def activation_codes(quantizer: ActQuantizer, x: Tensor) -> Codes:
     The same as quantize(...).to(torch.uint8) in fewer passes over memory, which take the time here.
     """
     scale, zero_point = quantizer.qparams(x)
+    if torch.compiler.is_compiling():  # which makes one pass of many, of operators that it knows
+        q = quantize(x, scale, zero_point, quantizer.quant_min, quantizer.quant_max)
+        return Codes(q.to(torch.uint8), scale, zero_point)
     q, shift = torch.mul(x, scale.reciprocal()), 0
     if quantizer.static and not x.is_cuda:  # there int() would wait
         shift = int(zero_point)
@@ -122,18 +127,11 @@ class OneDNNKernel:
         return self.layer(values, 0, self.ones, None)
 
     def layer(
-        self,
-        values: Tensor,
-        zero_point: int,
-        scale: Tensor,
-        bias: Tensor | None,
-        post: str = "none",
-        out: tuple[float, int] | None = None,
+        self, values: Tensor, zero_point: int, scale: Tensor, bias: Tensor | None, post: str = "none", out: Range = None
     ) -> Tensor:
-        """post(scale * sum_k (q_x - zero_point) q_w + bias) in one call.
+        """post(scale * sum_k (q_x - zero_point) q_w + bias) in one call; post: "none" or "gelu".
 
-        scale: s_x s_w (N). oneDNN could multiply by s_x, but in an order that depends on the CPU. post: "none" or
-        "gelu".  out: scale and zero point of a uint8 result; None: float32.
+        scale: s_x s_w (N). oneDNN could multiply by s_x, but in an order that depends on the CPU.
         """
         out_scale, out_zero_point = out or (1.0, 0)
         return torch.ops.onednn.qlinear_pointwise(
@@ -219,8 +217,8 @@ class IntLinear(nn.Module):
             x = x._replace(zero_point=x.zero_point - self.kernel.offset)
         return rescale(sums, self.column, x, self.scale, self.bias)
 
-    def fused(self, x: Codes, post: str = "none", out: tuple[float, int] | None = None) -> Tensor:
-        """post(the layer) in one call of the kernel; uint8 if `out` has scale and zero point."""
+    def fused(self, x: Codes, post: str = "none", out: Range = None) -> Tensor:
+        """post(the layer) in one call of the kernel."""
         scale, zero_point = self.constants or (x.scale * self.scale, int(x.zero_point))
         y = self.kernel.layer(x.values.flatten(0, -2), zero_point, scale, self.bias, post, out)
         return y.view(*x.values.shape[:-1], -1)
@@ -234,8 +232,8 @@ def act_of(model: nn.Module, name: str) -> ActQuantizer:
     return model.get_submodule(name.rpartition(".")[0]).input_quantizer
 
 
-def uint8_output_range(kernel: FloatKernel | OneDNNKernel, act: ActQuantizer):
-    """Scale and zero point with which a kernel can pass its result on in 8 bits; None if it can't."""
+def uint8_output_range(kernel: FloatKernel | OneDNNKernel, act: ActQuantizer) -> Range:
+    """With which a kernel can pass its result on in 8 bits; None if it can't."""
     if kernel.fused and act.static and act.quant_max == 255:
         scale, zero_point = act.static_range()
         return float(scale), int(zero_point)
@@ -286,7 +284,7 @@ class IntTTLinear(nn.Module):
             return self.small[1](self.middle_quantizer(self.small[0](x)))
         return self.B(self.middle(x))
 
-    def fused(self, x: Codes, post: str, out: tuple[float, int]) -> Tensor:
+    def fused(self, x: Codes, post: str, out: Range) -> Tensor:
         return self.B.fused(self.B.codes(self.middle(x)), post, out)
 
 
@@ -296,8 +294,7 @@ class MergedTable(nn.Module):
     def __init__(self, table: TTMEmbedding):
         super().__init__()
         self.num_embeddings = table.num_embeddings
-        for name, half in zip(("left", "right"), table.halves(), strict=True):
-            self.register_buffer(name, half.contiguous())
+        self.left, self.right = (nn.Buffer(half.contiguous()) for half in table.halves())
 
     def forward(self, ids: Tensor) -> Tensor:
         return lookup(ids, self.left, self.right, self.num_embeddings)
@@ -349,7 +346,8 @@ class IntFeedForward(FeedForward):
         self.in_pieces = self.inner is None and inner.per_token
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.in_pieces and not x.is_cuda and x.shape[:-1].numel() > self.PIECE:
+        eager = not (x.is_cuda or torch.compiler.is_compiling())
+        if self.in_pieces and eager and x.shape[:-1].numel() > self.PIECE:
             pieces = x.flatten(0, -2).split(self.PIECE)
             return torch.cat([super(IntFeedForward, self).forward(p) for p in pieces]).view_as(x)
         return super().forward(x)
@@ -359,6 +357,17 @@ class IntFeedForward(FeedForward):
             return super().expand(x)
         values = self.up.fused(self.up.codes(x), "gelu", self.inner)
         return Codes(values, *self.down.act_quantizer.static_range())
+
+
+def compiled(model: Model) -> Callable:
+    """The integer model through torch.compile, for torch.no_grad(): faster with few tokens. It needs a C++ compiler.
+
+    Compiling takes a minute for one text and another for batches. The loops it makes add in another order, so an
+    activation halfway between two integers may round to the other one: the logits are not the student's bit for bit.
+    """
+    torch._inductor.config.freezing = True  # oneDNN's weights must be constants
+    torch._inductor.config.cpp_wrapper = True  # no Python between the operators
+    return torch.compile(model, dynamic=True)
 
 
 @torch.no_grad()
@@ -396,8 +405,7 @@ def integer_model(student: checkpoint.Student, device: str | torch.device = "cpu
     def linear(*names: str) -> IntLinear:
         """One IntLinear of one QuantLinear, or of several that read the same activation."""
         parts = [weights[name + ".weight"] for name in names]
-        rows = [len(part.codes) for part in parts]
-        scales = [part.scale.reshape(-1).expand(n) for part, n in zip(parts, rows, strict=True)]
+        scales = [part.scale.reshape(-1).expand(len(part.codes)) for part in parts]
         whole = checkpoint.Weight(torch.cat([part.codes for part in parts]), torch.cat(scales))
         bias = torch.cat([tensors[name + ".bias"] for name in names])
         return IntLinear(whole, bias, act_of(model, names[0]), kernel, device)
@@ -418,8 +426,7 @@ def integer_trains(student: checkpoint.Student, device: str | torch.device, kern
     """integer_model for tensor trains, which are small enough to go through the fake-quantized model."""
     model = checkpoint.float_model(student)
     if any(type(module) in (nn.Linear, TTLinear) for module in model.encoder.modules()):
-        keep = student.quant.keep
-        raise UserError(f"integers need every Linear layer of the encoder: keep is {keep}")
+        raise UserError(f"integers need every Linear layer of the encoder: keep is {student.quant.keep}")
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantTTLinear))}
     if kernel == "auto":
         quantizers = (getattr(m, "B_quantizer", None) or m.weight_quantizer for m in linears.values())
@@ -432,13 +439,10 @@ def integer_trains(student: checkpoint.Student, device: str | torch.device, kern
             weight = checkpoint.weight_of(linear.weight_quantizer, linear.weight)
             new = IntLinear(weight, linear.bias, act, kernel, device)
         model.set_submodule(name, new)
-    embeddings = model.encoder.embeddings
-    for name in ("word", "position"):
-        table = getattr(embeddings, name)
-        if isinstance(table, TTMEmbedding):
-            setattr(embeddings, name, MergedTable(table))
+    for name, table in [(n, m) for n, m in model.named_modules() if isinstance(m, TTMEmbedding)]:
+        model.set_submodule(name, MergedTable(table))
     if checkpoint.WORDS in student.weights:
-        embeddings.word = IntEmbedding(student.weights[checkpoint.WORDS])
+        model.encoder.embeddings.word = IntEmbedding(student.weights[checkpoint.WORDS])
     for layer in model.encoder.layers:
         layer.attention = IntAttention(layer.attention)
         layer.ffn = IntFeedForward(layer.ffn)

@@ -1,6 +1,7 @@
 """int8.py: exact integer kernels, and integer models that give the same bits as their students."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from int8 import (
 )
 from prepare import WEIGHTS
 from quant import ActQuantizer, QuantConfig
+from tools.backends import has_compiler
 from tt import TTConfig
 
 # ---------------------------------------------------------------------------------------- kernels
@@ -149,6 +151,22 @@ def test_feed_forward_in_pieces(values, kernel, tiny_config, monkeypatch):
     found = to_integer(model, config, kernel=kernel)
     assert found.encoder.layers[0].ffn.in_pieces == (values == {})
     assert torch.equal(found(ids, mask)[0], model(ids, mask)[0])
+
+
+@pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no C++ compiler: compiled() is not tested")
+@pytest.mark.parametrize("act_range", ["dynamic", "static"])
+def test_compiled(act_range, tiny_config, tmp_path, monkeypatch):
+    """Close to the integer model; batches of any size and length share one compilation."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    student, config = make_student(replace(tiny_config, num_layers=1), act_range=act_range)
+    integer = to_integer(student, config)
+    cases = (([9, 5, 1], "default"), ([4, 4], "fail_on_recompile"), ([30, 2, 17, 8], "fail_on_recompile"))
+    with torch._inductor.config.patch(freezing=False, cpp_wrapper=False), torch.no_grad():  # put back at the end
+        model = int8.compiled(integer)
+        for lengths, stance in cases:
+            ids, mask = random_ids(lengths, tiny_config.vocab_size)
+            with torch.compiler.set_stance(stance):
+                torch.testing.assert_close(model(ids, mask)[0], integer(ids, mask)[0], atol=1e-3, rtol=1e-3)
 
 
 def test_integer_model_holds_integers(tiny_config):

@@ -12,6 +12,7 @@ import copy
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
 import checkpoint
 from convert import key_table
 from data.batches import IGNORE, Batch
-from int8 import IntLinear, MergedTable, choose_kernel, integer_model, to_integer
+from int8 import IntLinear, MergedTable, choose_kernel, compiled, integer_model, to_integer
 from model import Model, ModelConfig, build_model, initialize
 from prepare import calibrate, prepare
 from quant import ActQuantizer, QuantConfig, UniformQuantizer, choose_qparams
@@ -50,6 +51,8 @@ FILES = {  # backend -> its file. The first one that is available is the baselin
     "fake-quantized": "dynamic.pt",
     "int8 dynamic": "dynamic.pt",
     "int8 static": "static.pt",
+    "int8 dynamic compiled": "dynamic.pt",
+    "int8 static compiled": "static.pt",
     "torch.ao int8 dynamic": "hugging-face/torch-ao.pt",
     "ONNX Runtime int8 dynamic": "int8.onnx",
     "OpenVINO": "openvino.bin",
@@ -84,6 +87,8 @@ def available_backends(device: torch.device) -> tuple[str, ...]:
         cpu_only = name in NEEDS and not name.startswith("Hugging Face")
         if name.startswith("torch.ao") and not has_torch_ao():
             print(f"{name}: not measured, this PyTorch has no kernels for it")
+        elif name.endswith("compiled") and not has_compiler(device):
+            print(f"{name}: not measured, {'triton' if device.type == 'cuda' else 'g++'} not installed")
         elif missing:
             print(f"{name}: not measured, {' and '.join(missing)} not installed")
         elif not (cpu_only and device.type == "cuda"):
@@ -93,6 +98,13 @@ def available_backends(device: torch.device) -> tuple[str, ...]:
 
 def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile has what it compiles with."""
+    if device.type == "cuda":
+        return is_installed("triton")
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 # ------------------------------------------------------------------------------- shapes and inputs
@@ -294,6 +306,8 @@ def load_backend(name: str, folder: str, device: torch.device) -> Runner:
         model = checkpoint.float_model(checkpoint.read_student(path)).to(device)
     else:
         model = integer_model(checkpoint.read_student(path), device)
+    if name.endswith("compiled"):
+        model = compiled(model)
     return lambda ids, mask: model(ids, mask)[0]
 
 
