@@ -21,6 +21,7 @@ import tempfile
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -29,7 +30,17 @@ from torch import Tensor, nn
 
 import train
 from checkpoint import config_of, meta_model, read_checkpoint
-from common import Progress, UserError, choose_device, exit_status, hardware, instructions, markdown_table, write_json
+from common import (
+    Progress,
+    UserError,
+    choose_device,
+    exit_status,
+    hardware,
+    instructions,
+    markdown_table,
+    multiplies_bf16,
+    write_json,
+)
 from config import OneLineParser, TrainConfig, resolve
 from data.batches import Batch, Dataset, collate, dataset_of, evaluation_batches
 from data.tasks import find_data, find_task, load
@@ -278,12 +289,12 @@ def rows_table(result: dict) -> str:
 
 # ------------------------------------------------------------------------------------------ train
 def training_step(
-    model: Model, teacher: Model | None, batches: list[Batch], config: TrainConfig
-) -> tuple[Callable[[], None], list[torch.optim.Optimizer]]:
+    model: Model, teacher: Model | None, batches: list[Batch]
+) -> tuple[Callable[[TrainConfig], None], list[torch.optim.Optimizer]]:
     """(function that trains the model by one step per call, as train.train does; optimizers)."""
     optimizers, steps = train.make_optimizers(model), itertools.count()
 
-    def one_step() -> None:
+    def one_step(config: TrainConfig) -> None:
         step = next(steps)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -303,11 +314,15 @@ def training_step(
 
 
 def bench_train(args: Namespace) -> dict:
-    """A step on the same batches: FP32; QAT, with noise; SDQ, distilled too (logits, context)."""
+    """A step on the same batches: FP32; QAT, with noise; SDQ, distilled too (logits, context).
+
+    Each with products in float32, and in bfloat16 if the processor multiplies it.
+    """
     torch.manual_seed(0)
     encoder, config = backends.encoder_config(args), resolve({"model": "mini"})
     teacher = build_model(encoder).to(args.device).eval().requires_grad_(False)
     batches = backends.random_batches(args, labels=3)
+    precisions = {"": "float32"} | ({", bf16": "bfloat16"} if multiplies_bf16(args.device) else {})
     variants = {}
     for name in ("fp32", "qat", "sdq"):
         model = build_model(encoder)
@@ -315,7 +330,9 @@ def bench_train(args: Namespace) -> dict:
         if name != "fp32":
             prepare(model, QuantConfig(noise=config.noise))
         own_teacher = teacher if name == "sdq" else None
-        variants[name], _ = training_step(model.to(args.device), own_teacher, batches, config)
+        step, _ = training_step(model.to(args.device), own_teacher, batches)
+        for label, precision in precisions.items():
+            variants[name + label] = partial(step, replace(config, precision=precision))
     rows = measure(variants, args)
     for row in rows.values():
         row["tokens_per_second"] = 1e3 * args.batch_size * args.tokens / row["median_ms"]
@@ -386,7 +403,8 @@ def bench_tt_training(args: Namespace) -> dict[str, dict]:
         model = initialize(meta_model(joint))
         if name == "TT W8A8":
             prepare(model, QuantConfig(keep=()))
-        step, optimizers = training_step(model.to(args.device), None, batches, config)
+        step, optimizers = training_step(model.to(args.device), None, batches)
+        step = partial(step, config)
         saved = backends.saved_bytes(model, step)
         state = backends.state_bytes(model, optimizers)
         variants[name], memory[name] = step, {"state_bytes": state, "saved_bytes": saved}

@@ -304,7 +304,7 @@ def draw_time(panel, place: int, row: dict, color: str, **looks) -> None:
 def draw_times(axes, result: dict) -> None:
     """bench.py train and rows: a bar per row, with the ratio of its time to the first row's."""
     for i, (name, row) in enumerate(result["rows"].items()):
-        color = COLORS.get(name, BLUE if "int8" in name else GRAY)
+        color = COLORS.get(name.split(",")[0], BLUE if "int8" in name else GRAY)
         draw_time(axes, i, row, color, capsize=4, height=0.6)
         text = f"  {name}  {row['ratio']:.2f}x the time"
         axes.text(0, i, text, va="center", color="white", weight="bold", fontsize=8)
