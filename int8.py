@@ -12,7 +12,7 @@ one product, since they read one activation; a tensor train is merged to two thi
 products. Word embeddings are looked up in int8. Norms, softmax, GELU and the head stay in float32
 (beside tensor trains the head is quantized, too). With static ranges the feed-forward network stays in
 8 bits: the kernel applies GELU to its 32-bit sums and passes 8-bit integers to the next product. Then a CPU with VNNI
-spends 73 % of the time on products and 20 % on attention (XLM-R base, 8 x 128 tokens).
+spends 70 % of the time on products and 17 % on attention (XLM-R base, 8 x 128 tokens).
 
 Saturation. CPUs with AVX2 or AVX-512 but without VNNI multiply 8 bits with the instruction vpmaddubsw, which adds
 *two* products in 16 bits and saturates at 32,767. Full-range operands give 255 * 127 * 2 = 64,770: silently wrong, by
@@ -362,12 +362,12 @@ class IntFeedForward(FeedForward):
 def compiled(model: Model) -> Callable:
     """The integer model through torch.compile, for torch.no_grad(): faster with few tokens. It needs a C++ compiler.
 
-    Compiling takes a minute for one text and another for batches. The loops it makes add in another order, so an
-    activation halfway between two integers may round to the other one: the logits are not the student's bit for bit.
+    Compiling takes a minute, and again until it has met one text, several, and other lengths. Its loops add in another
+    order, so an activation between two integers may round to the other one: the logits are close to the student's.
     """
     torch._inductor.config.freezing = True  # oneDNN's weights must be constants
     torch._inductor.config.cpp_wrapper = True  # no Python between the operators
-    return torch.compile(model, dynamic=True)
+    return torch.compile(model)
 
 
 @torch.no_grad()

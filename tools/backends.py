@@ -344,8 +344,8 @@ def load_openvino(path: str) -> Runner:
     import openvino
 
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.compile_model(path, "CPU", options)
-    return lambda ids, mask: torch.from_numpy(compiled(arrays(ids, mask))[0])
+    program = openvino.compile_model(path, "CPU", options)
+    return lambda ids, mask: torch.from_numpy(program(arrays(ids, mask))[0])
 
 
 # ----------------------------------------------------------------------------------------- memory

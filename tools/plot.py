@@ -328,7 +328,8 @@ def draw_model(axes, result: dict) -> None:
         mine = [row for row in rows if row["name"] == name]
         places = [k - 0.425 + width * (i + 0.5) for k in range(len(sizes))]
         label = f"{name}, {mine[0]['size_bytes'] / 1e6:,.0f} MB"
-        bars = axes.bar(places, [1 / row["ratio"] for row in mine], width, label=label)
+        hatch = "" if i < 10 else "//"  # there are ten colors
+        bars = axes.bar(places, [1 / row["ratio"] for row in mine], width, label=label, hatch=hatch)
         axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=1)
     axes.axhline(1, color=GRAY, lw=0.8, ls="--")
     axes.set_xticks(range(len(sizes)), [f"{count} x {tokens} tokens" for count, tokens in sizes])
