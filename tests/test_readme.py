@@ -150,6 +150,7 @@ TABLES = {  # arguments of tools/compare.py -> the page that holds all of its ou
     "xnli-e5/*.json --minus=qat": "docs/results-xnli.md",
     "xnli-e5/w8-pt-static-*.json xnli-e5-ablation/*.json": "docs/results-xnli.md",
     "xnli-e5/w8-pt-static-*.json xnli-e5-ablation/*.json --minus=qat": "docs/results-xnli.md",
+    "xnli-e5-pq/s0.json": "docs/results-xnli.md",
     "xglue-e5/*.json": "docs/results-xglue.md",
     "xglue-e5/pos-*.json": "docs/results-xglue.md",
     "xglue-e5/pos-*.json --languages": "docs/results-xglue.md",
