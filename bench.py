@@ -291,7 +291,7 @@ def rows_table(result: dict) -> str:
 def training_step(
     model: Model, teacher: Model | None, batches: list[Batch]
 ) -> tuple[Callable[[TrainConfig], None], list[torch.optim.Optimizer]]:
-    """(function that trains the model by one step per call, as train.train does; optimizers)."""
+    """(function of a config that trains the model by one step, as train.train does; optimizers)."""
     optimizers, steps = train.make_optimizers(model), itertools.count()
 
     def one_step(config: TrainConfig) -> None:

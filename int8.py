@@ -48,9 +48,8 @@ def activation_codes(quantizer: ActQuantizer, x: Tensor) -> Codes:
     The same as quantize(...).to(torch.uint8) in fewer passes over memory, which take the time here.
     """
     scale, zero_point = quantizer.qparams(x)
-    if torch.compiler.is_compiling():  # which makes one pass of many, of operators that it knows
-        q = quantize(x, scale, zero_point, quantizer.quant_min, quantizer.quant_max)
-        return Codes(q.to(torch.uint8), scale, zero_point)
+    if torch.compiler.is_compiling():  # the compiler makes one pass of these, and does not know the other operators
+        return Codes(quantize(x, scale, zero_point, 0, quantizer.quant_max).to(torch.uint8), scale, zero_point)
     q, shift = torch.mul(x, scale.reciprocal()), 0
     if quantizer.static and not x.is_cuda:  # there int() would wait
         shift = int(zero_point)
@@ -233,7 +232,7 @@ def act_of(model: nn.Module, name: str) -> ActQuantizer:
 
 
 def uint8_output_range(kernel: FloatKernel | OneDNNKernel, act: ActQuantizer) -> Range:
-    """With which a kernel can pass its result on in 8 bits; None if it can't."""
+    """What a kernel needs to pass its result on in 8 bits; None if it can't."""
     if kernel.fused and act.static and act.quant_max == 255:
         scale, zero_point = act.static_range()
         return float(scale), int(zero_point)
@@ -305,8 +304,7 @@ class IntEmbedding(nn.Module):
 
     def __init__(self, weight: checkpoint.Weight):
         super().__init__()
-        self.register_buffer("weight", weight.codes)
-        self.register_buffer("scale", weight.scale)
+        self.weight, self.scale = nn.Buffer(weight.codes), nn.Buffer(weight.scale)
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight).float() * F.embedding(ids, self.scale)
@@ -346,8 +344,7 @@ class IntFeedForward(FeedForward):
         self.in_pieces = self.inner is None and inner.per_token
 
     def forward(self, x: Tensor) -> Tensor:
-        eager = not (x.is_cuda or torch.compiler.is_compiling())
-        if self.in_pieces and eager and x.shape[:-1].numel() > self.PIECE:
+        if self.in_pieces and not (x.is_cuda or torch.compiler.is_compiling()) and x.shape[:-1].numel() > self.PIECE:
             pieces = x.flatten(0, -2).split(self.PIECE)
             return torch.cat([super(IntFeedForward, self).forward(p) for p in pieces]).view_as(x)
         return super().forward(x)
@@ -360,14 +357,20 @@ class IntFeedForward(FeedForward):
 
 
 def compiled(model: Model) -> Callable:
-    """The integer model through torch.compile, for torch.no_grad(): faster with few tokens. It needs a C++ compiler.
+    """A dense integer model through torch.compile, faster with few tokens: (ids, mask) -> (logits, taps).
 
-    Compiling takes a minute, and again until it has met one text, several, and other lengths. Its loops add in another
-    order, so an activation between two integers may round to the other one: the logits are close to the student's.
+    It needs a C++ compiler, static ranges or ranges per token, and a minute (again for other lengths, and for batches).
+    Its loops add in another order, so activations halfway between two integers may round to the other one: the logits
+    are not the student's bit for bit.
     """
-    torch._inductor.config.freezing = True  # oneDNN's weights must be constants
-    torch._inductor.config.cpp_wrapper = True  # no Python between the operators
-    return torch.compile(model)
+    program = torch.compile(model)
+
+    def run(*inputs: Tensor) -> tuple:
+        # oneDNN's weights must be constants ("freezing"); no Python between operators ("cpp_wrapper")
+        with torch.no_grad(), torch._inductor.config.patch(freezing=True, cpp_wrapper=True):
+            return program(*inputs)
+
+    return run
 
 
 @torch.no_grad()
@@ -394,13 +397,11 @@ def integer_model(student: checkpoint.Student, device: str | torch.device = "cpu
     with torch.device("meta"):
         model = Model(config)
         prepare(model, replace(quant, weight_bits=32, weights="uniform", weight_range="minmax"))
-    matrices = [w.codes for name, w in weights.items() if name != checkpoint.WORDS]
-    largest = max(int(codes.abs().max()) for codes in matrices)
+    largest = max(int(w.codes.abs().max()) for name, w in weights.items() if name != checkpoint.WORDS)
     kernel = choose_kernel(device, largest) if kernel == "auto" else kernel
 
     # Not strict: the quantized weights are missing, and their modules are replaced below.
-    there = {name: tensor.to(device) for name, tensor in tensors.items()}
-    model.load_state_dict(there, strict=False, assign=True)
+    model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, strict=False, assign=True)
 
     def linear(*names: str) -> IntLinear:
         """One IntLinear of one QuantLinear, or of several that read the same activation."""

@@ -15,8 +15,11 @@ OURS = ("fp32", "fake-quantized", "int8 dynamic", "int8 static")
 
 def test_missing_packages_are_reported(monkeypatch, capsys):
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
     assert backends.available_backends(CPU) == OURS
-    assert "Hugging Face fp32: not measured, transformers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Hugging Face fp32: not measured, transformers" in printed
+    assert "int8 static compiled: not measured, no C++ compiler" in printed
     assert backends.tltorch_version() is None
     assert "tltorch: not measured" in capsys.readouterr().out
 

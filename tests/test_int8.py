@@ -160,13 +160,14 @@ def test_compiled(act_range, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     student, config = make_student(replace(tiny_config, num_layers=1), act_range=act_range)
     integer = to_integer(student, config)
+    torch._dynamo.reset()  # what was compiled before
+    model = int8.compiled(integer)
     cases = (([9, 5, 1], "default"), ([4, 4], "default"), ([30, 2, 17, 8], "fail_on_recompile"))
-    with torch._inductor.config.patch(freezing=False, cpp_wrapper=False), torch.no_grad():  # put back at the end
-        model = int8.compiled(integer)
-        for lengths, stance in cases:
-            ids, mask = random_ids(lengths, tiny_config.vocab_size)
-            with torch.compiler.set_stance(stance):
-                torch.testing.assert_close(model(ids, mask)[0], integer(ids, mask)[0], atol=1e-3, rtol=1e-3)
+    for lengths, stance in cases:
+        ids, mask = random_ids(lengths, tiny_config.vocab_size)
+        with torch.compiler.set_stance(stance):
+            torch.testing.assert_close(model(ids, mask)[0], integer(ids, mask)[0], atol=1e-3, rtol=1e-3)
+    assert not torch._inductor.config.freezing  # other models are compiled as before
 
 
 def test_integer_model_holds_integers(tiny_config):

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import warnings
 from argparse import Namespace
@@ -88,7 +89,7 @@ def available_backends(device: torch.device) -> tuple[str, ...]:
         if name.startswith("torch.ao") and not has_torch_ao():
             print(f"{name}: not measured, this PyTorch has no kernels for it")
         elif name.endswith("compiled") and not has_compiler(device):
-            print(f"{name}: not measured, {'triton' if device.type == 'cuda' else 'g++'} not installed")
+            print(f"{name}: not measured, no C++ compiler with Python's headers, or no Triton for a GPU")
         elif missing:
             print(f"{name}: not measured, {' and '.join(missing)} not installed")
         elif not (cpu_only and device.type == "cuda"):
@@ -101,10 +102,10 @@ def is_installed(package: str) -> bool:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile has what it compiles with."""
-    if device.type == "cuda":
-        return is_installed("triton")
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+    """Whether torch.compile has what int8.compiled needs: a C++ compiler with Python's headers; on CUDA also Triton."""
+    headers = os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h"))
+    found = headers and shutil.which(os.environ.get("CXX", "g++")) is not None
+    return found and (device.type != "cuda" or is_installed("triton"))
 
 
 # ------------------------------------------------------------------------------- shapes and inputs
@@ -306,9 +307,8 @@ def load_backend(name: str, folder: str, device: torch.device) -> Runner:
         model = checkpoint.float_model(checkpoint.read_student(path)).to(device)
     else:
         model = integer_model(checkpoint.read_student(path), device)
-    if name.endswith("compiled"):
-        model = compiled(model)
-    return lambda ids, mask: model(ids, mask)[0]
+    run = compiled(model) if name.endswith("compiled") else model
+    return lambda ids, mask: run(ids, mask)[0]
 
 
 def errors_of(runners: dict[str, Runner], ids: Tensor) -> dict[str, float]:
@@ -354,9 +354,10 @@ def peak_memory(name: str, folder: str, rows: int, tokens: int, device: torch.de
     loads the backend; None where the system does not report it.
     """
     if device.type == "cuda":
-        run = load_backend(name, folder, device)
+        run, ids = load_backend(name, folder, device), torch.full((rows, tokens), 5, device=device)
+        run(ids, None)  # may compile
         torch.cuda.reset_peak_memory_stats()
-        run(torch.full((rows, tokens), 5, device=device), None)
+        run(ids, None)
         return torch.cuda.max_memory_allocated()
     command = [sys.executable, os.path.abspath(__file__), name, folder, str(rows), str(tokens)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
