@@ -357,7 +357,7 @@ class IntFeedForward(FeedForward):
 
 
 def compiled(model: Model) -> Callable:
-    """A dense integer model through torch.compile, faster with few tokens: (ids, mask) -> (logits, taps).
+    """An integer model through torch.compile, faster with few tokens: (ids, mask) -> (logits, taps).
 
     It needs a C++ compiler, static ranges or ranges per token, and a minute (again for other lengths, and for batches).
     Its loops add in another order, so activations halfway between two integers may round to the other one: the logits

@@ -113,6 +113,7 @@ MODELS = ["dense fp32", "TT fp32", "TT fp32, merged", *backends.TT_INTEGER]
 
 def test_tt_benchmark(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(backends, "has_tltorch", lambda: False)
+    monkeypatch.setattr(backends, "has_compiler", lambda device: False)  # compiling takes long
     result = bench_to_json(tmp_path, *"tt --vocab 100 --tokens 9 --rank 3 --sizes 40".split())
     assert result["tltorch"] is None
     assert [(row["K"], row["N"], row["name"]) for row in result["layers"]] == [

@@ -414,7 +414,7 @@ def tensor_bytes(tensor: Tensor) -> int:
 # ------------------------------------------------------------------------ models of tensor trains
 def tt_models(
     dense: ModelConfig, trains: ModelConfig, tokens: int, device: torch.device
-) -> dict[str, tuple[nn.Module, int]]:
+) -> dict[str, tuple[Callable, int]]:
     """name -> (model with random weights, bytes of its file): dense, tensor trains, and these as integers. Static
     ranges are calibrated on 32 sequences.
     """
@@ -436,7 +436,11 @@ def tt_models(
             student = quantized_copy(model, quant, ids)
             size = size_of(checkpoint.student_payload(student, quant, TT_TOKENIZER))
             models[name] = to_integer(student, quant, device), size
-    return {name: (model.to(device), size) for name, (model, size) in models.items()}
+    models = {name: (model.to(device), size) for name, (model, size) in models.items()}
+    if has_compiler(device):
+        static, size = models["TT W8A8 static"]
+        models["TT W8A8 static compiled"] = compiled(static), size
+    return models
 
 
 @torch.no_grad()
