@@ -153,11 +153,14 @@ def test_feed_forward_in_pieces(values, kernel, tiny_config, monkeypatch):
     assert torch.equal(found(ids, mask)[0], model(ids, mask)[0])
 
 
-@pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no C++ compiler: compiled() is not tested")
+needs_compiler = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no C++ compiler for compiled()")
+
+
+@needs_compiler
 @pytest.mark.parametrize("act_range", ["dynamic", "static"])
 def test_compiled(act_range, tiny_config, tmp_path, monkeypatch):
     """Close to the integer model; from the third shape on nothing is compiled again."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path.parent / "compiled"))  # shared
     student, config = make_student(replace(tiny_config, num_layers=1), act_range=act_range)
     integer = to_integer(student, config)
     torch._dynamo.reset()  # what was compiled before
@@ -168,6 +171,15 @@ def test_compiled(act_range, tiny_config, tmp_path, monkeypatch):
         with torch.compiler.set_stance(stance):
             torch.testing.assert_close(model(ids, mask)[0], integer(ids, mask)[0], atol=1e-3, rtol=1e-3)
     assert not torch._inductor.config.freezing  # other models are compiled as before
+
+
+@needs_compiler
+def test_compiled_tensor_trains(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path.parent / "compiled"))  # shared
+    integer = to_integer(*make_train_student(tiny_config, act_range="static"))
+    torch._dynamo.reset()
+    ids, mask = random_ids([9, 5, 1], tiny_config.vocab_size)
+    torch.testing.assert_close(int8.compiled(integer)(ids, mask)[0], integer(ids, mask)[0], atol=1e-3, rtol=1e-3)
 
 
 def test_integer_model_holds_integers(tiny_config):
