@@ -132,7 +132,7 @@ def test_every_file_that_is_named_exists():
             assert anchor in anchors, (page, anchor)
 
 
-@pytest.mark.parametrize("name", [*bench.BENCHMARKS, "model-vnni", "tt-vnni"])
+@pytest.mark.parametrize("name", [*bench.BENCHMARKS, "model-vnni", "rows-vnni", "tt-vnni"])
 def test_benchmarks_come_from_the_committed_files(name):
     with open(os.path.join(ROOT, "results", f"bench-{name}.json"), encoding="utf-8") as file:
         result = json.load(file)
