@@ -153,17 +153,20 @@ def test_feed_forward_in_pieces(values, kernel, tiny_config, monkeypatch):
     assert torch.equal(found(ids, mask)[0], model(ids, mask)[0])
 
 
-needs_compiler = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no C++ compiler for compiled()")
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """torch.compile with nothing compiled before."""
+    if not has_compiler(torch.device("cpu")):
+        pytest.skip("no C++ compiler: compiled() is not tested")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
 
 
-@needs_compiler
 @pytest.mark.parametrize("act_range", ["dynamic", "static"])
-def test_compiled(act_range, tiny_config, tmp_path, monkeypatch):
+def test_compiled(act_range, tiny_config, compiler):
     """Close to the integer model; from the third shape on nothing is compiled again."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path.parent / "compiled"))  # shared
     student, config = make_student(replace(tiny_config, num_layers=1), act_range=act_range)
     integer = to_integer(student, config)
-    torch._dynamo.reset()  # what was compiled before
     model = int8.compiled(integer)
     cases = (([9, 5, 1], "default"), ([4, 4], "default"), ([30, 2, 17, 8], "fail_on_recompile"))
     for lengths, stance in cases:
@@ -173,11 +176,8 @@ def test_compiled(act_range, tiny_config, tmp_path, monkeypatch):
     assert not torch._inductor.config.freezing  # other models are compiled as before
 
 
-@needs_compiler
-def test_compiled_tensor_trains(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path.parent / "compiled"))  # shared
+def test_compiled_tensor_trains(tiny_config, compiler):
     integer = to_integer(*make_train_student(tiny_config, act_range="static"))
-    torch._dynamo.reset()
     ids, mask = random_ids([9, 5, 1], tiny_config.vocab_size)
     torch.testing.assert_close(int8.compiled(integer)(ids, mask)[0], integer(ids, mask)[0], atol=1e-3, rtol=1e-3)
 
