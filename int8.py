@@ -12,7 +12,7 @@ one product, since they read one activation; a tensor train is merged to two thi
 products. Word embeddings are looked up in int8. Norms, softmax, GELU and the head stay in float32
 (beside tensor trains the head is quantized, too). With static ranges the feed-forward network stays in
 8 bits: the kernel applies GELU to its 32-bit sums and passes 8-bit integers to the next product. Then a CPU with VNNI
-spends 70 % of the time on products and 17 % on attention (XLM-R base, 8 x 128 tokens).
+spends 67 % of the time on products and 15 % on attention (XLM-R base, 8 x 128 tokens).
 
 Saturation. CPUs with AVX2 or AVX-512 but without VNNI multiply 8 bits with the instruction vpmaddubsw, which adds
 *two* products in 16 bits and saturates at 32,767. Full-range operands give 255 * 127 * 2 = 64,770: silently wrong, by
