@@ -12,6 +12,9 @@ moments, not two programs. Here every round runs each variant once (whole models
 measured). Times are medians over the rounds, and a ratio is the median of the ratios within each round.
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401
+
 import itertools
 import math
 import os

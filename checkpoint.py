@@ -38,7 +38,7 @@ from data.tokenizer import Tokenizer
 from model import HEADS, Model, ModelConfig
 from pq import CENTROIDS, STAGES, ProductQuantizer, begin_stage
 from prepare import prepare
-from quant import FixedQuantizer, QuantConfig, WeightQuantizer, dequantize
+from quant import FixedQuantizer, QuantConfig, WeightQuantizer, check_codes, dequantize
 from tt import TensorTrain, TTConfig, tensorize
 
 WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")  # of convert.py
@@ -335,7 +335,7 @@ class Weight(NamedTuple):
 
 def weight_of(quantizer: WeightQuantizer, weight: Tensor) -> Weight:
     codes, scale = quantizer.codes(weight)
-    return Weight(codes.to(torch.int8), scale)
+    return Weight(check_codes(quantizer, codes).to(torch.int8), scale)
 
 
 def table_of(quantizer: WeightQuantizer, weight: Tensor) -> Weight:
@@ -343,7 +343,8 @@ def table_of(quantizer: WeightQuantizer, weight: Tensor) -> Weight:
     codes, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
     step, decodes = max(1, CHUNK // weight.shape[1]), isinstance(quantizer, ProductQuantizer)
     for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
-        codes[rows], scale[rows] = quantizer.codes(weight, rows) if decodes else quantizer.codes(weight[rows])
+        part, scale[rows] = quantizer.codes(weight, rows) if decodes else quantizer.codes(weight[rows])
+        codes[rows] = check_codes(quantizer, part)
     return Weight(codes, scale)
 
 
@@ -398,7 +399,8 @@ def student_payload(student: Model, config: QuantConfig, tokenizer: bytes, **not
 class Student(NamedTuple):
     """The parts of a student, as they are on disk and as the integer model needs them.
 
-    weights: all quantized ones.  tensors: all others.  vocabulary: the bytes of its tokenizer.
+    weights: all quantized ones.  tensors: all others.  notes: of train.run_student.  vocabulary: the bytes of its
+    tokenizer.
     """
 
     config: ModelConfig
@@ -407,6 +409,17 @@ class Student(NamedTuple):
     tensors: dict[str, Tensor]
     notes: dict[str, str]
     vocabulary: Tensor | None
+
+    @property
+    def max_length(self) -> int:
+        """Where texts are cut, as in training."""
+        length, most = self.notes.get("max_length", ""), self.config.max_tokens
+        return min(int(length), most) if length.isdecimal() else most
+
+    @property
+    def classes(self) -> list[tuple[str, ...]]:
+        """The names of the classes of a sequence (or of the words of a token head), and of a joint head's slots."""
+        return [tuple(filter(None, self.notes.get(kind, "").split("\t"))) for kind in ("labels", "slots")]
 
 
 def read_student(path: str) -> Student:

@@ -145,6 +145,8 @@ class Progress:
             line += f"/{self.total:,.0f}, {clock(seconds)} left"
         line += f"  {text() if callable(text) else text}"
         start, end = ("\r\033[K", "") if self.live else ("", "\n")
+        if self.live:  # a longer line would wrap, and \r comes back to its last part alone
+            line = line[: os.get_terminal_size(sys.stderr.fileno()).columns - 1]
         print(start + line, end=end, file=sys.stderr, flush=True)
 
     def clear(self) -> None:

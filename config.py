@@ -74,7 +74,7 @@ class TrainConfig:
     )
     max_train: int | None = option(None, TASK, "train on N random examples (default: all)")
     max_eval: int | None = option(None, TASK, "evaluate N random examples per language (default: all)")
-    max_length: int = option(128, TASK, "longest sequence in tokens; longer ones are truncated")
+    max_length: int = option(128, TASK, "longest sequence in tokens; longer ones are cut, and counted")
 
     model: str | None = option(
         None,
@@ -315,6 +315,8 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, bool]:
         given[name] = tuple(part for text in given[name] for part in text.split(","))
     config = resolve(given)
     check(config)
+    if config.eval and "max_length" in given:
+        raise UserError("--max-length: --eval cuts texts where the student's training did, drop it")
     if config.distill in LAYERWISE and "beta" in given:
         raise UserError(f"--beta does nothing with --distill {config.distill}: drop it")
     return config, resume
@@ -426,19 +428,26 @@ def rules(config: TrainConfig, task: Task) -> Iterator[tuple[object, str]]:
 NOT_COMPARED = ("device", "threads", "accumulate", "out", "analyze", "check_student", "eval")
 
 
+NAMED = ("recipe", "task", "model", "bits", "act_bits")  # options in the name of a run; defaults depend on them
+
+
+def usual(config: TrainConfig) -> TrainConfig:
+    """The defaults of a run of this recipe, task, model and width."""
+    return resolve({name: getattr(config, name) for name in NAMED})
+
+
 def default_out(config: TrainConfig) -> str:
     """out/xnli-mini-w8a8-s0, and a short hash of all other options that were changed: one folder per setting."""
     model = os.path.splitext(os.path.basename(config.model))[0]
     recipe = "" if config.recipe == "sdq" else f"-{config.recipe}"
     name = f"{config.task}-{model}{recipe}-w{config.bits}a{config.act_bits}-s{config.seed}"
-    named = ["recipe", "task", "model", "bits", "act_bits"]
-    usual = resolve({name: getattr(config, name) for name in named})
-    ignored = {*named, "seed", *NOT_COMPARED} - ({"model"} if config.model != model else set())
+    defaults = usual(config)
+    ignored = {*NAMED, "seed", *NOT_COMPARED} - ({"model"} if config.model != model else set())
     changed = [
         (spec.name, getattr(config, spec.name))
         for spec in fields(config)
         if spec.name not in ignored
-        and (spec.name == "model" or getattr(config, spec.name) != getattr(usual, spec.name))
+        and (spec.name == "model" or getattr(config, spec.name) != getattr(defaults, spec.name))
     ]
     if changed:
         name += "-" + hashlib.sha256(repr(changed).encode()).hexdigest()[:6]

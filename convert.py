@@ -17,6 +17,9 @@ Nothing in a source file is executed: safetensors is parsed here (a JSON header 
 with weights_only=True.
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401
+
 import argparse
 import json
 import os

@@ -63,20 +63,16 @@ def row_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
 
 
-def logits_loss(student: Logits, teacher: Logits, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+def logits_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """tau^2 * KL(teacher || student) of the softened predictions, mean over the batch.
 
-    student, teacher: logits (B, classes), or of tokens (B, T, classes), whose mean is over real tokens; the losses of
-    a joint head's two are added.  mask: (B, T) bool, for logits of tokens; None if all are real. The factor tau^2
-    cancels the 1/tau^2 that softening puts on the gradient, so that alpha keeps its meaning when tau changes (Hinton
-    et al. 2015, sec. 2).
+    student, teacher: logits (B, classes), or of tokens (B, T, classes), whose mean is over real tokens.  mask: (B, T)
+    bool, for logits of tokens; None if all are real. The factor tau^2 cancels the 1/tau^2 that softening puts on the
+    gradient, so that alpha keeps its meaning when tau changes (Hinton et al. 2015, sec. 2).
 
     A single column is not a distribution but the prediction of a regression (STS-B). Its loss is the mean squared
     error, without temperature, as in TernaryBERT.
     """
-    if isinstance(student, tuple):
-        pairs = zip(student, teacher, strict=True)
-        return sum(logits_loss(s, t, temperature, mask) for s, t in pairs)
     if student.dim() == 3:  # every real token is a prediction: (n, classes)
         if mask is None:
             student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
@@ -86,6 +82,14 @@ def logits_loss(student: Logits, teacher: Logits, temperature: float = 1.0, mask
         return F.mse_loss(student.float(), teacher.detach().float())
     divergence = row_kl(student.float() / temperature, teacher.float() / temperature)
     return temperature**2 * (divergence / len(student))
+
+
+def logits_terms(student: Logits, teacher: Logits, temperature: float, mask: Tensor | None) -> dict[str, Tensor]:
+    """logits_loss as a term of the loss, or as two: a joint head's are means over different things."""
+    if not isinstance(student, tuple):
+        return {"logits": logits_loss(student, teacher, temperature, mask)}
+    pairs = zip(("logits", "slot_logits"), student, teacher, strict=True)
+    return {name: logits_loss(s, t, temperature, mask) for name, s, t in pairs}
 
 
 def vector_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
@@ -165,12 +169,13 @@ def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor
 class Loss(NamedTuple):
     tap: str  # of model.py: what the loss compares, in each layer
     loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (student, teacher, mask) of one layer -> scalar
+    over: str = "tokens"  # what the loss is a mean over: "rows" of the batch, real "tokens", or "pairs" of tokens
 
 
 # --distill joins these names with "+": "logits+context" is SDQ.
 LOSSES: dict[str, Loss] = {
     "logits": Loss("", logits_loss),  # of the logits, once for all layers, with a temperature
-    "score": Loss("score", score_loss),
+    "score": Loss("score", score_loss, over="pairs"),
     "map": Loss("score", map_loss),
     "context": Loss("context", vector_loss),
     "output": Loss("output", vector_loss),

@@ -122,6 +122,10 @@ class OneDNNKernel:
         self.ones = torch.ones(len(weight))
         self.zero_points = torch.zeros(len(weight), dtype=torch.int32)
 
+    def __reduce__(self) -> tuple:
+        """A copy, or a kernel in another process, packs the weight again."""
+        return OneDNNKernel, (self.weight.to_dense().t().contiguous(),)
+
     def sums(self, values: Tensor) -> Tensor:
         return self.layer(values, 0, self.ones, None)
 

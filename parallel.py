@@ -17,7 +17,6 @@ table.
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
@@ -57,7 +56,7 @@ def start(device: str) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         global torchrun
         torchrun = os.getppid()
-    # Others wait while rank 0 reads and encodes the data.
+    # Others wait while rank 0 writes.
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     if rank() > 0:
         common.writes = False
@@ -127,16 +126,6 @@ def same(model: nn.Module) -> None:
             dist.broadcast(tensor, 0)
 
 
-@contextmanager
-def first() -> Iterator[None]:
-    """Rank 0 runs the block, then the others."""
-    if rank() > 0:
-        wait()
-    yield
-    if rank() == 0:
-        wait()
-
-
 # ------------------------------------------------------------------------------------------ parts
 def parts(batch: Batch, count: int) -> Iterator[tuple[Batch, dict[str, float]]]:
     """This process's parts of a batch, `count` of them, each with its shares of the means that losses are."""
@@ -178,15 +167,13 @@ def sizes(batch: Batch) -> dict[str, float]:
     return {"rows": B, "words": words, "tokens": int(lengths.sum()), "pairs": int(lengths.square().sum())}
 
 
-def shared(terms: dict[str, Tensor], shares: dict[str, float], head: str) -> dict[str, Tensor]:
-    """The terms of a loss, each times the part's share of its mean. shares: {} of a whole batch.
+def shared(terms: dict[str, Tensor], shares: dict[str, float], over: dict[str, str]) -> dict[str, Tensor]:
+    """The terms of a loss, each times the part's share of its mean.
 
-    NOTE: of a joint head, whose terms are sums of a mean over rows and one over words, the share is that of rows.
+    shares: {} of a whole batch.  over: what each term is a mean over, a key of sizes(); tokens if it is not there.
     """
     if not shares:
         return terms
-    over = {"score": "pairs", "task": "words" if head == "token" else "rows"}
-    over["logits"] = "tokens" if head == "token" else "rows"
     return {name: shares[over.get(name, "tokens")] * term for name, term in terms.items()}
 
 

@@ -4,18 +4,22 @@
     echo "The girl reads a book.	The girl reads." | python predict.py out/NAME/student.pt
 
 Each line becomes one line: the label and its probability, or the number of a regression. Of words with tags, the tag of
-each word, separated by spaces, behind the label if there is one. In Python:
+each word, separated by spaces, behind the label if there is one. A blank line stays blank, and so does one that this
+student can't read, which is told on stderr. In Python:
 
     student = load("out/NAME/student.pt")
     for label, probability in predict(student, [("The girl reads a book.", "The girl reads.")]):
         print(label, probability)
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401
+
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +27,8 @@ import torch
 
 from checkpoint import read_student, tokenizer_of
 from common import UserError, choose_device, exit_status
-from data.batches import IGNORE, Dataset, dataset_of, encode_texts, evaluation_batches, evaluation_order
+from data.batches import IGNORE, Dataset, cut_note, encode_sentences, encode_texts, evaluation_batches, evaluation_order
+from data.slots import Names, Sentence
 from data.tokenizer import Encoder
 from int8 import integer_model
 from model import Model
@@ -33,41 +38,65 @@ TOKENS = 4096  # per batch, padding included
 
 
 class Student(NamedTuple):
-    """A model that is ready to predict. labels: of a text; slots: tags of words, () if the model has none."""
+    """A model that is ready to predict; it can be copied and pickled.
+
+    labels: of a text; slots: tags of words, () if the model has none.  max_length: where texts are cut, as in
+    training.  texts: 1 or 2, as in training; 0 if the file does not say.
+    """
 
     model: Model
     tokenizer: Encoder
     labels: tuple[str, ...]
     slots: tuple[str, ...]
-    max_length: int  # where texts are cut, as in training
+    max_length: int
+    texts: int
 
 
-def load(path: str, device: str = "auto") -> Student:
+def load(path: str, device: str = "auto", threads: int | None = None) -> Student:
     """A student.pt as an integer model. Raises UserError for a damaged file or one without integers."""
-    read = read_student(path)
-    names = [tuple(filter(None, read.notes.get(kind, "").split("\t"))) for kind in ("labels", "slots")]
+    read, device = read_student(path), choose_device(device, threads)
+    labels, slots = read.classes
     if read.config.head == "token":  # its labels are those of words
-        names = [(), names[0]]
+        labels, slots = (), labels
     elif read.config.head not in ("sequence", "joint"):
         raise UserError(f"{path} has a {read.config.head} head, which predicts nothing")
-    length = read.notes.get("max_length", "")
-    length = min(int(length) if length.isdecimal() else read.config.max_tokens, read.config.max_tokens)
-    model = integer_model(read, choose_device(device, None))
-    return Student(model, tokenizer_of(path, read), *names, length)
+    texts = 1 if slots else {"1": 1, "2": 2}.get(read.notes.get("texts"), 0)
+    return Student(integer_model(read, device), tokenizer_of(path, read), labels, slots, read.max_length, texts)
+
+
+def problem(student: Student, text: str | tuple[str, str]) -> str:
+    """Why the student can't read a text, "" if it can: it was trained on single texts or on pairs, and words whose tags
+    stand beside a label are never cut.
+    """
+    texts = (text,) if isinstance(text, str) else tuple(text)
+    if not texts or not texts[0].strip():
+        return "is empty"
+    if len(texts) > 2 or len(texts) != (student.texts or len(texts)):
+        wanted = {0: "one text or two", 1: "one text", 2: "two texts"}[student.texts]
+        return f"has {len(texts)} text{'s' if len(texts) > 1 else ''}, and this student reads {wanted}, split by a tab"
+    if student.slots and student.labels:
+        ((ids, _),), most = student.tokenizer.encode_words([words_of(text)]), student.model.config.max_tokens
+        if len(ids) > most:
+            return f"has {len(ids)} tokens, the model takes {most}: split it"
+    return ""
 
 
 def predict(student: Student, texts: Iterable[str | tuple[str, str]]) -> Iterator[tuple]:
     """For each text or pair, in order: (label, probability); (number,) of a regression; (tags,) of words, or (label,
-    probability, tags). Pairs get the token types that they were trained with; a long text is cut as in training.
+    probability, tags). Pairs get the token types that they were trained with. As in training, a long text is cut, which
+    is told on stderr, and a long sentence of words with tags is split.
 
-    Raises UserError for texts of which only some are pairs, and for a sentence with tags that is too long.
+    Raises UserError for a text that the student can't read, see problem().
     """
-    texts, kinds = iter(texts), set()
+    if isinstance(texts, str):
+        raise UserError("predict takes a list of texts, not a string: [text]")
+    texts, kinds, done = iter(texts), set(), 0
     while chunk := list(islice(texts, CHUNK)):
-        kinds |= {isinstance(text, tuple) for text in chunk}
-        if len(kinds) > 1 or (student.slots and True in kinds):
-            what = "words with tags" if student.slots else "one text in each line, or two by a tab in each"
-            raise UserError(f"some texts are pairs, which is not what is asked for here: give {what}")
+        for number, text in enumerate(chunk, start=done + 1):
+            kinds.add(isinstance(text, str))
+            if wrong := problem(student, text) or ("is of another kind than those before" if len(kinds) > 1 else ""):
+                raise UserError(f"text {number} {wrong}")
+        done += len(chunk)
         yield from predict_chunk(student, chunk)
 
 
@@ -75,19 +104,22 @@ def predict(student: Student, texts: Iterable[str | tuple[str, str]]) -> Iterato
 def predict_chunk(student: Student, texts: list[str | tuple[str, str]]) -> list[tuple]:
     model, device = student.model, next(student.model.parameters()).device
     dataset = replace(encode(student, texts), pad=student.tokenizer.pad_id)
-    rows = []
+    rows, tags = [], []
     for batch in evaluation_batches(dataset, TOKENS):
         batch = batch.to(device)
         logits, _ = model(batch.ids, batch.mask, types=batch.types)
         logits, slots = logits if isinstance(logits, tuple) else (logits, logits)
-        found = list(zip(*best(logits, student.labels), strict=True)) if student.labels else [()] * len(batch.ids)
+        rows += zip(*best(logits, student.labels), strict=True) if student.labels else [()] * len(batch.ids)
         if student.slots:
-            words, tags = (batch.tags != IGNORE).cpu(), slots.argmax(dim=-1).cpu()
-            for i, row in enumerate(found):
-                found[i] = (*row, [student.slots[tag] for tag in tags[i][words[i]].tolist()])
-        rows += found
+            words, found = (batch.tags != IGNORE).cpu(), slots.argmax(dim=-1).cpu()
+            tags += [[student.slots[tag] for tag in found[i][words[i]].tolist()] for i in range(len(words))]
     order = np.argsort(evaluation_order(dataset))
-    return [rows[i] for i in order]
+    rows = [rows[i] for i in order]
+    if not student.slots:
+        return rows
+    every = (tag for i in order for tag in tags[i])  # a long sentence is several rows: its words follow each other
+    rows = rows if student.labels else [()] * len(texts)
+    return [(*row, list(islice(every, len(words_of(text))))) for row, text in zip(rows, texts, strict=True)]
 
 
 def best(logits: torch.Tensor, labels: tuple[str, ...]) -> tuple[list, ...]:
@@ -98,33 +130,36 @@ def best(logits: torch.Tensor, labels: tuple[str, ...]) -> tuple[list, ...]:
     return [labels[i] for i in index.tolist()], probability.tolist()
 
 
+def words_of(text: str) -> list[str]:
+    """Words are separated by spaces alone, as in files of tags: other white space is part of a word."""
+    return [word for word in text.split(" ") if word]
+
+
 def encode(student: Student, texts: list[str | tuple[str, str]]) -> Dataset:
-    none = np.zeros(len(texts), dtype=np.int64)
-    if not student.slots:
-        first, *second = zip(*([text] if isinstance(text, str) else text for text in texts), strict=True)
-        return encode_texts(student.tokenizer, first, second[0] if second else None, student.max_length, none)
-    encoded = student.tokenizer.encode_words([text.split() for text in texts])
-    longest = max(len(ids) for ids, _ in encoded)
-    if longest > student.model.config.max_tokens:
-        raise UserError(f"a sentence has {longest} tokens, the model takes {student.model.config.max_tokens}: split it")
-    tags = [np.full(len(ids), IGNORE) for ids, _ in encoded]
-    for row, (_, first) in zip(tags, encoded, strict=True):
-        row[first] = 0  # any tag: here a word begins
-    return dataset_of([ids for ids, _ in encoded], none, tags)
+    if student.slots:  # any tag: it says where a word begins
+        names = Names(("",), student.slots[:1], 1, 1)
+        sentences = [Sentence(words, student.slots[:1] * len(words), "") for words in map(words_of, texts)]
+        longest = student.model.config.max_tokens if student.labels else student.max_length
+        return encode_sentences(sentences, names, student.tokenizer, longest, cuts=not student.labels)
+    first, *second = zip(*([text] if isinstance(text, str) else text for text in texts), strict=True)
+    labels = np.zeros(len(texts), dtype=np.int64)
+    dataset = encode_texts(student.tokenizer, first, second[0] if second else None, student.max_length, labels)
+    if note := cut_note([dataset], "texts", student.max_length):
+        print(f"NOTE: {note}", file=sys.stderr)
+    return dataset
 
 
-def lines_of(path: str) -> Iterator[str | tuple[str, str]]:
-    """The texts of a file, or of standard input for "-". Raises UserError for a line that is not one text or two."""
-    try:
-        with open(0 if path == "-" else path, encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                texts = tuple(line.rstrip("\r\n").split("\t"))
-                if len(texts) > 2 or not texts[0].strip():
-                    what = "is empty" if not texts[0].strip() else f"has {len(texts)} texts"
-                    raise UserError(f"{path}, line {number} {what}: give one text a line, or two by a tab")
-                yield texts if len(texts) == 2 else texts[0]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+def lines_of(path: str) -> Iterator[tuple[str | tuple[str, str], str]]:
+    """(text or pair, what is wrong) of each line of a file, or of standard input for "-"; ("", "") of a blank line."""
+    with open(0 if path == "-" else path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                yield "", f"is not UTF-8 text (byte {error.start})"
+                continue
+            texts = tuple(text.split("\t"))
+            yield "" if not text.strip() else texts if len(texts) > 1 else text, ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,12 +170,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("student", help="a student.pt of train.py")
     parser.add_argument("texts", nargs="?", default="-", help="one text a line, two by a tab (default: standard input)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     args = parser.parse_args(argv)
 
     def job() -> None:
-        for row in predict(load(args.student, args.device), lines_of(args.texts)):
-            cells = [f"{x:.4f}" if isinstance(x, float) else " ".join(x) if isinstance(x, list) else x for x in row]
-            print("\t".join(cells))
+        student, lines, failed = load(args.student, args.device, args.threads), lines_of(args.texts), 0
+        for begin in count(1, CHUNK):
+            chunk, readable = list(islice(lines, CHUNK)), {}
+            for number, (text, wrong) in enumerate(chunk, start=begin):
+                if wrong := wrong or (text and problem(student, text)):
+                    print(f"error: {args.texts}, line {number} {wrong}", file=sys.stderr)
+                    failed += 1
+                elif text:
+                    readable[number] = text
+            found = dict(zip(readable, predict(student, readable.values()), strict=True))
+            for number in range(begin, begin + len(chunk)):
+                row = found.get(number, ())
+                print(
+                    *(f"{x:.4f}" if isinstance(x, float) else " ".join(x) if isinstance(x, list) else x for x in row),
+                    sep="\t",
+                )
+            if not chunk:
+                break
+        if failed:
+            raise UserError(f"{failed:,} lines could not be labelled, see above: in the output they are blank")
 
     return exit_status(job)
 

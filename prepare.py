@@ -24,6 +24,7 @@ from quant import (
     TernaryQuantizer,
     UniformQuantizer,
     WeightQuantizer,
+    check_codes,
     choose_qparams,
 )
 
@@ -139,7 +140,10 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
         replaced[name + ".weight"] = weight.numel()
         if is_table:
             return row.table(config, weight, True, False)
-        return row.matrix(config, weight, config.per_channel, True)
+        quantizer = row.matrix(config, weight, config.per_channel, True)
+        if not weight.is_meta and not isinstance(quantizer, ProductQuantizer):  # which has no codes before its stage
+            check_codes(quantizer, quantizer.codes(weight)[0])
+        return quantizer
 
     for name, module in list(model.named_modules()):
         if not name or name.startswith(config.keep):

@@ -337,6 +337,15 @@ class WeightQuantizer(nn.Module):
         return (ratio > self.quant_min - 0.5) & (ratio < self.quant_max + 0.5)
 
 
+def check_codes(quantizer: WeightQuantizer, codes: Tensor) -> Tensor:
+    """The codes. Raises ValueError if they are not integers of the quantizer's grid: packed, they would become others."""
+    low, high = quantizer.quant_min, quantizer.quant_max
+    if not ((codes >= low) & (codes <= high) & (codes == codes.round())).all():
+        name, found = type(quantizer).__name__, f"{codes.min():g} to {codes.max():g}"
+        raise ValueError(f"{name}.codes returned {found}, not integers from {low} to {high}: its grid")
+    return codes
+
+
 class UniformQuantizer(WeightQuantizer):
     """Equal steps. The scale covers the largest weight (min-max), or with weight_range="mse" that range times the
     factor of least squared error, chosen once from the weight at the start.

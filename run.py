@@ -50,7 +50,7 @@ from common import (
     write_text,
 )
 from config import METHODS, NOT_COMPARED, TRAINED, TrainConfig
-from data.batches import Batch, Dataset, cache_dir, collate, training_order
+from data.batches import Batch, Dataset, collate, training_order
 from data.tasks import Task, find_task, selection_splits
 from model import Model
 
@@ -77,6 +77,7 @@ class Run:
         for folder in (out, self.teachers):
             check_writable(folder)
         self.results: dict = {}
+        self.contents: dict[str, str] = {}  # of what a run to be resumed reads: digests by name
         self.check_same()
 
     def path(self, name: str) -> str:
@@ -96,6 +97,7 @@ class Run:
             before = None
         if not isinstance(before, dict) or "task" not in before:
             raise UserError(f"{self.out}/config.json is not of a run of train.py: choose another --out")
+        self.contents = before.get("contents", {}) if self.resume else {}
         may_differ = {*NOT_COMPARED, *(("lr", "student_lr") if self.resume else ())}
         differs = [k for k in settings if before.get(k) != settings[k] and k not in may_differ]
         if differs:
@@ -106,20 +108,27 @@ class Run:
         if not self.resume and os.path.exists(self.path("state.pt")):
             raise UserError(f"{self.out} holds a stopped run: continue it with --resume, or delete it")
 
-    def start(self, model: str, data: Data) -> None:
+    def start(self, model: str, data: Data, identity: list) -> None:
         """Read the rows that a resumed run has finished, else remove what an earlier run left; write config.json.
 
-        Raises UserError if another process runs in this folder now.
+        identity: of the model that fine-tuning starts from, and its classes.  Raises UserError if another process runs
+        in this folder now, or if a run to be resumed began with other data.
         """
+        sets = {"train": data.train, "dev": data.dev, **{f"test, {name}": each for name, each in data.tests.items()}}
+        contents = {"the model and its classes": hashlib.sha256(repr(identity).encode()).hexdigest()}
+        contents |= {f"the data ({name})": each.sha256 for name, each in sets.items()}
+        if changed := next((name for name, digest in self.contents.items() if contents.get(name) != digest), None):
+            raise UserError(f"--resume: {changed} changed since {self.out} began: restore it, or choose another --out")
         os.makedirs(self.out, exist_ok=True)
         if common.writes:
             if (lock := lock_folder(self.out)) is not None:
                 weakref.finalize(self, os.close, lock)
-            for folder in (self.out, self.teachers, cache_dir()):
+            for folder in (self.out, self.teachers):
                 remove_leftovers(folder)
         self.results = {"config": asdict(self.config), "model": model, "languages": list(data.tests)}
         here = {"hardware": hardware(self.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
         self.results |= {"train_examples": len(data.train), "environment": here, "methods": {}}
+        self.results["test_examples"] = {name: len(dataset) for name, dataset in data.tests.items()}
         if self.resume and os.path.exists(self.path("results.json")):
             self.results["methods"] = self.read_rows(data)
         elif not self.resume:
@@ -130,7 +139,7 @@ class Run:
             raise UserError(
                 f"--analyze: {self.out} has rows that were not analyzed: resume without it, or change --out"
             )
-        write_json(self.path("config.json"), asdict(self.config))
+        write_json(self.path("config.json"), {**asdict(self.config), "contents": contents})
 
     def read_rows(self, data: Data) -> dict[str, dict]:
         """The rows of results.json. Raises UserError if it is damaged."""
@@ -441,10 +450,7 @@ def teacher_path(run: Run, model: str, identity: list, data: Data) -> str:
     The code is not part of the name: after a change of the loss or the model, delete teachers/.
     """
     key = [getattr(run.config, name) for name in TEACHER_OPTIONS] + identity
-    for dataset in (data.train, data.dev):
-        for part in (dataset.ids, dataset.starts, dataset.labels, dataset.tags, dataset.second):
-            key.append(part is not None and hashlib.sha256(part.tobytes()).hexdigest())
-    key.append(run.device.type)
+    key += [data.train.sha256, data.dev.sha256, run.device.type]
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     return os.path.join(run.teachers, f"{run.config.task}-{model}-{digest}.pt")
 
@@ -515,16 +521,46 @@ def report_table(results: dict) -> str:
     return markdown_table(["", *header], rows)
 
 
+def caveats(results: dict) -> list[str]:
+    """What the scores do not say: how many of them guessing reaches, and which rows do nothing else."""
+    notes, rows = [], results["methods"]
+    tests = next(iter(rows.values()))["languages"]
+    if find_task(results["config"]["task"]).metrics == ("accuracy",) and all("majority" in t for t in tests.values()):
+        by_test = {name: f"{test['majority']:.1f}" for name, test in tests.items()}
+        same = len(set(by_test.values())) == 1
+        each = next(iter(by_test.values())) if same else ", ".join(f"{name} {score}" for name, score in by_test.items())
+        notes.append(f"Always predicting the most frequent class of the test rows gives {each}.")
+    for name, row in rows.items():
+        found = row["languages"].items()
+        one_class = [language for language, test in found if test.get("classes") == 1 and test["majority"] < 100]
+        if one_class:
+            notes.append(f"WARNING: {name} predicts one class for all rows of {', '.join(one_class)}.")
+    return notes
+
+
+def quantization(config: dict) -> str:
+    """How the quantized rows of a run were quantized, in words: W8A8 ..."""
+    scale = "tensor" if config["per_tensor"] else "channel"
+    act = {"dynamic": f"at run time, per {'tensor' if config['per_tensor'] else 'token'}", "static": "static"}
+    text = f"W{config['bits']}A{config['act_bits']}: {config['weights']} weights, a scale per {scale}, ranges "
+    text += f"{config['weight_range']}; activations with ranges {act.get(config['act_range'], config['act_range'])}"
+    return text + (f"; inside attention {config['attention_bits']} bits" if config["attention_bits"] != 32 else "")
+
+
 def report(results: dict) -> str:
     """report.md: what was run, on what, and the table."""
     run, where = results["config"], results["environment"]
     _, selected = selection_splits(find_task(run["task"]), run["eval_split"])
     if selected == run["eval_split"]:
         selected += ", which flatters every trained row"
+    tests = ", ".join(f"{name} {rows:,}" for name, rows in results["test_examples"].items())
+    steps = results["steps"]
     notes = [
-        f"{run['task']}, model {results['model']}, W{run['bits']}A{run['act_bits']}, seed "
-        f"{run['seed']}; metrics in % on {run['eval_split']}, trained on "
-        f"{results['train_examples']:,} examples.",
+        f"{run['task']}, model {results['model']}, seed {run['seed']}; metrics in % on {run['eval_split']} ({tests} "
+        f"rows), trained on {results['train_examples']:,} examples: teacher {steps['teacher']:,} steps, students "
+        f"{steps['students']:,}, of {run['batch_size']}.",
+        f"{quantization(run)}. ptq-static has static ranges; sdq: {run['distill']}, noise {run['noise']:g}.",
+        *caveats(results),
         f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}.",
         f"The epoch was selected on {selected}, in the training language.",
         "Rows are of the integer model where weights and activations are quantized. MB: the checkpoint on disk. "

@@ -13,9 +13,13 @@ Training sees one language (English), every language is tested (zero-shot transf
 dev in the training language. run.py says what a run writes; a stopped run continues with --resume.
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401
+
 import copy
 import os
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
@@ -29,15 +33,24 @@ import checkpoint
 import parallel
 from analyze import analysis_tables, attention_recovery, layer_errors
 from common import Progress, UserError, choose_device, clock, exit_status, hardware, multiplies_bf16, remove, write_text
-from config import TRAINED, TrainConfig, default_out, parse_args, quant_config, tt_config
-from data.batches import IGNORE, Batch, Dataset, encode_split, evaluation_batches, evaluation_order, unpadded_batches
+from config import TRAINED, TrainConfig, default_out, parse_args, quant_config, tt_config, usual
+from data.batches import (
+    IGNORE,
+    Batch,
+    Dataset,
+    cut_note,
+    encode_split,
+    evaluation_batches,
+    evaluation_order,
+    unpadded_batches,
+)
 from data.fetch import MODELS
 from data.files import no_file
 from data.metrics import scores
 from data.slots import joint_scores, token_scores
-from data.tasks import RAW_DIR, Task, file_paths, find_data, languages_of, load, match_labels, selection_splits
+from data.tasks import RAW_DIR, TASKS, Task, file_paths, find_data, languages_of, load, match_labels, selection_splits
 from data.tokenizer import Tokenizer, WordTokenizer
-from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_loss
+from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_terms
 from int8 import integer_model, to_integer
 from model import PRESETS, Model, ModelConfig, initialize, set_dropout, with_head
 from pq import STAGES, begin_stage, product_quantizers
@@ -46,6 +59,7 @@ from run import (
     Data,
     Run,
     Training,
+    caveats,
     report,
     report_table,
     stop_at_sigterm,
@@ -78,20 +92,27 @@ def forward(
         return model(batch.ids, batch.mask, capture, batch.types, depth)
 
 
-def task_loss(logits: Logits, batch: Batch, smoothing: float) -> Tensor:
-    """Cross-entropy with the labels, of words where they have tags; of a joint head, both. In a regression
-    (STS-B), the squared error.
+def task_terms(logits: Logits, batch: Batch, smoothing: float) -> dict[str, Tensor]:
+    """The loss of the task: cross-entropy with the labels, of words where they have tags; of a joint head, both
+    ("task" and "slots"). In a regression (STS-B), the squared error.
     """
     if batch.labels.is_floating_point():
-        return F.mse_loss(logits[:, 0].float(), batch.labels)
+        return {"task": F.mse_loss(logits[:, 0].float(), batch.labels)}
     if batch.tags is None:
-        return F.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing)
+        return {"task": F.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing)}
     intents, slots = logits if isinstance(logits, tuple) else (None, logits)
     words = batch.tags != IGNORE
     of_words = F.cross_entropy(slots[words].float(), batch.tags[words], label_smoothing=smoothing)
     if intents is None:
-        return of_words
-    return F.cross_entropy(intents.float(), batch.labels, label_smoothing=smoothing) + of_words
+        return {"task": of_words}
+    return {"task": F.cross_entropy(intents.float(), batch.labels, label_smoothing=smoothing), "slots": of_words}
+
+
+def means_over(head: str) -> dict[str, str]:
+    """What each term of a loss is a mean over, of which a part of a batch has a share (parallel.shared)."""
+    of_words = head == "token"
+    terms = {"task": "words" if of_words else "rows", "logits": "tokens" if of_words else "rows", "slots": "words"}
+    return {name: row.over for name, row in LOSSES.items()} | terms
 
 
 def sdq_loss(student: Model, teacher: Model | None, batch: Batch, config: TrainConfig, step: int) -> dict[str, Tensor]:
@@ -101,19 +122,19 @@ def sdq_loss(student: Model, teacher: Model | None, batch: Batch, config: TrainC
     weights = config.loss_weights if teacher is not None else {}
     taps = tuple(LOSSES[name].tap for name in weights if name != "logits")
     logits, student_taps = forward(student, batch, config, taps)
-    terms = {"task": task_loss(logits, batch, config.label_smoothing)}
+    terms = task_terms(logits, batch, config.label_smoothing)
     if teacher is None:
         return terms
-    terms["task"] = config.task_weight * terms["task"]
+    terms = {name: config.task_weight * term for name, term in terms.items()}
     with torch.no_grad():
         teacher_logits, teacher_taps = forward(teacher, batch, config, taps)
     for name, weight in weights.items():
         if name == "logits":
-            cost = logits_loss(logits, teacher_logits, config.temperature, batch.mask)
+            costs = logits_terms(logits, teacher_logits, config.temperature, batch.mask)
         else:
-            tap, loss = LOSSES[name]
-            cost = layer_mean(loss, student_taps[tap], teacher_taps[tap], batch.mask)
-        terms[name] = weight * cost
+            tap, loss, _ = LOSSES[name]
+            costs = {name: layer_mean(loss, student_taps[tap], teacher_taps[tap], batch.mask)}
+        terms |= {term: weight * cost for term, cost in costs.items()}
     return terms
 
 
@@ -130,9 +151,9 @@ def layerwise_loss(
         teacher_logits, teacher_taps = forward(teacher, batch, config, ("hidden", "score"), depth)
     terms = layerwise_terms(student_taps, teacher_taps, layers, batch.mask)
     if last:
-        cost = logits_loss(logits, teacher_logits, config.temperature, batch.mask)
-        terms["logits"] = config.alpha * cost
-        terms["task"] = task_loss(logits, batch, config.label_smoothing)
+        costs = logits_terms(logits, teacher_logits, config.temperature, batch.mask)
+        terms |= {name: config.alpha * cost for name, cost in costs.items()}
+        terms |= task_terms(logits, batch, config.label_smoothing)
     return terms
 
 
@@ -170,7 +191,7 @@ def train(model: Model, teacher: Model | None, data: Data, run: Run, method: str
         terms: dict[str, Tensor] = {}
         for part, shares in parallel.parts(batch, config.accumulate):  # usually the whole batch
             of_part = loss_fn(model.train(), teacher, part, config, step)
-            of_part = parallel.shared(of_part, shares, model.config.head)
+            of_part = parallel.shared(of_part, shares, means_over(model.config.head))
             sum(of_part.values()).backward()
             terms = {name: terms.get(name, 0) + term.detach() for name, term in of_part.items()}
         parallel.sum_gradients(model, batch)
@@ -191,7 +212,8 @@ def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """AdamW, and SparseAdam for the word embeddings, whose gradient is sparse.
 
     SparseAdam updates only the rows of the batch, which is 30 times as fast on XLM-R's table as a step through 250,002
-    rows. NOTE: differs: a row's moments decay only when its token occurs, and embeddings have no weight decay.
+    rows. NOTE: differs: a row's moments decay only when its token occurs, and word embeddings have no weight
+    decay; position and type embeddings have, as matrices do.
     """
     matrices, vectors, tables = [], [], []
     sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
@@ -346,11 +368,6 @@ class Source:
             self.find_classes(payload, task)
         if not config.epochs and self.classes is None:
             raise UserError(f"--epochs 0: {self.name} has no head of classes for {task.name}; train one")
-        longest = self.config.max_tokens
-        if config.max_length > longest:
-            raise UserError(
-                f"--max-length {config.max_length}: {self.name} has {longest} positions; use {longest} or less"
-            )
 
     def find_classes(self, payload: dict, task: Task) -> None:
         """Whether the model's own head has the classes of the task, which are known by their names. Says so."""
@@ -467,6 +484,7 @@ def run_student(run: Run, source: Source, teacher: Model, method: str, data: Dat
     notes = dict(task=config.task, model=source.name, method=method, data=source.data)
     notes |= {"train_language": task.train_language, "max_length": str(config.max_length)}
     notes |= {"labels": "\t".join(source.labels), "slots": "\t".join(source.slots)}
+    notes |= {"texts": "2" if data.train.pairs else "1"}
     payload = checkpoint.student_payload(student, quant, source.tokenizer.bytes, **notes)
     size = checkpoint.save_atomically(payload, run.path("student.pt"))
     floats = 32 in (config.bits, config.act_bits)  # there are no integers to multiply
@@ -490,6 +508,12 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Source, Data]:
     folder = find_data(task, config.data_dir, config.model)
     print(introduction(config, task, folder))
     source, out = Source(config, folder), config.out or default_out(config)
+    if config.max_length > (longest := source.config.max_tokens):
+        if config.max_length != usual(config).max_length:
+            text = f"--max-length {config.max_length}: {source.name} has {longest} positions; use {longest} or less"
+            raise UserError(text)
+        print(f"--max-length {longest} instead of {config.max_length}: {source.name} has no more positions")
+        config = replace(config, max_length=longest)
     if config.precision == "auto":  # small models train in minutes: there the same bits on all CPUs are worth more
         bf16 = multiplies_bf16(device) and (device.type == "cuda" or source.config.hidden_size >= 256)
         config = replace(config, precision="bfloat16" if bf16 else "float32")
@@ -498,15 +522,13 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Source, Data]:
     print(f"{hardware(device)}, {many}{torch.get_num_threads()} threads, training in {config.precision}, out {run.out}")
     training = (config, folder, source.tokenizer)
     for_training, for_selection = selection_splits(task, config.eval_split)
-    with parallel.first():  # the others find the encodings in the cache
-        tests = load_tests(config, task, folder, source.tokenizer)
-        data = Data(
-            encode(*training, for_training, task.train_language, config.max_train),
-            encode(*training, for_selection, task.train_language, config.max_eval),
-            tests,
-        )
-    rows = sum(map(len, tests.values()))
-    print(f"{len(data.train):,} training examples, {rows:,} test examples in {len(data.tests)} sets")
+    tests = load_tests(config, task, folder, source.tokenizer)
+    data = Data(
+        encode(*training, for_training, task.train_language, config.max_train),
+        encode(*training, for_selection, task.train_language, config.max_eval),
+        tests,
+    )
+    print("\n".join(facts(config, task, folder, source, data)))
     if config.distill in LAYERWISE and "sdq" in config.methods:  # too few steps? before training
         steps = total_steps(config, len(data.train), student=True)
         layer_schedule(config, source.config.num_layers, steps)
@@ -517,7 +539,8 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Source, Data]:
             )
         if (steps := total_steps(config, len(data.train), student=True)) < len(STAGES):
             raise UserError(f"--weights pq needs {len(STAGES)} steps or more, not {steps}: raise --student-steps")
-    run.start(source.name, data)
+    run.start(source.name, data, [source.identity, source.labels, source.slots])
+    run.results["steps"] = steps_of(config, data)
     return run, source, data
 
 
@@ -541,7 +564,11 @@ def run_recipe(config: TrainConfig, resume: bool) -> None:
     methods = run.results["methods"]
     if any("errors" in row for row in methods.values()):
         print(f"\n{analysis_tables(methods)}")
-    print(f"\n{report_table(run.results)}\n\nwrote {run.out}/results.json, report.md")
+    print(
+        "\n".join(
+            ["", report_table(run.results), "", *caveats(run.results), f"wrote {run.out}/results.json, report.md"]
+        )
+    )
     print(f"{clock(time.monotonic() - started)} in all")
 
 
@@ -549,7 +576,11 @@ def introduction(config: TrainConfig, task: Task, folder: str) -> str:
     """The first lines of a run: which model and data these are, how to get the real ones, and what to try instead of a
     setting that is known to lose.
     """
-    text = f"model {config.model}, data {os.path.relpath(folder)}"
+    try:
+        shown = os.path.relpath(folder)
+    except ValueError:  # Windows: on another drive
+        shown = folder
+    text = f"model {config.model}, data {shown}"
     if folder != RAW_DIR and not config.data_dir:
         text += f": built in. For the real thing: {task.real_thing}"
     coarse = (config.bits, config.weights, config.weight_range) == (2, "uniform", "minmax")
@@ -557,6 +588,38 @@ def introduction(config: TrainConfig, task: Task, folder: str) -> str:
         better = "--weight-range mse" if config.tt_rank else "--weights lsq"
         text += f"\n2 bits: most weights round to 0; {better} keeps far more"
     return text
+
+
+def steps_of(config: TrainConfig, data: Data) -> dict[str, int]:
+    return {name: total_steps(config, len(data.train), name == "students") for name in ("teacher", "students")}
+
+
+def facts(config: TrainConfig, task: Task, folder: str, source: Source, data: Data) -> list[str]:
+    """What a run trains on, line by line: rows and classes, languages that are left aside, steps, and texts that lose
+    their ends.
+    """
+    rows = sum(map(len, data.tests.values()))
+    lines = [f"{len(data.train):,} training examples, {rows:,} test examples in {len(data.tests)} sets"]
+    labels, names = data.train.labels, source.labels
+    if data.train.tags is not None and not source.slots:  # classes of words
+        labels = data.train.tags[data.train.tags != IGNORE]
+    if len(names) > 1:
+        counts = sorted(zip(np.bincount(labels, minlength=len(names)).tolist(), names, strict=True), reverse=True)
+        more = f", and {len(counts) - 12} more" if counts[12:] else ""
+        lines.append("classes: " + ", ".join(f"{name} {count:,}" for count, name in counts[:12]) + more)
+        folded = Counter(name.casefold() for name in names)
+        if alike := [name for name in names if folded[name.casefold()] > 1]:
+            lines.append(f"NOTE: {', '.join(alike[:12])} differ only in capitals, and are different classes")
+    if not TASKS[task.name].train_language:
+        others = {name: len(found) for name, found in task.read(folder, "train").items() if name != task.train_language}
+        if others:
+            aside = ", ".join(f"{name} {count:,}" for name, count in others.items())
+            lines.append(f"trained on {task.train_language} (--train-language); rows of train left aside: {aside}")
+    steps = ", ".join(f"{name} {count:,}" for name, count in steps_of(config, data).items())
+    lines.append(f"steps of {config.batch_size}: {steps}")
+    splits = {"train": [data.train], "dev": [data.dev], config.eval_split: [*data.tests.values()]}
+    notes = [cut_note(sets, f"{name} texts", config.max_length) for name, sets in splits.items()]
+    return lines + [f"NOTE: {note} (--max-length)" for note in notes if note]
 
 
 def load_tests(config: TrainConfig, task: Task, folder: str, tokenizer: Tokenizer) -> dict[str, Dataset]:
@@ -590,7 +653,7 @@ def evaluate_file(config: TrainConfig) -> None:
     started = time.monotonic()
     device = choose_device(config.device, config.threads)
     read = checkpoint.read_student(config.eval)
-    config = replace(config, train_language=read.notes.get("train_language"))
+    config = replace(config, train_language=read.notes.get("train_language"), max_length=read.max_length)
     task = config.row
     if read.config.head != task.head or read.notes.get("task") != config.task:
         raise UserError(f"{config.eval} was not trained for {config.task}: name its --task")

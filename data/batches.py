@@ -9,15 +9,9 @@ of a word, IGNORE at its other pieces, the special tokens and the padding.
 
 BERT has token types, 0 for the tokens of the first text and 1 for those of the second. One number per row says where
 the second text begins. XLM-R has no types.
-
-Encodings are cached (cache_dir). The key holds all that they depend on, the code that makes them included.
 """
 
-import glob
 import hashlib
-import os
-import re
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,14 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import common
-from common import Progress, atomic_write
+from common import Progress
 from data.glue import Example
 from data.slots import Names, Sentence
-from data.tasks import file_paths, find_task, load
+from data.tasks import find_task, load
 from data.tokenizer import PAD, Encoder
 
-CACHE_DIR = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".cache")  # of this checkout
 ENCODED = 20_000  # texts or pairs that are encoded at once
 POOL = 50  # batches whose rows are sorted by length together: more gives less padding and shuffling
 IGNORE = -100  # the tag of a token that has none; cross_entropy ignores it by default
@@ -52,11 +44,21 @@ class Dataset:
     second: np.ndarray | None = None
     queries: np.ndarray | None = None  # (N,) int64: the number of each row's query, where they are ranked
     pad: int = PAD  # the id of padding
+    pairs: bool = False  # whether a row has two texts
+    cut: int = 0  # rows that were cut to the longest length
+    lost: int = 0  # the tokens that they lost
     metrics: tuple[str, ...] = ("accuracy",)  # see data.tasks.Task
 
     @cached_property
     def lengths(self) -> np.ndarray:
         return np.diff(self.starts)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of everything that training or evaluation reads."""
+        parts = (self.ids, self.starts, self.labels, self.tags, self.second, self.queries)
+        each = [part is not None and hashlib.sha256(part.tobytes()).hexdigest() for part in parts]
+        return hashlib.sha256(repr((each, self.slots)).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -89,35 +91,23 @@ def encode_split(
     of a joint task are intents, and it has tags.
     """
     row = find_task(task)
-    path = cache_path(task, split, language, folder, tokenizer, max_length, limit)
-    dataset = read_cache(path, tokenizer.vocab_size)
-    if dataset is None:
-        dataset = encode_examples(task, split, language, folder, tokenizer, max_length, limit)
-        write_cache(path, dataset)
-    slots = row.names(folder).slots if row.names else ()
-    return replace(dataset, pad=tokenizer.pad_id, metrics=row.metrics, slots=slots)
-
-
-def encode_examples(
-    task: str, split: str, language: str, folder: str, tokenizer: Encoder, max_length: int, limit: int | None
-) -> Dataset:
-    """What encode_split caches."""
-    row = find_task(task)
     examples = load(task, split, language, folder)
     if limit is not None and limit < len(examples):
         size = 1 if split == "train" else row.together
         blocks = np.arange(len(examples) // size * size) // size
         examples = draw(examples, limit, query_numbers(examples) if "ndcg" in row.metrics else blocks)
     if row.names is not None:
-        return encode_sentences(examples, row.names(folder), tokenizer, max_length, row.head == "token")
-    first = [example.text_a for example in examples]
-    second = None if examples[0].text_b is None else [example.text_b for example in examples]
-    kind = np.float32 if row.regression else np.int64
-    labels = np.array([example.label for example in examples], dtype=kind)
-    dataset = encode_texts(tokenizer, first, second, max_length, labels)
-    if "ndcg" in row.metrics:
-        dataset.queries = query_numbers(examples)
-    return dataset
+        names = row.names(folder)
+        dataset = encode_sentences(examples, names, tokenizer, max_length, row.head == "token")
+        dataset.slots = names.slots
+    else:
+        first = [example.text_a for example in examples]
+        second = None if examples[0].text_b is None else [example.text_b for example in examples]
+        labels = np.array([example.label for example in examples], dtype=np.float32 if row.regression else np.int64)
+        dataset = encode_texts(tokenizer, first, second, max_length, labels)
+        if "ndcg" in row.metrics:
+            dataset.queries = query_numbers(examples)
+    return replace(dataset, pad=tokenizer.pad_id, metrics=row.metrics)
 
 
 def encode_texts(
@@ -126,7 +116,7 @@ def encode_texts(
     """Texts or pairs -> Dataset, with token types if the tokenizer has them. In parts: Python's lists of ids take ten
     times the memory of arrays.
     """
-    rows, begins, progress = [], [], Progress("encoding", len(first))
+    rows, begins, lost, progress = [], [], [], Progress("encoding", len(first))
     for begin in range(0, len(first), ENCODED):
         part = slice(begin, begin + ENCODED)
         pair = first[part], None if second is None else second[part]
@@ -135,10 +125,22 @@ def encode_texts(
             begins.append(of_second)
         else:
             encoded = tokenizer.encode_batch(*pair, max_length)
+        full = [i for i, row in enumerate(encoded) if len(row) == max_length]  # encoded again, whole
+        whole = tokenizer.encode_batch(*(each and [each[i] for i in full] for each in pair)) if full else []
+        lost += [len(row) - max_length for row in whole if len(row) > max_length]
         rows += encoded
         progress.update(begin + len(encoded))
     progress.clear()
-    return replace(dataset_of(rows, labels), second=np.concatenate(begins) if begins else None)
+    dataset = replace(dataset_of(rows, labels), cut=len(lost), lost=sum(lost), pairs=second is not None)
+    return replace(dataset, second=np.concatenate(begins) if begins else None)
+
+
+def cut_note(datasets: list[Dataset], of: str, max_length: int) -> str:
+    """What to say of rows that lost their ends; "" if none did."""
+    rows, cut, lost = (sum(map(each, datasets)) for each in (len, lambda x: x.cut, lambda x: x.lost))
+    share = 100 * lost / max(lost + cut * max_length, 1)
+    what = f"{cut:,} of {rows:,} {of} are longer than {max_length} tokens and lose"
+    return f"{what} {share:.0f} % of them" if cut else ""
 
 
 def query_numbers(examples: list[Example]) -> np.ndarray:
@@ -207,73 +209,6 @@ def dataset_of(
         labels if isinstance(labels, np.ndarray) else np.array(labels, dtype=np.int64),
         None if tags is None else np.concatenate(tags),
     )
-
-
-def cache_path(task, split, language, folder, tokenizer, max_length, limit) -> str | None:
-    """The file of an encoding. None if a data file is missing: load() will say so."""
-    row = find_task(task)
-    # Ids of labels may depend on the names in the files of every split.
-    sources = [
-        os.path.abspath(path)
-        for each in ((split,) if row.names is None and row.labels_of is None else row.files)
-        for path in file_paths(row, folder, each)
-    ]
-    if not all(map(os.path.isfile, file_paths(row, folder, split))):
-        return None
-    key = (task, split, language, [(source, file_state(source)) for source in sources])
-    code = [file_state(path) for path in sorted(glob.glob(os.path.join(os.path.dirname(__file__), "*.py")))]
-    key += (tokenizer.sha256, tokenizer.typed, max_length, limit, code)
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
-    safe = re.sub(r"[^A-Za-z0-9-]", "_", language)[:20]  # it may come from a file
-    return os.path.join(cache_dir(), f"{task}-{split}-{safe}-{digest}.npz")
-
-
-def cache_dir() -> str:
-    """The folder that the variable SDQ_CACHE names, .cache here, or the user's if this checkout can't be written."""
-    if given := os.environ.get("SDQ_CACHE"):
-        return given
-    if os.access(os.path.dirname(CACHE_DIR), os.W_OK):
-        return CACHE_DIR
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sdq")
-
-
-def file_state(path: str) -> tuple[int, int] | None:
-    """Size and modification time of a file; None if there is none."""
-    try:
-        state = os.stat(path)
-    except OSError:
-        return None
-    return state.st_size, state.st_mtime_ns
-
-
-def read_cache(path: str | None, ids: int) -> Dataset | None:
-    """The encoding in a file; None if there is none or it is damaged.  ids: how many the tokenizer has."""
-    if path is None or not os.path.exists(path):
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            optional = {name: file[name] for name in ("tags", "second", "queries") if name in file}
-            dataset = Dataset(file["ids"], file["starts"], file["labels"], **optional)
-        sound = len(dataset.starts) == len(dataset) + 1 and dataset.starts[0] == 0
-        sound = sound and dataset.starts[-1] == len(dataset.ids) and bool((dataset.lengths > 0).all())
-        sound = sound and dataset.ids.dtype == np.int32 and 0 <= dataset.ids.min() and dataset.ids.max() < ids
-        lengths = {"tags": len(dataset.ids), "second": len(dataset), "queries": len(dataset)}
-        sound = sound and all(len(array) == lengths[name] for name, array in optional.items())
-        return dataset if sound else None
-    except (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError):
-        return None  # damaged: it is made again
-
-
-def write_cache(path: str | None, dataset: Dataset) -> None:
-    if path is None or not common.writes:
-        return
-    names = ("ids", "starts", "labels", "tags", "second", "queries")
-    arrays = {name: getattr(dataset, name) for name in names if getattr(dataset, name) is not None}
-    try:
-        with atomic_write(path) as file:
-            np.savez(file, **arrays)
-    except OSError:
-        pass  # a read-only checkout works as well, only slower next time
 
 
 # ---------------------------------------------------------------------------------------- batches

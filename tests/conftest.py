@@ -35,14 +35,6 @@ def seeded():
     random.seed(0)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Tests never read or leave encodings in the checkout's cache."""
-    import data.batches
-
-    monkeypatch.setattr(data.batches, "CACHE_DIR", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def nothing_downloaded(tmp_path, monkeypatch):
     """A fresh checkout: no weights/ and no data/raw."""

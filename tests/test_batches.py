@@ -1,8 +1,5 @@
-"""data/batches.py: encoding, its cache, and batches. Tags and token types lie beside the ids."""
+"""data/batches.py: encoding and batches. Tags and token types lie beside the ids."""
 
-import lzma
-import os
-import re
 import shutil
 from dataclasses import replace
 
@@ -12,15 +9,21 @@ import torch
 from conftest import FLIGHTS, SAMPLE
 from test_glue import rows_of, write, write_all
 from test_slots import write as write_sentences
-from test_tasks import rewrite
 
-import data.batches as batches
 from common import UserError
-from data import tasks
-from data.batches import IGNORE, Dataset, collate, encode_split, evaluation_batches, training_order, unpadded_batches
-from data.glue import Example
+from data.batches import (
+    IGNORE,
+    Dataset,
+    collate,
+    cut_note,
+    encode_split,
+    encode_texts,
+    evaluation_batches,
+    training_order,
+    unpadded_batches,
+)
 from data.slots import read_sentences
-from data.tasks import XNLI_LANGUAGES, Task, find_task, load, read_xnli
+from data.tasks import XNLI_LANGUAGES, find_task, load, read_xnli
 from data.tokenizer import BOS, EOS, PAD, UNK, WordTokenizer
 
 
@@ -49,10 +52,6 @@ def words():
     return WordTokenizer.build(s.words for s in load("atis", "train", "en", FLIGHTS))
 
 
-def read_again(*args):
-    pytest.fail("the files were read again instead of the cache")
-
-
 # ----------------------------------------------------------------------------------------- encoding
 class TypedTokenizer:
     """Letters are tokens: [CLS] a [SEP] b [SEP], as BERT has it."""
@@ -68,40 +67,22 @@ class TypedTokenizer:
         return [np.array(row, dtype=np.int32) for row in rows], np.array(second)
 
 
-def test_types_are_encoded_and_cached(folder, monkeypatch):
-    def encode(length=200):
-        return encode_split("xnli", "dev", "en", str(folder), TypedTokenizer(), length)
-
-    first = encode()
+def test_types_are_encoded(folder):
+    first = encode_split("xnli", "dev", "en", str(folder), TypedTokenizer(), 200)
     for i, example in enumerate(load("xnli", "dev", "en", str(folder))):
         row = first.ids[first.starts[i] : first.starts[i + 1]].tolist()
         assert bytes(row[1 : first.second[i] - 1]).decode() == example.text_a
         assert bytes(row[first.second[i] : -1]).decode() == example.text_b
-    with monkeypatch.context() as patched:
-        patched.setattr(batches, "load", read_again)
-        second = encode()
-    for dataset in (first, second):
-        assert dataset.pad == 7 and dataset.second.dtype == np.int64
-        assert dataset.metrics == ("accuracy",)
-    assert (first.ids == second.ids).all() and (first.second == second.second).all()
-    (name,) = os.listdir(batches.CACHE_DIR)
-    path = os.path.join(batches.CACHE_DIR, name)
-    np.savez(path, ids=first.ids, starts=first.starts, labels=first.labels, second=first.second[1:])
-    assert (encode().second == first.second).all()  # not one per row: made again
+    assert first.pad == 7 and first.second.dtype == np.int64 and first.metrics == ("accuracy",) and first.pairs
 
 
-def test_labels_of_a_regression_are_numbers(tmp_path, tokenizer, monkeypatch):
+def test_labels_of_a_regression_are_numbers(tmp_path, tokenizer):
     for name in ("stsb", "mnli"):
         write_all(tmp_path, name)
     dataset = encode_split("stsb", "test", "en", str(tmp_path), tokenizer, 32)
     assert dataset.labels.dtype == np.float32 and dataset.metrics == ("pearson", "spearman")
     expected = [e.label for e in load("stsb", "test", "en", str(tmp_path))]
     assert dataset.labels.tolist() == expected
-    with monkeypatch.context() as patched:
-        patched.setattr(batches, "load", read_again)
-        again = encode_split("stsb", "test", "en", str(tmp_path), tokenizer, 32)
-    assert again.labels.dtype == np.float32 and again.metrics == dataset.metrics
-    assert (again.labels == dataset.labels).all()
     encode_split("mnli", "dev", "matched", str(tmp_path), tokenizer, 32)
     first = encode_split("mnli", "test", "mismatched", str(tmp_path), tokenizer, 32)
     assert first.labels.dtype == np.int64 and first.metrics == ("accuracy",)
@@ -109,6 +90,32 @@ def test_labels_of_a_regression_are_numbers(tmp_path, tokenizer, monkeypatch):
     write(tmp_path / "MNLI", "mnli", "dev_mismatched.tsv", rows)  # this file alone is another
     assert len(first) == 6
     assert len(encode_split("mnli", "test", "mismatched", str(tmp_path), tokenizer, 32)) == 9
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_rows_that_lose_their_ends_are_counted(tokenizer, pairs):
+    """One row is exactly as long as the limit: it loses nothing."""
+    first = ["one two three " * count for count in (1, 5, 9, 30)]
+    second = first[::-1] if pairs else None
+    whole = [len(row) for row in tokenizer.encode_batch(first, second)]
+    for longest in (min(whole), sorted(whole)[1], max(whole), max(whole) + 1):
+        dataset = encode_texts(tokenizer, first, second, longest, np.zeros(4, dtype=np.int64))
+        assert dataset.cut == sum(length > longest for length in whole)
+        assert dataset.lost == sum(max(length - longest, 0) for length in whole) == sum(whole) - len(dataset.ids)
+        note = cut_note([dataset, dataset], "texts", longest)
+        share = 100 * dataset.lost / max(1, sum(length for length in whole if length > longest))
+        expected = f"{2 * dataset.cut} of 8 texts are longer than {longest} tokens and lose {share:.0f} % of them"
+        assert note == (expected if dataset.cut else "")
+
+
+def test_digest_of_a_dataset_is_that_of_all_that_is_read():
+    def make(**parts):
+        return Dataset(**{"ids": np.arange(4), "starts": np.array([0, 2, 4]), "labels": np.array([0, 1])} | parts)
+
+    others = dict(ids=np.arange(1, 5), starts=np.array([0, 1, 4]), labels=np.array([1, 0]), tags=np.zeros(4))
+    others |= dict(second=np.array([1, 1]), queries=np.array([1, 1]), slots=("O",))
+    digests = [make().sha256, *(make(**{name: part}).sha256 for name, part in others.items())]
+    assert len(set(digests)) == len(digests) and make().sha256 == make().sha256
 
 
 def test_limit_takes_the_same_rows_in_every_language(folder, tokenizer):
@@ -152,132 +159,6 @@ def test_sentences_with_tags_are_never_cut(words, tokenizer):
         assert encode_split("atis", "train", "en", FLIGHTS, each, longest).lengths.max() == longest
         with pytest.raises(UserError, match=f"has {longest} tokens .* use --max-length {longest}"):
             encode_split("atis", "train", "en", FLIGHTS, each, longest - 1)
-
-
-# ---------------------------------------------------------------------------------------- the cache
-def test_encoding_is_cached_and_a_damaged_cache_made_again(folder, tokenizer, monkeypatch):
-    def encode():
-        return encode_split("xnli", "dev", "de", str(folder), tokenizer, 32)
-
-    first = encode()
-    (name,) = os.listdir(batches.CACHE_DIR)
-    with monkeypatch.context() as patched:
-        patched.setattr(batches, "load", read_again)
-        second = encode()
-    assert (first.ids == second.ids).all() and (first.starts == second.starts).all()
-    path = os.path.join(batches.CACHE_DIR, name)
-    with open(path, "wb") as file:
-        file.write(b"damaged")
-    third = encode()
-    assert (first.ids == third.ids).all()
-
-
-def test_cache_notices_changed_data_and_settings(folder, tokenizer):
-    def encode(length=32, limit=None):
-        return encode_split("xnli", "dev", "de", str(folder), tokenizer, length, limit)
-
-    long = encode()
-    assert encode(length=9).lengths.max() == 9 < long.lengths.max()
-    assert len(encode(limit=3)) == 3
-    read_xnli.cache_clear()
-    rewrite(folder, "dev", lambda lines: lines.insert(1, "de\tneutral\tnoch ein Satz\tund einer\t1"))
-    assert len(encode()) == len(long) + 1
-
-
-def test_cache_without_types_or_tags(folder, tokenizer, monkeypatch):
-    first = encode_split("xnli", "dev", "de", str(folder), tokenizer, 32)
-    (name,) = os.listdir(batches.CACHE_DIR)
-    with np.load(os.path.join(batches.CACHE_DIR, name)) as file:
-        assert set(file.files) == {"ids", "starts", "labels"}
-    monkeypatch.setattr(batches, "load", read_again)
-    second = encode_split("xnli", "dev", "de", str(folder), tokenizer, 32)
-    assert (first.ids == second.ids).all() and second.second is None and second.tags is None
-    assert second.pad == tokenizer.pad_id
-
-
-def test_typed_and_untyped_encodings_are_told_apart(folder, tokenizer):
-    typed = TypedTokenizer()
-    typed.sha256 = tokenizer.sha256
-    keys = [(each, 32, None) for each in (tokenizer, typed)]
-    assert len({batches.cache_path("xnli", "dev", "de", str(folder), *key) for key in keys}) == 2
-
-
-def test_cache_notices_a_changed_compressed_file(folder, tokenizer):
-    path = folder / "XNLI-1.0" / "xnli.dev.tsv"
-    content = path.read_bytes()
-    path.unlink()
-    for lines, expected in ((content, 3), (content + b"de\tneutral\ta\tb\t1\n", 4)):
-        (folder / "XNLI-1.0" / "xnli.dev.tsv.xz").write_bytes(lzma.compress(lines))
-        read_xnli.cache_clear()
-        assert len(encode_split("xnli", "dev", "de", str(folder), tokenizer, 32)) == expected
-
-
-def test_language_of_a_file_gives_a_safe_file_name(tmp_path, tokenizer, monkeypatch):
-    """Languages that come from a file may hold slashes and dots."""
-    languages = ("pt/br", "pt_br", "../../up", "x" * 300, "..")
-
-    def read(folder, split):
-        return {language: [Example(language, None, 0)] for language in languages}
-
-    (tmp_path / "test.tsv").write_text("")
-    files = {split: ("test.tsv",) for split in ("train", "dev", "test")}
-    task = Task("news", "sequence", read, files, "", labels=("no", "yes"), languages=None)
-    monkeypatch.setitem(tasks.TASKS, "news", task)
-    for language in languages:
-        for _ in range(2):  # read, then from the cache
-            dataset = encode_split("news", "test", language, str(tmp_path), tokenizer, 400)
-            assert dataset.ids.tolist() == tokenizer.encode(language, None, 400)
-    names = os.listdir(batches.CACHE_DIR)
-    assert len(names) == len(languages)  # "pt/br" and "pt_br" are told apart
-    assert all(re.fullmatch("news-test-[A-Za-z0-9_-]+[.]npz", name) for name in names)
-    assert sorted(os.listdir(tmp_path)) == ["cache", "test.tsv"]
-
-
-def test_encoding_is_cached_with_its_tags(flights, words, monkeypatch):
-    def encode(limit=None):
-        return encode_split("atis", "dev", "en", str(flights), words, 64, limit)
-
-    first = encode()
-    with monkeypatch.context() as patched:
-        patched.setattr(batches, "load", read_again)
-        second = encode()
-    for name in ("ids", "starts", "labels", "tags"):
-        assert (getattr(first, name) == getattr(second, name)).all()
-    (name,) = os.listdir(batches.CACHE_DIR)
-    path = os.path.join(batches.CACHE_DIR, name)
-    np.savez(path, ids=first.ids, starts=first.starts, labels=first.labels, tags=first.tags[1:])
-    assert (encode().tags == first.tags).all()  # not one tag per id: made again
-    assert len(encode(limit=7)) == 7
-
-
-@pytest.mark.parametrize("name", ["seq.in", "seq.out", "label"])
-@pytest.mark.parametrize("split", ["dev", "train"])
-def test_cache_notices_each_changed_file(flights, words, name, split):
-    """The files of the split, and those of train, whose names define the ids."""
-
-    def encode():
-        read_sentences.cache_clear()
-        return encode_split("atis", "dev", "en", str(flights), words, 64)
-
-    first = encode()
-    path = flights / split / name
-    lines = path.read_text(encoding="utf-8").split("\n")
-    first_word = {"seq.in": "perhaps", "seq.out": "B-again", "label": "another"}[name]
-    lines[0] = " ".join([first_word, *lines[0].split()[1:]])
-    path.write_text("\n".join(lines), encoding="utf-8")
-    changed = encode()
-    assert len(os.listdir(batches.CACHE_DIR)) == 2
-    if split == "dev" or name != "seq.in":
-        what = {"seq.in": "ids", "seq.out": "tags", "label": "labels"}[name]
-        assert (getattr(first, what) != getattr(changed, what)).any()
-
-
-def test_no_cache_for_a_missing_file(flights, words):
-    encode_split("atis", "dev", "en", str(flights), words, 64)
-    os.unlink(flights / "dev" / "seq.in")
-    read_sentences.cache_clear()
-    with pytest.raises(UserError, match="no file"):
-        encode_split("atis", "dev", "en", str(flights), words, 64)
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -375,7 +256,7 @@ def test_every_tag_once_in_every_kind_of_batch(words):
 
 def test_samples_keep_the_hypotheses_of_a_premise_together(folder, tokenizer):
     """XNLI's dev and test have three rows per premise; every language gets the same rows."""
-    rows = tasks.load("xnli", "dev", "de", str(folder))
+    rows = load("xnli", "dev", "de", str(folder))
     assert all(len({example.text_a for example in rows[i : i + 3]}) == 1 for i in range(0, len(rows), 3))
     for language in ("de", "zh"):
         found = encode_split("xnli", "dev", language, str(folder), tokenizer, 32, 3)

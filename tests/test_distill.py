@@ -20,6 +20,7 @@ from distill import (
     layer_mean,
     layerwise_terms,
     logits_loss,
+    logits_terms,
     map_loss,
     real_pairs,
     score_loss,
@@ -86,15 +87,15 @@ def loss_inputs(name, seed, mask=MASK):
 
 
 def loss_value(name, student, teacher, mask=MASK):
-    tap, loss = LOSSES[name]
+    tap, loss, _ = LOSSES[name]
     return loss(student, teacher, mask=mask) if tap else loss(student, teacher, 2.0)
 
 
 def test_every_loss_reads_a_tap_of_the_model():
-    assert [name for name, (tap, _) in LOSSES.items() if not tap] == ["logits"]
-    assert {tap for tap, _ in LOSSES.values() if tap} <= set(TAPS)
+    assert [name for name, (tap, *_) in LOSSES.items() if not tap] == ["logits"]
+    assert {tap for tap, *_ in LOSSES.values() if tap} <= set(TAPS)
     for name in ("output", "residual", "normed"):  # three places of the same result
-        assert LOSSES[name] == (name, vector_loss)
+        assert LOSSES[name] == (name, vector_loss, "tokens")
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -117,7 +118,7 @@ def test_gradient_reaches_the_student_only(name):
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
-@pytest.mark.parametrize("name", [name for name, (tap, _) in LOSSES.items() if tap])
+@pytest.mark.parametrize("name", [name for name, (tap, *_) in LOSSES.items() if tap])
 def test_padding_changes_neither_value_nor_gradient(name, garbage):
     tap, wide_mask = LOSSES[name][0], pad(MASK, (0, 5), value=False)
     tensors = loss_inputs(name, 1), loss_inputs(name, 2)
@@ -152,9 +153,9 @@ def test_no_mask_means_that_all_tokens_are_real(name):
     assert loss_value(name, student, teacher, None).item() == pytest.approx(value, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name, (tap, _) in LOSSES.items() if tap])
+@pytest.mark.parametrize("name", [name for name, (tap, *_) in LOSSES.items() if tap])
 def test_layer_mean(name):
-    tap, loss = LOSSES[name]
+    tap, loss, _ = LOSSES[name]
     student, teacher = random_taps(1, MASK)[tap], random_taps(2, MASK)[tap]
     layers = [loss(s, t, MASK).item() for s, t in zip(student, teacher, strict=True)]
     found = layer_mean(loss, student, teacher, MASK).item()
@@ -165,14 +166,14 @@ def test_every_loss_on_a_model(tiny_config):
     """With the taps of a real model: a copy costs nothing, and gradients are finite."""
     teacher, student = build_model(tiny_config).eval(), build_model(tiny_config).eval()
     ids = torch.randint(4, 400, (3, 6)).masked_fill(~MASK, 1)
-    taps = tuple(tap for tap, _ in LOSSES.values() if tap)
+    taps = tuple(tap for tap, *_ in LOSSES.values() if tap)
     with torch.no_grad():
         target = teacher(ids, MASK, taps)
     found = student(ids, MASK, taps)
 
     def values(student, teacher):
         terms = {"logits": logits_loss(student[0], teacher[0])}
-        for name, (tap, loss) in LOSSES.items():
+        for name, (tap, loss, _) in LOSSES.items():
             if tap:
                 terms[name] = layer_mean(loss, student[1][tap], teacher[1][tap], MASK)
         return terms
@@ -225,13 +226,13 @@ def test_logits_of_tokens_are_averaged_over_real_tokens():
     assert logits_loss(real, other, 2.0).item() == pytest.approx(both.item())
 
 
-def test_joint_logits_are_added():
+def test_joint_logits_are_two_terms():
     mask = torch.tensor([[True, True, True], [True, True, False]])
     student, teacher = ((torch.randn(2, 5), torch.randn(2, 3, 4)) for _ in range(2))
     intents = logits_loss(student[0], teacher[0], 2.0)
     slots = logits_loss(student[1], teacher[1], 2.0, mask)
-    found = logits_loss(student, teacher, 2.0, mask)
-    assert found.item() == pytest.approx((intents + slots).item())
+    assert logits_terms(student, teacher, 2.0, mask) == {"logits": intents, "slot_logits": slots}
+    assert logits_terms(student[0], teacher[0], 2.0, None) == {"logits": intents}
 
 
 def test_logits_of_a_regression():

@@ -154,7 +154,7 @@ def formats(folder: str) -> dict:
     settings = TrainConfig(task="xnli", model="scratch", weight_range="minmax", epochs=1, steps=4, batch_size=2)
     dataset = batches.dataset_of([np.array([0, 5, 6, 2], dtype=np.int32)] * 8, [0, 1] * 4)
     run = Run(os.path.join(folder, "run"), settings, torch.device("cpu"), resume=False)
-    run.start("x", Data(dataset, dataset, {"en": dataset}))
+    run.start("x", Data(dataset, dataset, {"en": dataset}), [])
     trained = copy.deepcopy(model)
     training = Training(run, "fp32", trained, make_optimizers(trained), dataset)
     for step, (_, batch) in enumerate(training.steps()):
@@ -216,8 +216,6 @@ def formats(folder: str) -> dict:
     def table_of(path: str) -> dict:
         return {0: {}, 2: None}[compare.main([path])]
 
-    cache = os.path.join(folder, "cache.npz")
-    batches.write_cache(cache, dataset)
     os.makedirs(os.path.join(folder, "own"))
     with open(os.path.join(folder, "own", "train.tsv"), "w", encoding="utf-8") as file:
         file.write("text\tlabel\tlanguage\n" + "gut\tja\tde\nschlecht\tnein\tde\n" * 20)
@@ -246,7 +244,6 @@ def formats(folder: str) -> dict:
         ),
         "SentencePiece": (TOKENIZER, Tokenizer.from_file, None, False),
         "vocab.txt": (*folder_of("vocab.txt", os.path.join(ROOT, "tests", "golden_bert")), None, False),
-        "encodings": (cache, lambda path: batches.read_cache(path, 442), None, False),
         "results.json": (results, table_of, stored, False),
         "own rows": (os.path.join(folder, "own", "train.tsv"), rows_of, None, False),
         "XNLI": (os.path.join(SAMPLE, "XNLI-1.0", "xnli.test.tsv"), xnli_of, None, False),
@@ -275,7 +272,7 @@ def all_formats(tmp_path_factory):
 NAMES = (
     "checkpoint, student, student of pq, state, pytorch_model.bin, safetensors, config.json, index, tokenizer.json, "
 )
-NAMES += "SentencePiece, vocab.txt, encodings, results.json, own rows, XNLI"
+NAMES += "SentencePiece, vocab.txt, results.json, own rows, XNLI"
 
 
 @pytest.mark.parametrize("name", NAMES.split(", "))

@@ -116,7 +116,7 @@ def outcome(folder):
 def whole(tmp_path_factory):
     """(outcome, seconds) of a run that nobody stops."""
     folder = str(tmp_path_factory.mktemp("whole"))
-    finish(folder)  # encodings are cached now
+    finish(folder)
     folder = str(tmp_path_factory.mktemp("again"))
     started = time.monotonic()
     finish(folder)
@@ -168,7 +168,7 @@ def test_two_processes_killed_at_random_moments(tmp_path, request):
     have met: until then torchrun would end the other.
     """
     (tmp_path / "whole").mkdir()
-    finish_two(str(tmp_path / "whole"))  # encodings are cached now
+    finish_two(str(tmp_path / "whole"))
     (tmp_path / "again").mkdir()
     started = time.monotonic()
     finish_two(str(tmp_path / "again"))

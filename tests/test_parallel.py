@@ -18,7 +18,7 @@ from data.batches import IGNORE, Batch
 from distill import LOSSES
 from model import with_head
 from run import TERMINATED
-from train import sdq_loss
+from train import means_over, sdq_loss
 
 LENGTHS = [9, 4, 7, 3, 8, 5, 2]
 
@@ -27,17 +27,18 @@ LENGTHS = [9, 4, 7, 3, 8, 5, 2]
 def make_batch(head):
     ids, mask = random_ids(LENGTHS, 442)
     tags = None
-    if head == "token":
+    if head in ("token", "joint"):
         tags = torch.randint(3, ids.shape).masked_fill(~mask | (torch.rand(ids.shape) < 0.3), IGNORE)
+        tags[:, 0] = 1  # every sentence has a word
     return Batch(ids, mask, torch.randint(3, (len(LENGTHS),)), int(mask.sum()), tags)
 
 
 @pytest.mark.parametrize("processes, accumulate", [(1, 3), (2, 1), (3, 2), (5, 2)])
-@pytest.mark.parametrize("head", ["sequence", "token"])
+@pytest.mark.parametrize("head", ["sequence", "token", "joint"])
 @pytest.mark.parametrize("distill", ["logits", "+".join(name for name in LOSSES if name != "logits")])
 def test_parts_add_up_to_the_batch(processes, accumulate, head, distill, models, monkeypatch):
     """Also if there are fewer rows (7) than parts (10)."""
-    teacher, student = (with_head(model, head, 3).eval() for model in models)
+    teacher, student = (with_head(model, head, 3, 3).eval() for model in models)
     student.head.load_state_dict(copy.deepcopy(teacher.head.state_dict()))
     config, batch = TrainConfig(distill=distill), make_batch(head)
     whole = sdq_loss(student, teacher, batch, config, 0)
@@ -51,7 +52,7 @@ def test_parts_add_up_to_the_batch(processes, accumulate, head, distill, models,
         seen = 0
         for part, shares in parallel.parts(batch, accumulate):
             seen += 1
-            terms = parallel.shared(sdq_loss(student, teacher, part, config, 0), shares, head)
+            terms = parallel.shared(sdq_loss(student, teacher, part, config, 0), shares, means_over(head))
             sum(terms.values()).backward()
             found = {name: found[name] + term.item() for name, term in terms.items()}
             assert part.mask is None or bool(part.mask[:, -1].any()), "a column that no row needs"
@@ -101,7 +102,7 @@ def torchrun(tmp_path, out, *options, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += [os.path.join(ROOT, "train.py"), *SMALL, "--epochs", "1", "--threads", "1", *options]
     command += ["--out", str(tmp_path / out)]
-    environment = {**os.environ, "SDQ_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 

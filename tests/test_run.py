@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import SCRATCH, SMALL, answer, log_of, results, run
 import train
 from checkpoint import load_checkpoint, read_checkpoint
 from common import HERE, UserError, write_json
-from config import parse_args
+from config import parse_args, resolve
 from data.batches import Dataset
 from data.tasks import TASKS, find_task
 from model import build_model
@@ -21,6 +22,7 @@ from run import (
     Data,
     Run,
     Training,
+    caveats,
     compared_score,
     recovered,
     recovered_percent,
@@ -74,10 +76,32 @@ def test_a_folder_holds_one_run(tmp_path, capsys):
     assert "is not of a run of train.py" in capsys.readouterr().err
 
 
+def test_a_resumed_run_reads_the_same_data(tmp_path):
+    """With other rows, or one other label, it would go on and be reported as the old ones."""
+    data = {name: small_data().train for name in ("train", "dev", "test, en", "test, de")}
+
+    def begin(resume=True, labels=("no", "yes"), **changed):
+        train, dev, *tests = (data | changed).values()
+        small_run(tmp_path, resume=resume).start(
+            "m", Data(train, dev, dict(zip(("en", "de"), tests))), ["path", labels]
+        )
+
+    begin(resume=False)
+    begin()
+    with pytest.raises(UserError, match="--resume: the model and its classes changed since .* choose another --out"):
+        begin(labels=("no", "maybe"))
+    for name, dataset in data.items():
+        labels = dataset.labels.copy()
+        labels[-1] += 1
+        with pytest.raises(UserError, match=rf"--resume: the data \({name}\) changed since"):
+            begin(**{name: replace(dataset, labels=labels)})
+    begin(resume=False, dev=small_data().dev)  # from the start: other data are fine
+
+
 def test_options_that_may_differ_in_one_folder(tmp_path):
     """Those that do not change the result; the rates too, if a run is resumed."""
     made = small_run(tmp_path)
-    made.start("m", small_data())
+    made.start("m", small_data(), [])
     for options in (["--threads", "1"], ["--analyze"], ["--check-student"]):
         small_run(tmp_path, *options)
     small_run(tmp_path, "--lr", "1e-9", "--student-lr", "1e-9", resume=True)
@@ -473,24 +497,53 @@ def test_report_says_what_was_run():
     rows = {"fp32": row(90, {"de": 80.0, "sw": 70.0})}
     made = {**results_of(**rows), "model": "mini", "train_examples": 1234}
     made["environment"] = {"hardware": "a processor", "threads": 3, "torch": "2.0"}
-    made["config"]["eval_split"] = "test"
+    made |= {"test_examples": {"en": 750, "de": 751, "sw": 752}, "steps": {"teacher": 77, "students": 39}}
+    made["config"] = vars(resolve({"model": "mini", "bits": 2}))
     text = report(made)
     assert text.startswith(report_table(made)) and text.endswith("\n")
-    for part in ("xnli, model mini, W2A8, seed 0", "on test", "1,234 examples", "3 threads"):
+    for part in ("xnli, model mini, seed 0", "on test (en 750, de 751, sw 752 rows)", "1,234 examples", "3 threads"):
         assert part in text
-    assert "flatter" not in text
-    assert "selected on dev, in" in text
-    made["config"]["eval_split"] = "dev"
+    assert "teacher 77 steps, students 39, of 32" in text and "sdq: logits+context, noise 0.5" in text
+    assert "W2A8: uniform weights, a scale per channel, ranges minmax; activations" in text
+    for option, words in (
+        ({"per_tensor": True}, "a scale per tensor, ranges minmax; activations with ranges at run time, per tensor."),
+        ({"act_range": "static"}, "activations with ranges static."),
+        ({"attention_bits": 4}, "inside attention 4 bits."),
+        ({"weights": "lsq", "weight_range": "mse"}, "lsq weights, a scale per channel, ranges mse;"),
+    ):
+        assert words in report({**made, "config": made["config"] | option})
+    assert "flatter" not in text and "selected on dev, in" in text
+    made["config"] = made["config"] | {"eval_split": "dev"}
     assert "selected on held-out, in" in report(made) and "flatter" not in report(made)
     made["config"]["task"] = "rte"  # whose dev is a part of train.tsv
     assert "selected on dev, which flatters" in report(made)
+
+
+def test_caveats_name_guessing_and_rows_that_do_nothing_else():
+    """95 % of one class: a row with 95 % accuracy that predicts nothing else is named."""
+    guess, learned = dict(score=95.0, classes=1, majority=95.0), dict(score=97.0, classes=2, majority=95.0)
+    results = {"config": {"task": "tsv"}, "methods": {"fp32": {"languages": {"all": learned}}}}
+    assert caveats(results) == ["Always predicting the most frequent class of the test rows gives 95.0."]
+    results["methods"]["ptq"] = {"languages": {"all": guess, "de": learned | {"majority": 50.0}}}
+    assert caveats(results)[1:] == ["WARNING: ptq predicts one class for all rows of all."]
+    results["methods"] = dict(reversed(results["methods"].items()))
+    assert "gives all 95.0, de 50.0." in caveats(results)[0]
+    # a test set of one class is no sign of it; metrics that are 0 for a guess need no comparison
+    one = {"languages": {"en": guess | {"majority": 100.0}}}
+    assert len(caveats({"config": {"task": "tsv"}, "methods": {"fp32": one}})) == 1
+    cola = {"config": {"task": "cola"}, "methods": {"qat": {"languages": {"en": guess}}}}
+    assert caveats(cola) == ["WARNING: qat predicts one class for all rows of en."]
+    assert caveats({"config": {"task": "stsb"}, "methods": {"fp32": {"languages": {"en": {"score": 1.0}}}}}) == []
 
 
 def test_results_are_those_of_the_log(tmp_path):
     """results.json holds the options, the environment, and for each row all counts."""
     assert run(tmp_path, "--methods", "fp32", "qat", "--epochs", "2") == 0
     found = results(tmp_path)
-    assert found["config"] == json.loads((tmp_path / "run" / "config.json").read_text())
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert set(recorded.pop("contents")) > {"the data (train)", "the data (test, zh)"}
+    assert found["config"] == recorded and found["test_examples"] == dict.fromkeys(("de", "en", "zh"), 3)
+    assert found["steps"] == {"teacher": 12, "students": 12}
     assert (found["model"], found["train_examples"]) == ("scratch-1x32", 180)
     assert found["languages"] == ["de", "en", "zh"]
     assert set(found["environment"]) == {"hardware", "threads", "torch"}

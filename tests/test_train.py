@@ -45,7 +45,7 @@ from train import (
     linear_rate,
     make_optimizers,
     sdq_loss,
-    task_loss,
+    task_terms,
 )
 from tt import TensorTrain, TTConfig
 
@@ -138,8 +138,9 @@ def test_loss_of_a_joint_task_is_that_of_intents_and_real_words():
     words.append(slots[1, 1].log_softmax(0)[1])
     sequences = [intents[0].log_softmax(0)[3], intents[1].log_softmax(0)[0]]
     expected = -sum(words) / 3 - sum(sequences) / 2
-    assert task_loss((intents, slots), rows, 0.0).item() == pytest.approx(expected.item())
-    assert task_loss((intents, slots), rows, 0.1) != pytest.approx(expected.item())
+    terms = task_terms((intents, slots), rows, 0.0)
+    assert set(terms) == {"task", "slots"} and sum(terms.values()).item() == pytest.approx(expected.item())
+    assert sum(task_terms((intents, slots), rows, 0.1).values()) != pytest.approx(expected.item())
 
 
 def regression_batch():
@@ -149,7 +150,7 @@ def regression_batch():
 
 def test_loss_of_a_regression_is_the_squared_error():
     logits = torch.tensor([[2.0], [4.5]])
-    assert task_loss(logits, regression_batch(), 0.0) == pytest.approx((1.0 + 0.25) / 2)
+    assert task_terms(logits, regression_batch(), 0.0)["task"] == pytest.approx((1.0 + 0.25) / 2)
 
 
 def test_task_weight_of_a_regression():
@@ -217,7 +218,7 @@ def values_of(terms):
     return {name: value.item() for name, value in terms.items()}
 
 
-ALL_TAPS = tuple(tap for tap, _ in LOSSES.values() if tap)
+ALL_TAPS = tuple(tap for tap, *_ in LOSSES.values() if tap)
 
 
 def outputs(pair, rows, taps=ALL_TAPS):
@@ -318,7 +319,7 @@ def test_loss_without_a_teacher_is_the_task(pair):
     config = all_losses(task_weight=0.25, label_smoothing=0.1)
     found = sdq_loss(student, None, rows, config, 0)
     assert list(found) == ["task"]
-    expected = task_loss(forward(student, rows, TrainConfig())[0], rows, 0.1)
+    expected = task_terms(forward(student, rows, TrainConfig())[0], rows, 0.1)["task"]
     assert found["task"].item() == pytest.approx(expected.item())
 
 
@@ -370,10 +371,9 @@ def test_logits_of_a_joint_head_are_added_in_the_loss(tiny_config):
     (intents, slots), (target_intents, target_slots) = (
         forward(model, rows, TrainConfig())[0] for model in (student, teacher)
     )
-    both = logits_loss(intents, target_intents, 2.0)
-    both = both + logits_loss(slots, target_slots, 2.0, rows.mask)
     found = sdq_loss(student, teacher, rows, config, 0)
-    assert found["logits"].item() == pytest.approx(0.5 * both.item())
+    assert found["logits"].item() == pytest.approx(0.5 * logits_loss(intents, target_intents, 2.0).item())
+    assert found["slot_logits"].item() == pytest.approx(0.5 * logits_loss(slots, target_slots, 2.0, rows.mask).item())
 
 
 def test_logits_join_the_layerwise_loss_with_alpha_in_the_last_stage(pair):

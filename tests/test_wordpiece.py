@@ -122,7 +122,7 @@ def test_layout(wordpiece, tokenizer):
         assert made.vocab_size == len(lines) and made.lower is lower
         assert (made.pad_id, made.mask_id) == (ids["[PAD]"], ids["[MASK]"])
         assert made.typed and len(made.sha256) == 64
-    assert wordpiece[True].sha256 != wordpiece[False].sha256  # part of the key of cached encodings
+    assert wordpiece[True].sha256 != wordpiece[False].sha256
     assert (tokenizer.typed, tokenizer.pad_id) == (False, 1)
     assert (WordTokenizer.typed, WordTokenizer.pad_id) == (False, 1)
 
