@@ -146,13 +146,20 @@ class Progress:
         line += f"  {text() if callable(text) else text}"
         start, end = ("\r\033[K", "") if self.live else ("", "\n")
         if self.live:  # a longer line would wrap, and \r comes back to its last part alone
-            line = line[: os.get_terminal_size(sys.stderr.fileno()).columns - 1]
+            line = line[: terminal_width() - 1]
         print(start + line, end=end, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
         """Make room for other output."""
         if self.live:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def terminal_width() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:  # none
+        return 80
 
 
 def clock(seconds: float) -> str:

@@ -4,10 +4,12 @@ import doctest
 import io
 import json
 import os
+import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import common
 from common import (
@@ -164,6 +166,28 @@ def test_progress_on_a_terminal_is_one_line(timer, monkeypatch):
         "download 1,500/2,000, 0:00 left  ",
         "",
     ]
+
+
+@pytest.mark.parametrize("columns", [40, 80, 1])
+def test_progress_fits_the_terminal(columns, timer, monkeypatch):
+    """A wrapped line could not be overwritten. What matters comes first."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(common, "terminal_width", lambda: columns)
+    progress = Progress("fp32", 2000)
+    timer["now"] += 1
+    progress.update(500, "loss 0.693 (task 0.693)  lr 2.0e-05  ms " + "9" * 60)
+    _, line = sys.stderr.getvalue().split("\r\033[K")
+    assert len(line) == columns - 1 and "fp32 500/2,000, 0:03 left  loss 0.693 (task".startswith(line[:40])
+
+
+@pytest.mark.parametrize("program", ["train.py", "bench.py", "convert.py", "predict.py"])
+def test_interrupted_while_it_starts(program, tmp_path):
+    """Ctrl-C while torch is imported: one line, no traceback."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, os.path.join(ROOT, program), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr == "\ninterrupted\n" and not done.stdout
 
 
 def test_progress_calls_the_text_only_if_the_line_is_drawn(timer, capsys):

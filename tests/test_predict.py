@@ -1,7 +1,9 @@
 """predict.py: the same predictions as the report's, from files and standard input; and mistakes in one line."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -71,25 +73,72 @@ def test_command_line(student, pairs, tmp_path):
     assert of_file.stdout.splitlines() == [f"{label}\t{probability:.4f}" for label, probability in expected]
 
 
+def test_one_bad_line_does_not_lose_the_others(student, pairs, tmp_path, capsys):
+    """Blank lines keep their place; each line that can't be read is told with its number, and stays blank."""
+    _, path = student
+    file, good = tmp_path / "texts.tsv", "\t".join(pairs[0][:2])
+    lines = [good, "", "one text", "a\tb\tc", "\tb", good, " \t", good]
+    file.write_bytes("\n".join(lines).encode() + b"\n\xff\tb\n" + good.encode())
+    assert predict.main([path, str(file)]) == 2
+    captured = capsys.readouterr()
+    rows = captured.out.split("\n")
+    assert rows[0] and rows == [rows[0] if line == good else "" for line in lines] + ["", rows[0], ""]
+    complaints = captured.err.splitlines()
+    expected = {3: "has 1 text, and this student reads two texts, split by a tab", 4: "has 3 texts", 5: "is empty"}
+    expected |= {9: "is not UTF-8 text (byte 0)"}
+    for line, (number, message) in zip(complaints, expected.items(), strict=False):
+        assert line.startswith(f"error: {file}, line {number} {message}")
+    assert complaints[-1] == "error: 4 lines could not be labelled, see above: in the output they are blank"
+    assert len(complaints) == 5
+    file.write_text(f"{good}\n" * 1024 + f"a\n{good}\n")  # in the second part
+    assert predict.main([path, str(file), "--threads", "1"]) == 2
+    captured = capsys.readouterr()
+    assert "line 1025 has 1 text" in captured.err and len(captured.out.split("\n")) == 1027
+
+
 def test_mistakes_are_one_line(student, tmp_path, capsys):
     _, path = student
     file = tmp_path / "texts.tsv"
-    for text, message in (
-        ("a\tb\tc\n", "line 1 has 3 texts"),
-        ("a\tb\n\n", "line 2 is empty"),
-        ("a\nb\tc\n", "some texts are pairs"),
-        ("a\tb\n" * 1024 + "c\n", "some texts are pairs"),
-    ):
-        file.write_text(text)
-        assert predict.main([path, str(file)]) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
     file.write_bytes(b"\xff\xfe")
-    assert predict.main([path, str(file)]) == 2 and "is not UTF-8" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert predict.main([path, str(file), "--device", "cuda"]) == 2 and "no CUDA" in capsys.readouterr().err
     assert predict.main([path, str(tmp_path / "none")]) == 2 and "none" in capsys.readouterr().err
     assert predict.main([str(file)]) == 2 and "error: " in capsys.readouterr().err
+
+
+def test_texts_that_a_student_does_not_read(student):
+    """In Python: the first of them, by its number."""
+    loaded = predict.load(student[1])
+    pair = ("a", "b")
+    for texts, message in (
+        ("happy", "a list of texts, not a string"),
+        ([pair, "a"], "text 2 has 1 text, "),
+        ([pair, ("a", "b", "c")], "text 2 has 3 texts"),
+        ([pair, ("", "b")], "text 2 is empty"),
+        ([pair] * 1024 + ["a"], "text 1025 has 1 text, "),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(predict.predict(loaded, texts))
+    older = loaded._replace(texts=0)  # a file that does not say
+    (one,), (two,) = predict.predict(older, ["a"]), predict.predict(older, [pair])
+    assert one != two
+    with pytest.raises(UserError, match="text 2 is of another kind"):
+        list(predict.predict(older, ["a", pair]))
+
+
+def test_long_texts_are_cut_and_counted(student, capsys):
+    loaded = predict.load(student[1])
+    assert loaded.max_length == 32
+    list(predict.predict(loaded, [("a b", "c"), ("a " * 40, "c"), ("a", "b " * 60)]))
+    assert "NOTE: 2 of 3 texts are longer than 32 tokens and lose " in capsys.readouterr().err
+
+
+def test_a_student_can_be_copied_and_pickled(student, pairs):
+    """Workers that are spawned get a pickled one."""
+    loaded, texts = predict.load(student[1]), [pair[:2] for pair in pairs]
+    expected = list(predict.predict(loaded, texts))
+    for again in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert list(predict.predict(again, texts)) == expected
 
 
 def test_no_text_gives_no_line(student, tmp_path, capsys):
@@ -106,7 +155,11 @@ def test_tags_of_words(tmp_path):
         open(os.path.join(FLIGHTS, "test", name), encoding="utf-8").read().splitlines()
         for name in ("seq.in", "seq.out", "label")
     )
-    for wrong, message in (([("a", "b")], "words with tags"), (["a " * 600], "602 tokens, the model takes 512")):
+    for wrong, message in (
+        ([("a", "b")], "has 2 texts, and this student reads one"),
+        (["a " * 600], "602 tokens, the model takes 512: split it"),
+        ([texts[0], " "], "text 2 is empty"),
+    ):
         with pytest.raises(UserError, match=message):
             list(predict.predict(loaded, wrong))
     found = list(predict.predict(loaded, texts))
@@ -116,3 +169,27 @@ def test_tags_of_words(tmp_path):
         a == b for (_, _, own), gold in zip(found, tags, strict=True) for a, b in zip(own, gold.split(), strict=True)
     ]
     assert 100 * sum(words) / len(words) == pytest.approx(evaluations["en"]["slot_token_f1"])
+
+
+def test_a_long_sentence_of_words_is_split_as_in_training(tmp_path):
+    """A tag for each word, the same as for its parts alone. White space within a word does not end it."""
+    folder = tmp_path / "POS"
+    folder.mkdir()
+    for name in ("en.train", "en.dev", "en.test"):
+        (folder / name).write_text("the DET\ndog NOUN\nruns VERB\n\na DET\ncat NOUN\n\n" * 6)
+    options = ("--task", "pos", "--data-dir", str(tmp_path), "--model", "mini", "--max-length", "16", "--steps", "2")
+    _, path = trained(tmp_path / "run", *options)
+    loaded = predict.load(path)
+    words = "the dog runs a cat".split() * 9
+    ((whole,),) = predict.predict(loaded, [" ".join(words)])
+    assert len(whole) == len(words) and loaded.max_length == 16
+    pieces, rows = [len(loaded.tokenizer.encode_words([[word]])[0][0]) - 2 for word in words], [[]]
+    for i, count in enumerate(pieces):  # as many words per row as fit
+        if sum(pieces[k] for k in rows[-1]) + count > 14:
+            rows.append([])
+        rows[-1].append(i)
+    assert len(rows) > 3
+    alone = list(predict.predict(loaded, [" ".join(words[i] for i in row) for row in rows]))
+    assert [tag for (tags,) in alone for tag in tags] == whole
+    ((tags,), (one,)) = predict.predict(loaded, ["10\u00a0000 a\u3000b  dog", "x" * 900])
+    assert len(tags) == 3 and len(one) == 1

@@ -13,7 +13,7 @@ from conftest import DEVICES, random_ids
 from torch import nn
 
 import model as model_module
-from checkpoint import meta_model, pack, unpack
+from checkpoint import meta_model, pack, student_payload, unpack
 from int8 import to_integer
 from lsq import LearnedActQuantizer, LearnedScale
 from model import Attention, initialize, set_dropout
@@ -708,3 +708,45 @@ def test_prepared_tensor_trains_are_not_prepared_again(bits, keep, train_config)
 def test_every_parameter_of_quantized_tensor_trains_learns(train_config):
     _, model, _ = prepared(QuantConfig(weight_bits=4, keep=()), train_config)
     assert_every_parameter_learns(model, *random_ids([9, 5], train_config.vocab_size))
+
+
+class Broken(UniformQuantizer):
+    """A quantizer whose codes a test breaks."""
+
+    broken = staticmethod(lambda codes: codes)
+
+    def codes(self, weight):
+        codes, scale = super().codes(weight)
+        return type(self).broken(codes), scale
+
+
+@pytest.mark.parametrize(
+    "broken, found",
+    [
+        (lambda codes: 2 * codes, "-128 to 128, not integers from -64 to 64"),
+        (lambda codes: codes - 1, "-65 to 63"),
+        (lambda codes: codes / 2, "-32 to 32"),
+        (lambda codes: codes * math.nan, "nan to nan"),
+    ],
+)
+def test_codes_outside_the_grid_are_found_before_training(broken, found, tiny_config, monkeypatch):
+    """Packed, they would become other integers, or a student that can't be read."""
+    monkeypatch.setitem(WEIGHTS, "uniform", WeightKind(Broken, UniformQuantizer, "codes outside the grid"))
+    model = initialize(meta_model(tiny_config))
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=f"Broken.codes returned {found}"):
+        patched.setattr(Broken, "broken", staticmethod(broken))
+        prepare(copy.deepcopy(model), QuantConfig())
+    prepare(model, QuantConfig())
+    monkeypatch.setattr(Broken, "broken", staticmethod(broken))  # of a quantizer that changes later
+    with pytest.raises(ValueError, match="its grid"):
+        to_integer(model.eval(), QuantConfig())
+
+
+def test_codes_of_a_table_are_checked_where_they_are_packed(tiny_config, monkeypatch):
+    """Which rows a batch brings is not known before."""
+    monkeypatch.setitem(WEIGHTS, "uniform", WeightKind(UniformQuantizer, Broken, "codes outside the grid"))
+    monkeypatch.setattr(Broken, "broken", staticmethod(lambda codes: codes + 1))
+    model = initialize(meta_model(tiny_config)).eval()
+    prepare(model, QuantConfig())
+    with pytest.raises(ValueError, match="Broken.codes returned .* to 128, not integers from -127 to 127"):
+        student_payload(model, QuantConfig(), b"")

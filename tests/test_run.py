@@ -83,7 +83,7 @@ def test_a_resumed_run_reads_the_same_data(tmp_path):
     def begin(resume=True, labels=("no", "yes"), **changed):
         train, dev, *tests = (data | changed).values()
         small_run(tmp_path, resume=resume).start(
-            "m", Data(train, dev, dict(zip(("en", "de"), tests))), ["path", labels]
+            "m", Data(train, dev, dict(zip(("en", "de"), tests, strict=True))), ["path", labels]
         )
 
     begin(resume=False)

@@ -9,6 +9,7 @@ import shutil
 import string
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,7 @@ from config import TrainConfig, default_out, parse_args
 from data.batches import IGNORE, Batch, Dataset, encode_split
 from data.glue import GLUE
 from data.slots import slot_scores
-from data.tasks import find_task
+from data.tasks import find_task, load
 from data.tokenizer import WordPieceTokenizer, WordTokenizer
 from distill import LAYERWISE, LOSSES, LayerSchedule, layer_mean, logits_loss
 from lsq import LearnedScale
@@ -259,7 +260,7 @@ def test_each_term_is_its_loss_averaged_over_layers(pair):
     (target, target_taps), (logits, taps) = outputs(pair, rows)
     found = sdq_loss(student, teacher, rows, all_losses(), 0)
     assert list(found) == ["task", *LOSSES]
-    for name, (tap, loss) in LOSSES.items():
+    for name, (tap, loss, _) in LOSSES.items():
         if tap:
             expected = layer_mean(loss, taps[tap], target_taps[tap], rows.mask)
             assert len(taps[tap]) == 2 + (tap == "hidden")
@@ -743,14 +744,17 @@ def test_report_is_of_the_integer_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", ["8", "32"])
-def test_eval_evaluates_a_packed_student(bits, tmp_path, capsys):
+def test_eval_evaluates_a_packed_student(bits, tmp_path, capsys, monkeypatch):
     """The same figures as in the report of the run that made it."""
     options = ["--bits", bits, "--methods", "fp32", "sdq", "--check-student"]
     assert run(tmp_path, *options) == 0
     capsys.readouterr()
     packed = str(tmp_path / "run" / "student.pt")
     options = ["--eval", packed, "--data-dir", SAMPLE, "--languages", "de", "--device", "cpu"]
-    assert train.main([*options, "--max-length", "32"]) == 0
+    assert "--eval cuts texts where the student's training did" in answer(capsys, *options, "--max-length", "32")[1]
+    seen, encode_split = set(), train.encode_split
+    monkeypatch.setattr(train, "encode_split", lambda *args: seen.add(args[5]) or encode_split(*args))
+    assert train.main(options) == 0 and seen == {32}  # not 128, the default
     row = results(tmp_path)["methods"]["sdq"]
     assert ("student" in row) == (bits == "8")  # 32: nothing to multiply in integers
     output = capsys.readouterr().out
@@ -812,6 +816,10 @@ def test_longer_than_the_positions(capsys, tmp_path, tiny_config, tokenizer_byte
     options = ["--model", str(tmp_path / "m.pt"), "--data-dir", SAMPLE]
     options += ["--out", str(tmp_path / "run"), "--max-length", "65"]
     assert "has 64 positions; use 64 or less" in answer(capsys, *options)[1]
+    assert train.main([*options[:-2], "--steps", "1", "--methods", "fp32"]) == 0  # nobody typed the default
+    assert "--max-length 64 instead of 128: m has no more positions" in capsys.readouterr().out
+    assert results(tmp_path)["config"]["max_length"] == 64
+    assert train.main([*options[:-2], "--steps", "1", "--methods", "fp32", "--resume"]) == 0
 
 
 @pytest.mark.parametrize("tokenizer", [None, torch.zeros(9, dtype=torch.uint8), "text", "other"])
@@ -1161,3 +1169,44 @@ def test_own_rows_in_another_language_than_english(tmp_path, capsys):
     assert "| pt/br |" in capsys.readouterr().out
     (text,) = predict.predict(predict.load(student), ["der Mann 3"])
     assert text[0] in ("local", "big sports")
+
+
+def test_a_run_says_what_it_trains_on(tmp_path, capsys):
+    """Classes with their counts, rows left aside, steps, and texts that lose their ends, by split."""
+
+    def write(split, rows):
+        lines = ["text\tlabel\tlanguage", *("\t".join(row) for row in rows)]
+        (tmp_path / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    rows = [("der Mann " * (40 if i == 3 else 2), ("Good", "bad", "good")[i % 3], "de") for i in range(30)]
+    write("train", [*rows, ("un", "bad", "fr"), ("a", "bad", "en"), ("b", "good", "en")])
+    for split in ("dev", "test"):
+        write(split, rows[:9])
+    options = [
+        *SCRATCH,
+        *"--task tsv --epochs 2 --student-epochs 1 --device cpu --methods fp32 --max-length 16".split(),
+    ]
+    options += ["--data-dir", str(tmp_path), "--train-language", "de", "--batch-size", "8"]
+    assert train.main([*options, "--out", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        "30 training examples, 9 test examples in 1 sets",
+        "classes: good 10, bad 10, Good 10",
+        "NOTE: Good, good differ only in capitals, and are different classes",
+        "trained on de (--train-language); rows of train left aside: fr 1, en 2",
+        "steps of 8: teacher 8, students 4",
+        "NOTE: 1 of 30 train texts are longer than 16 tokens and lose ",
+        "NOTE: 1 of 9 dev texts are longer than 16 tokens and lose ",
+        "NOTE: 1 of 9 test texts are longer than 16 tokens and lose ",
+    ):
+        assert line in printed
+    facts = printed.split("steps of")[0]
+    assert facts.count("\n") < 9
+
+
+def test_classes_of_words_are_counted(tmp_path, capsys):
+    options = ["--task", "atis", "--data-dir", FLIGHTS, *"--model scratch --hidden 64 --layers 1 --steps 1".split()]
+    assert train.main([*options, "--methods", "fp32", "--out", str(tmp_path / "run")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("classes: ")]
+    intents = Counter(sentence.intent for sentence in load("atis", "train", "en", FLIGHTS))
+    assert sorted(line.removeprefix("classes: ").split(", ")) == sorted(f"{x} {n}" for x, n in intents.items())
