@@ -457,10 +457,10 @@ def teacher_path(run: Run, model: str, identity: list, data: Data) -> str:
 
 # ----------------------------------------------------------------------------------------- report
 def summarize_languages(languages: dict[str, dict], train_language: str) -> dict:
-    """A row of results.json: the score in the training language, and the mean of all others."""
+    """A row of results.json: the score in the training language, and the mean of all others; None without a test."""
     others = [row["score"] for name, row in languages.items() if name != train_language]
     return {
-        "score": languages[train_language]["score"],
+        "score": languages[train_language]["score"] if train_language in languages else None,
         "zero_shot_mean": statistics.fmean(others) if others else None,
         "languages": languages,
     }
@@ -493,19 +493,22 @@ def report_table(results: dict) -> str:
     config, methods = results["config"], results["methods"]
     task = find_task(config["task"], config.get("train_language"))
     languages = list(results["languages"])
-    by_language = task.zero_shot and len(languages) > 1
+    by_language = task.zero_shot and languages != [task.train_language]
     others = [name for name in languages if name != task.train_language] if by_language else []
+    # Means over all test sets, of metrics that methods are not compared by.
+    further = {title: key for title, key in task.columns.items() if key not in task.metrics}
 
     def figures(row: dict) -> list[str]:
         languages = row["languages"]
         if by_language:
             worst = min(others, key=lambda name: languages[name]["score"])
-            means = [f"{row[key]:.2f}" for key in ("score", "zero_shot_mean")]
-            return [*means, f"{worst} {languages[worst]['score']:.1f}"]
+            means = ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("score", "zero_shot_mean")]
+            more = [f"{statistics.fmean(test[key] for test in languages.values()):.2f}" for key in further.values()]
+            return [*means, f"{worst} {languages[worst]['score']:.1f}", *more]
         tests = languages.values()  # of mnli two
         return [" / ".join(f"{test[key]:.2f}" for test in tests) for key in task.columns.values()]
 
-    header = [task.train_language, "zero-shot", "worst"] if by_language else list(task.columns)
+    header = [task.train_language, "zero-shot", "worst", *further] if by_language else list(task.columns)
     checked = any("student" in row for row in methods.values())
     rows = []
     for name, row in methods.items():

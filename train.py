@@ -630,8 +630,6 @@ def load_tests(config: TrainConfig, task: Task, folder: str, tokenizer: Tokenize
         hint = "" if split == "dev" else ". --eval-split dev needs no test file"
         raise UserError(no_file(missing[0], task.fetch) + hint)
     known = languages_of(task, folder, split)
-    if task.train_language not in known:
-        raise UserError(f"{folder}: {split} has no row in {task.train_language!r}, the training language")
     for language in config.languages:
         if language not in known:
             raise UserError(f"--languages {language!r}: {task.name} has {' '.join(known)}")

@@ -36,6 +36,7 @@ from typing import IO, NamedTuple
 
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    import interrupt  # noqa: F401
 
 from common import Progress, UserError, check_writable, exit_status
 from data.glue import GLUE, read_file

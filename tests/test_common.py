@@ -180,7 +180,7 @@ def test_progress_fits_the_terminal(columns, timer, monkeypatch):
     assert len(line) == columns - 1 and "fp32 500/2,000, 0:03 left  loss 0.693 (task".startswith(line[:40])
 
 
-@pytest.mark.parametrize("program", ["train.py", "bench.py", "convert.py", "predict.py"])
+@pytest.mark.parametrize("program", ["train.py", "bench.py", "convert.py", "predict.py", "data/fetch.py"])
 def test_interrupted_while_it_starts(program, tmp_path):
     """Ctrl-C while torch is imported: one line, no traceback."""
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")

@@ -470,6 +470,15 @@ def test_table_has_every_row_and_language():
     assert header[5] == "student" and fp32[5] == "-"
 
 
+def test_table_without_the_training_language():
+    tests = {"de": {"score": 80.0, "accuracy": 80.0, "f1": 60.0}, "nl": {"score": 70.0, "accuracy": 90.0, "f1": 70.0}}
+    rows = {"fp32": {**summarize_languages(tests, "en"), "size_bytes": 1e6, "train_seconds": 1}}
+    assert rows["fp32"]["score"] is None and rows["fp32"]["zero_shot_mean"] == 75.0
+    header, _, fp32 = cells_of(report_table({"config": {"task": "ner"}, "methods": rows, "languages": ["de", "nl"]}))
+    assert header[:5] == ["", "en", "zero-shot", "worst", "accuracy"]  # a metric beside that of the score: the mean
+    assert fp32[:5] == ["fp32", "-", "75.00", "nl 70.0", "85.00"]
+
+
 def test_table_of_one_language():
     table = report_table({**results_of(fp32=row(90, {}, size=12345)), "languages": ["en"]})
     header, _, fp32 = cells_of(table)
