@@ -1,12 +1,17 @@
 """Text files of tasks: opened compressed or not, with mistakes told in the user's words."""
 
+import codecs
+import csv
 import lzma
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import TextIO
 
 from common import UserError
+
+csv.field_size_limit(2**31 - 1)  # the default would refuse a text of over 131,072 characters
 
 
 def existing(path: str) -> str | None:
@@ -33,6 +38,9 @@ def open_text(path: str, fetch: str) -> Iterator[TextIO]:
     open_file = lzma.open if found.endswith(".xz") else open
     try:
         with open_file(found, "rt", encoding="utf-8-sig", newline="\n") as file:
+            start = file.buffer.peek(20)[:20]
+            if b"\0" in start or start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UserError(f"{found} is UTF-16: save it as UTF-8")
             yield file
     except UnicodeDecodeError as error:
         raise UserError(f"{found} is not UTF-8 text (byte {error.start}){again}") from None
@@ -50,25 +58,54 @@ def read_tsv(
     malformed: list[int] | None = None,
     optional: tuple[str, ...] = (),
 ) -> Iterator[tuple[int, list[str | None]]]:
-    """Yield (line number, the cells of `columns` and `optional`) of a tab-separated file. Quotes are ordinary characters.
+    """Yield (line number, the cells of `columns` and `optional`) of a tab-separated file. Quotes are ordinary
+    characters, but not in the user's own files (rows_of).
 
     header: the names of all columns, if the first line is a row and doesn't name them. malformed: collects the numbers
     of lines with too few or too many columns; None: they are errors. optional: columns that may be missing; None then.
     """
     with open_text(path, fetch) as file:
-        names = list(header) or file.readline().rstrip("\r\n").split("\t")
-        missing = [name for name in columns if name not in names]
-        if missing:
-            raise UserError(f"{path}, line 1: no column {missing[0]!r}; it has: {' '.join(names)[:200]}")
+        rows = rows_of(file, path, own=not fetch)
+        names = list(header) or next(rows, (1, [""]))[1]
+        for name in (*columns, *optional):
+            count = names.count(name)
+            if count > 1 or (not count and name in columns):
+                what = "several columns are named" if count else "no column"
+                raise UserError(f"{path}, line 1: {what} {name!r}; it has: {' '.join(names)[:200]}")
         wanted = [names.index(name) if name in names else None for name in (*columns, *optional)]
-        for number, line in enumerate(file, start=1 if header else 2):
-            cells = line.rstrip("\r\n").split("\t")
+        for number, cells in rows:
             if len(cells) == len(names):
                 yield number, [None if i is None else cells[i] for i in wanted]
             elif malformed is not None:
                 malformed.append(number)
             else:
                 expected = "the layout" if header else "the header"
-                if not line.strip():
+                if not any(map(str.strip, cells)):
                     raise UserError(f"{path}, line {number} is empty: {expected} has {len(names)} columns")
                 raise UserError(f"{path}, line {number}: {len(cells)} columns, {expected} has {len(names)}")
+
+
+def rows_of(file: TextIO, path: str, own: bool) -> Iterator[tuple[int, list[str]]]:
+    """Yield (number of its first line, cells) of each row.  own: cells that begin with a quote are read by the csv module,
+    as spreadsheets and pandas write them, and may hold tabs and line ends; blank rows at the end are left out.
+    """
+    number, blank = 1, []
+    for line in file:
+        cells, lines = line.rstrip("\r\n").split("\t"), 1
+        if own and any(cell.startswith('"') for cell in cells):
+            reader = csv.reader(chain((line,), file), "excel-tab", strict=True)
+            try:
+                cells = next(reader)
+                lines = reader.line_num
+                # Where each line is a row, its quotes are a dialogue's, which opens in one text and closes in another.
+                if lines > 1 and {each.count("\t") for each in "\t".join(cells).split("\n")} == {len(cells) - 1}:
+                    raise csv.Error
+            except csv.Error:
+                how = """quote it whole and double the quotes in it, as pandas' to_csv(sep="\\t") does"""
+                raise UserError(f"{path}, line {number}: a cell begins with a quote: {how}") from None
+        if own and not any(map(str.strip, cells)):
+            blank.append((number, cells))
+        else:
+            yield from (*blank, (number, cells))
+            blank = []
+        number += lines

@@ -317,6 +317,8 @@ def own_rows(folder: str, split: str) -> Iterator[tuple[str, str, str, str | Non
         for name, cell in (("text", text.strip()), ("label", label), ("language", language)):
             if not cell:
                 raise UserError(f"{where}: the {name} is empty")
+            if name != "text" and re.search(r"[\t\r\n]", cell):
+                raise UserError(f"{where}: the {name} {cell[:50]!r} holds a tab or a line end")
         yield where, text, label, second, language
 
 

@@ -256,6 +256,17 @@ def test_own_rows(own):
     assert own_language(str(folder), None) == "en" and own_language(str(folder), "fr") == "fr"
 
 
+def test_own_rows_of_a_spreadsheet(own):
+    """Quoted labels are those without quotes, and a text may have several lines."""
+    folder, write = own
+    write("train", [('"He said ""gut"""', '"very good"', "de"), ('"two\r\nlines"', "bad", '"de"'), ("", "", "")])
+    assert own_labels(str(folder)) == ("bad", "very good")
+    assert load("tsv", "train", "de", str(folder)) == [
+        Example('He said "gut"', None, 1),
+        Example("two\r\nlines", None, 0),
+    ]
+
+
 def test_mistakes_in_own_rows_name_file_and_line(own):
     folder, write = own
 
@@ -268,7 +279,7 @@ def test_mistakes_in_own_rows_name_file_and_line(own):
     assert f"{folder}/dev.tsv, line 3: unknown label 'worse'; train.tsv has bad very good" in error("dev")
     write("test", [("a", "bad", "de"), (" ", "bad", "de")])
     assert "test.tsv, line 3: the text is empty" in error("test")
-    write("test", [("a", "bad ", "de"), ("",)])
+    write("test", [("a", "bad ", "de"), ("",), ("b", "bad", "de")])
     assert "test.tsv, line 3 is empty" in error("test")
     write("test", [("a", "bad", "b")], ("text", "label", "text2"))
     assert "only one of train.tsv and test.tsv has a column text2" in error("test")
@@ -276,6 +287,14 @@ def test_mistakes_in_own_rows_name_file_and_line(own):
     assert "test.tsv, line 2: 4 columns, the header has 3" in error("test")
     write("test", [])
     assert "test.tsv has no rows" in error("test")
+    write("test", [('"two\nlines"', "bad", "de"), ("a", "no", "de")])  # the line, not the row
+    assert "test.tsv, line 4: unknown label 'no'" in error("test")
+    write("test", [("a", '"bad\tone"', "de")])
+    assert r"test.tsv, line 2: the label 'bad\tone' holds a tab or a line end" in error("test")
+    write("test", [("a", "bad", '"de\nfr"')])
+    assert r"test.tsv, line 2: the language 'de\nfr' holds a tab or a line end" in error("test")
+    write("test", [('"\n\t"', "bad", "de")])
+    assert "test.tsv, line 2: the text is empty" in error("test")
     write("train", OWN["train"], ("\ufefftext", "label", "language"))  # a byte order mark
     assert own_labels(str(folder)) == ("bad", "very good")
     write("train", OWN["train"], ("text", "class", "language"))
