@@ -1,11 +1,11 @@
-"""Metrics of predictions: the five in which GLUE's tasks are reported.
+"""Metrics of predictions: the five in which GLUE's tasks are reported, and two more.
 
 Each takes arrays of N predictions and N labels and returns a float. Where a metric is not defined (a constant
 prediction has no correlation) it is 0.0, never NaN, so that one collapsed run does not spoil a mean over tasks or
 seeds.
 
-Labels are class ids for accuracy, f1 and matthews, and numbers for pearson and spearman. f1 and matthews are for two
-classes, of which class 1 is the positive one:
+Labels are class ids for accuracy, f1, macro_f1 and matthews, and numbers for pearson and spearman. f1 and matthews are
+for two classes, of which class 1 is the positive one:
 
                     label 1    label 0
     predicted 1       tp         fp
@@ -35,6 +35,19 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     """
     tp, fp, fn, _ = counts(predictions, labels)
     return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
+
+
+def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The mean F1 of the classes that occur in labels or predictions, however rare: mean_c 2 tp / (2 tp + fp + fn).
+
+    A class that is never predicted has an F1 of 0: here classes 0 and 1 have 4 / 5 and 0.
+    >>> macro_f1(np.array([0, 0, 0]), np.array([0, 0, 1]))
+    0.4
+    """
+    occurrences = np.bincount(np.concatenate((predictions, labels)))  # of each class: 2 tp + fp + fn
+    tp = np.bincount(labels[predictions == labels], minlength=len(occurrences))
+    there = occurrences > 0
+    return float((2 * tp[there] / occurrences[there]).mean()) if len(labels) else 0.0
 
 
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -103,7 +116,7 @@ def ndcg(predictions: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> fl
 
     Labels 1 and 3 with one prediction: (2 / 1 + 2 / 1.585) / (3 / 1 + 1 / 1.585)
     >>> round(ndcg(np.array([2, 2]), np.array([1, 3]), np.array([0, 0])), 4)
-    0.8983
+    0.8984
     """
     found = []
     for rows in np.split(np.arange(len(labels)), np.flatnonzero(np.diff(queries)) + 1):
@@ -131,7 +144,7 @@ def has_spread(values: np.ndarray) -> bool:
     return len(values) > 0 and bool(np.isfinite(values).all()) and values.min() < values.max()
 
 
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman, "ndcg": ndcg}
+METRICS = {each.__name__: each for each in (accuracy, f1, macro_f1, matthews, pearson, spearman, ndcg)}
 REGRESSION = ("pearson", "spearman")
 
 
@@ -142,10 +155,12 @@ def scores(
 
     score       the mean of the metrics, by which epochs and models are compared (as in GLUE)
     total       N
-    correct     the number of correct predictions, and accuracy in %: for classes only
+    correct     the number of correct predictions, and accuracy and macro_f1 in %: for classes only, like the next two
+    classes     how many different classes are predicted
+    majority    the accuracy in % of always predicting the most frequent label of this test set
 
-    >>> scores(("f1",), np.array([1, 0, 0, 1]), np.array([1, 0, 1, 0]))
-    {'f1': 50.0, 'score': 50.0, 'total': 4, 'correct': 2, 'accuracy': 50.0}
+    >>> scores(("accuracy",), np.array([0, 0, 0, 0]), np.array([0, 0, 0, 1]))["majority"]
+    75.0
     """
     if len(predictions) != len(labels):
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
@@ -155,5 +170,7 @@ def scores(
     found["total"] = len(labels)
     if not set(metrics) & set(REGRESSION):
         found["correct"] = int((predictions == labels).sum())
-        found["accuracy"] = 100 * accuracy(predictions, labels)
+        found |= {name: 100 * METRICS[name](predictions, labels) for name in ("accuracy", "macro_f1")}
+        found["classes"] = len(np.unique(predictions))
+        found["majority"] = 100 * int(np.bincount(labels, minlength=1).max()) / max(len(labels), 1)
     return found

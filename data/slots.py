@@ -11,7 +11,7 @@ type, first word and last word are right, as in conlleval.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ from data.metrics import scores
 
 FILES = ("seq.in", "seq.out", "label")
 SPLITS = ("train", "dev", "test")
+# The marks of IOBES, BILOU and BMES as those of IOB2: a span of one word, the end of a span, its middle.
+IOB2 = {"S-": "B-", "U-": "B-", "E-": "I-", "L-": "I-", "M-": "I-"}
 
 
 class Sentence(NamedTuple):
@@ -85,21 +87,14 @@ def read_lines(path: str, fetch: str) -> list[tuple[str, ...]]:
 
 def read_names(folder: str, fetch: str) -> Names:
     """The intents and tags of a data set: the sorted names of train (O first), then those that only dev or test have."""
-    intents: list[str] = []
-    slots: list[str] = []
-    known_intents = known_slots = 0
+    intents, slots, known = [], ["O"], ()  # O has id 0 even in a training set that never uses it
     for split in SPLITS:
-        if split != "train" and not os.path.isdir(os.path.join(folder, split)):
-            continue
-        sentences = read_sentences(folder, split, fetch)
-        tags = {tag for sentence in sentences for tag in sentence.tags}
-        intents += sorted({sentence.intent for sentence in sentences} - set(intents))
-        # O has id 0 even in a training set that never uses it.
-        slots = slots or ["O"]
-        slots += sorted(tags - set(slots))
-        if split == "train":
-            known_intents, known_slots = len(intents), len(slots)
-    return Names(tuple(intents), tuple(slots), known_intents, known_slots)
+        if split == "train" or os.path.isdir(os.path.join(folder, split)):
+            sentences = read_sentences(folder, split, fetch)
+            intents += sorted({sentence.intent for sentence in sentences} - {*intents})
+            slots += sorted({tag for sentence in sentences for tag in sentence.tags} - {*slots})
+            known = known or (len(intents), len(slots))
+    return Names(tuple(intents), tuple(slots), *known)
 
 
 # ---------------------------------------------------------------------------------------- scoring
@@ -108,8 +103,8 @@ def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
     As in conlleval, an I-x that continues no x begins a new slot.
 
-    >>> spans(["B-from", "I-from", "O", "I-to"])
-    {('from', 0, 2), ('to', 3, 4)}
+    >>> sorted(spans(["B-from", "I-from", "O", "I-to"]))
+    [('from', 0, 2), ('to', 3, 4)]
     """
     found = set()
     kind, begin = None, 0  # of the span that is open at this word
@@ -122,6 +117,11 @@ def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     return found
 
 
+def are_spans(tags: Iterable[str]) -> bool:
+    """Whether all tags are O or those of spans, such as B-x, I-x and S-x."""
+    return all(tag == "O" or (tag[:2] in ("B-", "I-", *IOB2) and len(tag) > 2) for tag in tags)
+
+
 def slot_scores(predictions: list[Sequence[str]], labels: list[Sequence[str]]) -> dict:
     """Scores of the tags of many sentences.
 
@@ -132,20 +132,14 @@ def slot_scores(predictions: list[Sequence[str]], labels: list[Sequence[str]]) -
                      tensor-compressed Transformers reports it as "F1"; it is higher than slot_f1, since most words
                      are O.
     """
-    correct = in_labels = in_predictions = correct_words = words = 0
-    for predicted, true in zip(predictions, labels, strict=True):
-        predicted_spans, true_spans = spans(predicted), spans(true)
-        correct += len(true_spans & predicted_spans)
-        in_labels += len(true_spans)
-        in_predictions += len(predicted_spans)
-        correct_words += sum(a == b for a, b in zip(predicted, true, strict=True))
-        words += len(true)
+    found, true = ({(i, *span) for i, row in enumerate(rows) for span in spans(row)} for rows in (predictions, labels))
+    words = [a == b for rows in zip(predictions, labels, strict=True) for a, b in zip(*rows, strict=True)]
     return {
-        "slot_f1": 100 * 2 * correct / max(in_labels + in_predictions, 1),
-        "slot_correct": correct,
-        "slot_gold": in_labels,
-        "slot_predicted": in_predictions,
-        "slot_token_f1": 100 * correct_words / max(words, 1),
+        "slot_f1": 100 * 2 * len(true & found) / max(len(true) + len(found), 1),
+        "slot_correct": len(true & found),
+        "slot_gold": len(true),
+        "slot_predicted": len(found),
+        "slot_token_f1": 100 * sum(words) / max(len(words), 1),
     }
 
 
@@ -164,21 +158,22 @@ def runs(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 def token_scores(
     slots: list[np.ndarray], tags: list[np.ndarray], names: tuple[str, ...], metrics: tuple[str, ...]
 ) -> dict:
-    """The evaluation of a task with a tag per word, in %: accuracy of the words; f1 of the spans; of parts of speech
-    "precision", what XGLUE's script calls accuracy: correct runs of equal tags, of all predicted ones. "score": the
-    mean of `metrics`.
+    """The evaluation of a task with a tag per word: what scores() returns for the words, and in %
+
+    f1          of the spans, if the tags are spans (O, B-x, I-x); else macro_f1
+    precision   if they are none: what XGLUE's script calls accuracy of parts of speech: correct runs of equal tags, of
+                all predicted ones
+    score       the mean of `metrics`
     """
+    found = scores(("accuracy",), np.concatenate(slots), np.concatenate(tags))
     predicted, true = ([[names[i] for i in row] for row in rows] for rows in (slots, tags))
-    total = sum(map(len, true))
-    found = {"total": total, "correct": sum(int((a == b).sum()) for a, b in zip(slots, tags, strict=True))}
-    found["accuracy"] = 100 * found["correct"] / max(total, 1)
-    if "O" in names:
+    if are_spans(names):
         spanned = slot_scores(predicted, true)
-        found |= {"f1": spanned["slot_f1"]}
-        found |= {key: spanned[f"slot_{key}"] for key in ("gold", "predicted")}
+        found |= {key: spanned[f"slot_{key}"] for key in ("f1", "gold", "predicted")}
     else:
         both = sum(len(runs(a) & runs(b)) for a, b in zip(predicted, true, strict=True))
         found["precision"] = 100 * both / max(sum(len(runs(row)) for row in predicted), 1)
+        found["f1"] = found["macro_f1"]
     return found | {"score": sum(found[name] for name in metrics) / len(metrics)}
 
 

@@ -397,7 +397,7 @@ TASKS = {
         languages=None,
         train_language="",
         zero_shot=True,
-        columns={"accuracy": "accuracy"},
+        columns={"accuracy": "accuracy", "macro-F1": "macro_f1"},
         models=("xlmr-base",),
     ),
 }

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from data.metrics import accuracy, f1, matthews, pearson, ranks, scores, spearman
+from data.metrics import accuracy, f1, macro_f1, matthews, pearson, ranks, scores, spearman
 
 
 def by_brute_force(predictions, labels):
@@ -50,6 +50,14 @@ def test_metrics_by_brute_force():
             assert spearman(x, y) == pytest.approx(expected)
 
 
+def test_macro_f1_is_the_mean_over_classes():
+    rng = np.random.default_rng(5)
+    for _ in range(100):
+        predictions, labels = rng.integers(0, 7, (2, int(rng.integers(1, 12))))
+        each = [f1(predictions == c, labels == c) for c in {*predictions.tolist(), *labels.tolist()}]
+        assert macro_f1(predictions, labels) == pytest.approx(sum(each) / len(each))
+
+
 def test_matthews_is_pearson_of_zeros_and_ones():
     rng = np.random.default_rng(1)
     for _ in range(50):
@@ -78,6 +86,8 @@ def test_metrics_by_sklearn():
         assert f1(predictions, labels) == pytest.approx(sklearn.f1_score(labels, predictions))
         assert matthews(predictions, labels) == pytest.approx(sklearn.matthews_corrcoef(labels, predictions))
         assert accuracy(predictions, labels) == pytest.approx(sklearn.accuracy_score(labels, predictions))
+        predictions, labels = rng.integers(0, 6, (2, 9))  # some classes occur in one of them, or in none
+        assert macro_f1(predictions, labels) == pytest.approx(sklearn.f1_score(labels, predictions, average="macro"))
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-30, 2.3e30, math.nan, math.inf])
@@ -94,7 +104,7 @@ def test_collapsed_models_score_nothing(value):
         assert matthews(constant, classes) == matthews(classes, constant) == 0.0
     assert f1(np.zeros(3, int), classes) == f1(np.zeros(3, int), np.zeros(3, int)) == 0.0
     nothing = scores(("accuracy", "f1"), classes[:0], classes[:0])
-    assert nothing == {"accuracy": 0.0, "f1": 0.0, "score": 0.0, "total": 0, "correct": 0}
+    assert set(nothing.values()) == {0} and {"correct", "classes", "majority", "macro_f1"} < set(nothing)
 
 
 def test_scale_and_shift_change_no_correlation():
@@ -117,6 +127,13 @@ def test_scores():
     found = scores(("matthews",), predictions, labels)
     assert found["score"] == found["matthews"] and found["accuracy"] == pytest.approx(60)
     assert all(type(value) in (int, float) for value in found.values())  # as JSON needs them
+    assert found["macro_f1"] == pytest.approx(100 * (2 / 3 + 1 / 2) / 2)
+    collapsed = scores(("accuracy",), np.zeros(20, int), np.array([0] * 19 + [3]))  # always the frequent class
+    assert collapsed["accuracy"] == collapsed["majority"] == 95.0 and collapsed["classes"] == 1
+    assert collapsed["macro_f1"] == pytest.approx(100 * (38 / 39) / 2)
+    better = scores(("f1",), np.array([0, 2, 4]), np.array([2, 2, 4]))
+    assert better["classes"] == 3 and better["majority"] == pytest.approx(200 / 3)
+    assert "classes" not in scores(("pearson",), np.array([0.5]), np.array([1.5]))
     three = scores(("accuracy",), np.array([2, 0, 1]), np.array([2, 1, 1]))
     assert three["score"] == three["accuracy"] == pytest.approx(200 / 3)
     with pytest.raises(ValueError):

@@ -260,7 +260,12 @@ def test_token_scores_by_hand():
     tags = [np.array([ENTITIES.index(tag) for tag in row.split()]) for row in ("B-PER I-PER O", "B-PER O B-LOC")]
     found = token_scores(tags[:1], tags[1:], ENTITIES, ("f1",))
     assert (found["f1"], found["gold"], found["predicted"]) == (0.0, 2, 1) and found["correct"] == 1
+    assert found["classes"] == 3 and found["majority"] == pytest.approx(100 / 3)
     assert token_scores(tags, tags, ENTITIES, ("f1",))["score"] == 100.0
+    # an O among tags that are no spans: F1 is the mean over tags
+    plain = [np.array([0, 1, 2]), np.array([0])], [np.array([0, 1, 1]), np.array([0])]
+    found = token_scores(*plain, ("O", "DRUG", "DOSE"), ("f1",))
+    assert found["score"] == found["f1"] == pytest.approx(100 * (1 + 2 / 3 + 0) / 3)
 
 
 # ---------------------------------------------------------------------------------------- training
