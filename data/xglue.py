@@ -25,7 +25,7 @@ from typing import NamedTuple
 from common import UserError
 from data.files import existing, open_text, read_tsv
 from data.glue import Example
-from data.slots import Sentence
+from data.slots import IOB2, Sentence, are_spans
 
 UPOS = tuple("ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X".split())
 ENTITIES = ("O", *(f"{mark}-{kind}" for kind in ("PER", "ORG", "LOC", "MISC") for mark in "BI"))
@@ -141,33 +141,39 @@ def official_files(name: str, place: int, languages: tuple[str, ...] = ()) -> tu
 
 def read_xglue(name: str, folder: str, split: str) -> dict[str, list[Sentence] | list[Example]]:
     """The examples of a split by language. Raises UserError with file and line for what does not have the layout."""
-    read = read_rows if XGLUE[name].texts else read_tokens
-    return {language: read(name, path) for language, path in find_files(name, folder, split).items()}
+    layout, files = XGLUE[name], find_files(name, folder, split)
+    if layout.texts:
+        return {language: read_rows(name, path) for language, path in files.items()}
+    return {language: read_tokens(path, layout.labels, FETCH) for language, path in files.items()}
 
 
 @lru_cache(maxsize=40)
-def read_tokens(name: str, path: str) -> list[Sentence]:
-    """Sentences of words and tags. Between word and tag there is a tab, or a space; lines -DOCSTART- are left out."""
-    known, sentences, words, tags = set(XGLUE[name].labels), [], [], []
-    with open_text(path, FETCH) as file:
+def read_tokens(path: str, known: tuple[str, ...] | None, fetch: str) -> list[Sentence]:
+    """Sentences of words and tags: the first and the last of the columns, which a tab separates, or a space in a line
+    without tabs. Lines -DOCSTART- are left out.  known: the tags; where they are spans, other marks of spans (IOB2) are
+    read as B and I. None: any, as they stand.
+    """
+    sentences, words, tags, columns = [], [], [], 0
+    spanned = known is not None and are_spans(known)
+    with open_text(path, fetch) as file:
         for number, line in enumerate(chain(file, ("",)), start=1):  # the last sentence may have no empty line
             line = line.rstrip("\r\n ")
-            separator = "\t" if "\t" in line else " "
-            word, _, tag = line.rpartition(separator)
-            if not line or word == "-DOCSTART-":
+            if not line.strip(" \t") or line.startswith("-DOCSTART-"):
                 if words:
                     sentences.append(Sentence(tuple(words), tuple(tags), ""))
                 words, tags = [], []
                 continue
-            if not word or separator in word:
-                raise UserError(f"{path}, line {number}: {line[:50]!r} is not a word and its tag")
-            if tag not in known:
-                raise UserError(
-                    f"{path}, line {number}: unknown tag {tag[:50]!r}; known: {' '.join(XGLUE[name].labels)}"
-                )
-            words.append(word)
+            cells = line.split("\t" if "\t" in line else " ")
+            columns = columns or max(2, len(cells))
+            if len(cells) != columns or not cells[0] or not cells[-1]:
+                what = f"a word and its tag in {columns} columns, like the lines above"
+                raise UserError(f"{path}, line {number}: {line[:50]!r} is not {what}")
+            tag = IOB2.get(cells[-1][:2], cells[-1][:2]) + cells[-1][2:] if spanned else cells[-1]
+            if known is not None and tag not in known:
+                raise UserError(f"{path}, line {number}: unknown tag {tag[:50]!r}; known: {' '.join(known)[:200]}")
+            words.append(cells[0])
             tags.append(tag)
-    return not_empty(sentences, path)
+    return not_empty(sentences, path, fetch)
 
 
 @lru_cache(maxsize=40)
@@ -182,10 +188,10 @@ def read_rows(name: str, path: str) -> list[Example]:
         of = dict(zip(columns, cells, strict=True))
         texts = [" ".join(of[column] for column in text) for text in layout.texts]
         examples.append(Example(texts[0], texts[1] if len(texts) > 1 else None, ids[label]))
-    return not_empty(examples, path)
+    return not_empty(examples, path, FETCH)
 
 
-def not_empty(examples: list, path: str) -> list:
+def not_empty(examples: list, path: str, fetch: str) -> list:
     if not examples:
-        raise UserError(f"{path} has no rows: fetch it again with '{FETCH}'")
+        raise UserError(f"{path} has no rows" + (f": fetch it again with '{fetch}'" if fetch else ""))
     return examples

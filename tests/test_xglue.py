@@ -15,7 +15,7 @@ from data.metrics import ndcg
 from data.slots import Sentence, runs, spans, token_scores
 from data.tasks import TASKS, file_paths, languages_of, load
 from data.tokenizer import Tokenizer
-from data.xglue import ENTITIES, UPOS, XGLUE, find_files, read_rows, read_tokens
+from data.xglue import ENTITIES, FETCH, UPOS, XGLUE, find_files, read_rows, read_tokens
 
 WORDS = {"en": "teacher red buys apples".split(), "de": "Lehrer rot kauft Apfel".split()}
 
@@ -93,17 +93,58 @@ def test_token_files(tmp_path):
     """A tab or a space, Windows line ends, -DOCSTART- lines, several empty lines, no empty line at the end."""
     path = tmp_path / "tokens"
     path.write_bytes(b"-DOCSTART- O\r\n\r\nEU B-ORG\r\nrejects\tO\r\n\r\n \r\nJo B-PER")
-    assert read_tokens("ner", str(path)) == [
-        Sentence(("EU", "rejects"), ("B-ORG", "O"), ""),
-        Sentence(("Jo",), ("B-PER",), ""),
-    ]
+    assert tokens("ner", path) == [Sentence(("EU", "rejects"), ("B-ORG", "O"), ""), Sentence(("Jo",), ("B-PER",), "")]
+
+
+@pytest.mark.parametrize("blank", ["", "\t", " ", " \t \r", "\n\n"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "EU NNP B-NP B-ORG|rejects VBZ B-VP O||Jo NNP B-NP B-PER",
+        "EU\tNNP\tB-NP\tB-ORG|rejects\tVBZ\tB-VP\tO||Jo\tNNP\tB-NP\tB-PER",
+        "-DOCSTART- -X- O O||EU NNP I-NP B-ORG|rejects VBZ I-VP O|-DOCSTART- -X- -X- O|Jo NNP I-NP B-PER",
+        "-DOCSTART-\tO||EU B-ORG|rejects O|-DOCSTART-|Jo B-PER",
+        "-DOCSTART- O O||EU x B-ORG|rejects  O||Jo x B-PER",  # the middle column may be empty
+    ],
+)
+def test_published_columns(rows, blank, tmp_path):
+    """CoNLL-2003's four columns, and others: the word is the first, the tag the last."""
+    path = tmp_path / "tokens"
+    path.write_bytes(rows.replace("||", f"|{blank}|").replace("|", "\n").encode())
+    assert tokens("ner", path) == [Sentence(("EU", "rejects"), ("B-ORG", "O"), ""), Sentence(("Jo",), ("B-PER",), "")]
+
+
+def test_other_marks_of_spans(tmp_path):
+    """IOBES, BILOU and BMES are read as IOB2, where the labels are spans."""
+    expected = ["B-PER", "I-PER", "I-PER", "O", "B-ORG", "B-LOC", "I-LOC"]
+    for i, marks in enumerate(("BIE-SBE", "BIL-UBL", "BME-SBE", "BII-BBI")):
+        path = tmp_path / f"tokens{i}"
+        tags = [mark + tag[1:] if tag != "O" else tag for mark, tag in zip(marks, expected, strict=True)]
+        path.write_text("".join(f"w {tag}\n" for tag in tags))
+        assert tokens("ner", path)[0].tags == tuple(expected)
+        assert read_tokens(str(path), None, "")[0].tags == tuple(tags)
+    path = tmp_path / "plain"
+    path.write_text("w S-x\n")
+    with pytest.raises(UserError, match="unknown tag 'S-x'"):
+        read_tokens(str(path), ("B-x", "NOUN"), "")
+
+
+def tokens(name, path):
+    return read_tokens(str(path), XGLUE[name].labels, FETCH)
 
 
 @pytest.mark.parametrize(
     "name, text, message",
     [
         ("ner", "EU B-ORG\nrejects\n", "line 2: 'rejects' is not a word and its tag"),
-        ("ner", "EU B-ORG O\n", "line 1: 'EU B-ORG O' is not a word"),
+        ("ner", "EU\n", "line 1: 'EU' is not a word and its tag in 2 columns"),
+        ("ner", "EU B-ORG\n\nNew York B-LOC\n", "line 3: 'New York B-LOC' is not a word and its tag in 2 columns"),
+        ("ner", "EU NNP B-ORG\nJo B-PER\n", "line 2: 'Jo B-PER' is not a word and its tag in 3 columns"),
+        ("ner", "EU\tB-ORG\nJo\tB-PER\t\n", r"line 2: 'Jo\\tB-PER\\t' is not a word"),
+        ("ner", "EU\tB-ORG\t\n", "line 1: .* is not a word and its tag in 3"),
+        ("ner", "EU B-ORG\n\tO\n", "line 2: .* is not a word"),
+        ("ner", "EU B-ORG\n O\n", "line 2: .* is not a word"),
+        ("ner", "EU B-ORG\nJo S-GPE\n", "line 2: unknown tag 'B-GPE'"),
         ("ner", "\nEU B-GPE\n", "line 2: unknown tag 'B-GPE'"),
         ("pos", "EU PROPN\nthe _\n", "line 2: unknown tag '_'"),
         ("pos", "\n\n", "has no rows"),
@@ -118,7 +159,7 @@ def test_malformed_rows_are_refused(name, text, message, tmp_path):
     path = tmp_path / "file"
     path.write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        (read_rows if XGLUE[name].texts else read_tokens)(name, str(path))
+        (read_rows if XGLUE[name].texts else tokens)(name, str(path))
     assert str(path) in str(error.value)
 
 
@@ -126,7 +167,7 @@ def test_words_of_unusual_spaces(tmp_path):
     """A word may be a no-break space, and beside a tab hold a space."""
     path = tmp_path / "tokens"
     path.write_text("\u00a0 PUNCT\n\u3000\tPUNCT\nViet Nam\tPROPN\n")
-    assert read_tokens("pos", str(path))[0].words == ("\u00a0", "\u3000", "Viet Nam")
+    assert tokens("pos", path)[0].words == ("\u00a0", "\u3000", "Viet Nam")
 
 
 # ---------------------------------------------------------------------------------------- encoding
