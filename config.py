@@ -228,7 +228,7 @@ def resolve(given: dict) -> TrainConfig:
     if values.get("weights") in WEIGHTS:
         values.setdefault("noise", WEIGHTS[values["weights"]].noise)
     if not task.train_language and values.get("data_dir") and not values.get("eval"):
-        values["train_language"] = own_language(values["data_dir"], values.get("train_language"))
+        values["train_language"] = own_language(task, values["data_dir"], values.get("train_language"))
     config = TrainConfig(**values)
     ranges = WEIGHTS[config.weights].ranges if config.weights in WEIGHTS else ("minmax",)
     usual = {

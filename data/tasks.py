@@ -5,6 +5,7 @@
     load("stsb", "test", "en", folder)    -> list of Example, whose labels are numbers
     load("atis", "train", "en", folder)   -> list of Sentence: words, their tags, an intent
     load("tsv", "train", "de", folder)    -> list of Example, from your own train.tsv
+    load("tags", "train", "de", folder)   -> list of Sentence, from your own train-de.txt
 
 XNLI's protocol is zero-shot transfer: train on English, choose the epoch on English dev, test on every language. It is
 also that of XGLUE's other tasks, which have a file for each language (data/xglue.py). The others are English: GLUE's
@@ -26,8 +27,8 @@ import numpy as np
 from common import UserError
 from data.files import existing, read_tsv
 from data.glue import GLUE, Example, read_glue
-from data.slots import FILES, SPLITS, Names, Sentence, read_names, read_sentences
-from data.xglue import FETCH, XGLUE, find_files, read_xglue
+from data.slots import FILES, SPLITS, Names, Sentence, are_spans, read_names, read_sentences
+from data.xglue import FETCH, XGLUE, find_files, read_tokens, read_xglue
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 HELD_OUT = 1000
@@ -324,8 +325,12 @@ def own_rows(folder: str, split: str) -> Iterator[tuple[str, str, str, str | Non
 
 @lru_cache(maxsize=4)
 def own_labels(folder: str) -> tuple[str, ...]:
-    """The classes of train.tsv: numbers in their order, then words in that of the alphabet."""
-    found, path = {label for _, _, label, _, _ in own_rows(folder, "train")}, f"{folder}/train.tsv"
+    """The classes of train.tsv."""
+    return in_order({label for _, _, label, _, _ in own_rows(folder, "train")}, f"{folder}/train.tsv")
+
+
+def in_order(found: set[str], path: str) -> tuple[str, ...]:
+    """The classes of a training file: numbers in their order, then words in that of the alphabet."""
     if len(found) < 2:
         raise UserError(f"{path} has {'one class' if found else 'no rows'}: there is nothing to learn")
     if len(found) > MOST_CLASSES:
@@ -334,10 +339,7 @@ def own_labels(folder: str) -> tuple[str, ...]:
         )
 
     def order(name: str) -> tuple[float, str]:
-        try:
-            return (float(name), name) if math.isfinite(float(name)) else (math.inf, name)
-        except ValueError:
-            return math.inf, name
+        return float(name) if re.fullmatch(r"-?\d+(\.\d+)?", name) else math.inf, name
 
     return tuple(sorted(found, key=order))
 
@@ -358,12 +360,37 @@ def read_own(folder: str, split: str) -> dict[str, list[Example]]:
     return found
 
 
-def own_language(folder: str, wanted: str | None) -> str:
-    """The language to train on: as wanted, the only one of train.tsv, or English."""
-    known = list(read_own(folder, "train"))
+def find_tags(folder: str, split: str) -> dict[str, str]:
+    """Language -> file of a split: DIR/train-LL.txt, or DIR/train.txt ("all"); also .tsv or .conll."""
+    found = {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        if match := re.fullmatch(rf"({split}(?:-(.+))?\.(?:conll|tsv|txt))(?:\.xz)?", name):
+            found[match[2] or "all"] = os.path.join(folder, match[1])
+    return found or {"all": os.path.join(folder, f"{split}.txt")}
+
+
+@lru_cache(maxsize=4)
+def own_tags(folder: str) -> tuple[str, ...]:
+    """The tags of the training files, O first; of spans B-x and I-x for each x."""
+    files = find_tags(folder, "train").values()
+    found = {tag for path in files for sentence in read_tokens(path, None, "") for tag in sentence.tags}
+    if are_spans(found):
+        found = {tag if tag == "O" else mark + tag[2:] for tag in found for mark in ("B-", "I-")}
+    return tuple(sorted(in_order(found, " ".join(files)), key=lambda tag: tag != "O"))
+
+
+def read_tags(folder: str, split: str) -> dict[str, list[Sentence]]:
+    known = own_tags(folder)
+    return {language: read_tokens(path, known, "") for language, path in find_tags(folder, split).items()}
+
+
+def own_language(task: Task, folder: str, wanted: str | None) -> str:
+    """The language to train on: as wanted, the only one of the training files, or English."""
+    known = list(task.read(folder, "train"))
     chosen = wanted or (known[0] if len(known) == 1 else "en")
     if chosen not in known:
-        raise UserError(f"train.tsv has no language {chosen!r}: choose --train-language from {' '.join(known)[:200]}")
+        there = " ".join(known)[:200]
+        raise UserError(f"{folder}: training rows have no language {chosen!r}: choose --train-language from {there}")
     return chosen
 
 
@@ -399,5 +426,17 @@ TASKS = {
         zero_shot=True,
         columns={"accuracy": "accuracy", "macro-F1": "macro_f1"},
         models=("xlmr-base",),
+    ),
+    "tags": replace(  # as NER, but all comes from your files
+        xglue_task("ner"),
+        name="tags",
+        read=read_tags,
+        files={split: (f"{split}.txt",) for split in SPLITS},
+        find=find_tags,
+        fetch="",
+        labels=(),
+        labels_of=own_tags,
+        names=lambda folder: Names(("",), own_tags(folder), 1, len(own_tags(folder))),
+        train_language="",
     ),
 }

@@ -12,7 +12,7 @@ from common import UserError
 from data import tasks
 from data.glue import Example
 from data.metrics import METRICS
-from data.slots import slot_scores
+from data.slots import Names, Sentence, slot_scores
 from data.tasks import (
     NLI_LABELS,
     RAW_DIR,
@@ -26,12 +26,13 @@ from data.tasks import (
     load,
     own_labels,
     own_language,
+    own_tags,
     read_own,
     read_xnli,
     selection_splits,
     task_folder,
 )
-from data.xglue import XGLUE
+from data.xglue import XGLUE, read_tokens
 from model import HEADS
 
 
@@ -54,7 +55,9 @@ def test_every_row_is_complete(name):
     joint = {"accuracy", "exact", *slot_scores([["O"]], [["O"]])}
     keys = joint if task.head == "joint" else {"accuracy", "precision", *METRICS}
     assert {*task.metrics, *task.columns.values()} <= keys and task.columns
-    assert task.zero_shot == (name in ("xnli", "tsv", *XGLUE))  # of mnli, both tests are in the training language
+    assert task.zero_shot == (
+        name in ("xnli", "tsv", "tags", *XGLUE)
+    )  # of mnli, both tests are in the training language
     if task.sample:
         assert os.path.isdir(os.path.join(ROOT, "data", task.sample)) and task.real_thing
 
@@ -225,6 +228,9 @@ OWN = {
 }
 
 
+TSV, TAGS = find_task("tsv"), find_task("tags")
+
+
 @pytest.fixture
 def own(tmp_path):
     """A folder of train.tsv, dev.tsv and test.tsv in two languages, and a function that writes one of them."""
@@ -242,18 +248,18 @@ def own(tmp_path):
 
 def test_own_rows(own):
     folder, write = own
-    assert own_labels(str(folder)) == ("bad", "very good") and own_language(str(folder), None) == "de"
+    assert own_labels(str(folder)) == ("bad", "very good") and own_language(TSV, str(folder), None) == "de"
     assert load("tsv", "test", "fr", str(folder)) == [Example("nul", None, 0), Example("bon", None, 1)]
     assert languages_of(find_task("tsv", "de"), str(folder), "test") == ("de", "fr")
     # numbers in their order, a second text, no language
     write("train", [("2", "10", "b"), ("a", "9", "")], ("text", "label", "text2"))
-    assert own_labels(str(folder)) == ("9", "10") and own_language(str(folder), None) == "all"
+    assert own_labels(str(folder)) == ("9", "10") and own_language(TSV, str(folder), None) == "all"
     assert [len(load("tsv", split, "all", str(folder))) for split in ("held-out", "rest")] == [1, 1]
     assert load("tsv", "train", "all", str(folder)) == [Example("2", "b", 1), Example("a", "", 0)]
     write("train", [("q", name, str(i)) for i, name in enumerate(("x", "-1", "9" * 5000, "0.5", "nan"))])
     assert own_labels(str(folder)) == ("-1", "0.5", "9" * 5000, "nan", "x")
     write("train", [("a", "x", "de"), ("b", "y", "en"), ("c", "y", "fr")])
-    assert own_language(str(folder), None) == "en" and own_language(str(folder), "fr") == "fr"
+    assert own_language(TSV, str(folder), None) == "en" and own_language(TSV, str(folder), "fr") == "fr"
 
 
 def test_own_rows_of_a_spreadsheet(own):
@@ -311,4 +317,60 @@ def test_mistakes_in_own_rows_name_file_and_line(own):
     assert error() == f"no file {folder}/train.tsv: name its folder with --data-dir"
     write("train", [("a", "x", "de"), ("b", "y", "fr")])
     with pytest.raises(UserError, match="no language 'en': choose --train-language from de fr"):
-        own_language(str(folder), None)
+        own_language(TSV, str(folder), None)
+
+
+# ------------------------------------------------------------------------------------ your own tags
+def write_tags(folder, **files):
+    """Write sentences such as "Anna/B-who ran/O|Go/O" into train.txt, dev_de.txt (as dev-de.txt) and so on."""
+    for name, text in files.items():
+        lines = text.replace("|", "\n\n").replace(" ", "\n").replace("/", "\t") + "\n"
+        (folder / (name.replace("_", "-") + ".txt")).write_text(lines, encoding="utf-8")
+    own_tags.cache_clear()
+    read_tokens.cache_clear()
+    return str(folder)
+
+
+def test_own_tags(tmp_path):
+    folder = write_tags(tmp_path, train="Anna/B-who ran/O|Go/O home/B-to", dev="a/I-to", test="b/O c/S-who|d/E-who")
+    assert own_tags(folder) == ("O", "B-to", "B-who", "I-to", "I-who")
+    assert own_language(TAGS, folder, None) == "all" and languages_of(TAGS, folder, "test") == ("all",)
+    assert TAGS.names(folder) == Names(("",), own_tags(folder), 1, 5)
+    assert load("tags", "dev", "all", folder) == [Sentence(("a",), ("I-to",), "")]
+    assert [row.tags for row in load("tags", "test", "all", folder)] == [("O", "B-who"), ("I-who",)]
+    folder = write_tags(tmp_path, train="a/S-x b/B-y c/E-y")  # without O
+    assert own_tags(folder) == ("B-x", "B-y", "I-x", "I-y")
+    folder = write_tags(tmp_path, train="a/S-x b/NN|c/O d/10 e/9", dev="a/S-x")  # no spans: as they stand
+    assert own_tags(folder) == ("O", "9", "10", "NN", "S-x")
+    assert load("tags", "dev", "all", folder)[0].tags == ("S-x",)
+
+
+def test_own_tags_in_several_languages(tmp_path):
+    folder = write_tags(tmp_path, train_en="a/X b/Y", train_de="c/Z", dev_en="a/X", test_pt_br="b/Y", test_en="a/Z")
+    assert own_tags(folder) == ("X", "Y", "Z")
+    assert own_language(TAGS, folder, None) == "en" and own_language(TAGS, folder, "de") == "de"
+    assert languages_of(find_task("tags", "en"), folder, "test") == ("en", "pt-br")
+    with pytest.raises(UserError, match="no language 'fr': choose --train-language from de en"):
+        own_language(TAGS, folder, "fr")
+    os.rename(tmp_path / "train-en.txt", tmp_path / "train-en.conll")
+    os.rename(tmp_path / "test-en.txt", tmp_path / "test-en.tsv")
+    own_tags.cache_clear()
+    assert file_paths(TAGS, folder, "train") == [f"{folder}/{name}" for name in ("train-de.txt", "train-en.conll")]
+    assert load("tags", "test", "en", folder)[0].tags == ("Z",)
+
+
+def test_mistakes_in_own_tags_name_file_and_line(tmp_path):
+    def error(split, **files):
+        with pytest.raises(UserError) as info:
+            load("tags", split, "all", write_tags(tmp_path, **files))
+        assert "fetch" not in str(info.value)
+        return str(info.value)
+
+    assert error("train") == f"no file {tmp_path}/train.txt: name its folder with --data-dir"
+    assert "dev.txt, line 3: unknown tag 'Z'; known: X Y" in error("dev", train="a/X b/Y", dev="a/X|b/Z")
+    assert "dev.txt, line 1: unknown tag 'B-no'; known: O B-to I-to" in error("dev", train="a/O b/B-to", dev="a/U-no")
+    assert "train.txt, line 2: 'b' is not a word and its tag" in error("train", train="a/X b")
+    assert r"line 2: 'b\t' is not a word and its tag" in error("train", train="a/X b/")
+    assert "train.txt has one class" in error("train", train="a/O b/O")
+    assert error("train", train="|").endswith("train.txt has no rows")
+    assert "has 1,001 classes" in error("train", train=" ".join(f"w/tag{i}" for i in range(1001)))

@@ -326,3 +326,29 @@ def test_every_task_is_trained_and_scored(name, tmp_path, capsys):
     assert train.main(f"--task {name} --eval {out}/student.pt --data-dir {folder} --threads 1".split()) == 0
     text = capsys.readouterr().out
     assert f"{methods['sdq']['score']:.2f}" in text and "worst" in text
+
+
+@pytest.mark.parametrize(
+    "tags, known, languages",
+    [
+        (("B-who", "I-who", "O", "B-to"), 5, ("de", "sw")),
+        (("B-who", "E-who", "O", "S-to"), 5, ("all",)),
+        (("NAME", "NAME", "x-1", "O"), 3, ("all",)),
+    ],
+)
+def test_own_tags_are_trained_and_scored(tags, known, languages, tmp_path):
+    for split, language in itertools.product(("train", "dev", "test"), languages):
+        rows = "".join(f"{word} - {tag}\n" for word, tag in zip("Anna red buys apples".split(), tags, strict=True))
+        name = split if language == "all" else f"{split}-{language}"
+        if split == "test" or language != "sw":
+            (tmp_path / f"{name}.txt").write_text((rows + "\n") * (20 if split == "train" else 3))
+    out = tmp_path / "run"
+    options = f"--task tags --model mini --steps 2 --max-length 24 --threads 1 --methods ptq --out {out}"
+    assert train.main([*options.split(), "--data-dir", str(tmp_path)]) == 0
+    (row,) = json.loads((out / "results.json").read_text())["methods"].values()
+    assert tuple(row["languages"]) == languages
+    for found in row["languages"].values():
+        assert found["total"] == 12 and found["score"] == found["f1"] and found["classes"] <= known
+        assert found["majority"] == (50 if "NAME" in tags else 25)
+        assert (found.get("gold") == 6) == ("NAME" not in tags)
+    assert train.main(f"--task tags --eval {out}/student.pt --data-dir {tmp_path} --threads 1".split()) == 0
