@@ -271,7 +271,7 @@ def read_pairs(args: Namespace) -> tuple[list[str], list[str]]:
     folder = find_data(task, args.data_dir, "mini")
     count, examples = math.ceil(args.rows / len(task.languages)), []
     for language in task.languages:
-        examples += load(task.name, "dev", language, folder)[:count]
+        examples += load(task, "dev", language, folder)[:count]
     del examples[args.rows :]
     return [example.text_a for example in examples], [example.text_b for example in examples]
 

@@ -48,7 +48,18 @@ from data.fetch import MODELS
 from data.files import no_file
 from data.metrics import scores
 from data.slots import joint_scores, token_scores
-from data.tasks import RAW_DIR, TASKS, Task, file_paths, find_data, languages_of, load, match_labels, selection_splits
+from data.tasks import (
+    RAW_DIR,
+    TASKS,
+    Task,
+    file_paths,
+    find_data,
+    languages_of,
+    load,
+    match_labels,
+    selection_splits,
+    with_classes,
+)
 from data.tokenizer import Tokenizer, WordTokenizer
 from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_terms
 from int8 import integer_model, to_integer
@@ -339,7 +350,7 @@ class Source:
             if config.tokenizer:
                 self.tokenizer = Tokenizer.from_file(config.tokenizer)
             else:
-                sentences = load(config.task, "train", task.train_language, folder)
+                sentences = load(task, "train", task.train_language, folder)
                 self.tokenizer = WordTokenizer.build(sentence.words for sentence in sentences)
             self.config = checkpoint.check_config(
                 ModelConfig(
@@ -520,12 +531,12 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Source, Data]:
     run = Run(out, config, device, resume)
     many = f"{parallel.world_size()} processes, " if parallel.world_size() > 1 else ""
     print(f"{hardware(device)}, {many}{torch.get_num_threads()} threads, training in {config.precision}, out {run.out}")
-    training = (config, folder, source.tokenizer)
+    language, how = task.train_language, (folder, source.tokenizer, config.max_length)
     for_training, for_selection = selection_splits(task, config.eval_split)
     tests = load_tests(config, task, folder, source.tokenizer)
     data = Data(
-        encode(*training, for_training, task.train_language, config.max_train),
-        encode(*training, for_selection, task.train_language, config.max_eval),
+        encode_split(task, for_training, language, *how, config.max_train),
+        encode_split(task, for_selection, language, *how, config.max_eval),
         tests,
     )
     print("\n".join(facts(config, task, folder, source, data)))
@@ -635,15 +646,10 @@ def load_tests(config: TrainConfig, task: Task, folder: str, tokenizer: Tokenize
             raise UserError(f"--languages {language!r}: {task.name} has {' '.join(known)}")
     chosen = {task.train_language, *(config.languages or known)}
     return {
-        language: encode(config, folder, tokenizer, split, language, config.max_eval)
+        language: encode_split(task, split, language, folder, tokenizer, config.max_length, config.max_eval)
         for language in known
         if language in chosen
     }
-
-
-def encode(config: TrainConfig, folder: str, tokenizer: Tokenizer, split: str, language: str, limit: int) -> Dataset:
-    length = config.max_length
-    return encode_split(config.task, split, language, folder, tokenizer, length, limit)
 
 
 def evaluate_file(config: TrainConfig) -> None:
@@ -653,6 +659,8 @@ def evaluate_file(config: TrainConfig) -> None:
     read = checkpoint.read_student(config.eval)
     config = replace(config, train_language=read.notes.get("train_language"), max_length=read.max_length)
     task = config.row
+    if not TASKS[task.name].train_language:  # its training file need not be there
+        task = with_classes(task, read.classes[0])
     if read.config.head != task.head or read.notes.get("task") != config.task:
         raise UserError(f"{config.eval} was not trained for {config.task}: name its --task")
     quant = read.quant
@@ -667,11 +675,15 @@ def evaluate_file(config: TrainConfig) -> None:
     names = ["\t".join(each) for each in class_names(task, folder)]
     if [read.notes.get("labels"), read.notes.get("slots")] != names:
         raise UserError(f"{config.eval} has other labels than {folder}: name its --data-dir")
+    if any(read.notes.get("texts", texts) != texts for texts in (str(1 + each.pairs) for each in tests.values())):
+        raise UserError(f"{config.eval} reads {read.notes['texts']} text(s) a row, {folder} has others")
+    if note := cut_note([*tests.values()], "texts", config.max_length):
+        print(f"NOTE: {note}, as in training")
     row = evaluate_languages("student", model, tests, task, device)
     row |= {"size_bytes": os.path.getsize(config.eval), "train_seconds": 0}
     name = f"{read.notes.get('method')} W{quant.weight_bits}A{quant.act_bits}"
     results = {"config": asdict(config), "methods": {name: row}, "languages": list(tests)}
-    print(f"\n{report_table(results)}\n")
+    print("\n".join(["", report_table(results), "", *caveats(results)]))
     print(f"{kind}, {hardware(device)}, {torch.get_num_threads()} threads; ", end="")
     print(f"{clock(time.monotonic() - started)} in all")
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from common import Progress
 from data.glue import Example
 from data.slots import Names, Sentence
-from data.tasks import find_task, load
+from data.tasks import Task, load
 from data.tokenizer import PAD, Encoder
 
 ENCODED = 20_000  # texts or pairs that are encoded at once
@@ -85,29 +85,28 @@ class Batch:
 
 # --------------------------------------------------------------------------------------- encoding
 def encode_split(
-    task: str, split: str, language: str, folder: str, tokenizer: Encoder, max_length: int, limit: int | None = None
+    task: Task, split: str, language: str, folder: str, tokenizer: Encoder, max_length: int, limit: int | None = None
 ) -> Dataset:
     """Load and encode a split in one language; at most `limit` examples, the same rows in every language. The labels
     of a joint task are intents, and it has tags.
     """
-    row = find_task(task)
     examples = load(task, split, language, folder)
     if limit is not None and limit < len(examples):
-        size = 1 if split == "train" else row.together
+        size = 1 if split == "train" else task.together
         blocks = np.arange(len(examples) // size * size) // size
-        examples = draw(examples, limit, query_numbers(examples) if "ndcg" in row.metrics else blocks)
-    if row.names is not None:
-        names = row.names(folder)
-        dataset = encode_sentences(examples, names, tokenizer, max_length, row.head == "token")
+        examples = draw(examples, limit, query_numbers(examples) if "ndcg" in task.metrics else blocks)
+    if task.names is not None:
+        names = task.names(folder)
+        dataset = encode_sentences(examples, names, tokenizer, max_length, task.head == "token")
         dataset.slots = names.slots
     else:
         first = [example.text_a for example in examples]
         second = None if examples[0].text_b is None else [example.text_b for example in examples]
-        labels = np.array([example.label for example in examples], dtype=np.float32 if row.regression else np.int64)
+        labels = np.array([example.label for example in examples], dtype=np.float32 if task.regression else np.int64)
         dataset = encode_texts(tokenizer, first, second, max_length, labels)
-        if "ndcg" in row.metrics:
+        if "ndcg" in task.metrics:
             dataset.queries = query_numbers(examples)
-    return replace(dataset, pad=tokenizer.pad_id, metrics=row.metrics)
+    return replace(dataset, pad=tokenizer.pad_id, metrics=task.metrics)
 
 
 def encode_texts(

@@ -1,11 +1,11 @@
 """The tasks: one row of TASKS each, read from the official files.
 
-    load("xnli", "train", "en", folder)   -> list of Example, English (MultiNLI)
-    load("xnli", "dev", "sw", folder)     -> list of Example, Swahili
-    load("stsb", "test", "en", folder)    -> list of Example, whose labels are numbers
-    load("atis", "train", "en", folder)   -> list of Sentence: words, their tags, an intent
-    load("tsv", "train", "de", folder)    -> list of Example, from your own train.tsv
-    load("tags", "train", "de", folder)   -> list of Sentence, from your own train-de.txt
+    load(TASKS["xnli"], "train", "en", folder)   -> list of Example, English (MultiNLI)
+    load(TASKS["xnli"], "dev", "sw", folder)     -> list of Example, Swahili
+    load(TASKS["stsb"], "test", "en", folder)    -> list of Example, whose labels are numbers
+    load(TASKS["atis"], "train", "en", folder)   -> list of Sentence: words, their tags, an intent
+    load(TASKS["tsv"], "train", "de", folder)    -> list of Example, from your own train.tsv
+    load(TASKS["tags"], "train", "de", folder)   -> list of Sentence, from your own train-de.txt
 
 XNLI's protocol is zero-shot transfer: train on English, choose the epoch on English dev, test on every language. It is
 also that of XGLUE's other tasks, which have a file for each language (data/xglue.py). The others are English: GLUE's
@@ -67,21 +67,19 @@ class Task:
     real_thing: str = ""  # how to get the official files and a published model instead
 
 
-def load(task: str, split: str, language: str, folder: str) -> list[Example] | list[Sentence]:
+def load(task: Task, split: str, language: str, folder: str) -> list[Example] | list[Sentence]:
     """The examples of a split in one language: "train", "dev", "test"; or "held-out" rows of train, and "rest".
 
-    Raises UserError for an unknown task, a language that the task or the file doesn't have, a missing file or a bad
-    row.
+    Raises UserError for a language that the task or the file doesn't have, a missing file or a bad row.
     """
-    row = find_task(task)
-    if row.languages is not None and language not in row.languages:
-        raise UserError(f"{task} has no language {language!r}; it has: {' '.join(row.languages)}")
+    if task.languages is not None and language not in task.languages:
+        raise UserError(f"{task.name} has no language {language!r}; it has: {' '.join(task.languages)}")
     if split in ("held-out", "rest"):
         return hold_out(load(task, "train", language, folder), split)
-    found = row.read(folder, split)
+    found = task.read(folder, split)
     if not found.get(language):
         there = " ".join(name for name in found if found[name]) or "none"
-        raise UserError(f"{task}: no {split} row in language {language!r} under {folder}, only in: {there}")
+        raise UserError(f"{task.name}: no {split} row in language {language!r} under {folder}, only in: {there}")
     return found[language]
 
 
@@ -345,9 +343,10 @@ def in_order(found: set[str], path: str) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=4)
-def read_own(folder: str, split: str) -> dict[str, list[Example]]:
-    ids = {label: i for i, label in enumerate(own_labels(folder))}
-    *_, pairs, _ = next(own_rows(folder, "train"))
+def read_own(folder: str, split: str, labels: tuple[str, ...] | None = None) -> dict[str, list[Example]]:
+    """labels: those of a student, instead of the classes of train.tsv, which need not be there then."""
+    ids = {label: i for i, label in enumerate(labels or own_labels(folder))}
+    *_, pairs, _ = next(own_rows(folder, split if labels else "train"), (None,) * 5)
     found: dict[str, list[Example]] = {}
     for where, text, label, second, language in own_rows(folder, split):
         if label not in ids:
@@ -379,8 +378,9 @@ def own_tags(folder: str) -> tuple[str, ...]:
     return tuple(sorted(in_order(found, " ".join(files)), key=lambda tag: tag != "O"))
 
 
-def read_tags(folder: str, split: str) -> dict[str, list[Sentence]]:
-    known = own_tags(folder)
+def read_tags(folder: str, split: str, labels: tuple[str, ...] | None = None) -> dict[str, list[Sentence]]:
+    """labels: see read_own."""
+    known = labels or own_tags(folder)
     return {language: read_tokens(path, known, "") for language, path in find_tags(folder, split).items()}
 
 
@@ -392,6 +392,12 @@ def own_language(task: Task, folder: str, wanted: str | None) -> str:
         there = " ".join(known)[:200]
         raise UserError(f"{folder}: training rows have no language {chosen!r}: choose --train-language from {there}")
     return chosen
+
+
+def with_classes(task: Task, labels: tuple[str, ...]) -> Task:
+    """A task of the user's own with the classes of a student."""
+    names = task.names and (lambda folder: Names(("",), labels, 1, len(labels)))
+    return replace(task, read=partial(task.read, labels=labels), labels=labels, names=names)
 
 
 TASKS = {

@@ -49,7 +49,7 @@ def flights(tmp_path):
 
 @pytest.fixture(scope="module")
 def words():
-    return WordTokenizer.build(s.words for s in load("atis", "train", "en", FLIGHTS))
+    return WordTokenizer.build(s.words for s in load(find_task("atis"), "train", "en", FLIGHTS))
 
 
 # ----------------------------------------------------------------------------------------- encoding
@@ -68,8 +68,8 @@ class TypedTokenizer:
 
 
 def test_types_are_encoded(folder):
-    first = encode_split("xnli", "dev", "en", str(folder), TypedTokenizer(), 200)
-    for i, example in enumerate(load("xnli", "dev", "en", str(folder))):
+    first = encode_split(find_task("xnli"), "dev", "en", str(folder), TypedTokenizer(), 200)
+    for i, example in enumerate(load(find_task("xnli"), "dev", "en", str(folder))):
         row = first.ids[first.starts[i] : first.starts[i + 1]].tolist()
         assert bytes(row[1 : first.second[i] - 1]).decode() == example.text_a
         assert bytes(row[first.second[i] : -1]).decode() == example.text_b
@@ -79,17 +79,17 @@ def test_types_are_encoded(folder):
 def test_labels_of_a_regression_are_numbers(tmp_path, tokenizer):
     for name in ("stsb", "mnli"):
         write_all(tmp_path, name)
-    dataset = encode_split("stsb", "test", "en", str(tmp_path), tokenizer, 32)
+    dataset = encode_split(find_task("stsb"), "test", "en", str(tmp_path), tokenizer, 32)
     assert dataset.labels.dtype == np.float32 and dataset.metrics == ("pearson", "spearman")
-    expected = [e.label for e in load("stsb", "test", "en", str(tmp_path))]
+    expected = [e.label for e in load(find_task("stsb"), "test", "en", str(tmp_path))]
     assert dataset.labels.tolist() == expected
-    encode_split("mnli", "dev", "matched", str(tmp_path), tokenizer, 32)
-    first = encode_split("mnli", "test", "mismatched", str(tmp_path), tokenizer, 32)
+    encode_split(find_task("mnli"), "dev", "matched", str(tmp_path), tokenizer, 32)
+    first = encode_split(find_task("mnli"), "test", "mismatched", str(tmp_path), tokenizer, 32)
     assert first.labels.dtype == np.int64 and first.metrics == ("accuracy",)
     rows = rows_of("mnli", 9, start=1100)
     write(tmp_path / "MNLI", "mnli", "dev_mismatched.tsv", rows)  # this file alone is another
     assert len(first) == 6
-    assert len(encode_split("mnli", "test", "mismatched", str(tmp_path), tokenizer, 32)) == 9
+    assert len(encode_split(find_task("mnli"), "test", "mismatched", str(tmp_path), tokenizer, 32)) == 9
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -119,7 +119,9 @@ def test_digest_of_a_dataset_is_that_of_all_that_is_read():
 
 
 def test_limit_takes_the_same_rows_in_every_language(folder, tokenizer):
-    labels = {tuple(encode_split("xnli", "dev", x, str(folder), tokenizer, 32, 2).labels) for x in XNLI_LANGUAGES}
+    labels = {
+        tuple(encode_split(find_task("xnli"), "dev", x, str(folder), tokenizer, 32, 2).labels) for x in XNLI_LANGUAGES
+    }
     assert len(labels) == 1
 
 
@@ -128,8 +130,8 @@ def test_encoded_tags_are_those_of_the_words(kind, words, tokenizer):
     tokenizer = words if kind == "words" else tokenizer
     names = find_task("atis").names(FLIGHTS)
     for split in ("train", "test"):
-        sentences = load("atis", split, "en", FLIGHTS)
-        dataset = encode_split("atis", split, "en", FLIGHTS, tokenizer, 128)
+        sentences = load(find_task("atis"), split, "en", FLIGHTS)
+        dataset = encode_split(find_task("atis"), split, "en", FLIGHTS, tokenizer, 128)
         assert dataset.tags.dtype == np.int64 and len(dataset) == len(sentences)
         for i, sentence in enumerate(sentences):
             part = slice(dataset.starts[i], dataset.starts[i + 1])
@@ -144,7 +146,7 @@ def test_encoded_tags_are_those_of_the_words(kind, words, tokenizer):
 
 def test_first_pieces_carry_the_tags(tmp_path, tokenizer):
     write_sentences(tmp_path, "train", ["the extraordinarily old"], ["O B-x I-x"], ["i"])
-    dataset = encode_split("atis", "train", "en", str(tmp_path), tokenizer, 64)
+    dataset = encode_split(find_task("atis"), "train", "en", str(tmp_path), tokenizer, 64)
     counts = [len(tokenizer.encode(word)) - 2 for word in ("the", "extraordinarily", "old")]
     assert counts[1] > 1
     expected = [IGNORE]
@@ -155,10 +157,10 @@ def test_first_pieces_carry_the_tags(tmp_path, tokenizer):
 
 def test_sentences_with_tags_are_never_cut(words, tokenizer):
     for each in (words, tokenizer):
-        longest = encode_split("atis", "train", "en", FLIGHTS, each, 128).lengths.max()
-        assert encode_split("atis", "train", "en", FLIGHTS, each, longest).lengths.max() == longest
+        longest = encode_split(find_task("atis"), "train", "en", FLIGHTS, each, 128).lengths.max()
+        assert encode_split(find_task("atis"), "train", "en", FLIGHTS, each, longest).lengths.max() == longest
         with pytest.raises(UserError, match=f"has {longest} tokens .* use --max-length {longest}"):
-            encode_split("atis", "train", "en", FLIGHTS, each, longest - 1)
+            encode_split(find_task("atis"), "train", "en", FLIGHTS, each, longest - 1)
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -238,7 +240,7 @@ def test_every_row_once_an_epoch_and_little_padding():
 
 
 def test_every_tag_once_in_every_kind_of_batch(words):
-    dataset = encode_split("atis", "train", "en", FLIGHTS, words, 64)
+    dataset = encode_split(find_task("atis"), "train", "en", FLIGHTS, words, 64)
     total = np.sort(dataset.tags[dataset.tags != IGNORE])
     kinds = (
         evaluation_batches(dataset, 200),
@@ -256,8 +258,8 @@ def test_every_tag_once_in_every_kind_of_batch(words):
 
 def test_samples_keep_the_hypotheses_of_a_premise_together(folder, tokenizer):
     """XNLI's dev and test have three rows per premise; every language gets the same rows."""
-    rows = load("xnli", "dev", "de", str(folder))
+    rows = load(find_task("xnli"), "dev", "de", str(folder))
     assert all(len({example.text_a for example in rows[i : i + 3]}) == 1 for i in range(0, len(rows), 3))
     for language in ("de", "zh"):
-        found = encode_split("xnli", "dev", language, str(folder), tokenizer, 32, 3)
+        found = encode_split(find_task("xnli"), "dev", language, str(folder), tokenizer, 32, 3)
         assert sorted(found.labels.tolist()) == [0, 1, 2]

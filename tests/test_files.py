@@ -38,7 +38,7 @@ def test_compressed_and_plain_files_read_the_same(tmp_path):
             assert texts[0] == texts[1] and len(texts[0]) > 40
     read_xnli.cache_clear()
     for split, language in (("train", "en"), ("dev", "zh"), ("test", "sw")):
-        plain, compressed = (load("xnli", split, language, str(folder)) for folder in (SAMPLE, tmp_path))
+        plain, compressed = (load(find_task("xnli"), split, language, str(folder)) for folder in (SAMPLE, tmp_path))
         assert plain == compressed
 
 

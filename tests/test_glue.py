@@ -69,9 +69,9 @@ def test_every_layout(tmp_path, task):
     write_all(tmp_path, task)
     row = find_task(task)
     language = row.train_language
-    train, dev = (load(task, split, language, str(tmp_path)) for split in ("train", "dev"))
+    train, dev = (load(find_task(task), split, language, str(tmp_path)) for split in ("train", "dev"))
     for language, start in zip(row.languages, (1000, 1100), strict=False):
-        test = load(task, "test", language, str(tmp_path))
+        test = load(find_task(task), "test", language, str(tmp_path))
         assert numbers(test) == list(range(start, start + 6))
     pair = len(GLUE[task].texts) == 2
     labels = spelled(task)
@@ -104,19 +104,19 @@ def test_quotes_spaces_and_line_ends(tmp_path):
     rows = ['say "yes \t1', "one\u2028still \x85one  \t0", '"\t1', "\t0"]
     for end in ("\n", "\r\n"):
         write(tmp_path / "SST-2", "sst2", "dev.tsv", rows, end)
-        found = load("sst2", "test", "en", str(tmp_path))
+        found = load(find_task("sst2"), "test", "en", str(tmp_path))
         assert [e.text_a for e in found] == ['say "yes', "one\u2028still \x85one", '"', ""]
         assert [e.label for e in found] == [1, 0, 1, 0]
     path = tmp_path / "SST-2" / "dev.tsv"
     path.write_bytes(path.read_bytes().rstrip(b"\r\n"))  # the published CoLA ends like this
     read_file.cache_clear()
-    assert load("sst2", "test", "en", str(tmp_path)) == found
+    assert load(find_task("sst2"), "test", "en", str(tmp_path)) == found
 
 
 def message_of(task, folder, split="test", language=None):
     read_file.cache_clear()
     with pytest.raises(UserError) as error:
-        load(task, split, language or find_task(task).train_language, str(folder))
+        load(find_task(task), split, language or find_task(task).train_language, str(folder))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -189,7 +189,7 @@ def test_no_text_is_in_both_train_and_dev(tmp_path):
     rows = rows_of("rte", 100)
     rows += [row.replace("\tentailment", "\tnot_entailment") for row in rows]  # each text twice
     write(place, "rte", "train.tsv", rows)
-    train, dev = (load("rte", split, "en", str(tmp_path)) for split in ("train", "dev"))
+    train, dev = (load(find_task("rte"), split, "en", str(tmp_path)) for split in ("train", "dev"))
     assert len(dev) == 20 and set(numbers(train)).isdisjoint(numbers(dev))
     assert len(train) == 200 - 2 * len(set(numbers(dev)))
 
@@ -211,7 +211,7 @@ def test_the_official_files():
         pytest.skip("the official GLUE files are not here")
     sizes = {"cola": (8551, 1043), "mrpc": (3668, 408), "rte": (2490, 277), "stsb": (5749, 1500)}
     for name, (in_train, in_test) in sizes.items():
-        train, dev, test = (load(name, split, "en", folder) for split in ("train", "dev", "test"))
+        train, dev, test = (load(find_task(name), split, "en", folder) for split in ("train", "dev", "test"))
         assert len(dev) == in_train // 10 and len(test) == in_test
         assert in_train - 10 < len(train) + len(dev) <= in_train
         assert {e[:2] for e in train}.isdisjoint({e[:2] for e in dev})

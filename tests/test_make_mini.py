@@ -48,14 +48,14 @@ def test_the_committed_files_are_what_the_program_writes(tmp_path, capsys):
 
 
 def test_files_read_as_xnli():
-    train = tasks.load("xnli", "train", "en", MINI)
+    train = tasks.load(tasks.find_task("xnli"), "train", "en", MINI)
     assert Counter(row.label for row in train) == {0: 5000, 1: 5000, 2: 5000}
     assert LANGUAGES == tuple(tasks.find_task("xnli").languages)
     for split in ("dev", "test"):
-        english = [row.label for row in tasks.load("xnli", split, "en", MINI)]
+        english = [row.label for row in tasks.load(tasks.find_task("xnli"), split, "en", MINI)]
         assert Counter(english) == {0: 250, 1: 250, 2: 250}
         for language in LANGUAGES:
-            rows = tasks.load("xnli", split, language, MINI)
+            rows = tasks.load(tasks.find_task("xnli"), split, language, MINI)
             assert [row.label for row in rows] == english  # parallel, row by row
             assert all(row.text_a != row.text_b for row in rows)
 
@@ -81,7 +81,10 @@ def test_splits_share_no_premise():
 
 
 def test_splits_share_no_premise_sentence():
-    texts = [{row.text_a for row in tasks.load("xnli", split, "en", MINI)} for split in ("train", "dev", "test")]
+    texts = [
+        {row.text_a for row in tasks.load(tasks.find_task("xnli"), split, "en", MINI)}
+        for split in ("train", "dev", "test")
+    ]
     for one, other in itertools.combinations(texts, 2):
         assert not one & other
 
@@ -338,8 +341,8 @@ def linear_accuracy(train, train_labels, test, test_labels):
 @pytest.mark.parametrize(("cue", "limit"), [("both bags of words", 45), ("hypothesis alone", 45), ("overlap", 60)])
 def test_no_single_cue_gives_the_label(cue, limit):
     """Chance is 33.3 %. Dev and test together: 1,500 rows, standard error 1.2 points."""
-    train = tasks.load("xnli", "train", "en", MINI)
-    test = [row for split in ("dev", "test") for row in tasks.load("xnli", split, "en", MINI)]
+    train = tasks.load(tasks.find_task("xnli"), "train", "en", MINI)
+    test = [row for split in ("dev", "test") for row in tasks.load(tasks.find_task("xnli"), split, "en", MINI)]
     if cue == "overlap":
         features = [overlaps(train), overlaps(test)]
     else:

@@ -48,13 +48,13 @@ def test_reads_the_layout(tmp_path):
 
 
 def test_the_sample():
-    counts = [len(load("atis", split, "en", FLIGHTS)) for split in ("train", "dev", "test")]
+    counts = [len(load(find_task("atis"), split, "en", FLIGHTS)) for split in ("train", "dev", "test")]
     assert counts == [120, 30, 30]
     names = find_task("atis").names(FLIGHTS)
     assert names.known_intents == 6 and "find_train#ask_fare" in names.intents
     assert names.slots[names.known_slots :] == ("B-extra", "I-extra")
-    train = {word for sentence in load("atis", "train", "en", FLIGHTS) for word in sentence.words}
-    test = {word for sentence in load("atis", "test", "en", FLIGHTS) for word in sentence.words}
+    train = {word for sentence in load(find_task("atis"), "train", "en", FLIGHTS) for word in sentence.words}
+    test = {word for sentence in load(find_task("atis"), "test", "en", FLIGHTS) for word in sentence.words}
     assert test - train and len(test & train) > 50
     size = sum(os.path.getsize(os.path.join(d, f)) for d, _, fs in os.walk(FLIGHTS) for f in fs)
     assert size < 25_000
@@ -62,7 +62,7 @@ def test_the_sample():
 
 def message_of(folder, split="train"):
     with pytest.raises(UserError) as error:
-        load("atis", split, "en", str(folder))
+        load(find_task("atis"), split, "en", str(folder))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -96,10 +96,10 @@ def test_missing_and_unreadable_files(folder):
         assert name in message and FETCH in message and "--data-dir" in message
         (folder / "dev" / name).write_bytes(content)
     assert os.path.join("nowhere", "snips") in str(
-        pytest.raises(UserError, load, "snips", "train", "en", "nowhere").value
+        pytest.raises(UserError, load, find_task("snips"), "train", "en", "nowhere").value
     )
     with pytest.raises(UserError, match="no language 'de'"):
-        load("atis", "train", "de", str(folder))
+        load(find_task("atis"), "train", "de", str(folder))
 
 
 def test_names_of_dev_and_test_come_last(tmp_path):

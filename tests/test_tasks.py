@@ -72,9 +72,9 @@ def test_labels_of_xnli():
 def test_reads_the_official_layout(folder):
     for language in XNLI_LANGUAGES:
         for split in ("dev", "test"):
-            examples = load("xnli", split, language, str(folder))
+            examples = load(find_task("xnli"), split, language, str(folder))
             assert [e.label for e in examples] == [0, 1, 2]
-    train = load("xnli", "train", "en", str(folder))
+    train = load(find_task("xnli"), "train", "en", str(folder))
     assert len(train) == 180 and sorted({e.label for e in train}) == [0, 1, 2]
     # the training file spells it "contradictory"
     assert all(("does not" in e.text_b) == (e.label == 2) for e in train)
@@ -106,35 +106,35 @@ def set_line(number, text):
 def test_malformed_rows_are_named(folder, line, message):
     rewrite(folder, "dev", set_line(3, line))
     with pytest.raises(UserError) as error:
-        load("xnli", "dev", "en", str(folder))
+        load(find_task("xnli"), "dev", "en", str(folder))
     assert message in str(error.value) and "xnli.dev.tsv" in str(error.value)
 
 
 def test_missing_columns_files_and_languages(folder):
     rewrite(folder, "dev", set_line(1, "language\tlabel\tsentence1\tsentence2\tpromptID"))
     with pytest.raises(UserError, match="no column 'gold_label'"):
-        load("xnli", "dev", "en", str(folder))
+        load(find_task("xnli"), "dev", "en", str(folder))
     rewrite(folder, "test", lambda lines: lines.__setitem__(slice(1, None), lines[1:4]))
     with pytest.raises(UserError, match="no test row in language 'sw'"):
-        load("xnli", "test", "sw", str(folder))
+        load(find_task("xnli"), "test", "sw", str(folder))
     with pytest.raises(UserError, match="no language 'xx'"):
-        load("xnli", "test", "xx", str(folder))
+        load(find_task("xnli"), "test", "xx", str(folder))
     with pytest.raises(UserError, match="fetch it with 'python data/fetch.py xnli'"):
-        load("xnli", "train", "en", str(folder / "nowhere"))
+        load(find_task("xnli"), "train", "en", str(folder / "nowhere"))
     with pytest.raises(UserError, match="unknown task 'xnil'; known: xnli atis snips"):
-        load("xnil", "train", "en", str(folder))
+        load(find_task("xnil"), "train", "en", str(folder))
 
 
 def test_an_empty_text_is_a_text(folder):
     """A published file with an empty cell must stay usable."""
     rewrite(folder, "dev", set_line(3, "en\tneutral\t\tb\t1"))
-    assert "" in [e.text_a for e in load("xnli", "dev", "en", str(folder))]
+    assert "" in [e.text_a for e in load(find_task("xnli"), "dev", "en", str(folder))]
 
 
 def test_only_newlines_end_lines(folder):
     line = 'en\tneutral\tone\u2028still one "quote\x85\tb\t1'
     rewrite(folder, "dev", set_line(2, line))
-    assert 'one\u2028still one "quote\x85' in [e.text_a for e in load("xnli", "dev", "en", str(folder))]
+    assert 'one\u2028still one "quote\x85' in [e.text_a for e in load(find_task("xnli"), "dev", "en", str(folder))]
 
 
 # ------------------------------------------------------------------------------ where the files are
@@ -143,7 +143,7 @@ def test_folders_of_glue(tmp_path):
     place = write_all(tmp_path / "glue", "rte")
     for folder in (tmp_path, tmp_path / "glue", place):
         assert os.path.samefile(task_folder(task, str(folder)), place)
-        assert len(load("rte", "test", "en", str(folder))) == 6
+        assert len(load(find_task("rte"), "test", "en", str(folder))) == 6
     missing = tmp_path / "glue" / "MNLI"  # the message names where it should be
     for folder in (tmp_path, tmp_path / "glue", missing):
         assert task_folder(find_task("mnli"), str(folder)) == str(missing)
@@ -157,7 +157,7 @@ def test_folders_of_joint_tasks(tmp_path):
     assert task_folder(task, str(folder.parent)) == str(folder.parent / "atis")  # to be named
     shutil.move(folder, folder.parent / "atis")
     assert task_folder(task, str(folder.parent)) == str(folder.parent / "atis")
-    assert len(load("atis", "dev", "en", str(folder.parent))) == 30
+    assert len(load(find_task("atis"), "dev", "en", str(folder.parent))) == 30
     assert os.path.samefile(task_folder(find_task("xnli"), str(folder.parent)), folder.parent)
 
 
@@ -200,18 +200,18 @@ def test_languages_come_from_the_files(monkeypatch):
     task = replace(task, languages=None, train_language="de")
     monkeypatch.setitem(tasks.TASKS, "news", task)
     assert languages_of(task, "folder", "test") == ("de", "am", "pt/br")
-    assert len(load("news", "test", "pt/br", "folder")) == 1
+    assert len(load(find_task("news"), "test", "pt/br", "folder")) == 1
     with pytest.raises(UserError, match="news: no train row in language 'am' .* only in: de"):
-        load("news", "train", "am", "folder")
+        load(find_task("news"), "train", "am", "folder")
     assert languages_of(find_task("mnli"), "folder", "test") == ("matched", "mismatched")
 
 
 def test_held_out_rows_share_no_premise_with_the_rest():
-    train = load("xnli", "train", "en", SAMPLE)
-    held, rest = (load("xnli", split, "en", SAMPLE) for split in ("held-out", "rest"))
+    train = load(find_task("xnli"), "train", "en", SAMPLE)
+    held, rest = (load(find_task("xnli"), split, "en", SAMPLE) for split in ("held-out", "rest"))
     assert sorted(held + rest) == sorted(train) and len(held) >= len(train) // 10
     assert not {example.text_a for example in held} & {example.text_a for example in rest}
-    assert held == load("xnli", "held-out", "en", SAMPLE)
+    assert held == load(find_task("xnli"), "held-out", "en", SAMPLE)
 
 
 def test_reported_rows_do_not_select_the_epoch():
@@ -249,13 +249,13 @@ def own(tmp_path):
 def test_own_rows(own):
     folder, write = own
     assert own_labels(str(folder)) == ("bad", "very good") and own_language(TSV, str(folder), None) == "de"
-    assert load("tsv", "test", "fr", str(folder)) == [Example("nul", None, 0), Example("bon", None, 1)]
+    assert load(find_task("tsv"), "test", "fr", str(folder)) == [Example("nul", None, 0), Example("bon", None, 1)]
     assert languages_of(find_task("tsv", "de"), str(folder), "test") == ("de", "fr")
     # numbers in their order, a second text, no language
     write("train", [("2", "10", "b"), ("a", "9", "")], ("text", "label", "text2"))
     assert own_labels(str(folder)) == ("9", "10") and own_language(TSV, str(folder), None) == "all"
-    assert [len(load("tsv", split, "all", str(folder))) for split in ("held-out", "rest")] == [1, 1]
-    assert load("tsv", "train", "all", str(folder)) == [Example("2", "b", 1), Example("a", "", 0)]
+    assert [len(load(find_task("tsv"), split, "all", str(folder))) for split in ("held-out", "rest")] == [1, 1]
+    assert load(find_task("tsv"), "train", "all", str(folder)) == [Example("2", "b", 1), Example("a", "", 0)]
     write("train", [("q", name, str(i)) for i, name in enumerate(("x", "-1", "9" * 5000, "0.5", "nan"))])
     assert own_labels(str(folder)) == ("-1", "0.5", "9" * 5000, "nan", "x")
     write("train", [("a", "x", "de"), ("b", "y", "en"), ("c", "y", "fr")])
@@ -267,7 +267,7 @@ def test_own_rows_of_a_spreadsheet(own):
     folder, write = own
     write("train", [('"He said ""gut"""', '"very good"', "de"), ('"two\r\nlines"', "bad", '"de"'), ("", "", "")])
     assert own_labels(str(folder)) == ("bad", "very good")
-    assert load("tsv", "train", "de", str(folder)) == [
+    assert load(find_task("tsv"), "train", "de", str(folder)) == [
         Example('He said "gut"', None, 1),
         Example("two\r\nlines", None, 0),
     ]
@@ -336,13 +336,13 @@ def test_own_tags(tmp_path):
     assert own_tags(folder) == ("O", "B-to", "B-who", "I-to", "I-who")
     assert own_language(TAGS, folder, None) == "all" and languages_of(TAGS, folder, "test") == ("all",)
     assert TAGS.names(folder) == Names(("",), own_tags(folder), 1, 5)
-    assert load("tags", "dev", "all", folder) == [Sentence(("a",), ("I-to",), "")]
-    assert [row.tags for row in load("tags", "test", "all", folder)] == [("O", "B-who"), ("I-who",)]
+    assert load(find_task("tags"), "dev", "all", folder) == [Sentence(("a",), ("I-to",), "")]
+    assert [row.tags for row in load(find_task("tags"), "test", "all", folder)] == [("O", "B-who"), ("I-who",)]
     folder = write_tags(tmp_path, train="a/S-x b/B-y c/E-y")  # without O
     assert own_tags(folder) == ("B-x", "B-y", "I-x", "I-y")
     folder = write_tags(tmp_path, train="a/S-x b/NN|c/O d/10 e/9", dev="a/S-x")  # no spans: as they stand
     assert own_tags(folder) == ("O", "9", "10", "NN", "S-x")
-    assert load("tags", "dev", "all", folder)[0].tags == ("S-x",)
+    assert load(find_task("tags"), "dev", "all", folder)[0].tags == ("S-x",)
 
 
 def test_own_tags_in_several_languages(tmp_path):
@@ -356,13 +356,13 @@ def test_own_tags_in_several_languages(tmp_path):
     os.rename(tmp_path / "test-en.txt", tmp_path / "test-en.tsv")
     own_tags.cache_clear()
     assert file_paths(TAGS, folder, "train") == [f"{folder}/{name}" for name in ("train-de.txt", "train-en.conll")]
-    assert load("tags", "test", "en", folder)[0].tags == ("Z",)
+    assert load(find_task("tags"), "test", "en", folder)[0].tags == ("Z",)
 
 
 def test_mistakes_in_own_tags_name_file_and_line(tmp_path):
     def error(split, **files):
         with pytest.raises(UserError) as info:
-            load("tags", split, "all", write_tags(tmp_path, **files))
+            load(find_task("tags"), split, "all", write_tags(tmp_path, **files))
         assert "fetch" not in str(info.value)
         return str(info.value)
 

@@ -28,7 +28,7 @@ from config import TrainConfig, default_out, parse_args
 from data.batches import IGNORE, Batch, Dataset, encode_split
 from data.glue import GLUE
 from data.slots import slot_scores
-from data.tasks import find_task, load
+from data.tasks import find_task, load, read_own
 from data.tokenizer import WordPieceTokenizer, WordTokenizer
 from distill import LAYERWISE, LOSSES, LayerSchedule, layer_mean, logits_loss
 from lsq import LearnedScale
@@ -447,7 +447,7 @@ def flights():
     task = find_task("atis")
     names = task.names(FLIGHTS)
     words = WordTokenizer.build(s.words for s in task.read(FLIGHTS, "train")["en"])
-    return encode_split("atis", "test", "en", FLIGHTS, words, 64), names, words
+    return encode_split(find_task("atis"), "test", "en", FLIGHTS, words, 64), names, words
 
 
 class Oracle(torch.nn.Module):
@@ -759,7 +759,8 @@ def test_eval_evaluates_a_packed_student(bits, tmp_path, capsys, monkeypatch):
     assert ("student" in row) == (bits == "8")  # 32: nothing to multiply in integers
     output = capsys.readouterr().out
     accuracies = [row["languages"][x]["accuracy"] for x in ("en", "de")]
-    cells = [cell.strip() for cell in output.splitlines()[-3].split("|")]
+    (line,) = [line for line in output.splitlines() if line.startswith("| sdq")]
+    cells = [cell.strip() for cell in line.split("|")]
     assert cells[1] == f"sdq W{bits}A8" and cells[2] == f"{accuracies[0]:.2f}"
     assert cells[-2] == f"{accuracies[1]:.1f}"
     assert ("integers" in output) == (bits == "8")
@@ -1169,6 +1170,32 @@ def test_own_rows_in_another_language_than_english(tmp_path, capsys):
     assert "| pt/br |" in capsys.readouterr().out
     (text,) = predict.predict(predict.load(student), ["der Mann 3"])
     assert text[0] in ("local", "big sports")
+    # an evaluation needs test.tsv alone, whose rows are of the student's kind
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").unlink()
+    assert train.main(["--task", "tsv", "--data-dir", str(tmp_path), "--eval", student]) == 0
+    assert "| pt/br |" in capsys.readouterr().out
+    (tmp_path / "test.tsv").write_text("text\ttext2\tlabel\nb\tc\tlocal\n", encoding="utf-8")
+    read_own.cache_clear()
+    assert "reads 1 text(s) a row" in answer(capsys, "--task", "tsv", "--data-dir", str(tmp_path), "--eval", student)[1]
+    (tmp_path / "test.tsv").write_text("text\tlabel\nb\telse\n", encoding="utf-8")
+    read_own.cache_clear()
+    error = answer(capsys, "--task", "tsv", "--data-dir", str(tmp_path), "--eval", student)[1]
+    assert "test.tsv, line 2: unknown label 'else'" in error
+
+
+def test_own_tests_in_other_languages_alone(tmp_path, capsys):
+    """Trained on English, tested in German: there is no score in the training language."""
+    for split, language in (("train", "en"), ("dev", "en"), ("test", "de")):
+        rows = [f"das {word} {i}\t{word}\t{language}\n" for i in range(9) for word in ("good", "bad")]
+        (tmp_path / f"{split}.tsv").write_text("".join(["text\tlabel\tlanguage\n", *rows]), encoding="utf-8")
+    options = [*SCRATCH, *"--task tsv --steps 2 --device cpu --methods fp32 ptq".split(), "--data-dir", str(tmp_path)]
+    assert train.main([*options, "--out", str(tmp_path / "run")]) == 0
+    found = results(tmp_path)
+    assert found["languages"] == ["de"]
+    for row in found["methods"].values():
+        assert row["score"] is None and row["zero_shot_mean"] == row["languages"]["de"]["accuracy"]
+    assert "Always predicting the most frequent class of the test rows gives 50.0." in capsys.readouterr().out
 
 
 def test_a_run_says_what_it_trains_on(tmp_path, capsys):
@@ -1208,5 +1235,5 @@ def test_classes_of_words_are_counted(tmp_path, capsys):
     options = ["--task", "atis", "--data-dir", FLIGHTS, *"--model scratch --hidden 64 --layers 1 --steps 1".split()]
     assert train.main([*options, "--methods", "fp32", "--out", str(tmp_path / "run")]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("classes: ")]
-    intents = Counter(sentence.intent for sentence in load("atis", "train", "en", FLIGHTS))
+    intents = Counter(sentence.intent for sentence in load(find_task("atis"), "train", "en", FLIGHTS))
     assert sorted(line.removeprefix("classes: ").split(", ")) == sorted(f"{x} {n}" for x, n in intents.items())

@@ -13,7 +13,7 @@ from common import UserError
 from data.batches import IGNORE, cut_long, encode_split
 from data.metrics import ndcg
 from data.slots import Sentence, runs, spans, token_scores
-from data.tasks import TASKS, file_paths, languages_of, load
+from data.tasks import TASKS, file_paths, find_task, languages_of, load
 from data.tokenizer import Tokenizer
 from data.xglue import ENTITIES, FETCH, UPOS, XGLUE, find_files, read_rows, read_tokens
 
@@ -53,7 +53,7 @@ def test_every_task_is_read(name, tmp_path):
     task, layout = TASKS[name], XGLUE[name]
     assert languages_of(task, folder, "test") == layout.languages
     for split, count in (("train", 40), ("dev", 12), ("test", 12)):
-        examples = load(name, split, "en", folder)
+        examples = load(find_task(name), split, "en", folder)
         assert len(examples) == count
         if not layout.texts:
             assert all(len(row.words) == len(row.tags) >= 1 and {*row.tags} <= {*layout.labels} for row in examples)
@@ -62,10 +62,10 @@ def test_every_task_is_read(name, tmp_path):
             assert all((row.text_b is None) == (len(layout.texts) == 1) for row in examples)
     os.rename(tmp_path / layout.places[0].split("/")[0], tmp_path / "moved")
     with pytest.raises(UserError, match="no file .*fetch it with 'python data/fetch.py xglue'"):
-        load(name, "train", "en", folder)
+        load(find_task(name), "train", "en", folder)
     os.makedirs(tmp_path / "xglue_full_dataset")
     os.rename(tmp_path / "moved", tmp_path / "xglue_full_dataset" / layout.places[0].split("/")[0])
-    assert len(load(name, "train", "en", folder)) == 40  # as the archive unpacks
+    assert len(load(find_task(name), "train", "en", folder)) == 40  # as the archive unpacks
 
 
 def test_texts_are_joined_as_published(tmp_path):
@@ -200,14 +200,14 @@ def tokenizer(tokenizer_bytes):
 
 def test_encoded_tags_and_queries(tmp_path, tokenizer):
     folder = write_task(tmp_path, "pos")
-    dataset = encode_split("pos", "test", "de", folder, tokenizer, 64)
-    examples = load("pos", "test", "de", folder)
+    dataset = encode_split(find_task("pos"), "test", "de", folder, tokenizer, 64)
+    examples = load(find_task("pos"), "test", "de", folder)
     tagged = [UPOS[i] for i in dataset.tags if i != IGNORE]
     assert tagged == [tag for sentence in examples for tag in sentence.tags] and dataset.slots == UPOS
     folder = write_task(tmp_path, "wpr")
-    dataset = encode_split("wpr", "test", "de", folder, tokenizer, 64)
+    dataset = encode_split(find_task("wpr"), "test", "de", folder, tokenizer, 64)
     assert dataset.queries.tolist() == [1] * 4 + [2] * 4 + [3] * 4
-    part = encode_split("wpr", "test", "de", folder, tokenizer, 64, limit=9)  # whole queries
+    part = encode_split(find_task("wpr"), "test", "de", folder, tokenizer, 64, limit=9)  # whole queries
     assert np.bincount(part.queries).tolist() == [0, 4, 4]
 
 
