@@ -168,6 +168,26 @@ def test_what_ptq_did_not_lose_is_not_recovered(tmp_path, capsys):
         assert "recovered" not in capsys.readouterr().out  # a column without a value is left out
 
 
+@pytest.mark.parametrize(
+    ("ptq", "qat", "expected"),  # by seed; float32 has 70 with each
+    [
+        ((66.0, 62.0), (68.0, 64.0), "33 ± 18"),  # 4 of 12 points; 50 and 25 %
+        ((69.0, 62.0), (70.0, 64.0), "33"),  # the first seed's 100 % of one point says nothing
+        ((71.0, 62.0), (68.0, 64.0), "-14"),  # nor does that of a seed that gains
+        ((69.5, 66.6), (69.0, 69.0), None),  # 1.95 points on average, whatever the second loses
+        ((68.0, 68.0), (69.0, 70.0), "75 ± 35"),
+    ],
+)
+def test_recovered_is_a_ratio_of_means(ptq, qat, expected, tmp_path, capsys):
+    """Over all seeds: none is dropped where PTQ happens to lose little."""
+    runs = [made_up("rte", seed, "logits", {"fp32": 70.0, "ptq": ptq[seed], "qat": qat[seed]}) for seed in range(2)]
+    runs.append(made_up("rte", 2, "logits", {"qat": 10.0}))  # a seed that PTQ lacks
+    assert compare.main(write_runs(tmp_path, runs)) == 0
+    lines = cells_of(capsys)
+    assert "recovered %" in lines[0] if expected else "recovered %" not in lines[0]
+    assert [line[3] for line in lines[2:]] == (["-", "-", expected] if expected else ["8.0"] * 3)
+
+
 def test_a_table_compares_like_with_like(tmp_path, capsys):
     runs = [made_up("rte", 0, "logits", {"sdq": 1.0}), made_up("rte", 0, "logits", {"sdq": 2.0})]
     assert compare.main(write_runs(tmp_path, runs)) == 2

@@ -198,7 +198,7 @@ def width_of(config: dict, variants: Iterable[str] = ()) -> str:
     return " ".join([f"W{config['bits']}A{config['act_bits']}", *words])
 
 
-def format_mean(values: Iterable[float], digits: int = 2) -> str:
+def format_mean(values: Iterable[float]) -> str:
     """Mean ± sample standard deviation; only the mean of a single value, "-" for none.
 
     >>> format_mean([80.0, 82.0]), format_mean([80.0])
@@ -207,8 +207,8 @@ def format_mean(values: Iterable[float], digits: int = 2) -> str:
     values = list(values)
     if not values:
         return "-"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 # --------------------------------------------------------------------------------------- tables
@@ -216,7 +216,7 @@ def scores_table(runs: list[dict]) -> str:
     """A row per method and width, or loss and width. Columns: the training language and the zero-shot mean, or each
     task's score and their mean.
 
-    "recovered" compares means over the tasks, for each seed that has them all.
+    "recovered" compares means over the tasks, of the seeds that have them all.
     """
     groups = group_runs(runs)
     there = {run["task"].name: run["task"] for run in runs}
@@ -228,8 +228,7 @@ def scores_table(runs: list[dict]) -> str:
         seeds = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
         scores = score_cells(rows, tasks).values()
         megabytes = statistics.fmean(row["size_bytes"] / 1e6 for row in rows.values())
-        percent = format_mean(recovered_per_seed(means, label), digits=0)
-        lines.append([str(label), seeds, *scores, percent, f"{megabytes:.1f}"])
+        lines.append([str(label), seeds, *scores, format_recovered(means, label), f"{megabytes:.1f}"])
     header = ["", "seeds", *score_cells({}, tasks), "recovered %", "MB"]
     told = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]  # no empty columns
     return markdown_table([header[i] for i in told], [[line[i] for i in told] for line in lines])
@@ -274,15 +273,20 @@ def mean_over_tasks(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dic
     }
 
 
-def recovered_per_seed(means: dict[Label, dict[int, float]], label: Label) -> list[float]:
-    """The percentage of PTQ's loss that a method recovers, for each seed where that is defined."""
+def format_recovered(means: dict[Label, dict[int, float]], label: Label) -> str:
+    """The percentage of PTQ's mean loss that a method recovers, over the seeds of all three rows; "-" where that is not
+    defined. ±: of the percentages of single seeds, if PTQ loses two points with each of them.
+    """
     ptq, fp32 = Label("", "ptq", "", label.width), Label("", "fp32", "", "")
-    if label in (ptq, fp32):
-        return []
-    own, before, full = (means.get(row, {}) for row in (label, ptq, fp32))
-    seeds = own.keys() & before.keys() & full.keys()
-    percents = [recovered_percent(own[seed], before[seed], full[seed]) for seed in seeds]
-    return [percent for percent in percents if percent is not None]
+    rows = [means.get(row, {}) for row in (label, ptq, fp32)]
+    seeds = set.intersection(*map(set, rows))
+    if label in (ptq, fp32) or not seeds:
+        return "-"
+    percent = recovered_percent(*(statistics.fmean(row[seed] for seed in seeds) for row in rows))
+    by_seed = [recovered_percent(*(row[seed] for row in rows)) for seed in seeds]
+    if percent is None or len(seeds) == 1 or None in by_seed:
+        return "-" if percent is None else f"{percent:.0f}"
+    return f"{percent:.0f} ± {statistics.stdev(by_seed):.0f}"
 
 
 def joint_table(runs: list[dict], latency: tuple[int, dict]) -> str:
