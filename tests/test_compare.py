@@ -279,6 +279,17 @@ def test_scales_and_weights_are_rows(tmp_path, capsys):
     assert cells_of(capsys)[3][0] == "ptq W2A8"  # one setting needs no name
 
 
+def test_scales_of_other_libraries(tmp_path, capsys):
+    """Peers have scales per channel: beside runs per tensor, both say so, and they recover nothing of that PTQ's loss."""
+    rows = {"fp32": 90.0, "ptq": 80.0, "sdq": 85.0, "onnxruntime": 89.0}
+    paths = write_runs(tmp_path, [made_up("rte", 0, "logits", rows, per_tensor=True)])
+    assert compare.main(paths) == 0
+    found = {line[0]: line[3] for line in cells_of(capsys)[2:]}
+    assert found == {"fp32": "-", "ptq W2A8 per tensor": "-", "logits W2A8 per tensor": "50", "onnxruntime W8A8": "-"}
+    assert compare.main(write_runs(tmp_path, [made_up("rte", 0, "logits", rows)])) == 0
+    assert [line[0] for line in cells_of(capsys)[3:]] == ["ptq W2A8", "logits W2A8", "onnxruntime W8A8"]
+
+
 def packed(*rows):
     return {
         name: {"accuracy": 100 * sum(row) / len(row), "total": len(row), "correct_rows": compare_pack(row)}

@@ -1,11 +1,16 @@
 """tools/peers.py: rows of other libraries in a finished run; the libraries themselves where they are installed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import SAMPLE
 
+import checkpoint
 import train
+from data.tokenizer import SPECIALS, WORDPIECE_MAGIC
+from model import PRESETS, build_model
 from tools import peers
 from tools.compare import METHOD_ORDER
 from tools.compare import main as compare
@@ -47,6 +52,22 @@ def test_rows_are_added(finished, monkeypatch, capsys):
     assert "| onnxruntime |" in (finished / "report.md").read_text()
     assert compare([str(finished / "results.json")]) == 0 and "onnxruntime W8A8" in capsys.readouterr().out
     assert train.main([*OPTIONS.split(), "--out", str(finished), "--resume"]) == 0  # not in the way of --analyze
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_layout_of_bert(typed, tokenizer_bytes, tmp_path, monkeypatch, capsys):
+    """multilingual-e5-small has a table of token types, and XLM-R's tokenizer, which uses only one of them."""
+    wordpiece = "\n".join([f"{WORDPIECE_MAGIC} lower", *SPECIALS, *"abcd", ""]).encode()
+    small = dict(vocab_size=450, hidden_size=32, num_layers=1, num_heads=4, ffn_size=64)
+    model = build_model(replace(PRESETS["multilingual-e5-small"], **small))
+    payload = checkpoint.checkpoint_payload(model, wordpiece if typed else tokenizer_bytes)
+    checkpoint.save_atomically(payload, tmp_path / "bert.pt")
+    options = ["--model", str(tmp_path / "bert.pt"), *"--steps 1 --methods fp32 --languages de".split()]
+    out = str(tmp_path / "run")
+    assert train.main([*options, "--data-dir", SAMPLE, "--device", "cpu", "--out", out]) == 0
+    monkeypatch.setattr(peers, "is_installed", lambda name: False)
+    assert peers.main([out]) == 2 * typed
+    assert ("has token types" in capsys.readouterr().err) == typed
 
 
 def test_what_is_no_finished_run(finished, tmp_path, capsys):

@@ -37,6 +37,22 @@ def test_figures(tmp_path, capsys):
     assert capsys.readouterr().err.count("error: ") == 2
 
 
+@pytest.mark.parametrize("peer", [False, True])
+def test_widths_of_a_figure_by_language(peer, tmp_path):
+    """In the title where all rows have one; else in the legend, as the scales of other libraries differ."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    rows = {name: row(score, {"de": score}) for name, score in (("fp32", 90), ("ptq", 50), ("openvino", 80))}
+    value = {**run(bits=8, **(rows if peer else {name: rows[name] for name in ("fp32", "ptq")}))}
+    value |= {"model": "m", "languages": ["en", "de"]}
+    value["config"] |= {"per_tensor": True, "act_range": "static", "eval_split": "dev"}
+    figure, axes = pyplot.subplots()
+    plot.draw_languages(axes, read_runs(write_runs(tmp_path, [value])))
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    pyplot.close(figure)
+    assert legend == (["ptq W8A8 per tensor static", "openvino W8A8"] if peer else ["ptq"])
+    assert axes.get_title() == f"xnli dev, m, {'' if peer else 'W8A8 per tensor static, '}1 seed"
+
+
 def test_files_that_are_cut_off(tmp_path, capsys):
     for name in ("bench-train.json", "xnli-mini/w8-s0.json"):
         with open(os.path.join(ROOT, "results", name), encoding="utf-8") as file:

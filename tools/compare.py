@@ -160,7 +160,8 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
     losses = {run["config"]["distill"] for run in runs if "sdq" in run["methods"]}
     is_joint = runs[0]["task"].head == "joint"
     by_loss = not (is_joint or runs[0]["task"].zero_shot) or len(losses) > 1
-    quantized = [run["config"] for run in runs if set(run["methods"]) - {"fp32"}]
+    quantized = [run["config"] for run in runs if {*run["methods"]} - {"fp32", *PEERS}]
+    quantized += [vars(TrainConfig()) for run in runs if {*run["methods"]} & {*PEERS}]  # they have a scale per channel
     told = [] if is_joint else [name for name in VARIANTS if len({config[name] for config in quantized}) > 1]
     found = []
     for row, method in ((row, name) for run in runs for name, row in run["methods"].items()):

@@ -62,8 +62,8 @@ def add_peers(out: str) -> None:
     config, path = read_config(out), os.path.join(out, "results.json")
     (before,) = read_runs([path])
     run, source, data = open_run(config, resume=True)
-    if source.config.type_vocab_size > 1:
-        raise UserError(f"{source.name} has token types: peers are measured for XLM-R's layout")
+    if source.tokenizer.typed:
+        raise UserError(f"{source.name} has token types: peers are measured for XLM-R's tokenizer")
     run.results["environment"] = before["environment"]  # of the training
     teacher, cpu = get_teacher(run, source, data)[0].cpu(), torch.device("cpu")
     config, task = run.config, run.config.row

@@ -110,19 +110,20 @@ def draw_languages(axes, runs: list[dict]) -> None:
     names = list(runs[0]["languages"])
     accuracy = dict(zip(names, scores(full).mean(0), strict=True))
     names.sort(key=lambda name: (name != task.train_language, -accuracy[name]))
-    bar = 0.8 / len(quantized)
+    bar, one_width = 0.8 / len(quantized), len({label.width for label, _ in quantized}) == 1
     for i, (label, rows) in enumerate(quantized):
         places = [k - 0.4 + bar * (i + 0.5) for k in range(len(names))]
         both = {key: row for key, row in full.items() if key in rows}
         means, deviations = mean_and_std(scores(rows) - scores(both))
-        looks = {"label": label.method, "color": COLORS[label.method], "error_kw": {"lw": 0.8}}
+        looks = {"label": label.method if one_width else str(label), "color": COLORS[label.method]}
+        looks["error_kw"] = {"lw": 0.8}
         axes.bar(places, means, bar, yerr=deviations if len(both) > 1 else None, **looks)
     axes.set_xticks(range(len(names)), [f"{name}\n{accuracy[name]:.1f}" for name in names])
     axes.axhline(0, color=GRAY, lw=0.8)
     axes.set(xlabel=f"language and its float32 {metric_name(task)}", ylabel="difference from float32, points")
-    width, seeds = width_of(config, VARIANTS), count_seeds(len(full))
-    axes.set_title(f"{task.name} {config['eval_split']}, {runs[0]['model']}, {width}, {seeds}")
-    axes.legend(frameon=False, ncols=len(quantized), loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    width = f"{width_of(config, VARIANTS)}, " if one_width else ""  # else the legend has the widths
+    axes.set_title(f"{task.name} {config['eval_split']}, {runs[0]['model']}, {width}{count_seeds(len(full))}")
+    axes.legend(frameon=False, ncols=5 if one_width else 3, loc="upper center", bbox_to_anchor=(0.5, -0.22))
     axes.grid(axis="y", alpha=0.3)
 
 
