@@ -50,6 +50,15 @@ def test_exit_status(error, status, message, capsys):
     assert captured.err == message and captured.out == ""
 
 
+@pytest.mark.parametrize("job", ["print(1)", "print('x' * 10**6)", "[print(i) for i in range(10**5)]"])
+def test_a_closed_pipe_is_no_error(job):
+    """As of `compare.py ... | head -1`: neither a message nor the interpreter's own at exit."""
+    code = f"import sys, common; sys.exit(common.exit_status(lambda: {job}))"
+    program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.stdout.close()
+    assert program.stderr.read() == b"" and program.wait() == 1
+
+
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         exit_status(lambda: 1 / 0)

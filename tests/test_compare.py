@@ -103,13 +103,53 @@ def test_unlike_runs_are_not_mixed(tmp_path, capsys):
     whole = json.dumps(run(fp32=row(90, {})))
     for text in (
         *("[]", "{", '{"config": {"seed": 0}}', '{"config": {}, "methods": {}}', no_rows),
-        *(whole[: len(whole) // 2], whole.replace("xnli", "none"), whole.replace("fp32", "x")),
+        whole[: len(whole) // 2],
         *(whole.replace('"en": {', '"de": {'), whole.replace('"accuracy"', '"f1"')),
     ):
         (tmp_path / "bad.json").write_text(text)
         assert compare.main([str(tmp_path / "bad.json")]) == 2
         error = capsys.readouterr().err
         assert "is not a results.json" in error and "bad.json" in error and error.count("\n") == 1
+    for old, kind, known in ("xnli", "task", TASKS), ("fp32", "method", compare.METHOD_ORDER):  # of a fork, say
+        (tmp_path / "bad.json").write_text(whole.replace(old, "none"))
+        assert compare.main([str(tmp_path / "bad.json")]) == 2
+        message = f"bad.json: unknown {kind} 'none'; known: {' '.join(known)}\n"
+        assert capsys.readouterr().err.endswith(message)
+
+
+def test_runs_of_different_code(tmp_path, capsys):
+    """Told apart by the label before a file; each is compared with its own PTQ."""
+    runs = [
+        made_up("rte", seed, "logits", {"fp32": 90.0 + i, "ptq": 80.0, "sdq": 85.0})
+        for seed in (0, 1)
+        for i in range(2)
+    ]
+    paths = write_runs(tmp_path, runs)
+    assert compare.main(paths[:2]) == 2
+    assert "or put a label before one, as in NAME=" in capsys.readouterr().err
+    labeled = [f"{'new=' * i}{path}" for path, i in zip(paths, (0, 1, 0, 1), strict=True)]
+    assert compare.main(labeled) == 0
+    found = {line[0]: line[1:4] for line in cells_of(capsys)[2:]}
+    assert list(found) == [f"{row}{new}" for row in ("fp32", "ptq W2A8", "logits W2A8") for new in ("", " new")]
+    assert found["fp32 new"] == ["2", "91.00 ± 0.00", "-"]
+    assert found["logits W2A8"][2] == "50 ± 0" and found["logits W2A8 new"][2] == "45 ± 0"
+    assert compare.main([f"a={tmp_path}/*.json"]) == 2  # wildcards behind a label
+    assert "have the same seed" in capsys.readouterr().err
+    os.rename(paths[0], tmp_path / "lr=1.json")  # a file as it is, and a folder with such a name
+    for name in str(tmp_path / "lr=1.json"), str(tmp_path / "lr=*.json"):
+        assert compare.main([name]) == 0 and cells_of(capsys)[2][0] == "fp32"
+    assert compare.main([str(tmp_path / "lr=2" / "results.json")]) == 2
+    assert "lr=2/results.json is not" in capsys.readouterr().err
+
+
+def test_differences_of_different_code(tmp_path, capsys):
+    runs = [run(fp32=row(0, {}), ptq=row(0, {})) for _ in range(2)]
+    for value in runs:
+        for i, each in enumerate(value["methods"].values()):
+            each["languages"] = packed([1, 1], [1, 0], [1, i])
+    first, second = write_runs(tmp_path, runs)
+    assert compare.main([first, f"new={second}", "--minus", "fp32"]) == 0
+    assert [line[0] for line in cells_of(capsys)[2:]] == ["ptq W2A8", "ptq W2A8 new"]
 
 
 def test_a_width_has_its_own_student_rate(tmp_path, capsys):
@@ -256,6 +296,28 @@ def test_losses_of_older_and_newer_files_are_rows(tmp_path, capsys):
     lines = cells_of(capsys)
     assert lines[2][:3] == ["layerwise W2A8", "1", "1.00"]
     assert lines[3][:3] == ["layerwise-together W2A8", "2", "3.00 ± 1.41"]
+
+
+@pytest.mark.parametrize(
+    ("distill", "weights", "label"),
+    [
+        ("logits+0*score", {}, "logits"),
+        ("logits+map", {"alpha": 0.0}, "map"),
+        ("logits+map", {"beta": 0.0}, "logits"),
+        ("2*logits+map", {"alpha": 0.0}, "2*logits+map"),  # its own weight
+        ("0*logits+0.5*map", {"beta": 0.0}, "0.5*map"),
+        ("layerwise", {"beta": 0.0}, "layerwise"),
+        ("0*logits", {}, "sdq"),
+        ("logits+loss_of_a_fork", {"beta": 0.0}, "logits+loss_of_a_fork"),  # weight unknown
+    ],
+)
+def test_losses_without_weight_are_not_named(distill, weights, label, tmp_path, capsys):
+    made = made_up("rte", 0, distill, {"fp32": 3.0, "qat": 2.0, "sdq": 1.0}, **weights)
+    assert compare.main(write_runs(tmp_path, [made])) == 0
+    assert [line[0] for line in cells_of(capsys)[2:]] == ["fp32", "qat W2A8", f"{label} W2A8"]
+    used = made_up("rte", 0, label, {"sdq": 1.0}, **weights)  # the same loss
+    assert compare.main(write_runs(tmp_path, [made, used])) == (0 if label == "sdq" else 2)
+    assert label == "sdq" or "have the same seed" in capsys.readouterr().err
 
 
 def test_scales_and_weights_are_rows(tmp_path, capsys):

@@ -3,6 +3,7 @@
     python tools/compare.py out/*/results.json               # a row per method and width, or per loss
     python tools/compare.py --languages out/*/results.json   # a column per language
     python tools/compare.py --minus qat out/*/results.json   # differences from a method, paired over rows
+    python tools/compare.py out/a/results.json new=out/b/results.json  # "new" in its rows: runs of different code
     python tools/compare.py out/atis*/results.json --latency tt.json   # with times of bench.py tt
 
 The layout follows the task: a zero-shot task has columns for the training language and the mean of the others, a joint
@@ -18,7 +19,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -37,13 +38,13 @@ PEERS = ("onnxruntime", "openvino")  # added by tools/peers.py
 METHOD_ORDER = (*METHODS, *PEERS)
 # Options that a table has rows for or averages over, and those that do not change the result.
 MAY_DIFFER = {"seed", "bits", "act_bits", "distill", "methods", "recipe"}
-MAY_DIFFER |= {"save_every", *NOT_COMPARED}
+MAY_DIFFER |= {"save_every", "name", *NOT_COMPARED}
 # Dense models and tensor trains learn at rates of their own, and where only the teacher was trained the options of
 # students have their defaults.
 MAY_DIFFER_JOINT = {"tt_rank", "tt_embedding_rank", "lr", "epochs", "weight_range", "act_range"}
 MAY_DIFFER_JOINT |= {"student_dropout", "student_epochs", "student_lr"}
 VARIANTS = "per_tensor act_range weights".split()  # named in a row's label where runs differ in them
-ROW = "task seed bits act_bits tt_rank tt_embedding_rank distill".split()  # tell two runs apart
+ROW = "name task seed bits act_bits tt_rank tt_embedding_rank distill".split()  # tell two runs apart
 
 
 # -------------------------------------------------------------------------------------- reading
@@ -56,22 +57,37 @@ def valid_file(path: str, kind: str) -> Iterator[None]:
         raise UserError(f"{path} is not {kind}") from None
 
 
-def read_runs(patterns: list[str]) -> list[dict]:
-    """The given results.json files. Wildcards are expanded, because not every shell does it.
+def files_of(argument: str) -> list[tuple[str, str]]:
+    """(name, path) of each file of an argument, FILE or NAME=FILE. Expands wildcards, because not every shell does."""
+    name, equals, pattern = argument.partition("=")
+    if not equals or "/" in name or os.path.exists(argument) or glob.glob(argument):
+        name, pattern = "", argument
+    return [(name, path) for path in sorted(glob.glob(pattern)) or [pattern]]
+
+
+def check_known(path: str, kind: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise UserError(f"{path}: unknown {kind} {name!r}; known: {' '.join(known)}")
+
+
+def read_runs(arguments: list[str]) -> list[dict]:
+    """The results.json files of the command line.
 
     Adds to each run its "path" and its "task" (a row of TASKS), and to each method its "config" and "compared", the
     score that methods are compared by. Scores and means are computed from the metrics.
     """
     runs = []
-    for path in (path for each in patterns for path in sorted(glob.glob(each)) or [each]):
+    for name, path in (file for each in arguments for file in files_of(each)):
         with valid_file(path, "a results.json of train.py"):
             with open(path, encoding="utf-8") as file:
                 run = json.load(file)
-            task = find_task(TASKS[run["config"]["task"]].name, run["config"].get("train_language"))
+            check_known(path, "task", run["config"]["task"], TASKS)
+            task = find_task(run["config"]["task"], run["config"].get("train_language"))
             run["config"]["seed"], run["config"]["bits"], [*run["methods"]][0]  # must be there
-            run |= {"path": path, "task": task, "config": current_options(run["config"])}
+            run |= {"path": path, "task": task, "config": current_options(run["config"]) | {"name": name}}
             for method, row in run["methods"].items():
-                METHOD_ORDER.index(method), row["size_bytes"] + 0
+                check_known(path, "method", method, METHOD_ORDER)
+                row["size_bytes"] + 0
                 for evaluation in row["languages"].values():
                     scores = [evaluation[key] for key in (*task.metrics, *task.columns.values())]
                     evaluation["score"] = statistics.fmean(scores[: len(task.metrics)])
@@ -89,9 +105,13 @@ TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str, "tuple": (
 
 def current_options(config: dict) -> dict:
     """An older config as today's options would write it: a newer option has its default, and --distill names the order
-    of layers and the weights of losses, which were options of their own.
+    of layers and the weights of losses, which were options of their own. A loss of weight 0 is left out of it.
     """
     config = vars(TrainConfig()) | config
+    with suppress(ValueError):  # a loss that is not known here
+        weights = TrainConfig(**{name: config[name] for name in ("distill", "alpha", "beta")}).loss_weights
+        used = [part for part in config["distill"].split("+") if weights.get(part.rpartition("*")[2], 1)]
+        config["distill"] = "+".join(used)
     order = config.pop("order", "bottom-up")
     gamma, weights = config.pop("gamma", None), config.pop("part_weights", None)
     if config["distill"] == "layerwise" and order != "bottom-up":
@@ -134,8 +154,8 @@ def check_comparable(runs: list[dict]) -> None:
                     raise UserError(f"{run['path']} and {other['path']} {what}")
         key = tuple(config[name] for name in (*ROW, *same))
         if key in seen:
-            what = "have the same seed, width and rank: give one of them"
-            raise UserError(f"{run['path']} and {seen[key]} {what}")
+            what = "have the same seed, width and rank: give one of them, or put a label before one, as in NAME="
+            raise UserError(f"{run['path']} and {seen[key]} {what}{run['path']}")
         seen[key] = run["path"]
 
 
@@ -147,9 +167,10 @@ class Label(NamedTuple):
     method: str
     loss: str  # "logits+map", where rows are told apart by it
     width: str  # "W8A8", "W8A8 per tensor static"
+    name: str  # that of NAME=FILE
 
     def __str__(self) -> str:
-        return " ".join(filter(None, (self.shape, self.loss or self.method, self.width)))
+        return " ".join(filter(None, (self.shape, self.loss or self.method, self.width, self.name)))
 
 
 def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
@@ -172,14 +193,14 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
         if rank and embedding_rank:
             shape += f", embedding {embedding_rank}"
         width = "" if method == "fp32" else "W8A8" if method in PEERS else width_of(config, told)
-        label = Label(shape if is_joint else "", method, loss if by_loss else "", width)
+        label = Label(shape if is_joint else "", method, loss if by_loss else "", width, config["name"])
         place = (rank, embedding_rank, method != "fp32", -config["bits"], -config["act_bits"])
         place += (
             method in PEERS,
             *(config[name] != getattr(TrainConfig, name) for name in VARIANTS),
             config["weights"],
         )
-        place += (METHOD_ORDER.index(method), loss.count("+"), loss)
+        place += (METHOD_ORDER.index(method), loss.count("+"), loss, config["name"])
         found.append((place, label, (config["task"], config["seed"]), row))
     groups: dict[Label, dict[tuple[str, int], dict]] = {}
     for _, label, key, row in sorted(found, key=lambda entry: entry[0]):
@@ -278,7 +299,7 @@ def format_recovered(means: dict[Label, dict[int, float]], label: Label) -> str:
     """The percentage of PTQ's mean loss that a method recovers, over the seeds of all three rows; "-" where that is not
     defined. ±: of the percentages of single seeds, if PTQ loses two points with each of them.
     """
-    ptq, fp32 = Label("", "ptq", "", label.width), Label("", "fp32", "", "")
+    ptq, fp32 = Label("", "ptq", "", label.width, label.name), Label("", "fp32", "", "", label.name)
     rows = [means.get(row, {}) for row in (label, ptq, fp32)]
     seeds = set.intersection(*map(set, rows))
     if label in (ptq, fp32) or not seeds:
@@ -298,11 +319,11 @@ def joint_table(runs: list[dict], latency: tuple[int, dict]) -> str:
     """
     groups, task = group_runs(runs), runs[0]["task"]
     sizes = {label: statistics.fmean(row["size_bytes"] for row in rows.values()) for label, rows in groups.items()}
-    dense = sizes.get(Label("dense", "fp32", "", ""))
     rank, times = latency
     batch_sizes = dict.fromkeys(size for _, size in times)
     lines = []
     for label, rows in groups.items():
+        dense = sizes.get(Label("dense", "fp32", "", "", label.name))
         results = [row["languages"][task.train_language] for row in rows.values()]
         cells = [str(label), str(len(rows)), f"{sizes[label] / 1e3:,.0f}"]
         cells.append(f"{dense / sizes[label]:.0f}x" if dense else "-")
@@ -359,7 +380,7 @@ def paired_table(runs: list[dict], base: str) -> str:
             "--minus pairs rows that are the same in all languages, by accuracy: these files hold no such rows"
         )
     for label, rows in groups.items():
-        bases = [other for other in groups if other.method == base and other.width in ("", label.width)]
+        bases = [x for x in groups if x.method == base and x.width in ("", label.width) and x.name == label.name]
         if not bases or label.method == base:
             continue
         pairs = [(row, groups[bases[0]][key]) for key, row in rows.items() if key in groups[bases[0]]]
@@ -408,7 +429,7 @@ def compare(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="One table over the seeds of several runs.")
-    parser.add_argument("files", nargs="+", metavar="RESULTS.json")
+    parser.add_argument("files", nargs="+", metavar="[NAME=]RESULTS.json", help="NAME: a label for its rows")
     parser.add_argument("--languages", action="store_true", help="a column per language instead")
     parser.add_argument(
         "--minus", metavar="METHOD", help="differences from a method (fp32, qat, ...), paired over rows"

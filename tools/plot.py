@@ -406,6 +406,7 @@ def choose_figure(files: list[str], kind: str | None) -> Figure:
         draw, panels, size = BENCHMARKS[result["benchmark"]]
         return Figure(draw, result, panels, size)
     runs = read_runs(files)
+    check_same(runs, ("name",))
     if kind == "sweep":
         return Figure(draw_sweep, read_sweep(runs), 2, (9, 4), sharey=False)
     if kind == "recovery":
