@@ -53,6 +53,30 @@ def test_widths_of_a_figure_by_language(peer, tmp_path):
     assert axes.get_title() == f"xnli dev, m, {'' if peer else 'W8A8 per tensor static, '}1 seed"
 
 
+@pytest.mark.parametrize("scores", [(10.0, 60.0), (96.0, 100.0), (100.0, 100.0)])
+def test_percentages_end_at_100(scores, tmp_path, monkeypatch):
+    """Whatever the margins, and error bars."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures, (low, high) = [], scores
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    bits = [{**run(seed, **{"ptq": row(90, {"de": x})}), "model": "m"} for seed, x in enumerate((low, high))]
+    for value in bits:
+        value["config"]["eval_split"] = "dev"
+    curves = made_up("rte", 0, "logits", {"sdq": 1.0}, eval_split="dev")
+    curves["methods"]["sdq"]["dev_curve"] = [[1, low], [2, high]]
+    joint = [
+        made_up("atis", seed, "logits", {"ptq": x}, tt_rank=seed, eval_split="dev") for seed, x in enumerate(scores)
+    ]
+    for kind, runs in ((), bits), (["--curves"], [curves]), (["--sweep"], joint):
+        folder = tmp_path / "".join(("x", *kind))
+        folder.mkdir()
+        assert plot.main([*write_runs(folder, runs), *kind, "--out", str(tmp_path / "x.png")]) == 0
+        for panel in figures[-1].axes:
+            least, largest = panel.get_ylim()
+            assert least < low <= high <= largest <= 100
+        pyplot.close(figures[-1])
+
+
 def test_files_that_are_cut_off(tmp_path, capsys):
     for name in ("bench-train.json", "xnli-mini/w8-s0.json"):
         with open(os.path.join(ROOT, "results", name), encoding="utf-8") as file:

@@ -445,6 +445,8 @@ def save_figure(files: list[str], out: str, kind: str | None) -> None:
         axes.legend(frameon=False)
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
+        if panel.get_ylabel().endswith("%") and kind != "errors":  # a relative error may be larger
+            panel.set_ylim(top=min(100, panel.get_ylim()[1]))
     try:
         figure.savefig(out, dpi=150)
     except (OSError, ValueError) as error:
