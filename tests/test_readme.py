@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -108,7 +109,7 @@ def literal_flags(program):
 
 def test_every_flag_that_is_named_exists():
     parsers = "".join(module.build_parser().format_help() for module in (config, bench, plot))
-    known = {"--resume", *re.findall(r"--[a-z-]+", parsers)}
+    known = {"--resume", "--noise-rise", *re.findall(r"--[a-z-]+", parsers)}
     known |= literal_flags("convert.py") | literal_flags("tools/compare.py")
     known |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
     for page, text in PAGES.items():
@@ -216,6 +217,54 @@ def test_the_new_quantizer(extended, tmp_path):
     packed = checkpoint.read_student(str(tmp_path / "run" / "student.pt"))
     scales = [w.scale.log2() for w in packed.weights.values()]
     assert all(bool((scale == scale.round()).all()) for scale in scales)
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """A copy of the code, changed as the diff of docs/extending.md says."""
+    folder = tmp_path / "fork"
+    for name in ("", "data", "tools"):
+        (folder / name).mkdir()
+        for path in glob.glob(os.path.join(ROOT, name, "*.py")):
+            shutil.copy(path, folder / name)
+    (diff,) = blocks("docs/extending.md", "diff")
+    for file in re.split(r"^--- ", diff, flags=re.M)[1:]:
+        name, _, hunks = file.partition("\n")
+        text = (folder / name).read_text(encoding="utf-8")
+        for hunk in re.split(r"^@@.*\n", hunks, flags=re.M)[1:]:
+            lines = hunk.splitlines(keepends=True)
+            before, after = ("".join(x[1:] for x in lines if x[0] != sign) for sign in "+-")
+            assert text.count(before) == 1, (name, before)
+            text = text.replace(before, after)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+FORK = """
+import sys, quant, train
+from tools import compare
+mask, drawn, options = quant.noise_mask, [], sys.argv[1:]
+quant.noise_mask = lambda weight, p, block: drawn.append(p) or mask(weight, p, block)
+for more in [], ["--noise-rise", "0.75"], ["--noise-rise", "2"], ["--noise-rise", "0.5", "--tt-rank", "2"]:
+    drawn.clear()
+    status = train.main([*options, *more])
+    print("drawn", status, *dict.fromkeys(drawn))
+compare.main(["out/*/results.json"])
+"""
+
+
+def test_the_new_option(fork):
+    options = [*SMALL, *"--steps 4 --bits 4 --methods fp32 qat".split()]
+    command = [sys.executable, "-c", FORK, *options]
+    done = subprocess.run(command, cwd=fork, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    drawn = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("drawn")]
+    assert drawn[:2] == [["0", "0.5"], ["0", *(str(0.5 * min(1.0, k / 3)) for k in (1, 2, 3))]]
+    assert drawn[2:] == [["2"], ["2"]]
+    assert "--noise-rise 2.0: choose a value from 0 to 1\n" in done.stderr and "no noise, drop it" in done.stderr
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[-3:]] == [
+        *("fp32", "qat W4A8", "qat W4A8 noise rise 0.75")
+    ]
 
 
 def test_the_new_task(extended, tmp_path, capsys):

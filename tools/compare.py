@@ -215,9 +215,12 @@ def tt_rank(config: dict, method: str) -> int:
 
 def width_of(config: dict, variants: Iterable[str] = ()) -> str:
     """The bits, and the named options in words where they are not the default: "W8A8 per tensor static"."""
-    values = [(name, config[name]) for name in variants if config[name] != getattr(TrainConfig, name)]
-    words = [name.replace("_", " ") if value is True else value for name, value in values]
-    return " ".join([f"W{config['bits']}A{config['act_bits']}", *words])
+    words = [f"W{config['bits']}A{config['act_bits']}"]
+    for name in variants:
+        value, text = config[name], name.replace("_", " ")
+        if value != getattr(TrainConfig, name):
+            words.append(value if isinstance(value, str) else text if value is True else f"{text} {value:g}")
+    return " ".join(words)
 
 
 def format_mean(values: Iterable[float]) -> str:
