@@ -2,6 +2,7 @@
 figure comes from the committed results, and every file, flag and link exists.
 """
 
+import dataclasses
 import glob
 import json
 import os
@@ -79,7 +80,8 @@ def test_python_blocks_of_the_readme_run(tmp_path, monkeypatch, capsys):
 def test_every_command_is_understood(command, tmp_path, monkeypatch):
     words = shlex.split(command, comments=True)
     if words[0] == "pip" or words[1:3] == ["-m", "pytest"]:
-        assert words in (["pip", "install", "-r", "requirements.txt"], ["python", "-m", "pytest"])
+        cpu = ["pip", "install", "torch", "--index-url", "https://download.pytorch.org/whl/cpu"]
+        assert words in (cpu, ["pip", "install", "-r", "requirements.txt"], ["python", "-m", "pytest"])
         return
     assert words[0] == "python" and os.path.exists(os.path.join(ROOT, words[1]))
     program, arguments = words[1], words[2:]
@@ -109,7 +111,7 @@ def literal_flags(program):
 
 def test_every_flag_that_is_named_exists():
     parsers = "".join(module.build_parser().format_help() for module in (config, bench, plot))
-    known = {"--resume", "--noise-rise", *re.findall(r"--[a-z-]+", parsers)}
+    known = {"--resume", "--noise-rise", "--index-url", *re.findall(r"--[a-z-]+", parsers)}
     known |= literal_flags("convert.py") | literal_flags("tools/compare.py")
     known |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
     for page, text in PAGES.items():
@@ -170,9 +172,21 @@ def test_tables_come_from_the_committed_files(capsys):
         printed.append(capsys.readouterr().out.strip())
         assert printed[-1] in PAGES[page]
     # The README shows some rows of each; the first table is that of its quick start.
-    lines = "\n".join(printed).splitlines()
-    rows = [line for line in README.splitlines() if line.startswith("| ") and "±" in line]
-    assert len(rows) >= 14 and set(rows) <= set(lines)
+    lines = [line.split() for line in "\n".join(printed).splitlines()]
+    rows = [line.split() for line in README.splitlines() if line.startswith("| ") and "±" in line]
+    assert len(rows) >= 14 and all(row in lines for row in rows)
+
+
+def test_the_headline_can_be_typed():
+    """The options of the README's command are those of the committed run, whose training file had 14,000 rows."""
+    (command,) = [line for line in COMMANDS if "--max-train 14000" in line]
+    typed, _ = config.parse_args(shlex.split(command)[2:])
+    with open(os.path.join(ROOT, "results", "xnli-e5", "w8-pt-static-s0.json"), encoding="utf-8") as file:
+        committed = json.load(file)
+    assert f"python convert.py {typed.model}" in README and committed["train_examples"] == typed.max_train
+    options = json.loads(json.dumps(dataclasses.asdict(typed)))  # tuples become lists
+    for name in {*committed["config"]} & {*options} - {"model", "max_train", "precision", "analyze", "out"}:
+        assert committed["config"][name] == options[name], name
 
 
 # ----------------------------------------------------------------------------------- extending.md
