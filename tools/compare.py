@@ -269,9 +269,8 @@ def score_cells(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[st
             worst = worst_language(mine, "")
             cells[f"{task.name} ({', '.join(task.metrics)}; worst)"] = f"{cell}; {worst}" if worst else "-"
         elif task.zero_shot:
-            cells[task.train_language] = format_mean([row["score"] for row in mine])
-            means = [row["zero_shot_mean"] for row in mine]
-            cells["zero-shot"] = format_mean([mean for mean in means if mean is not None])
+            for title, key in ((task.train_language, "score"), ("zero-shot", "zero_shot_mean")):
+                cells[title] = format_mean(row[key] for row in mine if row[key] is not None)
             cells["worst"] = worst_language(mine, task.train_language) or "-"
         else:
             title = f"{task.name} ({', '.join(task.metrics)})"

@@ -50,7 +50,9 @@ def read_config(out: str) -> TrainConfig:
     try:
         with open(os.path.join(out, "config.json"), encoding="utf-8") as file:
             options = json.load(file)
-        config = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        config = TrainConfig(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k != "contents"}
+        )
     except (OSError, ValueError, TypeError, AttributeError):
         raise UserError(f"{out} holds no run of train.py: name the --out of one") from None
     if config.row.head != "sequence":
