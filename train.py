@@ -314,7 +314,7 @@ def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
     if not tags:
         in_file_order = np.argsort(evaluation_order(dataset))
         predictions, labels = predictions[in_file_order], labels[in_file_order]
-        found = scores(dataset.metrics, predictions, labels, dataset.queries)
+        found = scores(dataset.metrics, predictions, labels)
         if "correct" in found:  # which rows, for paired differences
             found["correct_rows"] = np.packbits(predictions == labels).tobytes().hex()
         return found

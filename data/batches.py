@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from common import Progress
-from data.glue import Example
 from data.slots import Names, Sentence
 from data.tasks import Task, load
 from data.tokenizer import PAD, Encoder
@@ -42,7 +41,6 @@ class Dataset:
     slots: tuple[str, ...] = ()  # the names of the tags
     # (N,) int64: index of each row's first token of type 1, or the length of a row that has none.
     second: np.ndarray | None = None
-    queries: np.ndarray | None = None  # (N,) int64: the number of each row's query, where they are ranked
     pad: int = PAD  # the id of padding
     pairs: bool = False  # whether a row has two texts
     cut: int = 0  # rows that were cut to the longest length
@@ -56,7 +54,7 @@ class Dataset:
     @cached_property
     def sha256(self) -> str:
         """Of everything that training or evaluation reads."""
-        parts = (self.ids, self.starts, self.labels, self.tags, self.second, self.queries)
+        parts = (self.ids, self.starts, self.labels, self.tags, self.second)
         each = [part is not None and hashlib.sha256(part.tobytes()).hexdigest() for part in parts]
         return hashlib.sha256(repr((each, self.slots)).encode()).hexdigest()
 
@@ -92,9 +90,7 @@ def encode_split(
     """
     examples = load(task, split, language, folder)
     if limit is not None and limit < len(examples):
-        size = 1 if split == "train" else task.together
-        blocks = np.arange(len(examples) // size * size) // size
-        examples = draw(examples, limit, query_numbers(examples) if "ndcg" in task.metrics else blocks)
+        examples = draw(examples, limit, 1 if split == "train" else task.together)
     if task.names is not None:
         names = task.names(folder)
         dataset = encode_sentences(examples, names, tokenizer, max_length, task.head == "token")
@@ -104,8 +100,6 @@ def encode_split(
         second = None if examples[0].text_b is None else [example.text_b for example in examples]
         labels = np.array([example.label for example in examples], dtype=np.float32 if task.regression else np.int64)
         dataset = encode_texts(tokenizer, first, second, max_length, labels)
-        if "ndcg" in task.metrics:
-            dataset.queries = query_numbers(examples)
     return replace(dataset, pad=tokenizer.pad_id, metrics=task.metrics)
 
 
@@ -142,22 +136,14 @@ def cut_note(datasets: list[Dataset], of: str, max_length: int) -> str:
     return f"{what} {share:.0f} % of them" if cut else ""
 
 
-def query_numbers(examples: list[Example]) -> np.ndarray:
-    """(N,) from 1: the number of each row's query, its first text. Rows of one query follow each other."""
-    first = [example.text_a for example in examples]
-    return np.cumsum([a != b for a, b in zip(first, [None, *first], strict=False)])
-
-
-def draw(examples: list, limit: int, blocks: np.ndarray) -> list:
-    """At most `limit` random examples in their order, as whole blocks.  blocks: the number of each row's block; rows
-    beyond the last are left out.
+def draw(examples: list, limit: int, size: int) -> list:
+    """At most `limit` random examples in their order, in whole groups of `size` that follow each other.
 
     The seed is fixed: where languages are translations of each other, all get the same rows.
     """
-    _, which, sizes = np.unique(blocks, return_inverse=True, return_counts=True)
-    order = np.random.default_rng(0).permutation(len(sizes))
-    count = max(1, int((np.cumsum(sizes[order]) <= limit).sum()))
-    return [examples[i] for i in np.flatnonzero(np.isin(which, order[:count]))]
+    order = np.random.default_rng(0).permutation(len(examples) // size)
+    chosen = np.sort(order[: max(1, limit // size)])
+    return [example for group in chosen for example in examples[group * size : (group + 1) * size]]
 
 
 def encode_sentences(

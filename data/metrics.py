@@ -1,4 +1,4 @@
-"""Metrics of predictions: the five in which GLUE's tasks are reported, and two more.
+"""Metrics of predictions: the five in which GLUE's tasks are reported, and the macro-F1.
 
 Each takes arrays of N predictions and N labels and returns a float. Where a metric is not defined (a constant
 prediction has no correlation) it is 0.0, never NaN, so that one collapsed run does not spoil a mean over tasks or
@@ -105,30 +105,6 @@ def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
     return pearson(ranks(predictions), ranks(labels))
 
 
-def ndcg(predictions: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> float:
-    """Normalized discounted cumulative gain, the mean over queries (Jarvelin and Kekalainen 2002).
-
-        DCG = sum_r gain_r / log2(r + 1)         r = 1, 2, ..: rows by falling prediction
-
-    gain: the label, from 0 to 4. Divided by the DCG of the best order. Rows with equal predictions share the mean of
-    their gains, as in scikit-learn; queries with one row are left out, as in XGLUE's script. queries: (N,) a number for
-    each row; the rows of a query stand together.
-
-    Labels 1 and 3 with one prediction: (2 / 1 + 2 / 1.585) / (3 / 1 + 1 / 1.585)
-    >>> round(ndcg(np.array([2, 2]), np.array([1, 3]), np.array([0, 0])), 4)
-    0.8984
-    """
-    found = []
-    for rows in np.split(np.arange(len(labels)), np.flatnonzero(np.diff(queries)) + 1):
-        if len(rows) > 1:
-            gains, discounts = labels[rows].astype(float), 1 / np.log2(np.arange(len(rows)) + 2)
-            _, which = np.unique(-predictions[rows], return_inverse=True)
-            shared = np.bincount(which, gains) / np.bincount(which)  # the mean gain of each prediction
-            best = np.sort(gains)[::-1] @ discounts
-            found.append(shared[np.sort(which)] @ discounts / best if best else 0.0)
-    return float(np.mean(found)) if found else 0.0
-
-
 def ranks(values: np.ndarray) -> np.ndarray:
     """(N,) -> (N,): the rank of each value from 1; equal values share the mean of their ranks.
 
@@ -144,13 +120,11 @@ def has_spread(values: np.ndarray) -> bool:
     return len(values) > 0 and bool(np.isfinite(values).all()) and values.min() < values.max()
 
 
-METRICS = {each.__name__: each for each in (accuracy, f1, macro_f1, matthews, pearson, spearman, ndcg)}
+METRICS = {each.__name__: each for each in (accuracy, f1, macro_f1, matthews, pearson, spearman)}
 REGRESSION = ("pearson", "spearman")
 
 
-def scores(
-    metrics: tuple[str, ...], predictions: np.ndarray, labels: np.ndarray, queries: np.ndarray | None = None
-) -> dict:
+def scores(metrics: tuple[str, ...], predictions: np.ndarray, labels: np.ndarray) -> dict:
     """The evaluation of one test set: each metric in %, and
 
     score       the mean of the metrics, by which epochs and models are compared (as in GLUE)
@@ -164,8 +138,7 @@ def scores(
     """
     if len(predictions) != len(labels):
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
-    more = {"ndcg": (queries,)}
-    found = {name: 100 * METRICS[name](predictions, labels, *more.get(name, ())) for name in metrics}
+    found = {name: 100 * METRICS[name](predictions, labels) for name in metrics}
     found["score"] = sum(found[name] for name in metrics) / len(metrics)
     found["total"] = len(labels)
     if not set(metrics) & set(REGRESSION):

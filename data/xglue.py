@@ -7,7 +7,6 @@
     nc      category of a news item   one text     accuracy
     qadsm   query and advertisement   two texts    accuracy
     qam     question and passage      two texts    accuracy
-    wpr     query and web page        two texts    nDCG per query
 
 One row of the table XGLUE describes each. Two readers serve all: of token files, with a word and its tag in each line
 and an empty line after each sentence, and of tab-separated rows. A class is known by its name in the file, never by a
@@ -97,16 +96,6 @@ XGLUE = {
         texts=(("question",), ("passage",)),
         header=("question", "passage", "label"),
         in_file=("0", "1"),
-    ),
-    "wpr": Layout(
-        places=("WPR/xglue.wpr.{language}.{split}",),
-        languages=("en", "de", "es", "fr", "it", "pt", "zh"),
-        labels=("bad", "fair", "good", "excellent", "perfect"),
-        texts=(("query",), ("title", "snippet")),
-        header=("query", "title", "snippet", "label"),
-        in_file=("0", "1", "2", "3", "4"),
-        metrics=("ndcg",),
-        reported=("accuracy",),
     ),
 }
 

@@ -113,7 +113,7 @@ def test_digest_of_a_dataset_is_that_of_all_that_is_read():
         return Dataset(**{"ids": np.arange(4), "starts": np.array([0, 2, 4]), "labels": np.array([0, 1])} | parts)
 
     others = dict(ids=np.arange(1, 5), starts=np.array([0, 1, 4]), labels=np.array([1, 0]), tags=np.zeros(4))
-    others |= dict(second=np.array([1, 1]), queries=np.array([1, 1]), slots=("O",))
+    others |= dict(second=np.array([1, 1]), slots=("O",))
     digests = [make().sha256, *(make(**{name: part}).sha256 for name, part in others.items())]
     assert len(set(digests)) == len(digests) and make().sha256 == make().sha256
 

@@ -392,7 +392,7 @@ def test_a_task_of_glue_is_unpacked_where_it_is_read(tmp_path, capsys, monkeypat
 def test_pins_are_complete():
     glue = [fetch.DATASETS[task] for task in GLUE if task != "mrpc"]
     xglue = fetch.DATASETS["xglue"], fetch.DATASETS["pawsx"]
-    assert len(xglue[0][0].members) == 21 and len(xglue[1][0].members) == 9
+    assert len(xglue[0][0].members) == 18 and len(xglue[1][0].members) == 9
     assert set(xglue[0][0].members) < set(xglue[0][0].optional)
     for remotes in (fetch.XNLI, *xglue, *fetch.MODELS.values(), *glue):
         for file in remotes:

@@ -11,7 +11,6 @@ import pytest
 import train
 from common import UserError
 from data.batches import IGNORE, cut_long, encode_split
-from data.metrics import ndcg
 from data.slots import Sentence, runs, spans, token_scores
 from data.tasks import TASKS, file_paths, find_task, languages_of, load
 from data.tokenizer import Tokenizer
@@ -36,8 +35,6 @@ def write_task(root, name, rows=40):
             if not layout.texts:
                 lines += [f"{word} {rng.choice(layout.labels)}" for word in text[0].split()] + [""]
                 continue
-            if name == "wpr":
-                text[0] = f"query {i // 4}"
             spelled = layout.in_file or layout.labels
             columns = len(layout.header or range(4))
             lines.append("\t".join([*text[: columns - 1], spelled[i % len(spelled)]]))
@@ -150,7 +147,6 @@ def tokens(name, path):
         ("pos", "\n\n", "has no rows"),
         ("qam", "a\tb\t1\na\t1\n", "line 2: 2 columns, the layout has 3"),
         ("qam", "a\tb\tyes\n", "line 1: unknown label 'yes'; known: 0 1"),
-        ("wpr", "a\tb\tc\t5\n", "line 1: unknown label '5'"),
         ("pawsx", "id\tsentence1\tsentence2\n", "line 1: no column 'label'"),
         ("nc", "", "has no rows"),
     ],
@@ -198,55 +194,15 @@ def tokenizer(tokenizer_bytes):
     return Tokenizer(tokenizer_bytes)
 
 
-def test_encoded_tags_and_queries(tmp_path, tokenizer):
+def test_encoded_tags(tmp_path, tokenizer):
     folder = write_task(tmp_path, "pos")
     dataset = encode_split(find_task("pos"), "test", "de", folder, tokenizer, 64)
     examples = load(find_task("pos"), "test", "de", folder)
     tagged = [UPOS[i] for i in dataset.tags if i != IGNORE]
     assert tagged == [tag for sentence in examples for tag in sentence.tags] and dataset.slots == UPOS
-    folder = write_task(tmp_path, "wpr")
-    dataset = encode_split(find_task("wpr"), "test", "de", folder, tokenizer, 64)
-    assert dataset.queries.tolist() == [1] * 4 + [2] * 4 + [3] * 4
-    part = encode_split(find_task("wpr"), "test", "de", folder, tokenizer, 64, limit=9)  # whole queries
-    assert np.bincount(part.queries).tolist() == [0, 4, 4]
 
 
 # ----------------------------------------------------------------------------------------- metrics
-def test_ndcg_is_the_mean_over_all_orders_of_ties():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        size = rng.integers(2, 6)
-        predictions, labels = rng.integers(0, 3, size), rng.integers(0, 5, size)
-        gains = []
-        for order in itertools.permutations(range(size)):
-            if all(predictions[a] >= predictions[b] for a, b in itertools.pairwise(order)):
-                gains.append(sum(labels[row] / np.log2(rank + 2) for rank, row in enumerate(order)))
-        best = sum(gain / np.log2(rank + 2) for rank, gain in enumerate(sorted(labels, reverse=True)))
-        expected = np.mean(gains) / best if best else 0.0
-        assert ndcg(predictions, labels, np.zeros(size)) == pytest.approx(expected)
-
-
-def test_ndcg_of_several_queries():
-    """Queries of one row are left out; equal numbers apart are another query."""
-    predictions, labels = np.array([1, 0, 4, 0, 3]), np.array([2, 1, 0, 0, 3])
-    one = ndcg(predictions[:2], labels[:2], np.array([0, 0]))
-    two = ndcg(predictions[3:], labels[3:], np.array([0, 0]))
-    assert one == two == 1.0
-    assert ndcg(predictions, labels, np.array([7, 7, 8, 7, 7])) == 1.0
-    assert ndcg(predictions[[0, 1, 3, 4]], labels[[1, 0, 3, 4]], np.array([7, 7, 8, 8])) == pytest.approx(
-        (1 + (1 + 2 / np.log2(3)) / (2 + 1 / np.log2(3))) / 2
-    )
-    assert ndcg(predictions[2:3], labels[2:3], np.array([0])) == 0.0
-
-
-def test_ndcg_against_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics")
-    rng = np.random.default_rng(1)
-    predictions, labels, queries = rng.integers(0, 5, 400), rng.integers(0, 5, 400), np.repeat(np.arange(50), 8)
-    each = [metrics.ndcg_score([labels[queries == q]], [predictions[queries == q]]) for q in range(50)]
-    assert ndcg(predictions, labels, queries) == pytest.approx(np.mean(each))
-
-
 def iob1(tags):
     """The same spans with I- at the beginning, and B- only between touching spans of one type (CoNLL-2003)."""
     found = []
