@@ -441,6 +441,19 @@ def test_scales_of_cores_are_trained(tmp_path, tiny_config):
     assert moved == len(scales) > 20
 
 
+def test_steps_on_one_batch_lower_the_loss(tmp_path, tiny_config):
+    """Of a teacher, and of an 8-bit student with other weights."""
+    options = "--epochs 20 --student-epochs 20 --lr 1e-2 --student-lr 1e-2 --precision float32"
+    made, data = small_run(tmp_path, *options.split()), small_data()
+    teacher, student = (build_model(replace(tiny_config, dropout=0.0)) for _ in range(2))
+    train.train(teacher, None, data, made, "fp32")
+    prepare(student, QuantConfig())
+    train.train(student, teacher.requires_grad_(False), data, made, "sdq")
+    for method in ("fp32", "sdq"):
+        losses = [record["loss"] for record in steps_of(tmp_path, method)]
+        assert len(losses) == 20 and losses[-1] < 0.7 * losses[0]
+
+
 # --------------------------------------------------------------------------------------- evaluation
 @pytest.fixture
 def flights():
@@ -571,18 +584,6 @@ def test_default_folder_is_the_same_on_every_processor(tmp_path, monkeypatch):
     assert expected in os.listdir("out")
 
 
-def test_it_learns(tmp_path):
-    """The negations of the sample are easy to find: the teacher must learn them, the student keep
-    them.
-    """
-    common = ["--epochs", "12", "--lr", "3e-3", "--methods", "fp32", "sdq"]
-    assert run(tmp_path, *common) == 0
-    losses = [r["loss"] for r in steps_of(tmp_path, "fp32")]
-    assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
-    student = [r["task"] for r in steps_of(tmp_path, "sdq")]
-    assert sum(student[-6:]) <= 1.2 * sum(losses[-6:])
-
-
 def test_ablations_of_a_converted_checkpoint(tmp_path, capsys):
     """Each option of an ablation must run, and each must change the loss."""
     folder = tmp_path / "hf"
@@ -666,7 +667,7 @@ def test_mini_reads_real_data_when_it_is_named(tmp_path, capsys):
     ("options", "real_thing"),
     [
         ("--recipe kd --steps 2 --max-train 60 --max-eval 9", "convert.py xlmr-base"),
-        ("--recipe tt --steps 12 --max-eval 9", "data/fetch.py atis"),
+        ("--recipe tt --hidden 64 --steps 6 --max-eval 9", "data/fetch.py atis"),
     ],
 )
 def test_recipes_run_offline(options, real_thing, tmp_path, capsys, nothing_downloaded):
@@ -735,12 +736,14 @@ def test_report_is_of_the_integer_model(tmp_path, monkeypatch):
         model.head.out_proj.bias.data += torch.tensor([1e3, 0.0, 0.0])
         return model
 
+    options = ["--methods", "fp32", "ptq", "--steps", "1"]
+    assert run(tmp_path, *options, out="sound") == 0
     to_integer = train.to_integer
     monkeypatch.setattr(train, "to_integer", broken)
-    assert run(tmp_path, "--methods", "fp32", "ptq", "--epochs", "3", "--check-student") == 0
-    found = results(tmp_path)["methods"]
-    assert found["ptq"]["languages"]["en"]["correct"] == 1  # a third of three
-    assert found["ptq"]["student"]["languages"] == found["fp32"]["languages"]
+    assert run(tmp_path, *options, "--check-student") == 0
+    found = results(tmp_path)["methods"]["ptq"]
+    assert found["languages"]["en"]["correct"] == 1  # a third of three
+    assert found["student"]["languages"] == results(tmp_path, "sound")["methods"]["ptq"]["languages"]
 
 
 @pytest.mark.parametrize("bits", ["8", "32"])
@@ -1010,12 +1013,11 @@ def test_every_method_on_the_sample_of_atis(tmp_path, capsys):
     assert f"| {accuracy:.2f} |" in capsys.readouterr().out.replace("  ", " ")
 
 
-def test_it_learns_the_sample_of_atis(tmp_path):
-    """Well above the most frequent intent and no slot at all."""
-    options = "--methods fp32 --epochs 15 --lr 2e-3 --hidden 64 --tt-rank 8 --batch-size 8".split()
-    assert joint(tmp_path, *options) == 0
-    entry = results(tmp_path)["methods"]["fp32"]["languages"]["en"]
-    assert entry["accuracy"] > 45 and entry["slot_f1"] > 45
+def test_steps_on_one_batch_of_atis_lower_the_loss(tmp_path):
+    options = "--methods fp32 --max-train 8 --epochs 20 --lr 1e-2 --dropout 0 --tt-rank 8 --precision float32"
+    assert joint(tmp_path, *options.split()) == 0
+    losses = [record["loss"] for record in steps_of(tmp_path, "fp32")]
+    assert len(losses) == 20 and losses[-1] < 0.9 * losses[0]
 
 
 def test_snips_has_the_same_layout(tmp_path):
