@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, SMALL, log_of, random_ids, results, run
-from test_kill import end, needs_gloo, start
+from test_kill import end, ends_soon, needs_fork, needs_gloo, start, start_two
 
 import parallel
 from config import TrainConfig
@@ -29,7 +29,7 @@ def make_batch(head):
     tags = None
     if head in ("token", "joint"):
         tags = torch.randint(3, ids.shape).masked_fill(~mask | (torch.rand(ids.shape) < 0.3), IGNORE)
-        tags[:, 0] = 1  # every sentence has a word
+        tags[:, 0] = 1  # every sentence has a tagged word
     return Batch(ids, mask, torch.randint(3, (len(LENGTHS),)), int(mask.sum()), tags)
 
 
@@ -38,8 +38,11 @@ def make_batch(head):
 @pytest.mark.parametrize("distill", ["logits", "+".join(name for name in LOSSES if name != "logits")])
 def test_parts_add_up_to_the_batch(processes, accumulate, head, distill, models, monkeypatch):
     """Also if there are fewer rows (7) than parts (10)."""
-    teacher, student = (with_head(model, head, 3, 3).eval() for model in models)
-    student.head.load_state_dict(copy.deepcopy(teacher.head.state_dict()))
+    teacher = with_head(models[0], head, 3, 3).eval()
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():  # not quantized: another order of additions may flip a rounding
+            parameter.add_(0.05 * torch.randn_like(parameter))
     config, batch = TrainConfig(distill=distill), make_batch(head)
     whole = sdq_loss(student, teacher, batch, config, 0)
     sum(whole.values()).backward()
@@ -61,7 +64,7 @@ def test_parts_add_up_to_the_batch(processes, accumulate, head, distill, models,
     assert found == pytest.approx({name: term.item() for name, term in whole.items()}, rel=1e-5, abs=1e-6)
     gradients = [p.grad.to_dense() for p in student.parameters() if p.grad is not None]
     for one, two in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+        assert (one - two).norm() <= 1e-4 * two.norm() + 1e-5
 
 
 def test_one_part_is_the_batch_itself():
@@ -70,87 +73,80 @@ def test_one_part_is_the_batch_itself():
     assert part is batch and shares == {}
 
 
-def losses(tmp_path, out):
-    return [(r["method"], r["step"], r["loss"], r["norm"]) for r in log_of(tmp_path, out) if "loss" in r]
+def test_gather_is_the_inverse_of_mine(monkeypatch):
+    monkeypatch.setattr(parallel, "world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        shares.append(list(parallel.mine(range(7))))
+    monkeypatch.setattr(parallel.dist, "all_gather_object", lambda found, own: found.__setitem__(slice(3), shares))
+    assert parallel.gather(shares[0]) == list(range(7)) and len(shares[0]) == 3
 
 
-OPTIONS = ["--methods", "fp32", "qat", "sdq", "--steps", "50", "--student-steps", "8", "--epochs", "9"]
-OPTIONS += ["--student-epochs", "9", "--dropout", "0", "--noise", "1"]
+OPTIONS = "--methods fp32 qat sdq --languages de --steps 3 --eval-every 2 --bits 8 --dropout 0 --noise 1".split()
 
 
-def same_run(tmp_path, out, whole):
-    """Losses of every step within 1e-5, of students 2e-3 (a last bit can turn a rounding); accuracies within a row."""
-    for (*one, loss, norm), (*two, expected, its) in zip(losses(tmp_path, out), losses(tmp_path, whole), strict=True):
-        assert one == two and loss == pytest.approx(expected, abs=1e-5 if one[0] == "fp32" else 2e-3), one
-        assert norm == pytest.approx(its, rel=5e-2)
-    rows, others = results(tmp_path, out)["methods"], results(tmp_path, whole)["methods"]
+def same_run(one, two):
+    """Losses of the first steps within 1e-4, of students 1e-2 (a last bit can turn a rounding)."""
+    steps, others = ([r for r in log_of(folder) if "loss" in r] for folder in (one, two))
+    assert len(steps) == 9
+    for step, other in zip(steps, others, strict=True):
+        assert (step["method"], step["step"], step["tokens"]) == (other["method"], other["step"], other["tokens"])
+        assert step["loss"] == pytest.approx(other["loss"], abs=1e-4 if step["method"] == "fp32" else 1e-2)
+        assert step["norm"] == pytest.approx(other["norm"], rel=0.1)
+    rows, others = (results(folder)["methods"] for folder in (one, two))
     for method, row in rows.items():
-        for language, test in row["languages"].items():
-            assert abs(test["correct"] - others[method]["languages"][language]["correct"]) <= 1
-            assert test["total"] == others[method]["languages"][language]["total"]
+        totals = [{name: test["total"] for name, test in each["languages"].items()} for each in (row, others[method])]
+        assert totals[0] == totals[1]
 
 
-def test_accumulation_gives_the_same_losses(tmp_path):
-    assert run(tmp_path, *OPTIONS, out="whole/run") == 0
-    assert run(tmp_path, *OPTIONS, "--accumulate", "3", out="parts/run") == 0
-    same_run(tmp_path, "parts/run", "whole/run")
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    assert run(folder, *OPTIONS) == 0
+    return folder
+
+
+def test_accumulation_gives_the_same_losses(one_process, tmp_path):
+    assert run(tmp_path, *OPTIONS, "--accumulate", "3") == 0
+    same_run(tmp_path, one_process)
 
 
 # ---------------------------------------------------------------------------------- two processes
-def torchrun(tmp_path, out, *options, processes=2):
-    """A process that runs train.py under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [os.path.join(ROOT, "train.py"), *SMALL, "--epochs", "1", "--threads", "1", *options]
-    command += ["--out", str(tmp_path / out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
+@needs_fork
 @needs_gloo
-def test_two_processes_train_as_one(tmp_path):
-    process = torchrun(tmp_path, "two/run", *OPTIONS)
-    assert run(tmp_path, *OPTIONS, out="one/run") == 0
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
+def test_two_processes_train_as_one(one_process, tmp_path):
+    assert ends_soon(start_two(str(tmp_path), *OPTIONS)) == [0, 0]
+    output = (tmp_path / "output.txt").read_text()
     assert output.count("training examples") == 1 and "2 processes, 1 threads" in output
     assert "UserWarning" not in output
-    same_run(tmp_path, "two/run", "one/run")
-    assert sorted(os.listdir(tmp_path / "two" / "run")) == sorted(os.listdir(tmp_path / "one" / "run"))
+    same_run(tmp_path, one_process)
+    assert sorted(os.listdir(tmp_path / "run")) == sorted(os.listdir(one_process / "run"))
 
 
 @needs_gloo
-def test_stopped_processes_continue(tmp_path):
-    """SIGTERM to torchrun, which passes it on: a state is saved, and as many processes continue bit for bit."""
-    options = [*OPTIONS, "--steps", "300", "--noise", "0.5", "--methods", "fp32"]
-    whole = torchrun(tmp_path, "whole/run", *options)
-    output = whole.communicate(timeout=200)[0]
-    assert whole.returncode == 0, output
-    process = torchrun(tmp_path, "run", *options)
-    while not (tmp_path / "run" / "log.jsonl").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode != 0 and (tmp_path / "run" / "state.pt").exists(), output
-    again = torchrun(tmp_path, "run", *options, "--resume")
-    output = again.communicate(timeout=200)[0]
-    assert again.returncode == 0 and "continues after step" in output, output
-    assert losses(tmp_path, "run") == losses(tmp_path, "whole/run")
-
-
-@needs_gloo
-def test_processes_end_if_torchrun_was_killed(tmp_path):
-    process = torchrun(tmp_path, "run", *OPTIONS, "--steps", "4000", "--epochs", "4000")
-    while not (tmp_path / "run" / "log.jsonl").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
-    process.kill()
-    output = process.communicate(timeout=60)[0]  # ends when both have closed their output
-    assert output.count("torchrun is gone") == 2 and (tmp_path / "run" / "state.pt").exists(), output
+def test_processes_of_torchrun_save_a_state(tmp_path):
+    """SIGTERM to torchrun, which passes it on; then as many processes continue, until it is killed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [os.path.join(ROOT, "train.py"), *SMALL, *"--threads 1 --methods fp32 --epochs 4000".split()]
+    command += ["--out", str(tmp_path / "run")]
+    log, lines = tmp_path / "run" / "log.jsonl", 0
+    for sent, more in ((signal.SIGTERM, []), (signal.SIGKILL, ["--resume"])):
+        process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while not log.exists() or log.read_text().count("\n") <= lines:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        process.send_signal(sent)
+        output = process.communicate(timeout=60)[0]  # ends when all have closed their output
+        assert process.returncode != 0, output
+        lines, step = log.read_text().count("\n"), log_of(tmp_path)[-1]["step"]
+        state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+        assert state["progress"][:2] == ["fp32", step], output
+    assert "continues after step" in output and output.count("torchrun is gone") == 2, output
 
 
 # ---------------------------------------------------------------------------------------- SIGTERM
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@needs_fork
 def test_sigterm_saves_a_state(tmp_path):
     folder = str(tmp_path)
     child = start(folder, "--steps", "4000", "--eval-every", "4000")
