@@ -15,6 +15,11 @@ OURS = ("fp32", "fake-quantized", "int8 dynamic", "int8 static")
 SMALL = "--layers 1 --hidden 64 --rounds 2 --device cpu".split()
 
 
+@pytest.fixture(autouse=True)
+def without_pauses(monkeypatch):
+    monkeypatch.setattr(bench.time, "sleep", lambda seconds: None)
+
+
 def bench_to_json(tmp_path, *options):
     path = tmp_path / "figures.json"
     assert bench.main([*options, *SMALL, "--json", str(path)]) == 0

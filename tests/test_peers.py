@@ -9,9 +9,11 @@ from conftest import SAMPLE
 
 import checkpoint
 import train
+from checkpoint import load_checkpoint
 from data.tokenizer import SPECIALS, WORDPIECE_MAGIC
 from model import PRESETS, build_model
 from tools import peers
+from tools.backends import random_sequences, relative_error
 from tools.compare import METHOD_ORDER
 from tools.compare import main as compare
 
@@ -85,9 +87,19 @@ def test_what_is_no_finished_run(finished, tmp_path, capsys):
 def test_libraries_lose_little(name, finished, monkeypatch):
     for package in peers.NEEDS[name]:
         pytest.importorskip(package)
+    (teacher,) = (finished.parent / "teachers").iterdir()
+    exact, ids = load_checkpoint(str(teacher)), random_sequences(8, 20, 1000)
+    errors, evaluate = [], peers.evaluate_languages
+
+    def measured(method, model, *rest):
+        with torch.no_grad():
+            errors.append(relative_error(model(ids, None, None)[0], exact(ids)[0]))
+        return evaluate(method, model, *rest)
+
+    monkeypatch.setattr(peers, "evaluate_languages", measured)
     monkeypatch.setattr(peers, "is_installed", lambda package: package in peers.NEEDS[name])
     assert peers.main([str(finished)]) == 0
     found = rows_of(finished)
-    for language, row in found[name]["languages"].items():
-        assert abs(row["score"] - found["fp32"]["languages"][language]["score"]) < 10
+    assert len(errors) == 1 and 0 < errors[0] < 0.3
+    assert {language: row["total"] for language, row in found[name]["languages"].items()} == {"en": 60, "de": 60}
     assert found[name]["size_bytes"] < found["fp32"]["size_bytes"] / 2
