@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import chain
 
 from checkpoint import WEIGHTS_DIR, default_keep
 from common import UserError, flag
@@ -370,7 +371,7 @@ def rules(config: TrainConfig, task: Task) -> Iterator[tuple[object, str]]:
     own = not task.train_language
     yield (
         own and not config.data_dir,
-        f"--task {task.name} needs --data-dir DIR, which holds train.tsv, dev.tsv and test.tsv",
+        f"--task {task.name} needs --data-dir DIR, which holds {', '.join(chain(*task.files.values()))}",
     )
     language = f"--train-language {config.train_language}"
     yield config.train_language and not own, f"{language}: {task.name} is trained on {task.train_language}, drop it"

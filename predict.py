@@ -28,6 +28,7 @@ import torch
 from checkpoint import read_student, tokenizer_of
 from common import UserError, choose_device, exit_status
 from data.batches import IGNORE, Dataset, cut_note, encode_sentences, encode_texts, evaluation_batches, evaluation_order
+from data.files import refuse_utf16
 from data.slots import Names, Sentence
 from data.tokenizer import Encoder
 from int8 import integer_model
@@ -152,6 +153,7 @@ def encode(student: Student, texts: list[str | tuple[str, str]]) -> Dataset:
 def lines_of(path: str) -> Iterator[tuple[str | tuple[str, str], str]]:
     """(text or pair, what is wrong) of each line of a file, or of standard input for "-"; ("", "") of a blank line."""
     with open(0 if path == "-" else path, "rb") as file:
+        refuse_utf16(file, path)
         for number, line in enumerate(file, start=1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from common import UserError
 
@@ -38,9 +38,7 @@ def open_text(path: str, fetch: str) -> Iterator[TextIO]:
     open_file = lzma.open if found.endswith(".xz") else open
     try:
         with open_file(found, "rt", encoding="utf-8-sig", newline="\n") as file:
-            start = file.buffer.peek(20)[:20]
-            if b"\0" in start or start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise UserError(f"{found} is UTF-16: save it as UTF-8")
+            refuse_utf16(file.buffer, found)
             yield file
     except UnicodeDecodeError as error:
         raise UserError(f"{found} is not UTF-8 text (byte {error.start}){again}") from None
@@ -48,6 +46,12 @@ def open_text(path: str, fetch: str) -> Iterator[TextIO]:
         raise UserError(f"{found} is damaged{again}") from None
     except OSError as error:
         raise UserError(f"cannot read {found}: {error.strerror}") from None
+
+
+def refuse_utf16(file: BinaryIO, path: str) -> None:
+    start = file.peek(20)[:20]
+    if b"\0" in start or start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path} is UTF-16: save it as UTF-8")
 
 
 def read_tsv(

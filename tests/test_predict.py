@@ -101,7 +101,9 @@ def test_one_bad_line_does_not_lose_the_others(student, pairs, tmp_path, capsys)
 def test_mistakes_are_one_line(student, tmp_path, capsys):
     _, path = student
     file = tmp_path / "texts.tsv"
-    file.write_bytes(b"\xff\xfe")
+    for text in ("a\tb\n".encode("utf-16"), "a\tb\n".encode("utf-16-be")):
+        file.write_bytes(text)
+        assert predict.main([path, str(file)]) == 2 and "is UTF-16: save it as UTF-8" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert predict.main([path, str(file), "--device", "cuda"]) == 2 and "no CUDA" in capsys.readouterr().err
     assert predict.main([path, str(tmp_path / "none")]) == 2 and "none" in capsys.readouterr().err
