@@ -539,7 +539,7 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Source, Data]:
         encode_split(task, for_selection, language, *how, config.max_eval),
         tests,
     )
-    print("\n".join(facts(config, task, folder, source, data)))
+    print(*facts(config, task, folder, source, data), sep="\n")
     if config.distill in LAYERWISE and "sdq" in config.methods:  # too few steps? before training
         steps = total_steps(config, len(data.train), student=True)
         layer_schedule(config, source.config.num_layers, steps)
@@ -576,9 +576,7 @@ def run_recipe(config: TrainConfig, resume: bool) -> None:
     if any("errors" in row for row in methods.values()):
         print(f"\n{analysis_tables(methods)}")
     print(
-        "\n".join(
-            ["", report_table(run.results), "", *caveats(run.results), f"wrote {run.out}/results.json, report.md"]
-        )
+        "", report_table(run.results), "", *caveats(run.results), f"wrote {run.out}/results.json, report.md", sep="\n"
     )
     print(f"{clock(time.monotonic() - started)} in all")
 
@@ -683,7 +681,7 @@ def evaluate_file(config: TrainConfig) -> None:
     row |= {"size_bytes": os.path.getsize(config.eval), "train_seconds": 0}
     name = f"{read.notes.get('method')} W{quant.weight_bits}A{quant.act_bits}"
     results = {"config": asdict(config), "methods": {name: row}, "languages": list(tests)}
-    print("\n".join(["", report_table(results), "", *caveats(results)]))
+    print("", report_table(results), "", *caveats(results), sep="\n")
     print(f"{kind}, {hardware(device)}, {torch.get_num_threads()} threads; ", end="")
     print(f"{clock(time.monotonic() - started)} in all")
 
