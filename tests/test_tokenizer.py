@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import GOLDEN, ROOT, TOKENIZER
+from conftest import GOLDEN, TOKENIZER
 
 from common import UserError
 from data.tokenizer import BOS, EOS, UNK, Tokenizer, WordTokenizer, load_tokenizer, longest_first
@@ -181,19 +181,16 @@ def test_a_list_of_words_too_large_raises(words, monkeypatch):
         load_tokenizer(words.bytes)
 
 
-ORACLES = os.path.join(os.path.dirname(ROOT), "shared")
-
-
 def test_the_real_xlmr_model():
-    """XLM-R's own SentencePiece model, if it and the reference ids are there."""
-    model = os.path.join(ORACLES, "data", "xlmr", "sentencepiece.bpe.model")
-    if not os.path.exists(model):
-        pytest.skip("XLM-R's SentencePiece model is not here")
-    tokenizer = Tokenizer.from_file(model)
+    """XLM-R's own SentencePiece model, and ids of fairseq and Hugging Face."""
+    folder = os.environ.get("SDQ_XLMR")
+    if not folder:
+        pytest.skip("SDQ_XLMR names no folder with XLM-R's SentencePiece model and reference ids")
+    tokenizer = Tokenizer.from_file(os.path.join(folder, "sentencepiece.bpe.model"))
     assert tokenizer.vocab_size == 250_002 and tokenizer.mask_id == 250_001
-    with open(os.path.join(ORACLES, "oracles", "fairseq_hf_oracle.json")) as file:
+    with open(os.path.join(folder, "fairseq_hf_oracle.json")) as file:
         for case in json.load(file):
             assert tokenizer.encode(case["text"]) == case["ids_with_specials"], case["text"]
-    with open(os.path.join(ORACLES, "oracles", "xlmr_fairseq_oracle.json")) as file:
+    with open(os.path.join(folder, "xlmr_fairseq_oracle.json")) as file:
         for case in json.load(file)["cases"]:
             assert tokenizer.encode(case["text"])[1:-1] == case["ids"], case["text"]

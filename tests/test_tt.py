@@ -547,7 +547,7 @@ def test_quantized_layer_equals_explicit_arithmetic(bits, act_range):
         expected = middle @ B.T + layer.bias
         for mode in (True, False):
             y = found.train(mode)(x)
-            assert (y - expected).abs().max() < 0.02 * expected.std()  # a rounding may flip
+            assert (y - expected).abs().max() < 0.2 * expected.std()  # a rounding of A or B may flip
             assert (y - expected).abs().median() < 1e-5
 
 
