@@ -5,8 +5,6 @@ import lzma
 import os
 import random
 import re
-import subprocess
-import sys
 import unicodedata
 from collections import Counter
 from dataclasses import fields, replace
@@ -89,15 +87,14 @@ def test_splits_share_no_premise_sentence():
         assert not one & other
 
 
-def test_errors(tmp_path):
+def test_errors(tmp_path, capsys):
     with pytest.raises(UserError, match="multiple of 3"):
         mini.generate(str(tmp_path), train=100)
     blocked = tmp_path / "file"
     blocked.write_text("")
-    command = [sys.executable, mini.__file__, "--out", str(blocked)]
-    run = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr.startswith("error: cannot write") and run.stderr.count("\n") == 1
+    assert mini.main(["--out", str(blocked)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot write") and error.count("\n") == 1
     with pytest.raises(ValueError, match="15 cells"):
         mini.read_lexicon("name eve someone : Eve ; Eve")
     line = "name eve someone : " + " ; ".join(["Eve"] * 15)

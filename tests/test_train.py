@@ -32,7 +32,7 @@ from data.tasks import find_task, load, read_own
 from data.tokenizer import WordPieceTokenizer, WordTokenizer
 from distill import LAYERWISE, LOSSES, LayerSchedule, layer_mean, logits_loss
 from lsq import LearnedScale
-from model import ModelConfig, build_model, initialize, with_head
+from model import ModelConfig, build_model, initialize
 from prepare import prepare
 from quant import QuantConfig
 from run import Data, Run
@@ -974,13 +974,6 @@ def test_a_saved_student_is_evaluated_again(tmp_path, bert, capsys):
     assert f"{row['score']:.2f}" in capsys.readouterr().out
     model, tokenizer = load_student(student)
     assert tokenizer.typed and model.config.type_vocab_size == 2
-
-
-def test_a_sequence_head_starts_from_the_pooler(bert):
-    pretrained = load_checkpoint(bert)
-    tuned = with_head(pretrained, "sequence", 2)
-    assert torch.equal(tuned.head.dense.weight, pretrained.head.dense.weight)
-    assert tuned.head.dense.weight is not pretrained.head.dense.weight
 
 
 # -------------------------------------------------------------------- the command line: joint tasks
