@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from conftest import ROOT, SMALL, log_of, random_ids, results, run
-from test_kill import end, ends_soon, needs_fork, needs_gloo, start, start_two
+from test_kill import end, ends_soon, needs_fork, needs_gloo, start, start_two, wait_until
 
 import parallel
 from config import TrainConfig
@@ -124,37 +123,54 @@ def test_two_processes_train_as_one(one_process, tmp_path):
     assert sorted(os.listdir(tmp_path / "run")) == sorted(os.listdir(one_process / "run"))
 
 
-@needs_gloo
-def test_processes_of_torchrun_save_a_state(tmp_path):
-    """SIGTERM to torchrun, which passes it on; then as many processes continue, until it is killed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [os.path.join(ROOT, "train.py"), *SMALL, *"--threads 1 --methods fp32 --epochs 4000".split()]
-    command += ["--out", str(tmp_path / "run")]
-    log, lines = tmp_path / "run" / "log.jsonl", 0
-    for sent, more in ((signal.SIGTERM, []), (signal.SIGKILL, ["--resume"])):
-        process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        while not log.exists() or log.read_text().count("\n") <= lines:
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.05)
-        process.send_signal(sent)
-        output = process.communicate(timeout=60)[0]  # ends when all have closed their output
-        assert process.returncode != 0, output
-        lines, step = log.read_text().count("\n"), log_of(tmp_path)[-1]["step"]
-        state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-        assert state["progress"][:2] == ["fp32", step], output
-    assert "continues after step" in output and output.count("torchrun is gone") == 2, output
+def wait_for_steps(tmp_path, process):
+    log = tmp_path / "run" / "log.jsonl"
+    wait_until(lambda: log.exists() and log.read_text(), [process])
 
 
-# ---------------------------------------------------------------------------------------- SIGTERM
-@needs_fork
-def test_sigterm_saves_a_state(tmp_path):
-    folder = str(tmp_path)
-    child = start(folder, "--steps", "4000", "--eval-every", "4000")
-    while not (tmp_path / "run" / "log.jsonl").exists():
-        time.sleep(0.01)
-    os.kill(child, signal.SIGTERM)
-    assert end(child) == TERMINATED
+def check_state(tmp_path):
+    """The state of an unfinished run is that of the last step in its log."""
     last = log_of(tmp_path)[-1]["step"]
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert state["progress"][:2] == ["fp32", last] and last < 4000
+
+
+LONG = "--methods fp32 --epochs 4000 --steps 4000 --eval-every 4000".split()
+
+
+@needs_gloo
+def test_torchrun_passes_sigterm_on(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [os.path.join(ROOT, "train.py"), *SMALL, *LONG, "--threads", "1", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_steps(tmp_path, process.pid)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0, output
+    check_state(tmp_path)
+
+
+@needs_fork
+@needs_gloo
+def test_processes_end_if_torchrun_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    torchrun = os.fork()
+    if not torchrun:
+        start_two(str(tmp_path), *LONG)
+        signal.pause()
+    wait_for_steps(tmp_path, torchrun)
+    os.kill(torchrun, signal.SIGKILL)
+    assert end(torchrun) == -signal.SIGKILL
+    output = tmp_path / "output.txt"
+    wait_until(lambda: output.read_text().count("torchrun is gone; stopped by SIGTERM") == 2, [])
+    check_state(tmp_path)
+
+
+@needs_fork
+def test_sigterm_saves_a_state(tmp_path):
+    child = start(str(tmp_path), *LONG)
+    wait_for_steps(tmp_path, child)
+    os.kill(child, signal.SIGTERM)
+    assert end(child) == TERMINATED
+    check_state(tmp_path)
     assert "stopped by SIGTERM" in (tmp_path / "output.txt").read_text()
