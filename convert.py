@@ -41,19 +41,10 @@ from checkpoint import (
     save_atomically,
     tokenizer_of,
 )
-from common import UserError, atomic_write, check_writable, exit_status, write_json
+from common import UserError, atomic_write, check_writable, exit_status, write_json, write_text
 from data.fetch import MODELS, fetch_model
-from data.tokenizer import (
-    BOS,
-    EOS,
-    MAX_MODEL_BYTES,
-    Encoder,
-    Tokenizer,
-    WordPieceTokenizer,
-    WordTokenizer,
-    load_tokenizer,
-)
-from data.tokenizer_json import read_tokenizer_json
+from data.tokenizer import BOS, EOS, Encoder, Tokenizer, WordPieceTokenizer, WordTokenizer, load_tokenizer
+from data.tokenizer_json import read_tokenizer_json, tokenizer_json
 from model import PRESETS, Model, ModelConfig
 
 TOKENIZER_FILE = "sentencepiece.bpe.model"
@@ -236,11 +227,36 @@ def read_bin(path: str) -> dict[str, Tensor]:
 
 def read_folder(folder: str) -> tuple[dict[str, Tensor], dict | None, bytes]:
     """A Hugging Face folder -> (tensors, config.json or None, the bytes of the tokenizer)."""
-    folder = snapshot_of(folder)
+    folder = encoder_folder(snapshot_of(folder))
+    names = sorted(os.listdir(folder))
+    if adapter := [name for name in names if name.startswith(("adapter_config.", "adapter_model."))]:
+        raise UserError(
+            f"{folder}/{adapter[0]}: merge the adapter first (peft: model.merge_and_unload()), save the model"
+        )
     settings = read_json(os.path.join(folder, "config.json"))
     if settings is not None:
         config_from_json(settings)  # a wrong kind of model is named before its files are missed
-    return read_weights(folder), settings, read_tokenizer(folder).bytes
+    elif inner := [name for name in names if "model_type" in (read_json(f"{folder}/{name}/config.json") or {})]:
+        raise UserError(f"{folder} has no config.json; give one of the folders in it that have: {' '.join(inner)}")
+    tensors, tokenizer = read_weights(folder), read_tokenizer(folder)
+    for name in filter(re.compile(r"sentence_.+_config\.json").fullmatch, names):
+        if (read_json(f"{folder}/{name}") or {}).get("do_lower_case") and not getattr(tokenizer, "lower", False):
+            raise UserError(f"{folder}/{name}: do_lower_case is true, but the tokenizer keeps capitals")
+    return tensors, settings, tokenizer.bytes
+
+
+def encoder_folder(folder: str) -> str:
+    """The folder itself, or of sentence-transformers' modules that of the first, the encoder. Prints what else is there."""
+    modules = [each for each in read_json(f"{folder}/modules.json", list) or [] if isinstance(each, dict)]
+    if not modules:
+        return folder
+    encoder = snapshot_of(os.path.normpath(os.path.join(folder, str(modules[0].get("path")))))
+    more = read_json(f"{encoder}/sentence_bert_config.json") or {}
+    more |= read_json(f"{folder}/config_sentence_transformers.json") or {}
+    left_out = [str(each.get("type")).rpartition(".")[2] for each in modules[1:]]
+    left_out += [f"{key} {more[key]}" for key in ("max_seq_length", "prompts") if more.get(key)]
+    print(f"sentence-transformers: the encoder is {encoder}; not converted: {', '.join(left_out) or 'nothing'}")
+    return encoder
 
 
 def snapshot_of(folder: str) -> str:
@@ -308,7 +324,9 @@ def read_tokenizer(folder: str) -> Encoder:
     if path := real_file(folder, TOKENIZER_FILE):
         return refuse_added(path, Tokenizer.from_file(path), added)
     if path := real_file(folder, VOCAB_FILE):
-        return refuse_added(path, read_wordpiece(path, settings), added)
+        with open(path, "rb") as file:
+            tokenizer = WordPieceTokenizer.from_vocab(file.read(), check_wordpiece(settings, default=True), path)
+        return refuse_added(path, tokenizer, added)
     if path := real_file(folder, TOKENIZER_JSON):
         tokenizer, more = read_tokenizer_json(path)
         if isinstance(tokenizer, WordPieceTokenizer) and check_wordpiece(settings, tokenizer.lower) != tokenizer.lower:
@@ -319,8 +337,8 @@ def read_tokenizer(folder: str) -> Encoder:
     raise UserError(f"no tokenizer in {folder}: no {TOKENIZER_FILE}, {VOCAB_FILE} or {TOKENIZER_JSON}")
 
 
-def read_json(path: str) -> dict | None:
-    """The object in a JSON file; None if there is no such file."""
+def read_json(path: str, kind: type = dict) -> dict | None:
+    """The object (or the list) in a JSON file; None if there is no such file."""
     if not os.path.isfile(path):
         return None
     try:
@@ -328,8 +346,8 @@ def read_json(path: str) -> dict | None:
             settings = json.load(file)
     except (ValueError, RecursionError):
         settings = None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} is not a JSON object")
+    if not isinstance(settings, kind):
+        raise UserError(f"{path} is not a JSON {'object' if kind is dict else 'list'}")
     return settings
 
 
@@ -339,15 +357,6 @@ def refuse_added(path: str, tokenizer: Encoder, added: list[str]) -> Encoder:
         if not tokenizer.has_piece(token):
             raise UserError(f"{path}: {token[:50]!r} was added to its vocabulary, which is not implemented")
     return tokenizer
-
-
-def read_wordpiece(path: str, settings: dict) -> WordPieceTokenizer:
-    """vocab.txt, and whether capitals and accents are dropped.  settings: of tokenizer_config.json."""
-    if os.path.getsize(path) > MAX_MODEL_BYTES:
-        raise UserError(f"{path}: {os.path.getsize(path):,} bytes can't be a vocabulary")
-    lower = check_wordpiece(settings, default=True)
-    with open(path, "rb") as file:
-        return WordPieceTokenizer.from_vocab(file.read(), lower, path)
 
 
 def check_wordpiece(settings: dict, default: bool) -> bool:
@@ -374,10 +383,11 @@ def check_settings(path: str, settings: dict, expected: dict[str, tuple]) -> Non
     """Raises UserError for a setting with a value that this code does not implement."""
     for key, known in expected.items():
         if key in settings and settings[key] not in known:
-            supported = ", ".join(str(value) for value in known if value not in (None, []))
-            raise UserError(f"{path}: {key} is {settings[key]!r}; supported: {supported or 'none'}")
+            supported = ", ".join(str(value) for value in known if value not in (None, [], {}))
+            raise UserError(f"{path}: {key} is {settings[key]!r:.99}; supported: {supported or 'none'}")
 
 
+IDENTITY = "torch.nn.modules.linear.Identity"
 CONFIG_NAMES = {  # here -> in config.json
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -398,8 +408,12 @@ def config_from_json(settings: dict) -> ModelConfig:
         "hidden_act": ("gelu",),
         "position_embedding_type": ("absolute", None),
         "is_decoder": (False, None),  # a decoder attends to earlier tokens only
+        "auto_map": (None, {}),  # the model's own code
+        "quantization_config": (None, {}),
+        "sbert_ce_default_activation_function": (None, IDENTITY),  # of a CrossEncoder's logits
     }
     check_settings("config.json", settings, expected)
+    check_settings("config.json", settings.get("sentence_transformers") or {}, {"activation_fn": (None, IDENTITY)})
     bert = settings.get("model_type") == "bert"
     names = {**CONFIG_NAMES, "max_tokens": "max_position_embeddings"}
     if bert:  # BERT's first files lack these two; Hugging Face assumes the same
@@ -481,8 +495,7 @@ def convert_tensors(name: str, tensors: dict[str, Tensor], settings: dict | None
 
 def label_names(settings: dict, count: int) -> list[str]:
     """The names of a head's classes by id; LABEL_0, LABEL_1, ... as Hugging Face has it where config.json has none."""
-    names = settings.get("id2label")
-    names = names if isinstance(names, dict) else {}
+    names = settings.get("id2label") or {}
     return [" ".join(str(names.get(str(i), f"LABEL_{i}")).split()) for i in range(count)]
 
 
@@ -520,12 +533,22 @@ def find_head(tensors: dict[str, Tensor], family: Family, settings: dict) -> dic
         last, head = "classifier.out_proj.weight", "sequence"
     elif any(key.startswith("lm_head.") for key in tensors):
         bare = "mlm"
-    if last in tensors:
-        return {"head": head, "num_labels": (*tensors[last].shape, 0)[0]}
-    return {"head": bare, "num_labels": 0}
+    if last not in tensors:
+        return {"head": bare, "num_labels": 0}
+    count = (*tensors[last].shape, 0)[0]
+    known = [kind + CLASSES[head] for kind in ("XLMRoberta", "Roberta", "Bert")]
+    found, names = settings.get("architectures"), settings.get("id2label")
+    if found and not set(known) & set(found):
+        raise UserError(f"config.json: architectures is {found}; for these tensors supported: {', '.join(known)}")
+    if names and set(names) != {str(i) for i in range(count)}:
+        raise UserError(f"config.json names {len(names)} classes in id2label, the head has {count}")
+    kinds = (None, "regression" if count == 1 else "single_label_classification")  # None: one of these, as here
+    check_settings("config.json", settings, {"problem_type": kinds})
+    return {"head": head, "num_labels": count}
 
 
 # ----------------------------------------------------------------------------------------- export
+HEADS = {"none": "encoder without a head", "pooler": "encoder with a pooler", "mlm": "masked language model"}
 CLASSES = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
 
 
@@ -552,7 +575,7 @@ def export(path: str, folder: str) -> None:
     for source, target in key_table(config).items():
         prefix = "" if source.startswith("classifier.") else family.prefix
         tensors[prefix + source] = ours[target]
-    bert, wordpiece = family is BERT, isinstance(tokenizer, WordPieceTokenizer)
+    bert = family is BERT
     settings = {
         "architectures": [("Bert" if bert else "XLMRoberta") + CLASSES[config.head]],
         "model_type": "bert" if bert else "xlm-roberta",
@@ -563,18 +586,20 @@ def export(path: str, folder: str) -> None:
         "id2label": dict(enumerate(labels)),
         "label2id": {label: i for i, label in enumerate(labels)},
     }
-    if wordpiece:
+    if isinstance(tokenizer, WordPieceTokenizer):
         kind = {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lower}
+        name, vocabulary = VOCAB_FILE, "\n".join(tokenizer.pieces) + "\n"
     else:
         settings |= {"bos_token_id": BOS, "eos_token_id": EOS}
-        kind = {"tokenizer_class": "XLMRobertaTokenizer"}
+        # Not XLMRobertaTokenizer, nor a sentencepiece.bpe.model: of either transformers makes a unigram tokenizer.
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+        kind |= {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
+        kind |= {"unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
+        name, vocabulary = TOKENIZER_JSON, json.dumps(tokenizer_json(tokenizer), ensure_ascii=False)
     kind["model_max_length"] = config.max_tokens
     write_safetensors(tensors, os.path.join(folder, "model.safetensors"))
     write_json(os.path.join(folder, SETTINGS), kind)
-    name = VOCAB_FILE if wordpiece else TOKENIZER_FILE
-    vocabulary = "\n".join(tokenizer.pieces).encode() + b"\n" if wordpiece else tokenizer.bytes
-    with atomic_write(os.path.join(folder, name)) as file:
-        file.write(vocabulary)
+    write_text(os.path.join(folder, name), vocabulary)
     write_json(os.path.join(folder, "config.json"), settings)  # last: now the folder is a model
     print(f"wrote {folder}: config.json, model.safetensors, {name}, tokenizer_config.json")
 
@@ -626,7 +651,8 @@ def run(name: str, folder: str | None, out: str | None) -> None:
     count = sum(tensor.numel() for tensor in payload["tensors"].values())
     config, labels = payload["config"], payload["notes"]["labels"].replace("\t", ", ")
     named = f" ({labels})" if labels else ""
-    print(f"wrote {out}: {config['head']} head{named}, {count:,} parameters, {size / 1e6:,.1f} MB")
+    head = HEADS.get(config["head"], config["head"] + " head")
+    print(f"wrote {out}: {head}{named}, {count:,} parameters, {size / 1e6:,.1f} MB")
     standard = os.path.abspath(out) == os.path.join(WEIGHTS_DIR, name + ".pt")
     task = "rte" if load_tokenizer(payload["tokenizer"].numpy().tobytes()).typed else "xnli"
     print(f"next: python train.py --task {task} --model {name if standard else out}")

@@ -422,8 +422,8 @@ def find_model(name: str) -> str:
     path = name if is_path else os.path.join(checkpoint.WEIGHTS_DIR, name + ".pt")
     if os.path.isfile(path):
         return path
-    if is_path or name not in PRESETS:
-        known = " ".join(PRESETS)
+    if is_path or name not in {*PRESETS, *MODELS}:
+        known = " ".join(MODELS)
         raise UserError(f"no model {name!r}: give a .pt file of convert.py, 'scratch', or one of: {known}")
     how = name if name in MODELS else f"{name} --from DIR"
     raise UserError(f"no weights for {name} yet: make them with 'python convert.py {how}'")

@@ -83,8 +83,6 @@ class Tokenizer(Encoder):
     def from_file(cls, path: str) -> "Tokenizer":
         if not os.path.isfile(path):
             raise UserError(f"no tokenizer at {path}: give a SentencePiece .model file")
-        if os.path.getsize(path) > MAX_MODEL_BYTES:
-            raise UserError(f"{path}: {os.path.getsize(path):,} bytes can't be a SentencePiece model")
         with open(path, "rb") as file:
             return cls(file.read(), path)
 

@@ -55,7 +55,7 @@ def change(folder, **tensors):
 
 def test_converted_file(folder, capsys):
     status, output, out = run(folder, capsys)
-    assert status == 0 and "mlm head" in output.out
+    assert status == 0 and "masked language model, " in output.out
     payload = read_checkpoint(str(out))
     with open(TOKENIZER, "rb") as file:
         assert payload["tokenizer"].numpy().tobytes() == file.read()
@@ -128,7 +128,7 @@ def test_bare_encoder(folder, capsys):
     bare = {k.removeprefix("roberta."): t for k, t in state.items() if not k.startswith("lm_head")}
     torch.save(bare, path)
     status, output, out = run(folder, capsys)
-    assert status == 0 and "none head" in output.out
+    assert status == 0 and ": encoder without a head, " in output.out
     assert load_checkpoint(str(out))(torch.zeros(1, 3, dtype=torch.long))[0].shape == (1, 3, 32)
 
 
@@ -303,12 +303,16 @@ def test_bert_with_a_classifier(bert, capsys, expected):
 def test_bert_with_a_pooler(bert, capsys, expected):
     without(bert, "classifier.")
     status, output, out = run(bert, capsys)
-    assert status == 0 and "pooler head" in output.out
+    assert status == 0 and ": encoder with a pooler, " in output.out
     bert_parity(out, expected, "pooler")
 
 
 def test_bert_with_a_token_head(bert, capsys, expected):
     without(bert, "bert.pooler.")
+    rejected(bert, capsys, "architectures is ['BertForSequenceClassification']; for these tensors supported: ")
+    settings = json.loads((bert / "config.json").read_text())
+    del settings["architectures"]
+    (bert / "config.json").write_text(json.dumps(settings))
     status, output, out = run(bert, capsys)
     assert status == 0 and "token head" in output.out
     bert_parity(out, expected, "token_logits")
@@ -326,8 +330,58 @@ def test_bert_with_a_token_head_and_an_unused_pooler(bert, capsys, expected):
 def test_bert_without_pooler_and_classifier(bert, capsys, expected):
     without(bert, "bert.pooler.", "classifier.")
     status, output, out = run(bert, capsys)
-    assert status == 0 and "none head" in output.out
+    assert status == 0 and ": encoder without a head, " in output.out
     bert_parity(out, {**expected, "last": expected["hidden"][-1]}, "last")
+
+
+@pytest.mark.parametrize("kind", ["XLMRoberta", "Bert"])
+def test_heads_that_mean_something_else(request, capsys, kind):
+    """A head of classes is kept only if config.json says that its logits are those of one class out of several."""
+    folder = request.getfixturevalue("folder" if kind == "XLMRoberta" else "bert")
+    if kind == "XLMRoberta":  # the tensors of a token head, which are those of multiple choice, too
+        lm_head = ("bias", "dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias", "decoder.weight")
+        change(folder, **{f"lm_head.{name}": None for name in (*lm_head, "decoder.bias")})
+        change(folder, classifier__weight=torch.zeros(3, 32), classifier__bias=torch.zeros(3))
+        right, wrong = "XLMRobertaForTokenClassification", "XLMRobertaForSequenceClassification"
+    else:
+        right, wrong = "BertForSequenceClassification", "BertForNextSentencePrediction"
+    path = folder / "config.json"
+    good = json.loads(path.read_text()) | {"architectures": [right]}
+    names, identity = {str(i): f"class {i}" for i in range(4)}, "torch.nn.modules.linear.Identity"
+    sigmoid = "torch.nn.modules.activation.Sigmoid"
+    for values, message in (
+        ({"problem_type": "multi_label_classification"}, "problem_type is 'multi_label_classification'"),
+        ({"problem_type": "regression"}, "problem_type is 'regression'; supported: single_label_classification"),
+        ({"architectures": [f"{kind}ForMultipleChoice"]}, f"architectures is ['{kind}ForMultipleChoice']"),
+        ({"architectures": [wrong]}, f"architectures is ['{wrong}']; for these tensors supported: "),
+        ({"architectures": [right + "WithExtras"]}, "WithExtras']; for these tensors supported: "),
+        ({"id2label": names}, "config.json names 4 classes in id2label, the head has 3"),
+        ({"id2label": {"1": "a", "2": "b", "3": "c"}}, "config.json names 3 classes in id2label"),
+        ({"auto_map": {"AutoModel": "modeling.Other"}}, "auto_map is {'AutoModel': 'modeling.Other'}"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is {'quant_method': 'gptq'}"),
+        ({"sbert_ce_default_activation_function": sigmoid}, "sbert_ce_default_activation_function is"),
+        ({"sentence_transformers": {"activation_fn": sigmoid}}, f"activation_fn is '{sigmoid}'"),
+    ):
+        path.write_text(json.dumps({**good, **values}))
+        rejected(folder, capsys, message)
+    for values in (
+        {"problem_type": "single_label_classification", "dtype": "float32", "transformers_version": "5.24.0"},
+        {"problem_type": None, "auto_map": {}, "quantization_config": None, "architectures": None},
+        {"sbert_ce_default_activation_function": identity, "sentence_transformers": {"activation_fn": identity}},
+        {"id2label": None},
+    ):
+        path.write_text(json.dumps({**good, **values}))
+        assert run(folder, capsys)[0] == 0, values
+
+
+def test_one_label_is_regression(bert, capsys):
+    change(bert, classifier__weight=torch.zeros(1, 16), classifier__bias=torch.zeros(1))
+    settings = json.loads((bert / "config.json").read_text()) | {"id2label": {"0": "LABEL_0"}}
+    for problem in ("regression", None):
+        (bert / "config.json").write_text(json.dumps(settings | {"problem_type": problem}))
+        assert run(bert, capsys)[0] == 0
+    (bert / "config.json").write_text(json.dumps(settings | {"problem_type": "multi_label_classification"}))
+    rejected(bert, capsys, "problem_type is 'multi_label_classification'; supported: regression", out="no.pt")
 
 
 def test_pretraining_heads_and_old_names(bert, capsys, expected):
@@ -349,7 +403,7 @@ def test_pretraining_heads_and_old_names(bert, capsys, expected):
     del settings["layer_norm_eps"], settings["pad_token_id"]  # Google's own files have neither
     (bert / "config.json").write_text(json.dumps(settings))
     status, output, out = run(bert, capsys)
-    assert status == 0 and "pooler head" in output.out
+    assert status == 0 and ": encoder with a pooler, " in output.out
     bert_parity(out, expected, "pooler")
     state["bert.embeddings.LayerNorm.weight"] = torch.ones(16)
     torch.save(state, path)
@@ -437,7 +491,7 @@ def test_real_minilm(capsys, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     out = str(tmp_path / "minilm.pt")
     assert convert.main(["minilm", "--from", folder, "--out", out]) == 0
-    assert "pooler head, 22,713,216 parameters" in capsys.readouterr().out
+    assert "encoder with a pooler, 22,713,216 parameters" in capsys.readouterr().out
     model = load_checkpoint(out)
     assert {**vars(model.config), "head": "mlm"} == vars(PRESETS["minilm"])
     tokenizer = Tokenizer.from_payload(read_checkpoint(out), out, model.config.vocab_size)

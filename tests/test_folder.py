@@ -2,11 +2,13 @@
 classifier keeps its head; an exported student comes back. golden_folder: make_golden_folder.py.
 """
 
+import hashlib
 import json
 import os
 import resource
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,12 +18,14 @@ from conftest import GOLDEN, ROOT, SAMPLE, TOKENIZER
 import convert
 import train
 from checkpoint import float_model, load_checkpoint, read_checkpoint, read_student
-from data.tasks import NLI_LABELS, match_labels, own_labels, read_own
+from common import UserError
+from data.tasks import NLI_LABELS, XNLI_LANGUAGES, find_task, load, match_labels, own_labels, read_own
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import read_tokenizer_json
 
 FOLDER = os.path.join(ROOT, "tests", "golden_folder")
 BERT = os.path.join(ROOT, "tests", "golden_bert")
+MINI_DATA = os.path.join(ROOT, "data", "mini")
 
 
 @pytest.fixture
@@ -91,7 +95,6 @@ def test_other_tokenizers_are_named(folder, capsys):
         path.write_text(json.dumps({**good, part: {**(good[part] or {}), **values}}))
         return error_of(folder, capsys)
 
-    assert "is a BPE tokenizer" in changed("model", type="BPE")
     assert "is a WordLevel tokenizer" in changed("model", type="WordLevel")
     assert '"Lowercase"' in changed("normalizer", type="Lowercase")
     assert "ByteLevel" in changed("pre_tokenizer", type="ByteLevel")
@@ -178,6 +181,62 @@ def test_names_with_a_prefix(folder, prefix):
     torch.save({"state_dict": wrapped, "epoch": 3}, folder / "pytorch_model.bin")
     again = read_checkpoint(converted(folder, "again"))["tensors"]
     assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
+
+
+def test_an_encoder_of_sentence_transformers(folder, tmp_path, capsys):
+    """modules.json names the folder of the encoder, and what else the model has."""
+    expected = read_checkpoint(converted(folder))["tensors"]
+    root = tmp_path / "model"
+    shutil.copytree(folder, root / "0_Transformer")
+    os.mkdir(root / "1_Pooling")
+    (root / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 16}')
+    assert "in it that have: 0_Transformer\n" in error_of(root, capsys)
+    kinds = {"0_Transformer": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (root / "modules.json").write_text(json.dumps(modules))
+    (root / "config_sentence_transformers.json").write_text('{"prompts": {"query": "query: "}}')
+    (root / "0_Transformer" / "sentence_bert_config.json").write_text('{"max_seq_length": 128, "do_lower_case": false}')
+    capsys.readouterr()
+    again = read_checkpoint(converted(root, "again"))["tensors"]
+    assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
+    line = capsys.readouterr().out.splitlines()[0]
+    assert (
+        f"the encoder is {root}/0_Transformer; not converted: Pooling, Normalize, max_seq_length 128, prompts" in line
+    )
+    for path in ("", "."):  # the encoder lies beside modules.json
+        shutil.copy(root / "modules.json", folder)
+        modules[0]["path"] = path
+        (folder / "modules.json").write_text(json.dumps(modules[:1]))
+        converted(folder, "third")
+        assert "not converted: nothing" in capsys.readouterr().out
+    modules[0]["path"] = "elsewhere"
+    (root / "modules.json").write_text(json.dumps(modules))
+    assert f"no folder {root}/elsewhere" in error_of(root, capsys)
+    (root / "modules.json").write_text("{}")
+    assert "modules.json is not a JSON list" in error_of(root, capsys)
+
+
+@pytest.mark.parametrize("name", ["sentence_bert_config.json", "sentence_xlm-roberta_config.json"])
+def test_texts_in_lower_case_for_sentence_transformers(folder, tmp_path, capsys, name):
+    (folder / name).write_text('{"do_lower_case": true}')
+    assert f"{name}: do_lower_case is true, but the tokenizer keeps capitals" in error_of(folder, capsys)
+    bert = shutil.copytree(BERT, tmp_path / "bert")
+    write(bert / "tokenizer_config.json", do_lower_case=True)
+    (bert / name).write_text('{"do_lower_case": true}')
+    converted(bert)  # an uncased model: nothing changes
+    write(bert / "tokenizer_config.json", do_lower_case=False)
+    assert "keeps capitals" in error_of(bert, capsys)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_is_named(folder, tmp_path, capsys, name):
+    (folder / name).write_text("{}")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / name).write_text("{}")
+    for each in (folder, alone):
+        error = error_of(each, capsys)
+        assert f"{name}: merge the adapter first" in error and "merge_and_unload()" in error
 
 
 # --------------------------------------------------------------------------------- true mistakes
@@ -365,10 +424,93 @@ def test_an_exported_student_comes_back(tmp_path, capsys, kind):
     read = read_student(student)
     expected = float_model(read._replace(quant=read.quant)).state_dict()
     assert all(torch.equal(expected[name], tensor) for name, tensor in again.state_dict().items())
+    assert not (target / "sentencepiece.bpe.model").exists()
     settings = json.loads((target / "config.json").read_text())
     assert settings["id2label"] == {str(i): name for i, name in enumerate(NLI_LABELS)}
     payload = read_checkpoint(str(tmp_path / "again.pt"))
-    assert payload["tokenizer"].numpy().tobytes() == read.vocabulary.numpy().tobytes()
+    before, after = (load_tokenizer(model.numpy().tobytes()) for model in (read.vocabulary, payload["tokenizer"]))
+    pairs = [(row.text_a, row.text_b) for row in load(find_task("xnli"), "test", "fr", SAMPLE)]
+    assert [before.encode(*pair) for pair in pairs] == [after.encode(*pair) for pair in pairs]
     capsys.readouterr()
     assert convert.main(["--export", student, str(target)]) == 2
     assert "holds a model already" in capsys.readouterr().err
+
+
+# The tokenizer.json of the built-in model, and the ids that transformers 5.24 (tokenizers 0.23.3) gave with it to the first
+# 40 pairs of each language of the built-in test set: SHA-256 of the file, and of the ids as JSON.
+FILE = "502ae7a6b4c174ade481f30bfb42771171e4f4cf22c4f8a9e246729db568db59"
+IDS = "bb921717ccb52be490e53bf813e5f28e70e30a6c6880ee5c842a39fed218857c"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A student of the built-in model, and the folder that it is exported to."""
+    out = tmp_path_factory.mktemp("mini")
+    common = ["--task", "xnli", "--data-dir", MINI_DATA, "--model", "mini", "--out", str(out / "run")]
+    small = ["--languages", "de", "--max-train", "8", "--max-eval", "6", "--steps", "1", "--device", "cpu"]
+    assert train.main([*common, *small, "--methods", "ptq"]) == 0
+    assert convert.main(["--export", str(out / "run" / "student.pt"), str(out / "hf")]) == 0
+    return str(out / "run" / "student.pt"), out / "hf"
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    rows = [load(find_task("xnli"), "test", language, MINI_DATA)[:40] for language in XNLI_LANGUAGES]
+    return [(row.text_a, row.text_b) for some in rows for row in some]
+
+
+def test_export_of_the_built_in_model(exported, pairs):
+    """Its SentencePiece model is of the type BPE, of which transformers would make a unigram model."""
+    student, folder = exported
+    assert len(pairs) == 600 and sorted(os.listdir(folder)) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest() == FILE
+    for tokenizer in (
+        load_tokenizer(read_student(student).vocabulary.numpy().tobytes()),
+        convert.read_tokenizer(folder),
+    ):
+        ids = [tokenizer.encode(*pair) for pair in pairs]
+        assert hashlib.sha256(json.dumps(ids).encode()).hexdigest() == IDS
+
+
+@pytest.mark.parametrize("kind", ["built in", "unigram", "wordpiece", "cased"])
+def test_transformers_gives_the_ids_and_logits_of_an_exported_student(exported, pairs, tmp_path, kind):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    student, folder = exported
+    if kind == "unigram":  # SentencePiece adds the scores of a text in float32, so that longer ones may tie
+        pairs = [(first[:20], second[:20]) for first, second in pairs]
+    if kind != "built in":
+        source = shutil.copytree(FOLDER if kind == "unigram" else BERT, tmp_path / "hf")
+        if kind == "cased":
+            write(source / "tokenizer_config.json", do_lower_case=False)
+        common = ["--task", "xnli", "--data-dir", SAMPLE, "--max-length", "32", "--methods", "ptq", "--steps", "1"]
+        assert train.main([*common, "--model", converted(source), "--out", str(tmp_path / "run")]) == 0
+        student, folder = str(tmp_path / "run" / "student.pt"), tmp_path / "exported"
+        assert convert.main(["--export", student, str(folder)]) == 0
+    read = read_student(student)
+    ours = load_tokenizer(read.vocabulary.numpy().tobytes())
+    theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
+    ids = [theirs(*pair)["input_ids"] for pair in pairs]
+    assert ids == [ours.encode(*pair) for pair in pairs]
+    if kind == "built in":
+        assert hashlib.sha256(json.dumps(ids).encode()).hexdigest() == IDS
+    model = float_model(read._replace(quant=replace(read.quant, act_bits=32)))
+    reference = transformers.AutoModelForSequenceClassification.from_pretrained(str(folder)).eval()
+    for pair in pairs[::60]:
+        inputs = theirs(*pair, max_length=30, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            logits, _ = model(inputs["input_ids"], types=inputs.get("token_type_ids"))
+            torch.testing.assert_close(logits, reference(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_export_that_fails_writes_nothing(exported, tmp_path, capsys, monkeypatch):
+    def fails(tokenizer):
+        raise UserError("ids differ")
+
+    monkeypatch.setattr(convert, "tokenizer_json", fails)
+    assert convert.main(["--export", exported[0], str(tmp_path / "hf")]) == 2
+    assert capsys.readouterr().err == "error: ids differ\n" and not (tmp_path / "hf").exists()

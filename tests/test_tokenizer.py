@@ -13,6 +13,7 @@ from conftest import GOLDEN, TOKENIZER
 
 from common import UserError
 from data.tokenizer import BOS, EOS, UNK, Tokenizer, WordTokenizer, load_tokenizer, longest_first
+from data.tokenizer_json import read_tokenizer_json, tokenizer_json
 
 
 def test_equals_hugging_face(tokenizer):
@@ -179,6 +180,79 @@ def test_a_list_of_words_too_large_raises(words, monkeypatch):
     monkeypatch.setattr("data.tokenizer.MAX_MODEL_BYTES", 10)
     with pytest.raises(UserError, match="can't be a list of words"):
         load_tokenizer(words.bytes)
+
+
+# -------------------------------------------------------------------------------- tokenizer.json
+TEXTS = ["The girl reads a book", "the  boys\tread two books", "Ｔhe ﬁrst ½ of the book", "ꙮꙮ bookꙮ", "", " a "] * 20
+
+
+def trained(tmp_path, kind, **options):
+    """A SentencePiece model of TEXTS."""
+    options = {"vocab_size": 60, "character_coverage": 0.98, "hard_vocab_limit": False, "minloglevel": 2} | options
+    prefix = str(tmp_path / "trained")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_prefix=prefix, model_type=kind, **options
+    )
+    return Tokenizer.from_file(prefix + ".model")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"normalization_rule_name": "identity"}, {"normalization_rule_name": "nfkc_cf"}]
+)
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_tokenizer_json_gives_the_same_ids(tmp_path, kind, options):
+    made = trained(tmp_path, kind, **options)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tokenizer_json(made)))
+    again, listed = read_tokenizer_json(str(path))
+    assert listed == ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] and again.vocab_size == made.vocab_size
+    want = [row.tolist() for row in made.encode_batch(TEXTS, TEXTS[::-1])]
+    assert [row.tolist() for row in again.encode_batch(TEXTS, TEXTS[::-1])] == want
+    # Hugging Face's library is not among the requirements.
+    library = pytest.importorskip("tokenizers", reason="tokenizers is not installed").Tokenizer.from_file(str(path))
+    assert [each.ids for each in library.encode_batch(list(zip(TEXTS, TEXTS[::-1], strict=True)))] == want
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("unigram", {"add_dummy_prefix": False}),
+        ("bpe", {"remove_extra_whitespaces": False}),
+        ("unigram", {"treat_whitespace_as_suffix": True}),
+        ("unigram", {"split_by_whitespace": False}),
+        ("bpe", {"byte_fallback": True, "vocab_size": 400}),
+        ("bpe", {"user_defined_symbols": ["<e1>"]}),
+        ("word", {}),
+    ],
+)
+def test_what_a_tokenizer_json_cannot_hold(tmp_path, kind, options):
+    with pytest.raises(UserError, match="can't hold|would differ"):
+        tokenizer_json(trained(tmp_path, kind, **options))
+
+
+def test_bpe_that_is_not_that_of_sentencepiece(tmp_path):
+    good = tokenizer_json(trained(tmp_path, "bpe"))
+    merges = good["model"]["merges"]
+    path = tmp_path / "tokenizer.json"
+    for changes in (
+        {"merges": merges[1:]},
+        {"merges": merges[:-1]},
+        {"merges": [*merges, merges[0]]},
+        {"fuse_unk": False},
+        {"ignore_merges": True},
+        {"byte_fallback": True},
+        {"dropout": 0.1},
+        {"end_of_word_suffix": "</w>"},
+    ):
+        path.write_text(json.dumps({**good, "model": good["model"] | changes}))
+        with pytest.raises(UserError, match="tokenizer.json: BPE with other rules or merges than SentencePiece's"):
+            read_tokenizer_json(str(path))
+    swapped = {"merges": [merges[1], merges[0], *merges[2:]]}  # this SentencePiece model has other scores
+    path.write_text(json.dumps({**good, "model": good["model"] | swapped}))
+    assert tokenizer_json(read_tokenizer_json(str(path))[0])["model"]["merges"] == swapped["merges"]
+    old = {"merges": [" ".join(pair) for pair in merges], "dropout": None, "ignore_merges": False}
+    path.write_text(json.dumps({**good, "model": good["model"] | old}))  # as the library wrote them before
+    assert read_tokenizer_json(str(path))[0].vocab_size == len(good["model"]["vocab"])
 
 
 def test_the_real_xlmr_model():
