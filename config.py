@@ -318,8 +318,6 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, bool]:
     check(config)
     if config.eval and "max_length" in given:
         raise UserError("--max-length: --eval cuts texts where the student's training did, drop it")
-    if config.distill in LAYERWISE and "beta" in given:
-        raise UserError(f"--beta does nothing with --distill {config.distill}: drop it")
     return config, resume
 
 
@@ -413,15 +411,9 @@ def rules(config: TrainConfig, task: Task) -> Iterator[tuple[object, str]]:
         f"{kind} ranges need quantized activations: choose --act-bits 2 to 8, or --act-range dynamic",
     )
 
-    softened = config.temperature != 1.0
-    for name, given in (("label_smoothing", config.label_smoothing), ("temperature", softened)):
-        yield task.regression and given, f"{flag(name)} is for classes: {task.name} is a regression, drop it"
     distill, layerwise, sdq = f"--distill {config.distill}", config.distill in LAYERWISE, "sdq" in methods
     nothing = not layerwise and not any(config.loss_weights.values())
     yield sdq and nothing, f"{distill} has no loss with a weight, so sdq would be qat: use --methods fp32 ptq qat"
-    yield layerwise and config.task_weight != 1.0, f"--task-weight does nothing with {distill}: drop it"
-    without = sdq and not layerwise and "logits" not in config.loss_weights
-    yield softened and without, "--temperature softens the logits: distill them, too, or drop it"
 
 
 # Options that neither name a run nor keep it from being resumed. NOTE: threads, device and parts change the last bits of

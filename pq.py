@@ -93,8 +93,6 @@ class ProductQuantizer(UniformQuantizer):
     with block noise.
     """
 
-    averages = True  # a centroid's gradient is the mean over its blocks; False: the sum, as in fairseq's linear layers
-
     def __init__(self, config: QuantConfig, weight: Tensor, per_row: bool, multiplied: bool):
         super().__init__(config, weight, per_row, multiplied)
         self.shape = weight.shape
@@ -127,10 +125,9 @@ class ProductQuantizer(UniformQuantizer):
 
     def decode(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """The centroids of the rows' blocks, (.., N), differentiable."""
-        centroids = self.centroids
-        if self.averages:
-            each = centroids / self.counts.clamp(min=1)[:, None]
-            centroids = straight_through(each, centroids.detach().clone(), None, None)
+        # A centroid's gradient is the mean over its blocks. NOTE: differs: fairseq's linear layers have the sum.
+        each = self.centroids / self.counts.clamp(min=1)[:, None]
+        centroids = straight_through(each, self.centroids.detach().clone(), None, None)
         assignments = self.assignments.view(self.shape[0], -1)[rows]
         return F.embedding(assignments.int(), centroids).flatten(-2)
 

@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
             if not chunk:
                 break
         if failed:
-            raise UserError(f"{failed:,} lines could not be labelled, see above: in the output they are blank")
+            raise UserError(f"lines without a label, see above: {failed:,}; in the output they are blank")
 
     return exit_status(job)
 

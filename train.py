@@ -520,10 +520,10 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Source, Data]:
     print(introduction(config, task, folder))
     source, out = Source(config, folder), config.out or default_out(config)
     if config.max_length > (longest := source.config.max_tokens):
-        if config.max_length != usual(config).max_length:
-            text = f"--max-length {config.max_length}: {source.name} has {longest} positions; use {longest} or less"
-            raise UserError(text)
-        print(f"--max-length {longest} instead of {config.max_length}: {source.name} has no more positions")
+        text = f"{config.max_length}: {source.name} has {longest} positions"
+        if config.max_length != usual(config).max_length:  # typed
+            raise UserError(f"--max-length {text}; use {longest} or less")
+        print(f"--max-length {longest} instead of {text}")
         config = replace(config, max_length=longest)
     if config.precision == "auto":  # small models train in minutes: there the same bits on all CPUs are worth more
         bf16 = multiplies_bf16(device) and (device.type == "cuda" or source.config.hidden_size >= 256)

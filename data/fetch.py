@@ -4,7 +4,7 @@
     python data/fetch.py xglue          # XGLUE's other tasks, 0.9 GB; pawsx: PAWS-X alone, 30 MB
     python data/fetch.py atis           # downloads nothing: says where ATIS comes from (or snips)
     python data/fetch.py rte            # a task of GLUE: also cola sst2 stsb qqp mnli qnli
-    python data/fetch.py glue           # downloads nothing: which of GLUE's tasks are present
+    python data/fetch.py glue           # downloads nothing: which of GLUE's files are there
 
 A download goes to NAME.part and is renamed when it is complete and correct. After a cut connection the next call
 continues the .part file (HTTP Range); a wrong hash deletes it. Of an archive only the files named below are unpacked,
@@ -39,8 +39,8 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
     import interrupt  # noqa: F401
 
 from common import Progress, UserError, check_writable, exit_status
-from data.glue import GLUE, read_file
-from data.tasks import RAW_DIR, Task, file_paths, find_task
+from data.glue import GLUE
+from data.tasks import RAW_DIR, file_paths, find_task
 from data.xglue import ARCHIVE, XGLUE, official_files
 
 CHUNK = 1 << 20
@@ -71,18 +71,6 @@ class Remote:
         mirror = os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB
         mirror = mirror if "://" in mirror else f"https://{mirror}"
         return mirror + self.url.removeprefix(HUB) if self.url.startswith(HUB + "/") else self.url
-
-
-@dataclass(frozen=True)
-class ByHand:
-    """A data set that the user gets: what it is, its licence, who publishes it in the layout that data/slots.py or
-    data/glue.py reads, and its tasks.
-    """
-
-    title: str
-    licence: str
-    source: str
-    tasks: tuple[str, ...]
 
 
 XNLI = (
@@ -169,32 +157,21 @@ _LAYOUT = (
     "in this very layout with https://github.com/monologg/JointBERT (data/{0}), and with "
     "https://github.com/MiuLab/SlotGated-SLU (data/{0}; rename its folder valid to dev)"
 )
-ATIS = ByHand(
-    "ATIS: 4,478 + 500 + 893 questions about air travel (Hemphill et al. 1990, Dahl et al. 1994)",
-    "Linguistic Data Consortium user agreement, for LDC93S4B, LDC93S5, LDC94S19 and LDC95S26: "
-    "https://catalog.ldc.upenn.edu/LDC95S26",
-    _LAYOUT.format("atis"),
-    ("atis",),
-)
-SNIPS = ByHand(
-    "SNIPS: 13,084 + 700 + 700 requests to a voice assistant (Coucke et al. 2018, arXiv 1805.10190)",
-    "CC0 1.0, published by Snips: https://github.com/sonos/nlu-benchmark (2017-06-custom-intent-engines)",
-    _LAYOUT.format("snips"),
-    ("snips",),
-)
-MRPC = ByHand(
-    "MRPC: 3,668 + 408 pairs of sentences from the news (Dolan and Brockett 2005)",
-    "Microsoft's, shown with the download",
-    "https://www.microsoft.com/en-us/download/details.aspx?id=52398, which becomes GLUE's train.tsv "
-    "and dev.tsv by the list https://dl.fbaipublicfiles.com/glue/data/mrpc_dev_ids.tsv",
-    ("mrpc",),
-)
-ALL_OF_GLUE = ByHand(
-    "GLUE: eight tasks of one or two English texts (Wang et al. 2019, arXiv 1804.07461)",
-    "each task has its own, told by its publisher: https://gluebenchmark.com/tasks links them",
-    "'python data/fetch.py TASK' downloads any of them but mrpc, of which it says where it is",
-    tuple(GLUE),
-)
+BY_HAND = {  # what the user gets, its licence, and who publishes it in the layout that is read here
+    "atis": "ATIS: 4,478 + 500 + 893 questions about air travel (Hemphill et al. 1990, Dahl et al. 1994)\n"
+    "licence: Linguistic Data Consortium user agreement, for LDC93S4B, LDC93S5, LDC94S19 and LDC95S26: "
+    "https://catalog.ldc.upenn.edu/LDC95S26\nfiles:   " + _LAYOUT.format("atis"),
+    "snips": "SNIPS: 13,084 + 700 + 700 requests to a voice assistant (Coucke et al. 2018, arXiv 1805.10190)\n"
+    "licence: CC0 1.0, published by Snips: https://github.com/sonos/nlu-benchmark (2017-06-custom-intent-engines)\n"
+    "files:   " + _LAYOUT.format("snips"),
+    "mrpc": "MRPC: 3,668 + 408 pairs of sentences from the news (Dolan and Brockett 2005)\n"
+    "licence: Microsoft's, shown with the download\n"
+    "files:   https://www.microsoft.com/en-us/download/details.aspx?id=52398, which becomes GLUE's train.tsv and "
+    "dev.tsv by the list https://dl.fbaipublicfiles.com/glue/data/mrpc_dev_ids.tsv",
+    "glue": "GLUE: eight tasks of one or two English texts (Wang et al. 2019, arXiv 1804.07461)\n"
+    "licence: each task has its own, told by its publisher: https://gluebenchmark.com/tasks links them\n"
+    "files:   'python data/fetch.py TASK' downloads any of them but mrpc, of which it says where it is",
+}
 # Task of GLUE -> archive under _GLUE, bytes, SHA-256; its files are what the task is read from.
 _GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
 _ARCHIVES = {
@@ -236,12 +213,8 @@ DATASETS = {
     "xnli": XNLI,
     "xglue": (XGLUE_ARCHIVE,),
     "pawsx": (PAWSX,),
-    "atis": ATIS,
-    "snips": SNIPS,
-    "glue": ALL_OF_GLUE,
-    "mrpc": MRPC,
+    **{task: (glue_archive(task),) for task in _ARCHIVES},
 }
-DATASETS |= {task: (glue_archive(task),) for task in _ARCHIVES}
 
 
 # ------------------------------------------------------------------------------------ downloading
@@ -433,9 +406,8 @@ def check_member(archive: str, member: Member) -> None:
 
 
 def fetch_dataset(name: str, folder: str) -> None:
-    if isinstance(DATASETS[name], ByHand):
-        explain(DATASETS[name], folder)
-        return
+    if name in BY_HAND:
+        return explain(name, folder)
     folder = os.path.join(folder, "glue") if name in GLUE else folder
     for remote in DATASETS[name]:
         targets = [os.path.join(folder, *member.split("/")) for member in remote.members]
@@ -447,42 +419,12 @@ def fetch_dataset(name: str, folder: str) -> None:
             print(f"wrote {target}")
 
 
-def explain(dataset: ByHand, folder: str) -> None:
-    """Print where a data set comes from, where to put it, and what is present."""
-    print(f"{dataset.title}\nlicence: {dataset.licence}\nfiles:   {dataset.source}")
-    print("Nothing is downloaded now. This is where the files belong:")
-    for task in map(find_task, dataset.tasks):
-        # GLUE's dev is a part of train.tsv (data/glue.py): one line.
-        lines = [("train", "test")] if task.name in GLUE else [(each,) for each in task.files]
-        for splits in lines:
-            print(f"  {state_of(task, folder, *splits)}")
-
-
-def state_of(task: Task, folder: str, *splits: str) -> str:
-    """One line: the files of these splits, and whether they are present and readable."""
-    paths = [path for split in splits for path in file_paths(task, folder, split)]
-    inside = os.path.dirname(paths[0])
-    names = ",".join(os.path.basename(path) for path in paths)
-    missing = [path for path in paths if not os.path.exists(path)]
-    if missing:
-        state = "all missing" if missing == paths else f"missing: {', '.join(missing)}"
-    else:
-        try:
-            state = f"{contents(task, folder, splits[0])}, readable"
-        except UserError as error:
-            state = f"not usable: {error}"
-    return f"{inside}/{{{names}}}: {state}"
-
-
-def contents(task: Task, folder: str, split: str) -> str:
-    """The number of examples: of all splits of a GLUE task, or of one split of another."""
-    if task.name not in GLUE:
-        return f"{len(task.read(folder, split)[task.train_language]):,} sentences"
-    counts = [f"{len(rows):,} {each}" for each in task.files for rows in task.read(folder, each).values()]
-    paths = [*file_paths(task, folder, "train"), *file_paths(task, folder, "test")]
-    left_out = sum(len(read_file(task.name, path, task.fetch)[1]) for path in paths)
-    note = f" ({left_out:,} malformed ones left out)" if left_out else ""
-    return f"{' + '.join(counts)} rows{note}"
+def explain(name: str, folder: str) -> None:
+    """Print where a data set comes from, where its files belong, and which of them are there."""
+    print(f"{BY_HAND[name]}\nNothing is downloaded now. This is where the files belong:")
+    for task in map(find_task, GLUE if name == "glue" else [name]):
+        for path in dict.fromkeys(path for split in task.files for path in file_paths(task, folder, split)):
+            print(f"  {path}: {'there' if os.path.exists(path) else 'missing'}")
 
 
 def fetch_model(name: str, folder: str) -> None:
@@ -495,7 +437,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Download the published data sets and check them, or say who publishes them.",
         epilog="example: python data/fetch.py xnli",
     )
-    parser.add_argument("dataset", choices=sorted(DATASETS))
+    parser.add_argument("dataset", choices=sorted([*DATASETS, *BY_HAND]))
     parser.add_argument("--data-dir", default=RAW_DIR, help="where to put it (default: data/raw)")
     args = parser.parse_args(argv)
     again = "; run the same command again to continue"

@@ -14,8 +14,8 @@ first line. About the files:
   - A quote is an ordinary character, as in XNLI's: a CSV reader would lose half of MRPC.
   - CoLA has no header line, and MRPC's begins with a byte order mark.
   - Some texts end with a space, which is cut, and some files have Windows line ends.
-  - QQP as first published has a few rows with missing columns. Only there such rows are left out ('python data/fetch.py
-    glue' counts them); elsewhere, and if more than 1 % of QQP is like this, the line is reported.
+  - QQP as first published has a few rows with missing columns. Only there such rows are left out;
+    elsewhere, and if more than 1 % of QQP is like this, the line is reported.
 
 Splits. The labels of GLUE's test files are not public, so others report on the official dev file, and many choose
 their best epoch on it as well. Here nothing is chosen on what is reported:
@@ -116,8 +116,8 @@ GLUE = {
 
 # ---------------------------------------------------------------------------------------- examples
 @lru_cache(maxsize=4)
-def read_file(task: str, path: str, fetch: str) -> tuple[list[Example], list[int]]:
-    """All examples of a file of a GLUE task, and the numbers of the lines that were left out."""
+def read_file(task: str, path: str, fetch: str) -> list[Example]:
+    """All examples of a file of a GLUE task."""
     layout = GLUE[task]
     ids = {name: i for i, name in enumerate(layout.in_file)}
     malformed: list[int] | None = [] if layout.tolerant else None
@@ -142,7 +142,7 @@ def read_file(task: str, path: str, fetch: str) -> tuple[list[Example], list[int
         )
     if not examples:
         raise UserError(f"{path} has no rows: {again}")
-    return examples, malformed or []
+    return examples
 
 
 def similarity(text: str, where: str) -> float:
@@ -173,11 +173,9 @@ def read_glue(task: str, folder: str, split: str, fetch: str) -> dict[str, list[
     """
     layout = GLUE[task]
     if split == "test":
-        return {
-            language: read_file(task, os.path.join(folder, name), fetch)[0] for language, name in layout.tests.items()
-        }
+        return {language: read_file(task, os.path.join(folder, name), fetch) for language, name in layout.tests.items()}
     path = os.path.join(folder, "train.tsv")
-    examples, _ = read_file(task, path, fetch)
+    examples = read_file(task, path, fetch)
     dev = [examples[i] for i in held_out(len(examples))]
     # By text, not by row: the files repeat some rows.
     held = {(example.text_a, example.text_b) for example in dev}

@@ -136,10 +136,8 @@ def test_stage_and_block_follow_the_kind_of_matrix(shape, multiplied, stage, blo
         quantizer_of(torch.randn(96, 60), multiplied)
 
 
-@pytest.mark.parametrize("averages", [True, False])
-def test_gradient_of_a_centroid(averages, monkeypatch):
+def test_gradient_of_a_centroid():
     """The mean of the gradients of its blocks, or as in fairseq their sum; against autograd through a loop."""
-    monkeypatch.setattr(ProductQuantizer, "averages", averages)
     torch.manual_seed(7)
     weight, target = torch.randn(48, 64), torch.randn(48, 64)
     quantizer = quantizer_of(weight).train()
@@ -147,7 +145,7 @@ def test_gradient_of_a_centroid(averages, monkeypatch):
     loss.backward()
     for k in (0, 11, 200):
         mine = target.view(-1, 8)[quantizer.assignments == k]
-        expected = mine.mean(dim=0) if averages else mine.sum(dim=0)
+        expected = mine.mean(dim=0)
         assert torch.allclose(quantizer.centroids.grad[k], expected, atol=1e-6)
 
 

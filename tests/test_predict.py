@@ -90,7 +90,7 @@ def test_one_bad_line_does_not_lose_the_others(student, pairs, tmp_path, capsys)
     expected |= {9: "is not UTF-8 text (byte 0)"}
     for line, (number, message) in zip(complaints, expected.items(), strict=False):
         assert line.startswith(f"error: {file}, line {number} {message}")
-    assert complaints[-1] == "error: 4 lines could not be labelled, see above: in the output they are blank"
+    assert complaints[-1] == "error: lines without a label, see above: 4; in the output they are blank"
     assert len(complaints) == 5
     file.write_text(f"{good}\n" * 1024 + f"a\n{good}\n")  # in the second part
     assert predict.main([path, str(file), "--threads", "1"]) == 2

@@ -87,7 +87,7 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
     if program == "train.py":  # a model need not be converted here
         config.parse_args(arguments)
     elif program == "data/fetch.py":
-        assert arguments[0] in fetch.DATASETS
+        assert arguments[0] in {*fetch.DATASETS, *fetch.BY_HAND}
     elif program == "convert.py":
         assert arguments[0] in (*fetch.MODELS, "--export") or arguments[1:] == ["--from", "DIR"]
     elif program == "predict.py":

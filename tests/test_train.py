@@ -821,7 +821,7 @@ def test_longer_than_the_positions(capsys, tmp_path, tiny_config, tokenizer_byte
     options += ["--out", str(tmp_path / "run"), "--max-length", "65"]
     assert "has 64 positions; use 64 or less" in answer(capsys, *options)[1]
     assert train.main([*options[:-2], "--steps", "1", "--methods", "fp32"]) == 0  # nobody typed the default
-    assert "--max-length 64 instead of 128: m has no more positions" in capsys.readouterr().out
+    assert "--max-length 64 instead of 128: m has 64 positions" in capsys.readouterr().out
     assert results(tmp_path)["config"]["max_length"] == 64
     assert train.main([*options[:-2], "--steps", "1", "--methods", "fp32", "--resume"]) == 0
 
