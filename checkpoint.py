@@ -412,7 +412,7 @@ class Student(NamedTuple):
 
     @property
     def max_length(self) -> int:
-        """Where texts are cut, as in training."""
+        """Maximum sequence length in tokens, as in training."""
         length, most = self.notes.get("max_length", ""), self.config.max_tokens
         return min(int(length), most) if length.isdecimal() else most
 

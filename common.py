@@ -38,7 +38,9 @@ def exit_status(job: Callable[[], None], after_interrupt: str = "") -> int:
         return 0
     except BrokenPipeError:  # whoever read the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 1
+        if not after_interrupt:  # nothing is left undone
+            return 1
+        message, status = f"the output was closed{after_interrupt}", 1
     except UserError as error:
         message, status = f"error: {error}", 2
     except OSError as error:  # a full disk, a folder that can't be written

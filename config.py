@@ -75,7 +75,7 @@ class TrainConfig:
     )
     max_train: int | None = option(None, TASK, "train on N random examples (default: all)")
     max_eval: int | None = option(None, TASK, "evaluate N random examples per language (default: all)")
-    max_length: int = option(128, TASK, "longest sequence in tokens; longer ones are cut, and counted")
+    max_length: int = option(128, TASK, "longest sequence in tokens; longer texts are cut")
 
     model: str | None = option(
         None,
@@ -232,13 +232,13 @@ def resolve(given: dict) -> TrainConfig:
         values["train_language"] = own_language(task, values["data_dir"], values.get("train_language"))
     config = TrainConfig(**values)
     ranges = WEIGHTS[config.weights].ranges if config.weights in WEIGHTS else ("minmax",)
-    usual = {
+    defaults = {
         "weight_range": ranges[0],
         "student_epochs": config.epochs or TrainConfig.epochs,
         "student_steps": config.steps,
         "student_lr": config.lr,
     }
-    values |= {name: value for name, value in usual.items() if getattr(config, name) is None}
+    values |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return TrainConfig(**values)
 
 

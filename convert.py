@@ -230,9 +230,7 @@ def read_folder(folder: str) -> tuple[dict[str, Tensor], dict | None, bytes]:
     folder = encoder_folder(snapshot_of(folder))
     names = sorted(os.listdir(folder))
     if adapter := [name for name in names if name.startswith(("adapter_config.", "adapter_model."))]:
-        raise UserError(
-            f"{folder}/{adapter[0]}: merge the adapter first (peft: model.merge_and_unload()), save the model"
-        )
+        raise UserError(f"{folder}/{adapter[0]}: merge the adapter into the model, with peft's merge_and_unload()")
     settings = read_json(os.path.join(folder, "config.json"))
     if settings is not None:
         config_from_json(settings)  # a wrong kind of model is named before its files are missed
@@ -540,7 +538,7 @@ def find_head(tensors: dict[str, Tensor], family: Family, settings: dict) -> dic
     found, names = settings.get("architectures"), settings.get("id2label")
     if found and not set(known) & set(found):
         raise UserError(f"config.json: architectures is {found}; for these tensors supported: {', '.join(known)}")
-    if names and set(names) != {str(i) for i in range(count)}:
+    if names and (not isinstance(names, dict) or set(names) != {str(i) for i in range(count)}):
         raise UserError(f"config.json names {len(names)} classes in id2label, the head has {count}")
     kinds = (None, "regression" if count == 1 else "single_label_classification")  # None: one of these, as here
     check_settings("config.json", settings, {"problem_type": kinds})
@@ -548,7 +546,7 @@ def find_head(tensors: dict[str, Tensor], family: Family, settings: dict) -> dic
 
 
 # ----------------------------------------------------------------------------------------- export
-HEADS = {"none": "encoder without a head", "pooler": "encoder with a pooler", "mlm": "masked language model"}
+HEAD_WORDS = {"none": "encoder without a head", "pooler": "encoder with a pooler", "mlm": "masked language model"}
 CLASSES = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
 
 
@@ -651,7 +649,7 @@ def run(name: str, folder: str | None, out: str | None) -> None:
     count = sum(tensor.numel() for tensor in payload["tensors"].values())
     config, labels = payload["config"], payload["notes"]["labels"].replace("\t", ", ")
     named = f" ({labels})" if labels else ""
-    head = HEADS.get(config["head"], config["head"] + " head")
+    head = HEAD_WORDS.get(config["head"], config["head"] + " head")
     print(f"wrote {out}: {head}{named}, {count:,} parameters, {size / 1e6:,.1f} MB")
     standard = os.path.abspath(out) == os.path.join(WEIGHTS_DIR, name + ".pt")
     task = "rte" if load_tokenizer(payload["tokenizer"].numpy().tobytes()).typed else "xnli"

@@ -169,19 +169,21 @@ def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor
 class Loss(NamedTuple):
     tap: str  # of model.py: what the loss compares, in each layer
     loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (student, teacher, mask) of one layer -> scalar
-    over: str = "tokens"  # what the loss is a mean over: "rows" of the batch, real "tokens", or "pairs" of tokens
+    over: str  # what the loss is a mean over: "rows" of the batch, real "tokens", or "pairs" of tokens
 
 
 # --distill joins these names with "+": "logits+context" is SDQ.
 LOSSES: dict[str, Loss] = {
-    "logits": Loss("", logits_loss),  # of the logits, once for all layers, with a temperature
+    "logits": Loss(
+        "", logits_loss, over="rows"
+    ),  # (tokens, if they have labels) of the logits, once for all layers, with a temperature
     "score": Loss("score", score_loss, over="pairs"),
-    "map": Loss("score", map_loss),
-    "context": Loss("context", vector_loss),
-    "output": Loss("output", vector_loss),
-    "residual": Loss("residual", vector_loss),
-    "normed": Loss("normed", vector_loss),
-    "hidden": Loss("hidden", vector_loss),
+    "map": Loss("score", map_loss, over="tokens"),
+    "context": Loss("context", vector_loss, over="tokens"),
+    "output": Loss("output", vector_loss, over="tokens"),
+    "residual": Loss("residual", vector_loss, over="tokens"),
+    "normed": Loss("normed", vector_loss, over="tokens"),
+    "hidden": Loss("hidden", vector_loss, over="tokens"),
 }
 
 

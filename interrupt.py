@@ -1,6 +1,4 @@
-"""Ctrl-C in the seconds in which a program imports torch: one line instead of a traceback. From then on
-common.exit_status tells it.
-"""
+"""Print one line instead of a traceback on Ctrl-C while a program imports torch; later common.exit_status does."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Label texts with a student: the integer model of a student.pt, one text a line, two texts by a tab.
+"""Label texts with a student: the integer model of a student.pt, one text per line, two texts separated by a tab.
 
     python predict.py out/NAME/student.pt texts.tsv
     echo "The girl reads a book.	The girl reads." | python predict.py out/NAME/student.pt
@@ -54,7 +54,11 @@ class Student(NamedTuple):
 
 
 def load(path: str, device: str = "auto", threads: int | None = None) -> Student:
-    """A student.pt as an integer model. Raises UserError for a damaged file or one without integers."""
+    """A student.pt as an integer model. Worker processes must be spawned: PyTorch hangs in one that is forked after a
+    prediction with several threads.
+
+    Raises UserError for a damaged file or one without integers.
+    """
     read, device = read_student(path), choose_device(device, threads)
     labels, slots = read.classes
     if read.config.head == "token":  # its labels are those of words
@@ -69,12 +73,17 @@ def problem(student: Student, text: str | tuple[str, str]) -> str:
     """Why the student can't read a text, "" if it can: it was trained on single texts or on pairs, and words whose tags
     stand beside a label are never cut.
     """
-    texts = (text,) if isinstance(text, str) else tuple(text)
-    if not texts or not texts[0].strip():
-        return "is empty"
+    texts = (text,) if isinstance(text, str) else text
+    pair = isinstance(text, (tuple, list)) and len(text) > 1
+    if not (pair or isinstance(text, str)) or not all(isinstance(each, str) for each in texts):
+        return "is no text or pair of texts"
+    if not texts[0].strip():
+        return "has an empty first text" if pair else "is empty"
     if len(texts) > 2 or len(texts) != (student.texts or len(texts)):
         wanted = {0: "one text or two", 1: "one text", 2: "two texts"}[student.texts]
-        return f"has {len(texts)} text{'s' if len(texts) > 1 else ''}, and this student reads {wanted}, split by a tab"
+        return (
+            f"has {len(texts)} text{'s' if len(texts) > 1 else ''}, and this student reads {wanted}, separated by a tab"
+        )
     if student.slots and student.labels:
         ((ids, _),), most = student.tokenizer.encode_words([words_of(text)]), student.model.config.max_tokens
         if len(ids) > most:
@@ -170,18 +179,21 @@ def main(argv: list[str] | None = None) -> int:
         epilog="example: python predict.py out/xnli-mini-w8a8-s0/student.pt pairs.tsv",
     )
     parser.add_argument("student", help="a student.pt of train.py")
-    parser.add_argument("texts", nargs="?", default="-", help="one text a line, two by a tab (default: standard input)")
+    parser.add_argument(
+        "texts", nargs="?", default="-", help="one text per line, two separated by a tab (default: standard input)"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     args = parser.parse_args(argv)
 
     def job() -> None:
+        source = "standard input" if args.texts == "-" else args.texts
         student, lines, failed = load(args.student, args.device, args.threads), lines_of(args.texts), 0
         for begin in count(1, CHUNK):
             chunk, readable = list(islice(lines, CHUNK)), {}
             for number, (text, wrong) in enumerate(chunk, start=begin):
                 if wrong := wrong or (text and problem(student, text)):
-                    print(f"error: {args.texts}, line {number} {wrong}", file=sys.stderr)
+                    print(f"error: {source}, line {number} {wrong}", file=sys.stderr)
                     failed += 1
                 elif text:
                     readable[number] = text

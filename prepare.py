@@ -138,11 +138,10 @@ def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
         if not quantizes:
             return nn.Identity()
         replaced[name + ".weight"] = weight.numel()
-        if is_table:
-            return row.table(config, weight, True, False)
-        quantizer = row.matrix(config, weight, config.per_channel, True)
+        kind = row.table if is_table else row.matrix
+        quantizer = kind(config, weight, is_table or config.per_channel, not is_table)
         if not weight.is_meta and not isinstance(quantizer, ProductQuantizer):  # which has no codes before its stage
-            check_codes(quantizer, quantizer.codes(weight)[0])
+            check_codes(quantizer, quantizer.codes(weight[:4096] if is_table else weight)[0])
         return quantizer
 
     for name, module in list(model.named_modules()):

@@ -525,7 +525,7 @@ def report_table(results: dict) -> str:
 
 
 def caveats(results: dict) -> list[str]:
-    """What the scores do not say: how many of them guessing reaches, and which rows do nothing else."""
+    """Notes on the majority baseline, and on methods that predict a single class."""
     notes, rows = [], results["methods"]
     tests = next(iter(rows.values()))["languages"]
     if find_task(results["config"]["task"]).metrics == ("accuracy",) and all("majority" in t for t in tests.values()):
@@ -533,21 +533,24 @@ def caveats(results: dict) -> list[str]:
         same = len(set(by_test.values())) == 1
         each = next(iter(by_test.values())) if same else ", ".join(f"{name} {score}" for name, score in by_test.items())
         notes.append(f"Always predicting the most frequent class of the test rows gives {each}.")
+    alone = []
     for name, row in rows.items():
         found = row["languages"].items()
-        one_class = [language for language, test in found if test.get("classes") == 1 and test["majority"] < 100]
-        if one_class:
-            notes.append(f"WARNING: {name} predicts one class for all rows of {', '.join(one_class)}.")
-    return notes
+        if where := [language for language, test in found if test.get("classes") == 1 and test["majority"] < 100]:
+            alone.append(f"{name} ({', '.join(where)})" if len(found) > 1 else name)
+    return notes + ([f"WARNING: one class is predicted for all rows by {', '.join(alone)}."] if alone else [])
 
 
 def quantization(config: dict) -> str:
-    """How the quantized rows of a run were quantized, in words: W8A8 ..."""
+    """How the rows of a run were quantized, in words: W8A8 ..."""
     scale = "tensor" if config["per_tensor"] else "channel"
     act = {"dynamic": f"at run time, per {'tensor' if config['per_tensor'] else 'token'}", "static": "static"}
-    text = f"W{config['bits']}A{config['act_bits']}: {config['weights']} weights, a scale per {scale}, ranges "
+    text = f"W{config['bits']}A{config['act_bits']}: {config['weights']} weights, one scale per {scale}, ranges "
     text += f"{config['weight_range']}; activations with ranges {act.get(config['act_range'], config['act_range'])}"
-    return text + (f"; inside attention {config['attention_bits']} bits" if config["attention_bits"] != 32 else "")
+    text += f"; inside attention {config['attention_bits']} bits" if config["attention_bits"] != 32 else ""
+    words = {"ptq-static": "static ranges", "qat": f"noise {config['noise']:g}"}
+    words["sdq"] = f"{words['qat']}, {config['distill']}"
+    return ". ".join([text, *(f"{name}: {words[name]}" for name in config["methods"] if name in words)]) + "."
 
 
 def report(results: dict) -> str:
@@ -556,13 +559,13 @@ def report(results: dict) -> str:
     _, selected = selection_splits(find_task(run["task"]), run["eval_split"])
     if selected == run["eval_split"]:
         selected += ", which flatters every trained row"
-    tests = ", ".join(f"{name} {rows:,}" for name, rows in results["test_examples"].items())
+    tests = ", ".join(f"{name} {rows:,}" for name, rows in results["test_examples"].items()).removeprefix("all ")
     steps = results["steps"]
     notes = [
         f"{run['task']}, model {results['model']}, seed {run['seed']}; metrics in % on {run['eval_split']} ({tests} "
         f"rows), trained on {results['train_examples']:,} examples: teacher {steps['teacher']:,} steps, students "
         f"{steps['students']:,}, of {run['batch_size']}.",
-        f"{quantization(run)}. ptq-static has static ranges; sdq: {run['distill']}, noise {run['noise']:g}.",
+        *([quantization(run)] if set(run["methods"]) > {"fp32"} or "fp32" not in run["methods"] else []),
         *caveats(results),
         f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}.",
         f"The epoch was selected on {selected}, in the training language.",

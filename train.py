@@ -423,7 +423,7 @@ def find_model(name: str) -> str:
     if os.path.isfile(path):
         return path
     if is_path or name not in {*PRESETS, *MODELS}:
-        known = " ".join(MODELS)
+        known = " ".join(["mini", *MODELS])
         raise UserError(f"no model {name!r}: give a .pt file of convert.py, 'scratch', or one of: {known}")
     how = name if name in MODELS else f"{name} --from DIR"
     raise UserError(f"no weights for {name} yet: make them with 'python convert.py {how}'")
@@ -674,7 +674,7 @@ def evaluate_file(config: TrainConfig) -> None:
     if [read.notes.get("labels"), read.notes.get("slots")] != names:
         raise UserError(f"{config.eval} has other labels than {folder}: name its --data-dir")
     if any(read.notes.get("texts", texts) != texts for texts in (str(1 + each.pairs) for each in tests.values())):
-        raise UserError(f"{config.eval} reads {read.notes['texts']} text(s) a row, {folder} has others")
+        raise UserError(f"{config.eval} reads {read.notes['texts']} text(s) per row, {folder} has others")
     if note := cut_note([*tests.values()], "texts", config.max_length):
         print(f"NOTE: {note}, as in training")
     row = evaluate_languages("student", model, tests, task, device)

@@ -53,7 +53,7 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """Of everything that training or evaluation reads."""
+        """SHA-256 of all arrays and the names of the tags."""
         parts = (self.ids, self.starts, self.labels, self.tags, self.second)
         each = [part is not None and hashlib.sha256(part.tobytes()).hexdigest() for part in parts]
         return hashlib.sha256(repr((each, self.slots)).encode()).hexdigest()
@@ -129,7 +129,7 @@ def encode_texts(
 
 
 def cut_note(datasets: list[Dataset], of: str, max_length: int) -> str:
-    """What to say of rows that lost their ends; "" if none did."""
+    """A note on truncated rows; "" if there are none."""
     rows, cut, lost = (sum(map(each, datasets)) for each in (len, lambda x: x.cut, lambda x: x.lost))
     share = 100 * lost / max(lost + cut * max_length, 1)
     what = f"{cut:,} of {rows:,} {of} are longer than {max_length} tokens and lose"

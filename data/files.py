@@ -51,7 +51,7 @@ def open_text(path: str, fetch: str) -> Iterator[TextIO]:
 def refuse_utf16(file: BinaryIO, path: str) -> None:
     start = file.peek(20)[:20]
     if b"\0" in start or start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{path} is UTF-16: save it as UTF-8")
+        raise UserError(f"{path} is UTF-16, or holds NUL bytes: save it as UTF-8")
 
 
 def read_tsv(

@@ -350,7 +350,7 @@ def read_own(folder: str, split: str, labels: tuple[str, ...] | None = None) -> 
     found: dict[str, list[Example]] = {}
     for where, text, label, second, language in own_rows(folder, split):
         if label not in ids:
-            raise UserError(f"{where}: unknown label {label[:50]!r}; train.tsv has {' '.join(ids)[:200]}")
+            raise UserError(f"{where}: unknown label {label[:50]!r}; known: {', '.join(ids)[:200]}")
         if (second is None) != (pairs is None):
             raise UserError(f"{folder}: only one of train.tsv and {split}.tsv has a column text2")
         found.setdefault(language, []).append(Example(text, second, ids[label]))
@@ -364,7 +364,9 @@ def find_tags(folder: str, split: str) -> dict[str, str]:
     found = {}
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         if match := re.fullmatch(rf"({split}(?:-(.+))?\.(?:conll|tsv|txt))(?:\.xz)?", name):
-            found[match[2] or "all"] = os.path.join(folder, match[1])
+            language, path = match[2] or "all", os.path.join(folder, match[1])
+            if found.setdefault(language, path) != path:
+                raise UserError(f"{found[language]} and {path} are the same split: keep one of them")
     return found or {"all": os.path.join(folder, f"{split}.txt")}
 
 

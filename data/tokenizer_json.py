@@ -26,6 +26,7 @@ from data.tokenizer import SPECIALS, Encoder, Tokenizer, WordPieceTokenizer
 FIRST = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3; <mask> comes last
 BPE_RULES = {"unk_token": "<unk>", "fuse_unk": True}
 AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
+SPLITS = (AT_SPACES, {"type": "WhitespaceSplit"})  # XLM-R's: also at U+0085, which SentencePiece keeps
 BYTES, FLOAT = 2, 5  # types of protocol buffer fields
 
 
@@ -39,7 +40,7 @@ def read_tokenizer_json(path: str) -> tuple[Encoder, list[str]]:
             settings = json.load(file)
         kind = settings["model"].get("type", "WordPiece" if "max_input_chars_per_word" in settings["model"] else "BPE")
         if kind not in READERS:
-            raise UserError(f"{path} is a {kind} tokenizer; known: Unigram, as in XLM-R, and WordPiece, as in BERT")
+            raise UserError(f"{path} is a {kind} tokenizer; known: Unigram, as in XLM-R, BPE, and WordPiece")
         tokens = [str(token["content"]) for token in settings.get("added_tokens") or ()]
         return READERS[kind](path, settings), tokens
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
@@ -68,11 +69,7 @@ def read_sentencepiece(path: str, settings: dict) -> Tokenizer:
     split, *marks = parts(settings, "pre_tokenizer") or [{}]
     spaces = [(step["type"], step["replacement"], step.get("prepend_scheme", "always")) for step in marks]
     prefixed = all(step.get("add_prefix_space", True) for step in marks)
-    if (
-        split not in (AT_SPACES, {"type": "WhitespaceSplit"})
-        or spaces != [("Metaspace", "▁", "always")]
-        or not prefixed
-    ):
+    if split not in SPLITS or spaces != [("Metaspace", "▁", "always")] or not prefixed:
         refuse(path, "the pre-tokenizer", settings.get("pre_tokenizer"))
     bpe = model.get("type", "BPE") == "BPE"
     pieces = scored(path, model) if bpe else [(str(piece), float(score)) for piece, score in model["vocab"]]
@@ -97,9 +94,10 @@ def scored(path: str, model: dict) -> list[tuple[str, float]]:
     for left, right in merges:
         scores.setdefault(left + right, -float(len(scores)))
     pieces = [(piece, scores.get(piece, -1e6)) for piece in sorted(model["vocab"], key=model["vocab"].get)]
+    gaps = [model["vocab"][piece] for piece, _ in pieces] != [*range(len(pieces))]
     unmade = any(len(piece) > 1 and piece not in scores for piece, _ in pieces[4:-1])
     rules = {key: value for key, value in model.items() if value and key not in ("type", "vocab", "merges")}
-    if unmade or merges != merges_of(pieces[4:-1]) or rules != BPE_RULES:
+    if gaps or unmade or merges != merges_of(pieces[4:-1]) or rules != BPE_RULES:
         refuse(path, "BPE with other rules or merges than SentencePiece's:", rules)
     return pieces
 

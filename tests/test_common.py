@@ -59,6 +59,13 @@ def test_a_closed_pipe_is_no_error(job):
     assert program.stderr.read() == b"" and program.wait() == 1
 
 
+def test_a_closed_pipe_does_not_end_a_training_silently():
+    code = "import sys, common; sys.exit(common.exit_status(lambda: print(1), ': --resume continues'))"
+    program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.stdout.close()
+    assert program.stderr.read() == b"the output was closed: --resume continues\n" and program.wait() == 1
+
+
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         exit_status(lambda: 1 / 0)

@@ -13,7 +13,10 @@ import torch
 from conftest import GOLDEN, ROOT, TOKENIZER
 
 import convert
+import train
 from checkpoint import load_checkpoint, read_checkpoint
+from common import UserError
+from data.fetch import MODELS
 from data.tokenizer import Tokenizer
 from model import PRESETS
 
@@ -356,6 +359,7 @@ def test_heads_that_mean_something_else(request, capsys, kind):
         ({"architectures": [wrong]}, f"architectures is ['{wrong}']; for these tensors supported: "),
         ({"architectures": [right + "WithExtras"]}, "WithExtras']; for these tensors supported: "),
         ({"id2label": names}, "config.json names 4 classes in id2label, the head has 3"),
+        ({"id2label": ["0", "1", "2"]}, "config.json names 3 classes in id2label, the head has 3"),
         ({"id2label": {"1": "a", "2": "b", "3": "c"}}, "config.json names 3 classes in id2label"),
         ({"auto_map": {"AutoModel": "modeling.Other"}}, "auto_map is {'AutoModel': 'modeling.Other'}"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is {'quant_method': 'gptq'}"),
@@ -510,3 +514,12 @@ def test_real_minilm(capsys, tmp_path):
     for ours, theirs in zip(taps["hidden"], want.hidden_states, strict=True):
         assert (ours - theirs)[mask].abs().max() < 2e-5
     assert (logits - want.pooler_output).abs().max() < 2e-5
+
+
+def test_train_names_the_models_that_can_be_downloaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(train.checkpoint, "WEIGHTS_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=f"or one of: mini {' '.join(MODELS)}$"):
+        train.find_model("nonesuch")
+    for name, how in {**{name: name for name in MODELS}, "bert-base": "bert-base --from DIR"}.items():
+        with pytest.raises(UserError, match=f"no weights for {name} yet: make them with 'python convert.py {how}'"):
+            train.find_model(name)

@@ -158,7 +158,10 @@ def test_utf16(encoding, tmp_path):
     path = tmp_path / "x.tsv"
     for text in ("text\tlabel\n", "EU B-ORG\n", "\u4e2d\u6587\tO\n", "a"):
         path.write_bytes(text.encode(encoding))
-        with pytest.raises(UserError, match="x.tsv is UTF-16: save it as UTF-8"), open_text(str(path), "") as file:
+        with (
+            pytest.raises(UserError, match="x.tsv is UTF-16, or holds NUL bytes: save it as UTF-8"),
+            open_text(str(path), "") as file,
+        ):
             file.read()
     (tmp_path / "y.tsv.xz").write_bytes(lzma.compress(path.read_bytes()))
     assert "y.tsv.xz is UTF-16" in message_of(tmp_path / "y.tsv")

@@ -236,7 +236,7 @@ def test_an_adapter_is_named(folder, tmp_path, capsys, name):
     (alone / name).write_text("{}")
     for each in (folder, alone):
         error = error_of(each, capsys)
-        assert f"{name}: merge the adapter first" in error and "merge_and_unload()" in error
+        assert f"{name}: merge the adapter" in error and "merge_and_unload()" in error
 
 
 # --------------------------------------------------------------------------------- true mistakes

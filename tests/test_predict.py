@@ -86,7 +86,11 @@ def test_one_bad_line_does_not_lose_the_others(student, pairs, tmp_path, capsys)
     rows = captured.out.split("\n")
     assert rows[0] and rows == [rows[0] if line == good else "" for line in lines] + ["", rows[0], ""]
     complaints = captured.err.splitlines()
-    expected = {3: "has 1 text, and this student reads two texts, split by a tab", 4: "has 3 texts", 5: "is empty"}
+    expected = {
+        3: "has 1 text, and this student reads two texts, separated by a tab",
+        4: "has 3 texts",
+        5: "has an empty first text",
+    }
     expected |= {9: "is not UTF-8 text (byte 0)"}
     for line, (number, message) in zip(complaints, expected.items(), strict=False):
         assert line.startswith(f"error: {file}, line {number} {message}")
@@ -103,7 +107,10 @@ def test_mistakes_are_one_line(student, tmp_path, capsys):
     file = tmp_path / "texts.tsv"
     for text in ("a\tb\n".encode("utf-16"), "a\tb\n".encode("utf-16-be")):
         file.write_bytes(text)
-        assert predict.main([path, str(file)]) == 2 and "is UTF-16: save it as UTF-8" in capsys.readouterr().err
+        assert (
+            predict.main([path, str(file)]) == 2
+            and "is UTF-16, or holds NUL bytes: save it as UTF-8" in capsys.readouterr().err
+        )
     if not torch.cuda.is_available():
         assert predict.main([path, str(file), "--device", "cuda"]) == 2 and "no CUDA" in capsys.readouterr().err
     assert predict.main([path, str(tmp_path / "none")]) == 2 and "none" in capsys.readouterr().err
@@ -118,7 +125,10 @@ def test_texts_that_a_student_does_not_read(student):
         ("happy", "a list of texts, not a string"),
         ([pair, "a"], "text 2 has 1 text, "),
         ([pair, ("a", "b", "c")], "text 2 has 3 texts"),
-        ([pair, ("", "b")], "text 2 is empty"),
+        ([pair, ("", "b")], "text 2 has an empty first text"),
+        ([pair, ("a",)], "text 2 is no text or pair of texts"),
+        ([pair, None], "text 2 is no text or pair of texts"),
+        ([pair, ("a", b"b")], "text 2 is no text or pair of texts"),
         ([pair] * 1024 + ["a"], "text 1025 has 1 text, "),
     ):
         with pytest.raises(UserError, match=message):

@@ -742,11 +742,15 @@ def test_codes_outside_the_grid_are_found_before_training(broken, found, tiny_co
         to_integer(model.eval(), QuantConfig())
 
 
-def test_codes_of_a_table_are_checked_where_they_are_packed(tiny_config, monkeypatch):
-    """Which rows a batch brings is not known before."""
+def test_codes_of_a_table_are_checked(tiny_config, monkeypatch):
+    """Some rows before training, all where they are packed."""
     monkeypatch.setitem(WEIGHTS, "uniform", WeightKind(UniformQuantizer, Broken, "codes outside the grid"))
-    monkeypatch.setattr(Broken, "broken", staticmethod(lambda codes: codes + 1))
     model = initialize(meta_model(tiny_config)).eval()
+    message = "Broken.codes returned .* to 128, not integers from -127 to 127"
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=message):
+        patched.setattr(Broken, "broken", staticmethod(lambda codes: codes + 1))
+        prepare(copy.deepcopy(model), QuantConfig())
     prepare(model, QuantConfig())
-    with pytest.raises(ValueError, match="Broken.codes returned .* to 128, not integers from -127 to 127"):
+    monkeypatch.setattr(Broken, "broken", staticmethod(lambda codes: codes + 1))
+    with pytest.raises(ValueError, match=message):
         student_payload(model, QuantConfig(), b"")

@@ -512,15 +512,17 @@ def test_report_says_what_was_run():
     assert text.startswith(report_table(made)) and text.endswith("\n")
     for part in ("xnli, model mini, seed 0", "on test (en 750, de 751, sw 752 rows)", "1,234 examples", "3 threads"):
         assert part in text
-    assert "teacher 77 steps, students 39, of 32" in text and "sdq: logits+context, noise 0.5" in text
-    assert "W2A8: uniform weights, a scale per channel, ranges minmax; activations" in text
+    assert "teacher 77 steps, students 39, of 32" in text and "qat: noise 0.5. sdq: noise 0.5, logits+context." in text
+    assert "W2A8: uniform weights, one scale per channel, ranges minmax; activations" in text
     for option, words in (
-        ({"per_tensor": True}, "a scale per tensor, ranges minmax; activations with ranges at run time, per tensor."),
+        ({"per_tensor": True}, "one scale per tensor, ranges minmax; activations with ranges at run time, per tensor."),
         ({"act_range": "static"}, "activations with ranges static."),
         ({"attention_bits": 4}, "inside attention 4 bits."),
-        ({"weights": "lsq", "weight_range": "mse"}, "lsq weights, a scale per channel, ranges mse;"),
+        ({"weights": "lsq", "weight_range": "mse"}, "lsq weights, one scale per channel, ranges mse;"),
     ):
         assert words in report({**made, "config": made["config"] | option})
+    alone = report({**made, "config": made["config"] | {"methods": ("fp32",)}})
+    assert "W2A8" not in alone and "noise" not in alone  # nothing is quantized
     assert "flatter" not in text and "selected on dev, in" in text
     made["config"] = made["config"] | {"eval_split": "dev"}
     assert "selected on held-out, in" in report(made) and "flatter" not in report(made)
@@ -534,14 +536,14 @@ def test_caveats_name_guessing_and_rows_that_do_nothing_else():
     results = {"config": {"task": "tsv"}, "methods": {"fp32": {"languages": {"all": learned}}}}
     assert caveats(results) == ["Always predicting the most frequent class of the test rows gives 95.0."]
     results["methods"]["ptq"] = {"languages": {"all": guess, "de": learned | {"majority": 50.0}}}
-    assert caveats(results)[1:] == ["WARNING: ptq predicts one class for all rows of all."]
+    assert caveats(results)[1:] == ["WARNING: one class is predicted for all rows by ptq (all)."]
     results["methods"] = dict(reversed(results["methods"].items()))
     assert "gives all 95.0, de 50.0." in caveats(results)[0]
     # a test set of one class is no sign of it; metrics that are 0 for a guess need no comparison
     one = {"languages": {"en": guess | {"majority": 100.0}}}
     assert len(caveats({"config": {"task": "tsv"}, "methods": {"fp32": one}})) == 1
     cola = {"config": {"task": "cola"}, "methods": {"qat": {"languages": {"en": guess}}}}
-    assert caveats(cola) == ["WARNING: qat predicts one class for all rows of en."]
+    assert caveats(cola) == ["WARNING: one class is predicted for all rows by qat."]
     assert caveats({"config": {"task": "stsb"}, "methods": {"fp32": {"languages": {"en": {"score": 1.0}}}}}) == []
 
 

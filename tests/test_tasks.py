@@ -282,7 +282,7 @@ def test_mistakes_in_own_rows_name_file_and_line(own):
         return str(info.value)
 
     write("dev", [("a", "bad", "de"), ("b", "worse", "de")])
-    assert f"{folder}/dev.tsv, line 3: unknown label 'worse'; train.tsv has bad very good" in error("dev")
+    assert f"{folder}/dev.tsv, line 3: unknown label 'worse'; known: bad, very good" in error("dev")
     write("test", [("a", "bad", "de"), (" ", "bad", "de")])
     assert "test.tsv, line 3: the text is empty" in error("test")
     write("test", [("a", "bad ", "de"), ("",), ("b", "bad", "de")])
@@ -357,6 +357,9 @@ def test_own_tags_in_several_languages(tmp_path):
     own_tags.cache_clear()
     assert file_paths(TAGS, folder, "train") == [f"{folder}/{name}" for name in ("train-de.txt", "train-en.conll")]
     assert load(find_task("tags"), "test", "en", folder)[0].tags == ("Z",)
+    shutil.copy(tmp_path / "test-en.tsv", tmp_path / "test-en.txt")  # which of the two?
+    with pytest.raises(UserError, match="test-en.tsv and .*test-en.txt are the same split: keep one"):
+        load(find_task("tags"), "test", "en", folder)
 
 
 def test_mistakes_in_own_tags_name_file_and_line(tmp_path):

@@ -243,6 +243,7 @@ def test_bpe_that_is_not_that_of_sentencepiece(tmp_path):
         {"byte_fallback": True},
         {"dropout": 0.1},
         {"end_of_word_suffix": "</w>"},
+        {"vocab": {piece: i + (i > 9) for piece, i in good["model"]["vocab"].items()}},
     ):
         path.write_text(json.dumps({**good, "model": good["model"] | changes}))
         with pytest.raises(UserError, match="tokenizer.json: BPE with other rules or merges than SentencePiece's"):

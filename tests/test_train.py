@@ -1172,7 +1172,9 @@ def test_own_rows_in_another_language_than_english(tmp_path, capsys):
     assert "| pt/br |" in capsys.readouterr().out
     (tmp_path / "test.tsv").write_text("text\ttext2\tlabel\nb\tc\tlocal\n", encoding="utf-8")
     read_own.cache_clear()
-    assert "reads 1 text(s) a row" in answer(capsys, "--task", "tsv", "--data-dir", str(tmp_path), "--eval", student)[1]
+    assert (
+        "reads 1 text(s) per row" in answer(capsys, "--task", "tsv", "--data-dir", str(tmp_path), "--eval", student)[1]
+    )
     (tmp_path / "test.tsv").write_text("text\tlabel\nb\telse\n", encoding="utf-8")
     read_own.cache_clear()
     error = answer(capsys, "--task", "tsv", "--data-dir", str(tmp_path), "--eval", student)[1]

@@ -419,8 +419,9 @@ def compare(args: argparse.Namespace) -> str:
     task = runs[0]["task"]
     if args.languages or args.minus:
         name = "--languages" if args.languages else "--minus"
-        if not task.zero_shot or (args.minus and len(runs[0]["languages"]) == 1):
-            raise UserError(f"{task.name} has no languages: leave out {name}")
+        if not task.zero_shot or (args.minus and not {task.train_language} < set(runs[0]["languages"])):
+            others = f" beside {task.train_language}" if task.zero_shot else ""
+            raise UserError(f"{task.name} has no languages{others}: leave out {name}")
         if other := next((run["path"] for run in runs if run["task"] is not task), None):
             raise UserError(f"{other} and {runs[0]['path']} differ in --task: leave out {name}")
         return languages_table(runs) if args.languages else paired_table(runs, args.minus)
