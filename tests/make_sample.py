@@ -122,7 +122,7 @@ def main() -> None:
     text += [s for premise, hypothesis, _ in rows for s in (premise, hypothesis)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text),
-        model_prefix=os.path.join(HERE, "sentencepiece.bpe"),
+        model_prefix=os.path.relpath(os.path.join(HERE, "sentencepiece.bpe")),  # it is written into the file
         vocab_size=440,
         character_coverage=1.0,
         normalization_rule_name="nmt_nfkc",  # as XLM-R's
