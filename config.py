@@ -387,11 +387,6 @@ def rules(config: TrainConfig, task: Task) -> Iterator[tuple[object, str]]:
     )
     zero = "--noise 1 sets all blocks of --weights pq to 0 while they wait for their stage: choose less"
     yield staged and config.noise == 1.0, zero
-    ranged = config.weight_range != "minmax"
-    yield (
-        config.bits == 32 and ranged,
-        "--weight-range is for quantized weights: choose --bits 2 to 8, or --weight-range minmax",
-    )
 
     methods, known = config.methods, " ".join(METHODS)
     for name in methods:

@@ -585,10 +585,7 @@ def introduction(config: TrainConfig, task: Task, folder: str) -> str:
     """The first lines of a run: which model and data these are, how to get the real ones, and what to try instead of a
     setting that is known to lose.
     """
-    try:
-        shown = os.path.relpath(folder)
-    except ValueError:  # Windows: on another drive
-        shown = folder
+    shown = folder if os.name == "nt" else os.path.relpath(folder)  # on Windows it may be on another drive
     text = f"model {config.model}, data {shown}"
     if folder != RAW_DIR and not config.data_dir:
         text += f": built in. For the real thing: {task.real_thing}"

@@ -374,7 +374,6 @@ ON_FLIGHTS = f"--task atis --data-dir {FLIGHTS} --layers 2 --hidden 32"
         ("--weight-range best", "--weight-range 'best': --weights uniform has minmax, mse"),
         ("--weight-range lsq", "--weight-range 'lsq': --weights uniform has minmax, mse"),
         ("--weights ternary --bits 2 --weight-range mse", "--weights ternary has minmax"),
-        ("--bits 32 --weight-range mse", "--weight-range is for quantized weights"),
         ("--weights octal", "--weights 'octal': choose from uniform, ternary, lsq"),
         ("--weights ternary", "--weights ternary has 2 bits, not --bits 8"),
         ("--recipe kd --bits 4", "--weights ternary has 2 bits, not --bits 4"),
