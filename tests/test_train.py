@@ -442,7 +442,7 @@ def test_scales_of_cores_are_trained(tmp_path, tiny_config):
 
 
 def test_steps_on_one_batch_lower_the_loss(tmp_path, tiny_config):
-    """Of a teacher, and of an 8-bit student with other weights."""
+    """The loss of a teacher, and that of an 8-bit student with other weights."""
     options = "--epochs 20 --student-epochs 20 --lr 1e-2 --student-lr 1e-2 --precision float32"
     made, data = small_run(tmp_path, *options.split()), small_data()
     teacher, student = (build_model(replace(tiny_config, dropout=0.0)) for _ in range(2))
