@@ -86,13 +86,16 @@ OPTIONS = "--methods fp32 qat sdq --languages de --steps 3 --eval-every 2 --bits
 
 
 def same_run(one, two):
-    """Losses of the first steps within 1e-4, of students 1e-2 (a last bit can turn a rounding)."""
+    """Losses of the first steps within 1e-5 and gradient norms within 0.1 %; of students 1e-2 and 10 %, because a last
+    bit can turn a rounding.
+    """
     steps, others = ([r for r in log_of(folder) if "loss" in r] for folder in (one, two))
     assert len(steps) == 9
     for step, other in zip(steps, others, strict=True):
         assert (step["method"], step["step"], step["tokens"]) == (other["method"], other["step"], other["tokens"])
-        assert step["loss"] == pytest.approx(other["loss"], abs=1e-4 if step["method"] == "fp32" else 1e-2)
-        assert step["norm"] == pytest.approx(other["norm"], rel=0.1)
+        loss, norm = (1e-5, 1e-3) if step["method"] == "fp32" else (1e-2, 0.1)
+        assert step["loss"] == pytest.approx(other["loss"], abs=loss)
+        assert step["norm"] == pytest.approx(other["norm"], rel=norm)
     rows, others = (results(folder)["methods"] for folder in (one, two))
     for method, row in rows.items():
         totals = [{name: test["total"] for name, test in each["languages"].items()} for each in (row, others[method])]

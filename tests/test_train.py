@@ -730,20 +730,21 @@ def test_check_student_evaluates_twice_with_equal_figures(tmp_path, monkeypatch,
 
 def test_report_is_of_the_integer_model(tmp_path, monkeypatch):
     """A broken integer model shows in the row, not in the column of the student."""
-
-    def broken(student, config, device):
-        model = to_integer(student, config, device)
-        model.head.out_proj.bias.data += torch.tensor([1e3, 0.0, 0.0])
-        return model
-
-    options = ["--methods", "fp32", "ptq", "--steps", "1"]
+    options, to_integer = ["--methods", "fp32", "ptq", "--steps", "1"], train.to_integer
     assert run(tmp_path, *options, out="sound") == 0
-    to_integer = train.to_integer
-    monkeypatch.setattr(train, "to_integer", broken)
-    assert run(tmp_path, *options, "--check-student") == 0
-    found = results(tmp_path)["methods"]["ptq"]
-    assert found["languages"]["en"]["correct"] == 1  # a third of three
-    assert found["student"]["languages"] == results(tmp_path, "sound")["methods"]["ptq"]["languages"]
+    for label, correct in ((0, "80"), (1, "40")):  # of three rows, in bits
+
+        def broken(*inputs, label=label):
+            model = to_integer(*inputs)
+            bias = model.head.out_proj.bias
+            bias.data = bias + 1e3 * F.one_hot(torch.tensor(label), 3)  # a copy: the student has the same tensor
+            return model
+
+        monkeypatch.setattr(train, "to_integer", broken)
+        assert run(tmp_path, *options, "--check-student", out=f"broken{label}") == 0
+        found = results(tmp_path, f"broken{label}")["methods"]["ptq"]
+        assert found["languages"]["en"]["correct_rows"] == correct
+        assert found["student"]["languages"] == results(tmp_path, "sound")["methods"]["ptq"]["languages"]
 
 
 @pytest.mark.parametrize("bits", ["8", "32"])
