@@ -565,7 +565,7 @@ def report(results: dict) -> str:
         f"{run['task']}, model {results['model']}, seed {run['seed']}; metrics in % on {run['eval_split']} ({tests} "
         f"rows), trained on {results['train_examples']:,} examples: teacher {steps['teacher']:,} steps, students "
         f"{steps['students']:,}, of {run['batch_size']}.",
-        *([quantization(run)] if set(run["methods"]) > {"fp32"} or "fp32" not in run["methods"] else []),
+        *([quantization(run)] if set(run["methods"]) != {"fp32"} else []),
         *caveats(results),
         f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}.",
         f"The epoch was selected on {selected}, in the training language.",
