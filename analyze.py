@@ -28,9 +28,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from common import markdown_table
 from data.batches import Batch
 from distill import map_loss, real_pairs, vector_loss
+from kit.common import markdown_table
 from model import Model
 
 PLACES = ("query", "key", "value", "context", "output")

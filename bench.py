@@ -13,7 +13,7 @@ measured). Times are medians over the rounds, and a ratio is the median of the r
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401
+    import kit.interrupt  # noqa: F401
 
 import itertools
 import math
@@ -33,7 +33,11 @@ from torch import Tensor, nn
 
 import train
 from checkpoint import config_of, meta_model, read_checkpoint
-from common import (
+from config import OneLineParser, TrainConfig, resolve
+from data.batches import Batch, Dataset, collate, dataset_of, evaluation_batches
+from data.tasks import find_data, find_task, load
+from data.tokenizer import Tokenizer
+from kit.common import (
     Progress,
     UserError,
     choose_device,
@@ -42,12 +46,8 @@ from common import (
     instructions,
     markdown_table,
     multiplies_bf16,
-    write_json,
 )
-from config import OneLineParser, TrainConfig, resolve
-from data.batches import Batch, Dataset, collate, dataset_of, evaluation_batches
-from data.tasks import find_data, find_task, load
-from data.tokenizer import Tokenizer
+from kit.files import write_json
 from model import Model, build_model, initialize, set_dropout
 from prepare import prepare
 from quant import QuantConfig

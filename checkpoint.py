@@ -33,8 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import UserError, atomic_write
 from data.tokenizer import Tokenizer
+from kit.common import UserError
+from kit.files import atomic_write
 from model import HEADS, Model, ModelConfig
 from pq import CENTROIDS, STAGES, ProductQuantizer, begin_stage
 from prepare import prepare

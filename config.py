@@ -18,9 +18,9 @@ from functools import cached_property
 from itertools import chain
 
 from checkpoint import WEIGHTS_DIR, default_keep
-from common import UserError, flag
 from data.tasks import RAW_DIR, TASKS, Task, find_data, find_task, own_language
 from distill import LAYERWISE, LOSSES
+from kit.common import UserError, flag
 from prepare import WEIGHTS, check_quant
 from quant import QuantConfig
 from tt import TTConfig

@@ -18,7 +18,7 @@ with weights_only=True.
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401
+    import kit.interrupt  # noqa: F401
 
 import argparse
 import json
@@ -41,10 +41,11 @@ from checkpoint import (
     save_atomically,
     tokenizer_of,
 )
-from common import UserError, atomic_write, check_writable, exit_status, write_json, write_text
 from data.fetch import MODELS, fetch_model
 from data.tokenizer import BOS, EOS, Encoder, Tokenizer, WordPieceTokenizer, WordTokenizer, load_tokenizer
 from data.tokenizer_json import read_tokenizer_json, tokenizer_json
+from kit.common import UserError, exit_status
+from kit.files import atomic_write, check_writable, write_json, write_text
 from model import PRESETS, Model, ModelConfig
 
 TOKENIZER_FILE = "sentencepiece.bpe.model"

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from common import UserError
+from kit.common import UserError
 from model import Attention, FeedForward, Model
 from prepare import prepare
 from quant import ActQuantizer, Codes, QuantConfig, QuantLinear, quantize, rescale

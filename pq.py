@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Progress
+from kit.common import Progress
 from quant import QuantConfig, UniformQuantizer, noise_mask, straight_through
 
 CENTROIDS = 256  # one byte

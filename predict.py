@@ -13,7 +13,7 @@ student can't read, which is told on stderr. In Python:
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401
+    import kit.interrupt  # noqa: F401
 
 import argparse
 import sys
@@ -26,12 +26,12 @@ import numpy as np
 import torch
 
 from checkpoint import read_student, tokenizer_of
-from common import UserError, choose_device, exit_status
 from data.batches import IGNORE, Dataset, cut_note, encode_sentences, encode_texts, evaluation_batches, evaluation_order
 from data.files import refuse_utf16
 from data.slots import Names, Sentence
 from data.tokenizer import Encoder
 from int8 import integer_model
+from kit.common import UserError, choose_device, exit_status
 from model import Model
 
 CHUNK = 1024  # texts that are sorted by length together

@@ -34,24 +34,13 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-import common
-import parallel
 from checkpoint import TEACHERS, check_kinds, check_tensors, read_checkpoint, save_atomically
-from common import (
-    Progress,
-    UserError,
-    check_writable,
-    flag,
-    hardware,
-    markdown_table,
-    remove,
-    remove_leftovers,
-    write_json,
-    write_text,
-)
 from config import METHODS, NOT_COMPARED, TRAINED, TrainConfig
 from data.batches import Batch, Dataset, collate, training_order
 from data.tasks import Task, find_task, selection_splits
+from kit import common, parallel
+from kit.common import Progress, UserError, flag, hardware, markdown_table
+from kit.files import check_writable, remove, write_json, write_text
 from model import Model
 
 STATE_FORMAT = "sdq-state-3"
@@ -123,8 +112,6 @@ class Run:
         if common.writes:
             if (lock := lock_folder(self.out)) is not None:
                 weakref.finalize(self, os.close, lock)
-            for folder in (self.out, self.teachers):
-                remove_leftovers(folder)
         self.results = {"config": asdict(self.config), "model": model, "languages": list(data.tests)}
         here = {"hardware": hardware(self.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
         self.results |= {"train_examples": len(data.train), "environment": here, "methods": {}}

@@ -14,7 +14,7 @@ dev in the training language. run.py says what a run writes; a stopped run conti
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401
+    import kit.interrupt  # noqa: F401
 
 import copy
 import os
@@ -30,9 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-import parallel
 from analyze import analysis_tables, attention_recovery, layer_errors
-from common import Progress, UserError, choose_device, clock, exit_status, hardware, multiplies_bf16, remove, write_text
 from config import TRAINED, TrainConfig, default_out, parse_args, quant_config, tt_config, usual
 from data.batches import (
     IGNORE,
@@ -63,6 +61,9 @@ from data.tasks import (
 from data.tokenizer import Tokenizer, WordTokenizer
 from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_terms
 from int8 import integer_model, to_integer
+from kit import parallel
+from kit.common import Progress, UserError, choose_device, clock, exit_status, hardware, multiplies_bf16
+from kit.files import remove, write_text
 from model import PRESETS, Model, ModelConfig, initialize, set_dropout, with_head
 from pq import STAGES, begin_stage, product_quantizers
 from prepare import calibrate, prepare

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import Progress
 from data.slots import Names, Sentence
 from data.tasks import Task, load
 from data.tokenizer import PAD, Encoder
+from kit.common import Progress
 
 ENCODED = 20_000  # texts or pairs that are encoded at once
 POOL = 50  # batches whose rows are sorted by length together: more gives less padding and shuffling
@@ -79,6 +79,28 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
+
+    def rows(self, rows: slice) -> "Batch":
+        """Some rows, without the columns that only others need."""
+        mask = None if self.mask is None else self.mask[rows]
+        length = self.ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
+        whole = mask is None or bool(mask[:, :length].all())
+        return replace(
+            self,
+            ids=self.ids[rows, :length],
+            mask=None if whole else mask[:, :length],
+            labels=self.labels[rows],
+            tokens=len(self.ids[rows]) * length if whole else int(mask.sum()),
+            tags=None if self.tags is None else self.tags[rows, :length],
+            types=None if self.types is None else self.types[rows, :length],
+        )
+
+    def sizes(self) -> dict[str, int]:
+        """The number of rows, tagged words, tokens, and pairs of tokens of one row: what losses are means over."""
+        B, T = self.ids.shape
+        lengths = torch.full((B,), T) if self.mask is None else self.mask.sum(dim=1)
+        words = 0 if self.tags is None else int((self.tags != IGNORE).sum())
+        return {"rows": B, "words": words, "tokens": int(lengths.sum()), "pairs": int(lengths.square().sum())}
 
 
 # --------------------------------------------------------------------------------------- encoding

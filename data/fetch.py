@@ -36,12 +36,13 @@ from typing import IO, NamedTuple
 
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    import interrupt  # noqa: F401
+    import kit.interrupt  # noqa: F401
 
-from common import Progress, UserError, check_writable, exit_status
 from data.glue import GLUE
 from data.tasks import RAW_DIR, file_paths, find_task
 from data.xglue import ARCHIVE, XGLUE, official_files
+from kit.common import Progress, UserError, exit_status
+from kit.files import check_writable
 
 CHUNK = 1 << 20
 MAX_UNPACKED = 4 << 30  # bytes; the largest file unpacked here is under 100 MB

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import BinaryIO, TextIO
 
-from common import UserError
+from kit.common import UserError
 
 csv.field_size_limit(2**31 - 1)  # the default would refuse a text of over 131,072 characters
 

@@ -35,8 +35,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError
 from data.files import read_tsv
+from kit.common import UserError
 
 HELD_OUT = 10  # one row in ten of train.tsv is dev
 MOST_HELD_OUT = 1000  # rows

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError
 from data.files import open_text
 from data.metrics import scores
+from kit.common import UserError
 
 FILES = ("seq.in", "seq.out", "label")
 SPLITS = ("train", "dev", "test")

@@ -24,11 +24,11 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from common import UserError
 from data.files import existing, read_tsv
 from data.glue import GLUE, Example, read_glue
 from data.slots import FILES, SPLITS, Names, Sentence, are_spans, read_names, read_sentences
 from data.xglue import FETCH, XGLUE, find_files, read_tokens, read_xglue
+from kit.common import UserError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 HELD_OUT = 1000

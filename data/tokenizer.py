@@ -32,8 +32,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
-from common import UserError
 from data.wordpiece import basic_tokens, word_pieces
+from kit.common import UserError
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 MAX_MODEL_BYTES = 64 << 20  # XLM-R's file has 5 MB

@@ -20,8 +20,8 @@ import struct
 
 import numpy as np
 
-from common import UserError
 from data.tokenizer import SPECIALS, Encoder, Tokenizer, WordPieceTokenizer
+from kit.common import UserError
 
 FIRST = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3; <mask> comes last
 BPE_RULES = {"unk_token": "<unk>", "fuse_unk": True}

@@ -21,10 +21,10 @@ from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
-from common import UserError
 from data.files import existing, open_text, read_tsv
 from data.glue import Example
 from data.slots import IOB2, Sentence, are_spans
+from kit.common import UserError
 
 UPOS = tuple("ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X".split())
 ENTITIES = ("O", *(f"{mark}-{kind}" for kind in ("PER", "ORG", "LOC", "MISC") for mark in "BI"))

@@ -10,7 +10,6 @@ from conftest import FLIGHTS, SAMPLE
 from test_glue import rows_of, write, write_all
 from test_slots import write as write_sentences
 
-from common import UserError
 from data.batches import (
     IGNORE,
     Dataset,
@@ -25,6 +24,7 @@ from data.batches import (
 from data.slots import read_sentences
 from data.tasks import XNLI_LANGUAGES, find_task, load, read_xnli
 from data.tokenizer import BOS, EOS, PAD, UNK, WordTokenizer
+from kit.common import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bench
-from common import multiplies_bf16
+from kit.common import multiplies_bf16
 from tools import backends, plot
 from tt import TTConfig, TTLinear
 

@@ -24,7 +24,7 @@ from checkpoint import (
     student_payload,
     unpack,
 )
-from common import UserError
+from kit.common import UserError
 from lsq import LearnedScale
 from model import ModelConfig, build_model, initialize, with_head
 from prepare import calibrate, prepare

@@ -11,21 +11,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import common
-from common import (
-    Progress,
-    UserError,
-    atomic_write,
-    check_writable,
-    clock,
-    exit_status,
-    flag,
-    hardware,
-    markdown_table,
-    remove,
-    write_json,
-    write_text,
-)
+from kit import common
+from kit.common import Progress, UserError, clock, exit_status, flag, hardware, markdown_table
+from kit.files import atomic_write, check_writable, remove, write_json, write_text
 
 
 # ----------------------------------------------------------------------------------- exit statuses
@@ -53,14 +41,14 @@ def test_exit_status(error, status, message, capsys):
 @pytest.mark.parametrize("job", ["print(1)", "print('x' * 10**6)", "[print(i) for i in range(10**5)]"])
 def test_a_closed_pipe_is_no_error(job):
     """As of `compare.py ... | head -1`: neither a message nor the interpreter's own at exit."""
-    code = f"import sys, common; sys.exit(common.exit_status(lambda: {job}))"
+    code = f"import sys, kit.common as common; sys.exit(common.exit_status(lambda: {job}))"
     program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     program.stdout.close()
     assert program.stderr.read() == b"" and program.wait() == 1
 
 
 def test_a_closed_pipe_does_not_end_a_training_silently():
-    code = "import sys, common; sys.exit(common.exit_status(lambda: print(1), ': --resume continues'))"
+    code = "import sys, kit.common as common; sys.exit(common.exit_status(lambda: print(1), ': --resume continues'))"
     program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     program.stdout.close()
     assert program.stderr.read() == b"the output was closed: --resume continues\n" and program.wait() == 1

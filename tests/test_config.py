@@ -7,7 +7,6 @@ import pytest
 from conftest import FLIGHTS, SCRATCH, TOKENIZER, answer
 
 import config as config_module
-from common import UserError, flag
 from config import (
     MODEL_DEFAULTS,
     RECIPES,
@@ -22,6 +21,7 @@ from config import (
 )
 from data.tasks import TASKS
 from distill import LAYERWISE, LOSSES
+from kit.common import UserError, flag
 from tt import TTConfig
 
 

@@ -15,9 +15,9 @@ from conftest import GOLDEN, ROOT, TOKENIZER
 import convert
 import train
 from checkpoint import load_checkpoint, read_checkpoint
-from common import UserError
 from data.fetch import MODELS
 from data.tokenizer import Tokenizer
+from kit.common import UserError
 from model import PRESETS
 
 

@@ -16,11 +16,11 @@ import pytest
 from conftest import ROOT
 
 import convert
-from common import UserError
 from data import fetch
 from data.fetch import Remote, download, unpack
 from data.glue import GLUE
 from data.tasks import find_task
+from kit.common import UserError
 from model import PRESETS
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB

@@ -6,9 +6,9 @@ import lzma
 import pytest
 from conftest import SAMPLE
 
-from common import UserError
 from data.files import existing, open_text, read_tsv
 from data.tasks import find_task, load, read_xnli
+from kit.common import UserError
 
 FETCH = "python data/fetch.py xnli"
 TABLE = "a\tb\tc\n1\t2\t3\n\t'\t\"\n"

@@ -18,10 +18,10 @@ from conftest import GOLDEN, ROOT, SAMPLE, TOKENIZER
 import convert
 import train
 from checkpoint import float_model, load_checkpoint, read_checkpoint, read_student
-from common import UserError
 from data.tasks import NLI_LABELS, XNLI_LANGUAGES, find_task, load, match_labels, own_labels, read_own
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import read_tokenizer_json
+from kit.common import UserError
 
 FOLDER = os.path.join(ROOT, "tests", "golden_folder")
 BERT = os.path.join(ROOT, "tests", "golden_bert")

@@ -29,12 +29,12 @@ from checkpoint import (
     save_atomically,
     student_payload,
 )
-from common import UserError
 from config import TrainConfig
 from data import batches
 from data.tasks import own_labels, read_own, read_xnli
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizer_json import read_tokenizer_json
+from kit.common import UserError
 from model import ModelConfig, build_model
 from prepare import prepare
 from quant import QuantConfig

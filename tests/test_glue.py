@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from common import UserError
 from data.glue import GLUE, held_out, read_file
 from data.tasks import RAW_DIR, file_paths, find_task, load
+from kit.common import UserError
 
 # The first line of each file, and a row with {a}, {b} and {label} in their columns.
 FILES = {

@@ -10,7 +10,6 @@ from test_checkpoint import make_bert_student, make_student, make_train_student
 
 import int8
 from checkpoint import float_model, load_student, read_student, save_atomically, student_payload
-from common import UserError
 from int8 import (
     KERNELS,
     FloatKernel,
@@ -23,6 +22,7 @@ from int8 import (
     is_exact,
     to_integer,
 )
+from kit.common import UserError
 from prepare import WEIGHTS
 from quant import ActQuantizer, QuantConfig
 from tools.backends import has_compiler

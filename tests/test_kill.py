@@ -22,7 +22,7 @@ import torch.distributed as dist
 from conftest import SMALL, log_of
 
 import train
-from common import UserError
+from kit.common import UserError
 from run import TERMINATED, lock_folder
 
 pytestmark = needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

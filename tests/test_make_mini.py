@@ -12,8 +12,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from common import UserError
 from data import tasks
+from kit.common import UserError
 from tools import make_mini as mini
 from tools.make_mini import LABELS, LANGUAGES, LEXICON, Meaning, realize
 

@@ -12,7 +12,7 @@ from conftest import DEVICES, GOLDEN, TOKENIZER, random_ids
 
 import convert
 from checkpoint import check_config, checkpoint_payload, load_checkpoint, meta_model, save_atomically
-from common import UserError
+from kit.common import UserError
 from model import PRESETS, TAPS, Model, build_model, initialize, set_dropout, with_head
 from tt import TTConfig
 

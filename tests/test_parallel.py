@@ -11,10 +11,10 @@ import torch
 from conftest import ROOT, SMALL, log_of, random_ids, results, run
 from test_kill import end, ends_soon, needs_fork, needs_gloo, start, start_two, wait_until
 
-import parallel
 from config import TrainConfig
 from data.batches import IGNORE, Batch
 from distill import LOSSES
+from kit import parallel
 from model import with_head
 from run import TERMINATED
 from train import means_over, sdq_loss

@@ -11,7 +11,7 @@ from conftest import FLIGHTS, ROOT, SAMPLE
 
 import predict
 import train
-from common import UserError
+from kit.common import UserError
 
 BERT = os.path.join(ROOT, "tests", "golden_bert")
 

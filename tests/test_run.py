@@ -12,10 +12,11 @@ from conftest import SCRATCH, SMALL, answer, log_of, results, run
 
 import train
 from checkpoint import load_checkpoint, read_checkpoint
-from common import HERE, UserError, write_json
 from config import parse_args, resolve
 from data.batches import Dataset
 from data.tasks import TASKS, find_task
+from kit.common import UserError
+from kit.files import write_json
 from model import build_model
 from run import (
     STATE_FORMAT,
@@ -582,11 +583,11 @@ def test_damaged_files_of_a_run_are_named(tmp_path, capsys):
         assert "results.json is damaged: delete it" in error and error.count("\n") == 1
     path.unlink()
     log.write_bytes(b"\xff\xfe{\n" + log.read_bytes()[:-20])
-    (tmp_path / "run" / f"student.pt.999999999{HERE}").write_bytes(b"of a killed process")
+    (tmp_path / "run" / "student.pt.part").write_bytes(b"of a killed process")
     assert run(tmp_path, *options, "--resume") == 0
     again = results(tmp_path)["methods"]
     assert {name: row["languages"] for name, row in again.items()} == {n: r["languages"] for n, r in expected.items()}
-    assert not (tmp_path / "run" / f"student.pt.999999999{HERE}").exists()
+    assert not (tmp_path / "run" / "student.pt.part").exists()
 
 
 def test_a_teacher_without_notes_is_named(tmp_path, capsys):
@@ -604,7 +605,7 @@ def test_a_planted_link_is_not_followed(tmp_path):
     """Temporary files have foreseeable names."""
     target = tmp_path / "precious"
     target.write_text("precious")
-    os.symlink(target, tmp_path / f"x.json.{os.getpid()}{HERE}")
+    os.symlink(target, tmp_path / "x.json.part")
     write_json(str(tmp_path / "x.json"), {"a": 1})
     assert target.read_text() == "precious" and not os.path.islink(tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}

@@ -8,9 +8,9 @@ import shutil
 import pytest
 from conftest import FLIGHTS
 
-from common import UserError
 from data.slots import Names, Sentence, read_names, read_sentences, slot_scores, spans
 from data.tasks import find_task, load
+from kit.common import UserError
 
 FETCH = "python data/fetch.py atis"
 

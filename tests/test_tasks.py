@@ -8,7 +8,6 @@ import pytest
 from conftest import FLIGHTS, ROOT, SAMPLE
 from test_glue import write_all
 
-from common import UserError
 from data import tasks
 from data.glue import Example
 from data.metrics import METRICS
@@ -33,6 +32,7 @@ from data.tasks import (
     task_folder,
 )
 from data.xglue import XGLUE, read_tokens
+from kit.common import UserError
 from model import HEADS
 
 

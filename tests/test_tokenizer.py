@@ -11,9 +11,9 @@ import sentencepiece
 import torch
 from conftest import GOLDEN, TOKENIZER
 
-from common import UserError
 from data.tokenizer import BOS, EOS, UNK, Tokenizer, WordTokenizer, load_tokenizer, longest_first
 from data.tokenizer_json import read_tokenizer_json, tokenizer_json
+from kit.common import UserError
 
 
 def test_equals_hugging_face(tokenizer):

@@ -23,7 +23,6 @@ import convert
 import predict
 import train
 from checkpoint import checkpoint_payload, load_checkpoint, load_student, save_atomically
-from common import UserError
 from config import TrainConfig, default_out, parse_args
 from data.batches import IGNORE, Batch, Dataset, encode_split
 from data.glue import GLUE
@@ -31,6 +30,7 @@ from data.slots import slot_scores
 from data.tasks import find_task, load, read_own
 from data.tokenizer import WordPieceTokenizer, WordTokenizer
 from distill import LAYERWISE, LOSSES, LayerSchedule, layer_mean, logits_loss
+from kit.common import UserError
 from lsq import LearnedScale
 from model import ModelConfig, build_model, initialize
 from prepare import prepare

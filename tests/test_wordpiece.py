@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import ROOT, SAMPLE
 
-from common import UserError
 from data.tokenizer import SPECIALS, WORDPIECE_MAGIC, Tokenizer, WordPieceTokenizer, WordTokenizer, load_tokenizer
 from data.wordpiece import basic_tokens, is_punctuation, word_pieces
+from kit.common import UserError
 
 GOLDEN = os.path.join(ROOT, "tests", "golden_bert")
 with open(os.path.join(GOLDEN, "vocab.txt"), "rb") as _file:

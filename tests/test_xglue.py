@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import train
-from common import UserError
 from data.batches import IGNORE, cut_long, encode_split
 from data.slots import Sentence, runs, spans, token_scores
 from data.tasks import TASKS, file_paths, find_task, languages_of, load
 from data.tokenizer import Tokenizer
 from data.xglue import ENTITIES, FETCH, UPOS, XGLUE, find_files, read_rows, read_tokens
+from kit.common import UserError
 
 WORDS = {"en": "teacher red buys apples".split(), "de": "Lehrer rot kauft Apfel".split()}
 

@@ -28,10 +28,10 @@ import numpy as np
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import UserError, exit_status, flag, markdown_table
 from config import METHODS, NOT_COMPARED, TrainConfig
 from data.metrics import spearman
 from data.tasks import TASKS, Task, find_task
+from kit.common import UserError, exit_status, flag, markdown_table
 from run import compared_score, recovered_percent, summarize_languages
 
 PEERS = ("onnxruntime", "openvino")  # added by tools/peers.py

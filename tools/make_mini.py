@@ -39,7 +39,8 @@ from dataclasses import dataclass, replace
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import UserError, atomic_write, check_writable, exit_status
+from kit.common import UserError, exit_status
+from kit.files import atomic_write, check_writable
 from tools.mini_lexicon import COLUMNS, FEMININE, NOT_LATE, OBJECT, SENTENCE, STOP, TABLE, VERB, WILL
 
 LANGUAGES = tuple(sorted(COLUMNS))

@@ -21,9 +21,10 @@ from torch import Tensor
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import UserError, exit_status, write_text
 from config import TrainConfig
 from data.batches import unpadded_batches
+from kit.common import UserError, exit_status
+from kit.files import write_text
 from run import report, report_table
 from tools.backends import Runner, is_installed, load_onnx, load_openvino, write_onnx, write_openvino
 from tools.compare import read_runs

@@ -24,8 +24,8 @@ import numpy as np
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import UserError, exit_status, flag
 from data.tasks import TASKS, Task
+from kit.common import UserError, exit_status, flag
 from tools.compare import VARIANTS, check_comparable, group_runs, read_runs, tt_rank, width_of
 
 GREEN, ORANGE, PURPLE, GRAY, BLUE = "#1b9e77", "#d95f02", "#7570b3", "#555555", "#4c72b0"

@@ -40,8 +40,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import checkpoint_payload, save_atomically
-from common import Progress, check_writable, exit_status, hardware, write_json
 from data.tokenizer import BOS, EOS, PAD, Tokenizer
+from kit.common import Progress, exit_status, hardware
+from kit.files import check_writable, write_json
 from model import PRESETS, Model, build_model
 from tools.make_mini import near_miss, random_meanings, realize
 

@@ -1,17 +1,11 @@
-"""What every program here shares: how a mistake of the user is told, how files are written, progress lines, Markdown
-tables.
-"""
+"""What every program here shares: how a mistake of the user is told, progress lines, Markdown tables, the hardware."""
 
-import glob
-import json
 import os
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import IO
+from collections.abc import Callable
 
 import torch
 
@@ -51,77 +45,7 @@ def exit_status(job: Callable[[], None], after_interrupt: str = "") -> int:
     return status
 
 
-# ------------------------------------------------------------------------------------------ files
-writes = True  # False in processes that only compute (parallel.py)
-HERE = f"@{platform.node()}.part"  # ends the names of unfinished files, behind the number of the process
-
-
-@contextmanager
-def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary neighbour of `path`, and rename it to `path` once it is written completely: a reader never sees
-    half a file. Makes the folder if there is none.
-    """
-    path = os.fspath(path)
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    if not writes:
-        with open(os.devnull, mode, **text) as file:
-            yield file
-        return
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{os.getpid()}{HERE}"
-    remove(temporary)  # of a killed process with this number, or a link that was planted: "x" follows none
-    try:
-        with open(temporary, mode.replace("w", "x"), **text) as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException as error:
-        remove(temporary)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = path
-        raise
-
-
-def write_text(path: str, text: str) -> None:
-    with atomic_write(path, "w") as file:
-        file.write(text)
-
-
-def write_json(path: str, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def remove(path: str) -> None:
-    if writes and os.path.lexists(path):
-        os.unlink(path)
-
-
-def remove_leftovers(folder: str) -> None:
-    """Remove the unfinished files of this machine's processes that are gone."""
-    for path in glob.glob(os.path.join(glob.escape(folder), f"*{glob.escape(HERE)}")):
-        writer = path.removesuffix(HERE).rpartition(".")[2]
-        if writer.isdecimal() and not is_running(int(writer)):
-            remove(path)
-
-
-def is_running(process: int) -> bool:
-    if os.name == "nt":  # there os.kill would stop it
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # of another user
-        pass
-    return True
-
-
-def check_writable(folder: str, advice: str = "choose another --out") -> None:
-    """Raises UserError for a folder that can't be written, before anything is computed or changed."""
-    there = os.path.abspath(folder)
-    while not os.path.exists(there) and os.path.dirname(there) != there:
-        there = os.path.dirname(there)
-    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {folder}: {advice}")
+writes = True  # False in processes that only compute (kit/parallel.py)
 
 
 # ----------------------------------------------------------------------------------------- output

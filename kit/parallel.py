@@ -17,7 +17,6 @@ table.
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
 from typing import NoReturn, TypeVar
@@ -26,9 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import common
-from common import UserError
-from data.batches import IGNORE, Batch
+from kit import common
+from kit.common import UserError
 
 T = TypeVar("T")
 torchrun: int | None = None  # the number of the process that started this one
@@ -127,50 +125,25 @@ def same(model: nn.Module) -> None:
 
 
 # ------------------------------------------------------------------------------------------ parts
-def parts(batch: Batch, count: int) -> Iterator[tuple[Batch, dict[str, float]]]:
+def parts(batch, count: int) -> Iterator[tuple[object, dict[str, float]]]:
     """This process's parts of a batch, `count` of them, each with its shares of the means that losses are."""
     of = world_size() * count
     if of == 1:
         yield batch, {}
         return
-    whole = sizes(batch)
+    whole = batch.sizes()
     for i in range(rank() * count, rank() * count + count):
         if i < len(batch.ids):
-            part = cut(batch, slice(i, None, of))
-            yield part, {kind: size / max(whole[kind], 1) for kind, size in sizes(part).items()}
+            part = batch.rows(slice(i, None, of))
+            yield part, {kind: size / max(whole[kind], 1) for kind, size in part.sizes().items()}
         elif i == rank() * count:  # too few rows: one that counts nothing, so that gradients exist
-            yield cut(batch, slice(0, 1)), dict.fromkeys(whole, 0.0)
-
-
-def cut(batch: Batch, rows: slice) -> Batch:
-    """Some rows, without the columns that only others need."""
-    mask = None if batch.mask is None else batch.mask[rows]
-    length = batch.ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
-    whole = mask is None or bool(mask[:, :length].all())
-    count = len(batch.ids[rows]) * length if whole else int(mask.sum())
-    return replace(
-        batch,
-        ids=batch.ids[rows, :length],
-        mask=None if whole else mask[:, :length],
-        labels=batch.labels[rows],
-        tokens=count,
-        tags=None if batch.tags is None else batch.tags[rows, :length],
-        types=None if batch.types is None else batch.types[rows, :length],
-    )
-
-
-def sizes(batch: Batch) -> dict[str, float]:
-    """How many rows, tagged words, tokens, and pairs of tokens of one row a batch has: what the means are over."""
-    B, T = batch.ids.shape
-    lengths = torch.full((B,), T) if batch.mask is None else batch.mask.sum(dim=1)
-    words = 0 if batch.tags is None else int((batch.tags != IGNORE).sum())
-    return {"rows": B, "words": words, "tokens": int(lengths.sum()), "pairs": int(lengths.square().sum())}
+            yield batch.rows(slice(0, 1)), dict.fromkeys(whole, 0.0)
 
 
 def shared(terms: dict[str, Tensor], shares: dict[str, float], over: dict[str, str]) -> dict[str, Tensor]:
     """The terms of a loss, each times the part's share of its mean.
 
-    shares: {} of a whole batch.  over: what each term is a mean over, a key of sizes(); tokens if it is not there.
+    shares: {} of a whole batch.  over: what each term is a mean over, a key of Batch.sizes(); tokens if it is not there.
     """
     if not shares:
         return terms
@@ -178,7 +151,7 @@ def shared(terms: dict[str, Tensor], shares: dict[str, float], over: dict[str, s
 
 
 # -------------------------------------------------------------------------------------- summing up
-def sum_gradients(model: nn.Module, batch: Batch) -> None:
+def sum_gradients(model: nn.Module, batch) -> None:
     """Add the gradients of all processes, in place.  batch: the whole one, whose words have gradients."""
     if world_size() == 1:
         return
