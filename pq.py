@@ -93,6 +93,8 @@ class ProductQuantizer(UniformQuantizer):
     with block noise.
     """
 
+    decays = True  # centroids are values of weights, not scales: they decay as the matrix did
+
     def __init__(self, config: QuantConfig, weight: Tensor, per_row: bool, multiplied: bool):
         super().__init__(config, weight, per_row, multiplied)
         self.shape = weight.shape

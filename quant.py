@@ -307,6 +307,9 @@ class WeightQuantizer(nn.Module):
     one for all.  multiplied: see integer_limits.
     """
 
+    # For train.make_optimizers: weight decay would pull what a quantizer trains, scales, to a wrong place.
+    decays = False
+
     def __init__(self, config: QuantConfig, weight: Tensor, per_row: bool, multiplied: bool):
         super().__init__()
         self.bits, self.per_row = config.weight_bits, per_row
@@ -438,6 +441,8 @@ class ActQuantizer(nn.Module):
     In evaluation it returns the Codes themselves if it stands before a product with quantized weights.  inside:
     whether it stands before a product inside attention, of two activations, which is computed in floats.
     """
+
+    decays = False  # as in WeightQuantizer
 
     def __init__(self, config: QuantConfig, inside: bool = False):
         super().__init__()

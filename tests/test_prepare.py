@@ -33,6 +33,7 @@ from quant import (
     quant_range,
     quantize,
 )
+from train import make_optimizers
 from tt import QuantTTLinear, TTConfig, TTLinear, TTMEmbedding
 
 MATRICES = [f"attention.{n}" for n in ("query", "key", "value", "output")] + ["ffn.up", "ffn.down"]
@@ -364,6 +365,27 @@ def test_static_ranges(tiny_config):
     first = model.encoder.layers[0].attention.input_quantizer
     scale, zero = choose_qparams(low, high, 0, 255, False)
     torch.testing.assert_close((first.scale, first.zero_point), (scale, zero))
+
+
+@pytest.mark.parametrize("values", [{"weights": "lsq"}, {"act_range": "learned"}, {"weights": "pq"}], ids=str)
+def test_what_quantizers_train_does_not_decay(values, tiny_config):
+    """Whatever its name and shape; but centroids stand for weights, and do."""
+    _, model, _ = prepared(QuantConfig(**values), tiny_config)
+    quantizers = [m for m in model.modules() if isinstance(m, (WeightQuantizer, ActQuantizer))]
+    for quantizer in quantizers:
+        assert quantizer.decays == (values == {"weights": "pq"} and isinstance(quantizer, WeightQuantizer))
+        quantizer.borders = nn.Parameter(torch.ones(3, 4))  # as a new quantizer may have
+    model = copy.deepcopy(model)  # as a student is of its teacher
+    decayed, spared = (group["params"] for group in make_optimizers(model)[0].param_groups)
+    ids = {id(p) for p in decayed}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            plain = parameter.dim() > 1 and not isinstance(module, nn.Embedding)
+            if isinstance(module, (WeightQuantizer, ActQuantizer)):
+                assert (id(parameter) in ids) == module.decays, name
+            elif plain:
+                assert id(parameter) in ids, name
+    assert len(decayed) + len(spared) == len(list(model.parameters())) - 1  # the word table is sparse
 
 
 # ---------------------------------------------------------------------------------- a new quantizer
