@@ -229,11 +229,12 @@ def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """
     matrices, vectors, tables = [], [], []
     sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
-    for name, parameter in model.named_parameters():
-        # The per-row scales of lsq.py have the shape of a matrix; decay would pull them to 1.
-        is_matrix = parameter.dim() > 1 and not name.endswith("log_scale")
-        kind = tables if id(parameter) in sparse else matrices if is_matrix else vectors
-        kind.append(parameter)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            # The per-row scales of lsq.py have the shape of a matrix; decay would pull them to 1.
+            is_matrix = parameter.dim() > 1 and getattr(module, "decays", True)
+            kind = tables if id(parameter) in sparse else matrices if is_matrix else vectors
+            kind.append(parameter)
     groups = [
         {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0},  # biases, norms and scales
