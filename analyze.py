@@ -30,7 +30,6 @@ from torch import Tensor
 
 from data.batches import Batch
 from distill import map_loss, real_pairs, vector_loss
-from kit.common import markdown_table
 from model import Model
 
 PLACES = ("query", "key", "value", "context", "output")
@@ -95,24 +94,6 @@ def layer_errors(teacher: Model, student: Model, batches: Iterable[Batch]) -> di
         kind: {place: [errors.summary() for errors in row] for place, row in places.items()}
         for kind, places in sums.items()
     }
-
-
-def analysis_tables(methods: dict[str, dict]) -> str:
-    """Two Markdown tables with a column per layer: the relative error of the contexts in %, and ranking loss / cover
-    length ratio in %.
-    """
-    errors, recoveries = [], []
-    for name, row in methods.items():
-        if "errors" not in row:
-            continue
-        for kind in KINDS:
-            layers = row["errors"][kind]["context"]
-            errors.append([f"{name} {kind}", *(f"{100 * layer['relative']:.1f}" for layer in layers)])
-        layers = zip(row["recovery"]["ranking"], row["recovery"]["cover"], strict=True)
-        recoveries.append([name, *(f"{100 * flips:.1f} / {100 * cover:.1f}" for flips, cover in layers)])
-    header = [f"layer {i + 1}" for i in range(len(errors[0]) - 1)]
-    tables = {"error of context, %": errors, "flipped / cover, %": recoveries}
-    return "\n\n".join(markdown_table([title, *header], rows) for title, rows in tables.items())
 
 
 # -------------------------------------------------------------------------------------- recovery

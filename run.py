@@ -16,7 +16,6 @@ import json
 import math
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -37,9 +36,8 @@ except ImportError:  # Windows
 from checkpoint import TEACHERS, check_kinds, check_tensors, read_checkpoint, save_atomically
 from config import METHODS, NOT_COMPARED, TRAINED, TrainConfig
 from data.batches import Batch, Dataset, collate, training_order
-from data.tasks import Task, find_task, selection_splits
 from kit import common, parallel
-from kit.common import Progress, UserError, flag, hardware, markdown_table
+from kit.common import Progress, UserError, flag, hardware
 from kit.files import check_writable, remove, write_json, write_text
 from model import Model
 
@@ -440,123 +438,3 @@ def teacher_path(run: Run, model: str, identity: list, data: Data) -> str:
     key += [data.train.sha256, data.dev.sha256, run.device.type]
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     return os.path.join(run.teachers, f"{run.config.task}-{model}-{digest}.pt")
-
-
-# ----------------------------------------------------------------------------------------- report
-def summarize_languages(languages: dict[str, dict], train_language: str) -> dict:
-    """A row of results.json: the score in the training language, and the mean of all others; None without a test."""
-    others = [row["score"] for name, row in languages.items() if name != train_language]
-    return {
-        "score": languages[train_language]["score"] if train_language in languages else None,
-        "zero_shot_mean": statistics.fmean(others) if others else None,
-        "languages": languages,
-    }
-
-
-def compared_score(row: dict, task: Task) -> float:
-    """The score by which methods are compared: the zero-shot mean, or the mean over the test sets."""
-    if task.zero_shot and row["zero_shot_mean"] is not None:
-        return row["zero_shot_mean"]
-    return statistics.fmean(found["score"] for found in row["languages"].values())
-
-
-def recovered_percent(own: float, ptq: float, fp32: float) -> float | None:
-    """How much of PTQ's loss a method recovered: (method - PTQ) / (FP32 - PTQ) in %.
-
-    None if PTQ lost less than two points, where the ratio is not meaningful.
-    """
-    return 100 * (own - ptq) / (fp32 - ptq) if fp32 - ptq >= 2.0 else None
-
-
-def recovered(methods: dict[str, dict], name: str, task: Task) -> float | None:
-    """What the row `name` recovered; None also if a row that it needs is missing."""
-    if name in ("fp32", "ptq") or not {"fp32", "ptq"} <= set(methods):
-        return None
-    return recovered_percent(*(compared_score(methods[row], task) for row in (name, "ptq", "fp32")))
-
-
-def report_table(results: dict) -> str:
-    """The report as a Markdown table, one row per method. Metrics are in %."""
-    config, methods = results["config"], results["methods"]
-    task = find_task(config["task"], config.get("train_language"))
-    languages = list(results["languages"])
-    by_language = task.zero_shot and languages != [task.train_language]
-    others = [name for name in languages if name != task.train_language] if by_language else []
-    # Means over all test sets, of metrics that methods are not compared by.
-    further = {title: key for title, key in task.columns.items() if key not in task.metrics}
-
-    def figures(row: dict) -> list[str]:
-        languages = row["languages"]
-        if by_language:
-            worst = min(others, key=lambda name: languages[name]["score"])
-            means = ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("score", "zero_shot_mean")]
-            more = [f"{statistics.fmean(test[key] for test in languages.values()):.2f}" for key in further.values()]
-            return [*means, f"{worst} {languages[worst]['score']:.1f}", *more]
-        tests = languages.values()  # of mnli two
-        return [" / ".join(f"{test[key]:.2f}" for test in tests) for key in task.columns.values()]
-
-    header = [task.train_language, "zero-shot", "worst", *further] if by_language else list(task.columns)
-    checked = any("student" in row for row in methods.values())
-    rows = []
-    for name, row in methods.items():
-        percent = recovered(methods, name, task)
-        cells = [name, *figures(row), "-" if percent is None else f"{percent:.0f} %"]
-        if checked:
-            student = row.get("student")
-            cells.append(", ".join(figures(student)) if student else "-")
-        megabytes = row["size_bytes"] / 1e6
-        cells += [f"{megabytes:.{1 if megabytes >= 1 else 3}f}", f"{row['train_seconds']:.0f}"]
-        rows.append(cells + [f"{row['languages'][language]['score']:.1f}" for language in others])
-    header += ["recovered", *(["student"] if checked else []), "MB", "train s", *others]
-    return markdown_table(["", *header], rows)
-
-
-def caveats(results: dict) -> list[str]:
-    """Notes on the majority baseline, and on methods that predict a single class."""
-    notes, rows = [], results["methods"]
-    tests = next(iter(rows.values()))["languages"]
-    if find_task(results["config"]["task"]).metrics == ("accuracy",) and all("majority" in t for t in tests.values()):
-        by_test = {name: f"{test['majority']:.1f}" for name, test in tests.items()}
-        same = len(set(by_test.values())) == 1
-        each = next(iter(by_test.values())) if same else ", ".join(f"{name} {score}" for name, score in by_test.items())
-        notes.append(f"Always predicting the most frequent class of the test rows gives {each}.")
-    alone = []
-    for name, row in rows.items():
-        found = row["languages"].items()
-        if where := [language for language, test in found if test.get("classes") == 1 and test["majority"] < 100]:
-            alone.append(f"{name} ({', '.join(where)})" if len(found) > 1 else name)
-    return notes + ([f"WARNING: one class is predicted for all rows by {', '.join(alone)}."] if alone else [])
-
-
-def quantization(config: dict) -> str:
-    """How the rows of a run were quantized, in words: W8A8 ..."""
-    scale = "tensor" if config["per_tensor"] else "channel"
-    act = {"dynamic": f"at run time, per {'tensor' if config['per_tensor'] else 'token'}", "static": "static"}
-    text = f"W{config['bits']}A{config['act_bits']}: {config['weights']} weights, one scale per {scale}, ranges "
-    text += f"{config['weight_range']}; activations with ranges {act.get(config['act_range'], config['act_range'])}"
-    text += f"; inside attention {config['attention_bits']} bits" if config["attention_bits"] != 32 else ""
-    words = {"ptq-static": "static ranges", "qat": f"noise {config['noise']:g}"}
-    words["sdq"] = f"{words['qat']}, {config['distill']}"
-    return ". ".join([text, *(f"{name}: {words[name]}" for name in config["methods"] if name in words)]) + "."
-
-
-def report(results: dict) -> str:
-    """report.md: what was run, on what, and the table."""
-    run, where = results["config"], results["environment"]
-    _, selected = selection_splits(find_task(run["task"]), run["eval_split"])
-    if selected == run["eval_split"]:
-        selected += ", which flatters every trained row"
-    tests = ", ".join(f"{name} {rows:,}" for name, rows in results["test_examples"].items()).removeprefix("all ")
-    steps = results["steps"]
-    notes = [
-        f"{run['task']}, model {results['model']}, seed {run['seed']}; metrics in % on {run['eval_split']} ({tests} "
-        f"rows), trained on {results['train_examples']:,} examples: teacher {steps['teacher']:,} steps, students "
-        f"{steps['students']:,}, of {run['batch_size']}.",
-        *([quantization(run)] if set(run["methods"]) != {"fp32"} else []),
-        *caveats(results),
-        f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}.",
-        f"The epoch was selected on {selected}, in the training language.",
-        "Rows are of the integer model where weights and activations are quantized. MB: the checkpoint on disk. "
-        "recovered: of the loss of ptq. train s: wall time, with evaluations on dev and saved states.",
-    ]
-    return report_table(results) + "\n\n" + "\n".join(notes) + "\n"

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from analyze import analysis_tables, attention_recovery, layer_errors
+from analyze import attention_recovery, layer_errors
 from config import TRAINED, TrainConfig, default_out, parse_args, quant_config, tt_config, usual
 from data.batches import (
     IGNORE,
@@ -64,21 +64,11 @@ from int8 import integer_model, to_integer
 from kit import parallel
 from kit.common import Progress, UserError, choose_device, clock, exit_status, hardware, multiplies_bf16
 from kit.files import remove, write_text
+from kit.report import analysis_tables, caveats, report, report_table, summarize_languages
 from model import PRESETS, Model, ModelConfig, initialize, set_dropout, with_head
 from pq import STAGES, begin_stage, product_quantizers
 from prepare import calibrate, prepare
-from run import (
-    Data,
-    Run,
-    Training,
-    caveats,
-    report,
-    report_table,
-    stop_at_sigterm,
-    summarize_languages,
-    teacher_path,
-    total_steps,
-)
+from run import Data, Run, Training, stop_at_sigterm, teacher_path, total_steps
 from tt import tensorize
 
 WARMUP = 0.1  # fraction of the steps in which the learning rate rises
@@ -573,13 +563,12 @@ def run_recipe(config: TrainConfig, resume: bool) -> None:
             row = run_student(run, source, teacher, method, data)
         run.finish_row(method, row)
     remove(run.path("state.pt"))  # if a kill came between the last row and its removal
-    write_text(run.path("report.md"), report(run.results))
+    write_text(run.path("report.md"), report(run.results, task, selection_splits(task, config.eval_split)[1]))
     methods = run.results["methods"]
     if any("errors" in row for row in methods.values()):
         print(f"\n{analysis_tables(methods)}")
-    print(
-        "", report_table(run.results), "", *caveats(run.results), f"wrote {run.out}/results.json, report.md", sep="\n"
-    )
+    print("", report_table(run.results, task), "", *caveats(run.results, task), sep="\n")
+    print(f"wrote {run.out}/results.json, report.md")
     print(f"{clock(time.monotonic() - started)} in all")
 
 
@@ -680,7 +669,7 @@ def evaluate_file(config: TrainConfig) -> None:
     row |= {"size_bytes": os.path.getsize(config.eval), "train_seconds": 0}
     name = f"{read.notes.get('method')} W{quant.weight_bits}A{quant.act_bits}"
     results = {"config": asdict(config), "methods": {name: row}, "languages": list(tests)}
-    print("", report_table(results), "", *caveats(results), sep="\n")
+    print("", report_table(results, task), "", *caveats(results, task), sep="\n")
     print(f"{kind}, {hardware(device)}, {torch.get_num_threads()} threads; ", end="")
     print(f"{clock(time.monotonic() - started)} in all")
 

@@ -11,17 +11,9 @@ import torch
 from conftest import batch
 
 import analyze
-from analyze import (
-    PLACES,
-    analysis_tables,
-    attention_recovery,
-    cover_length,
-    flipped_pairs,
-    layer_errors,
-    ranking_loss,
-    real_rows,
-)
+from analyze import PLACES, attention_recovery, cover_length, flipped_pairs, layer_errors, ranking_loss, real_rows
 from distill import map_loss, real_pairs, vector_loss
+from kit.report import analysis_tables
 from model import build_model
 
 

@@ -17,21 +17,9 @@ from data.batches import Dataset
 from data.tasks import TASKS, find_task
 from kit.common import UserError
 from kit.files import write_json
+from kit.report import caveats, compared_score, recovered, recovered_percent, report, report_table, summarize_languages
 from model import build_model
-from run import (
-    STATE_FORMAT,
-    Data,
-    Run,
-    Training,
-    caveats,
-    compared_score,
-    recovered,
-    recovered_percent,
-    report,
-    report_table,
-    summarize_languages,
-    total_steps,
-)
+from run import STATE_FORMAT, Data, Run, Training, total_steps
 
 
 def packed(tmp_path, out):
@@ -458,14 +446,14 @@ def test_recovered_counts_both_test_sets_of_mnli():
 
 def test_table_has_every_row_and_language():
     rows = {"fp32": row(90, {"de": 80.0, "sw": 70.0}), "ptq": row(60, {"de": 40.0, "sw": 30.0})}
-    table = report_table(results_of(**rows))
+    table = report_table(results_of(**rows), XNLI)
     lines = table.split("\n")
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     header, _, _, ptq = cells_of(table)
     assert header == ["", "en", "zero-shot", "worst", "recovered", "MB", "train s", "de", "sw"]
     assert ptq == ["ptq", "60.00", "35.00", "sw 30.0", "-", "1.0", "1", "40.0", "30.0"]
     rows["ptq"]["student"] = row(61, {"de": 42.0, "sw": 30.0})
-    table = report_table(results_of(**rows))
+    table = report_table(results_of(**rows), XNLI)
     assert "| 61.00, 36.00, sw 30.0 |" in table
     header, _, fp32, _ = cells_of(table)
     assert header[5] == "student" and fp32[5] == "-"
@@ -475,13 +463,13 @@ def test_table_without_the_training_language():
     tests = {"de": {"score": 80.0, "accuracy": 80.0, "f1": 60.0}, "nl": {"score": 70.0, "accuracy": 90.0, "f1": 70.0}}
     rows = {"fp32": {**summarize_languages(tests, "en"), "size_bytes": 1e6, "train_seconds": 1}}
     assert rows["fp32"]["score"] is None and rows["fp32"]["zero_shot_mean"] == 75.0
-    header, _, fp32 = cells_of(report_table({"config": {"task": "ner"}, "methods": rows, "languages": ["de", "nl"]}))
+    header, _, fp32 = cells_of(report_table({"methods": rows, "languages": ["de", "nl"]}, TASKS["ner"]))
     assert header[:5] == ["", "en", "zero-shot", "worst", "accuracy"]  # a metric beside that of the score: the mean
     assert fp32[:5] == ["fp32", "-", "75.00", "nl 70.0", "85.00"]
 
 
 def test_table_of_one_language():
-    table = report_table({**results_of(fp32=row(90, {}, size=12345)), "languages": ["en"]})
+    table = report_table({**results_of(fp32=row(90, {}, size=12345)), "languages": ["en"]}, XNLI)
     header, _, fp32 = cells_of(table)
     assert header == ["", "accuracy", "recovered", "MB", "train s"]
     assert fp32 == ["fp32", "90.00", "-", "0.012", "1"]
@@ -496,8 +484,8 @@ def test_table_has_the_columns_of_the_task(task):
         for i, name in enumerate(names)
     }
     found = {**summarize_languages(tests, names[0]), "size_bytes": 1e6, "train_seconds": 0.0}
-    made = {"config": {"task": task}, "methods": {"fp32": found}, "languages": list(names)}
-    header, _, fp32 = cells_of(report_table(made))
+    made = {"methods": {"fp32": found}, "languages": list(names)}
+    header, _, fp32 = cells_of(report_table(made, TASKS[task]))
     assert header == ["", *keys, "recovered", "MB", "train s"]
     values = [" / ".join(f"{tests[name][key]:.2f}" for name in names) for key in keys.values()]
     assert fp32[1:-3] == values and values[0].count("/") == len(names) - 1
@@ -509,8 +497,8 @@ def test_report_says_what_was_run():
     made["environment"] = {"hardware": "a processor", "threads": 3, "torch": "2.0"}
     made |= {"test_examples": {"en": 750, "de": 751, "sw": 752}, "steps": {"teacher": 77, "students": 39}}
     made["config"] = vars(resolve({"model": "mini", "bits": 2}))
-    text = report(made)
-    assert text.startswith(report_table(made)) and text.endswith("\n")
+    text = report(made, XNLI, "dev")
+    assert text.startswith(report_table(made, XNLI)) and text.endswith("\n")
     for part in ("xnli, model mini, seed 0", "on test (en 750, de 751, sw 752 rows)", "1,234 examples", "3 threads"):
         assert part in text
     assert "teacher 77 steps, students 39, of 32" in text and "qat: noise 0.5. sdq: noise 0.5, logits+context." in text
@@ -521,31 +509,31 @@ def test_report_says_what_was_run():
         ({"attention_bits": 4}, "inside attention 4 bits."),
         ({"weights": "lsq", "weight_range": "mse"}, "lsq weights, one scale per channel, ranges mse;"),
     ):
-        assert words in report({**made, "config": made["config"] | option})
-    alone = report({**made, "config": made["config"] | {"methods": ("fp32",)}})
+        assert words in report({**made, "config": made["config"] | option}, XNLI, "dev")
+    alone = report({**made, "config": made["config"] | {"methods": ("fp32",)}}, XNLI, "dev")
     assert "W2A8" not in alone and "noise" not in alone  # nothing is quantized
     assert "flatter" not in text and "selected on dev, in" in text
     made["config"] = made["config"] | {"eval_split": "dev"}
-    assert "selected on held-out, in" in report(made) and "flatter" not in report(made)
-    made["config"]["task"] = "rte"  # whose dev is a part of train.tsv
-    assert "selected on dev, which flatters" in report(made)
+    text = report(made, XNLI, "held-out")
+    assert "selected on held-out, in" in text and "flatter" not in text
+    assert "selected on dev, which flatters" in report(made, XNLI, "dev")
 
 
 def test_caveats_name_guessing_and_rows_that_do_nothing_else():
     """95 % of one class: a row with 95 % accuracy that predicts nothing else is named."""
     guess, learned = dict(score=95.0, classes=1, majority=95.0), dict(score=97.0, classes=2, majority=95.0)
-    results = {"config": {"task": "tsv"}, "methods": {"fp32": {"languages": {"all": learned}}}}
-    assert caveats(results) == ["Always predicting the most frequent class of the test rows gives 95.0."]
+    results = {"methods": {"fp32": {"languages": {"all": learned}}}}
+    assert caveats(results, TASKS["tsv"]) == ["Always predicting the most frequent class of the test rows gives 95.0."]
     results["methods"]["ptq"] = {"languages": {"all": guess, "de": learned | {"majority": 50.0}}}
-    assert caveats(results)[1:] == ["WARNING: one class is predicted for all rows by ptq (all)."]
+    assert caveats(results, TASKS["tsv"])[1:] == ["WARNING: one class is predicted for all rows by ptq (all)."]
     results["methods"] = dict(reversed(results["methods"].items()))
-    assert "gives all 95.0, de 50.0." in caveats(results)[0]
+    assert "gives all 95.0, de 50.0." in caveats(results, TASKS["tsv"])[0]
     # a test set of one class is no sign of it; metrics that are 0 for a guess need no comparison
     one = {"languages": {"en": guess | {"majority": 100.0}}}
-    assert len(caveats({"config": {"task": "tsv"}, "methods": {"fp32": one}})) == 1
-    cola = {"config": {"task": "cola"}, "methods": {"qat": {"languages": {"en": guess}}}}
-    assert caveats(cola) == ["WARNING: one class is predicted for all rows by qat."]
-    assert caveats({"config": {"task": "stsb"}, "methods": {"fp32": {"languages": {"en": {"score": 1.0}}}}}) == []
+    assert len(caveats({"methods": {"fp32": one}}, TASKS["tsv"])) == 1
+    cola = {"methods": {"qat": {"languages": {"en": guess}}}}
+    assert caveats(cola, TASKS["cola"]) == ["WARNING: one class is predicted for all rows by qat."]
+    assert caveats({"methods": {"fp32": {"languages": {"en": {"score": 1.0}}}}}, TASKS["stsb"]) == []
 
 
 def test_results_are_those_of_the_log(tmp_path):

@@ -32,7 +32,7 @@ from config import METHODS, NOT_COMPARED, TrainConfig
 from data.metrics import spearman
 from data.tasks import TASKS, Task, find_task
 from kit.common import UserError, exit_status, flag, markdown_table
-from run import compared_score, recovered_percent, summarize_languages
+from kit.report import compared_score, recovered_percent, summarize_languages
 
 PEERS = ("onnxruntime", "openvino")  # added by tools/peers.py
 METHOD_ORDER = (*METHODS, *PEERS)

@@ -23,9 +23,10 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
 
 from config import TrainConfig
 from data.batches import unpadded_batches
+from data.tasks import selection_splits
 from kit.common import UserError, exit_status
 from kit.files import write_text
-from run import report, report_table
+from kit.report import report, report_table
 from tools.backends import Runner, is_installed, load_onnx, load_openvino, write_onnx, write_openvino
 from tools.compare import read_runs
 from train import evaluate_languages, get_teacher, open_run
@@ -89,8 +90,8 @@ def add_peers(out: str) -> None:
             row = {"size_bytes": size, "train_seconds": 0.0}
             row |= evaluate_languages(name, Peer(load(path)), data.tests, task, cpu)
         run.finish_row(name, row)
-    write_text(run.path("report.md"), report(run.results))
-    print(f"\n{report_table(run.results)}\n\nwrote {out}/results.json, report.md")
+    write_text(run.path("report.md"), report(run.results, task, selection_splits(task, config.eval_split)[1]))
+    print(f"\n{report_table(run.results, task)}\n\nwrote {out}/results.json, report.md")
 
 
 def main(argv: list[str] | None = None) -> int:

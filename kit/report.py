@@ -1,0 +1,149 @@
+"""The report of one run: tables, and the notes under them.
+
+"task" is the run's row of data.tasks.TASKS, "results" the contents of its results.json. All metrics are in %.
+"""
+
+import statistics
+
+from kit.common import markdown_table
+
+
+# ---------------------------------------------------------------------------------------- scores
+def summarize_languages(languages: dict[str, dict], train_language: str) -> dict:
+    """A row of results.json: the score in the training language, and the mean of all others; None without a test."""
+    others = [row["score"] for name, row in languages.items() if name != train_language]
+    return {
+        "score": languages[train_language]["score"] if train_language in languages else None,
+        "zero_shot_mean": statistics.fmean(others) if others else None,
+        "languages": languages,
+    }
+
+
+def compared_score(row: dict, task) -> float:
+    """The score by which methods are compared: the zero-shot mean, or the mean over the test sets."""
+    if task.zero_shot and row["zero_shot_mean"] is not None:
+        return row["zero_shot_mean"]
+    return statistics.fmean(found["score"] for found in row["languages"].values())
+
+
+def worst_language(rows: list[dict], languages: list[str]) -> str:
+    """The language with the lowest mean score over the rows."""
+    return min(languages, key=lambda name: statistics.fmean(row["languages"][name]["score"] for row in rows))
+
+
+def recovered_percent(own: float, ptq: float, fp32: float) -> float | None:
+    """How much of PTQ's loss a method recovered: (method - PTQ) / (FP32 - PTQ) in %.
+
+    None if PTQ lost less than two points, where the ratio is not meaningful.
+    """
+    return 100 * (own - ptq) / (fp32 - ptq) if fp32 - ptq >= 2.0 else None
+
+
+def recovered(methods: dict[str, dict], name: str, task) -> float | None:
+    """What the row `name` recovered; None also if a row that it needs is missing."""
+    if name in ("fp32", "ptq") or not {"fp32", "ptq"} <= set(methods):
+        return None
+    return recovered_percent(*(compared_score(methods[row], task) for row in (name, "ptq", "fp32")))
+
+
+# ---------------------------------------------------------------------------------------- tables
+def report_table(results: dict, task) -> str:
+    """The report as a Markdown table, one row per method."""
+    methods, languages = results["methods"], list(results["languages"])
+    by_language = task.zero_shot and languages != [task.train_language]
+    others = [name for name in languages if name != task.train_language] if by_language else []
+    # Means over all test sets, of metrics that methods are not compared by.
+    further = {title: key for title, key in task.columns.items() if key not in task.metrics}
+
+    def figures(row: dict) -> list[str]:
+        tests = row["languages"].values()  # of mnli two
+        if not by_language:
+            return [" / ".join(f"{test[key]:.2f}" for test in tests) for key in task.columns.values()]
+        worst = worst_language([row], others)
+        means = ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("score", "zero_shot_mean")]
+        more = [f"{statistics.fmean(test[key] for test in tests):.2f}" for key in further.values()]
+        return [*means, f"{worst} {row['languages'][worst]['score']:.1f}", *more]
+
+    header = [task.train_language, "zero-shot", "worst", *further] if by_language else list(task.columns)
+    checked = any("student" in row for row in methods.values())
+    rows = []
+    for name, row in methods.items():
+        percent = recovered(methods, name, task)
+        cells = [name, *figures(row), "-" if percent is None else f"{percent:.0f} %"]
+        if checked:
+            student = row.get("student")
+            cells.append(", ".join(figures(student)) if student else "-")
+        megabytes = row["size_bytes"] / 1e6
+        cells += [f"{megabytes:.{1 if megabytes >= 1 else 3}f}", f"{row['train_seconds']:.0f}"]
+        rows.append(cells + [f"{row['languages'][language]['score']:.1f}" for language in others])
+    header += ["recovered", *(["student"] if checked else []), "MB", "train s", *others]
+    return markdown_table(["", *header], rows)
+
+
+def analysis_tables(methods: dict[str, dict]) -> str:
+    """Two Markdown tables with a column per layer (analyze.py): the relative error of the contexts in %, and ranking
+    loss / cover length ratio in %.
+    """
+    errors, recoveries = [], []
+    for name, row in methods.items():
+        if "errors" not in row:
+            continue
+        for kind, places in row["errors"].items():
+            errors.append([f"{name} {kind}", *(f"{100 * layer['relative']:.1f}" for layer in places["context"])])
+        layers = zip(row["recovery"]["ranking"], row["recovery"]["cover"], strict=True)
+        recoveries.append([name, *(f"{100 * flips:.1f} / {100 * cover:.1f}" for flips, cover in layers)])
+    header = [f"layer {i + 1}" for i in range(len(errors[0]) - 1)]
+    tables = {"error of context, %": errors, "flipped / cover, %": recoveries}
+    return "\n\n".join(markdown_table([title, *header], rows) for title, rows in tables.items())
+
+
+# ----------------------------------------------------------------------------------------- notes
+def caveats(results: dict, task) -> list[str]:
+    """Notes on the majority baseline, and on methods that predict a single class."""
+    notes, rows = [], results["methods"]
+    tests = next(iter(rows.values()))["languages"]
+    if task.metrics == ("accuracy",) and all("majority" in test for test in tests.values()):
+        by_test = {name: f"{test['majority']:.1f}" for name, test in tests.items()}
+        same = len(set(by_test.values())) == 1
+        each = next(iter(by_test.values())) if same else ", ".join(f"{name} {score}" for name, score in by_test.items())
+        notes.append(f"Always predicting the most frequent class of the test rows gives {each}.")
+    alone = []
+    for name, row in rows.items():
+        found = row["languages"].items()
+        if where := [language for language, test in found if test.get("classes") == 1 and test["majority"] < 100]:
+            alone.append(f"{name} ({', '.join(where)})" if len(found) > 1 else name)
+    return notes + ([f"WARNING: one class is predicted for all rows by {', '.join(alone)}."] if alone else [])
+
+
+def quantization(config: dict) -> str:
+    """How the rows of a run were quantized, in words: W8A8 ..."""
+    scale = "tensor" if config["per_tensor"] else "channel"
+    act_range = config["act_range"]
+    if act_range == "dynamic":
+        act_range = f"at run time, per {'tensor' if config['per_tensor'] else 'token'}"
+    text = f"W{config['bits']}A{config['act_bits']}: {config['weights']} weights, one scale per {scale}, ranges "
+    text += f"{config['weight_range']}; activations with ranges {act_range}"
+    text += f"; inside attention {config['attention_bits']} bits" if config["attention_bits"] != 32 else ""
+    words = {"ptq-static": "static ranges", "qat": f"noise {config['noise']:g}"}
+    words["sdq"] = f"{words['qat']}, {config['distill']}"
+    return ". ".join([text, *(f"{name}: {words[name]}" for name in config["methods"] if name in words)]) + "."
+
+
+def report(results: dict, task, selected: str) -> str:
+    """report.md: what was run, on what, and the table.  selected: the split that the epoch was selected on."""
+    run, where, steps = results["config"], results["environment"], results["steps"]
+    if selected == run["eval_split"]:
+        selected += ", which flatters every trained row"
+    tests = ", ".join(f"{name} {rows:,}" for name, rows in results["test_examples"].items()).removeprefix("all ")
+    notes = [
+        f"{run['task']}, model {results['model']}, seed {run['seed']}; metrics in % on {run['eval_split']} ({tests} "
+        f"rows), trained on {results['train_examples']:,} examples: teacher {steps['teacher']:,} steps, students "
+        f"{steps['students']:,}, of {run['batch_size']}.",
+        *([quantization(run)] if set(run["methods"]) != {"fp32"} else []),
+        *caveats(results, task),
+        f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}.",
+        f"The epoch was selected on {selected}, in the training language.",
+        "Rows are of the integer model where weights and activations are quantized. MB: the checkpoint on disk. "
+        "recovered: of the loss of ptq. train s: wall time, with evaluations on dev and saved states.",
+    ]
+    return report_table(results, task) + "\n\n" + "\n".join(notes) + "\n"
