@@ -33,16 +33,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.tokenizer import Tokenizer
+from config import TrainConfig, scratch_shape, tt_config
+from data.fetch import MODELS
+from data.tasks import RAW_DIR, WEIGHTS_DIR, Task, class_names, load, match_labels
+from data.tokenizer import Tokenizer, WordTokenizer
 from kit.common import UserError
 from kit.files import atomic_write
-from model import HEADS, Model, ModelConfig
+from model import HEADS, PRESETS, Model, ModelConfig, initialize, with_head
 from pq import CENTROIDS, STAGES, ProductQuantizer, begin_stage
 from prepare import prepare
 from quant import FixedQuantizer, QuantConfig, WeightQuantizer, check_codes, dequantize
 from tt import TensorTrain, TTConfig, tensorize
 
-WEIGHTS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")  # of convert.py
+MINI = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "mini", "mini.safetensors")
 TEACHERS = "teachers"  # the folder of those that train.py keeps
 CHECKPOINT_FORMAT, STUDENT_FORMAT = "sdq-checkpoint-1", "sdq-student-6"
 WORDS = "encoder.embeddings.word.weight"
@@ -143,7 +146,7 @@ def load_untrusted(path: str, advice: str, mmap: bool = False) -> object:
     """torch.load that executes nothing. Raises UserError with the advice for pickled code or damage."""
     try:
         check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(open(path, "rb"), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = f" ({error})" if len(str(error)) < 80 else ""
         what = f"holds pickled code{named} or is no PyTorch file, and was not loaded"
@@ -509,11 +512,6 @@ def unpack_blocks(path: str, name: str, entry: dict, shape: torch.Size, quantize
     return (table_of if name == WORDS else weight_of)(quantizer, torch.empty(shape, device="meta"))
 
 
-def default_keep(tt: TTConfig | None) -> tuple[str, ...]:
-    """What stays in float32: the head. Beside tensor trains it would be large, so it is quantized."""
-    return () if tt else QuantConfig.keep
-
-
 def load_student(path: str) -> tuple[Model, Tokenizer]:
     """A packed student, fake-quantized as it was trained, on CPU; and its tokenizer."""
     read = read_student(path)
@@ -540,3 +538,113 @@ def float_model(read: Student) -> Model:
     # Not strict: read_student has checked the names except those of left_out(), which are not used.
     student.load_state_dict(tensors, strict=False)
     return student.eval()
+
+
+# shim until the new format
+class Checkpoint(NamedTuple):
+    config: ModelConfig
+    tensors: dict
+    notes: dict
+    vocabulary: Tensor | None
+
+
+def read_model(path):
+    payload = read_checkpoint(path)
+    return Checkpoint(config_of(payload, path), payload["tensors"], payload.get("notes", {}), payload["tokenizer"])
+
+
+def teacher_model(read):
+    model = meta_model(read.config)
+    model.to_empty(device="cpu")
+    model.load_state_dict(read.tensors, strict=True)
+    return model.eval()
+
+
+def save_model(path, model, tokenizer, notes, temporary=None):
+    return save_atomically(checkpoint_payload(model, tokenizer, **notes), path)
+
+
+def save_student(path, student, quant, tokenizer, notes):
+    return save_atomically(student_payload(student, quant, tokenizer, **notes), path)
+
+
+fake_quantized = float_model
+
+
+# ------------------------------------------------------------------------------- before fine-tuning
+class Start:
+    """What fine-tuning starts from: a converted checkpoint, or random weights; and the task that it is fine-tuned on."""
+
+    def __init__(self, config: TrainConfig, task: Task, folder: str):
+        self.task, self.seed, self.read = task, config.seed, None
+        self.data = "own" if config.data_dir else "official" if folder == RAW_DIR else "built in"
+        self.labels, self.slots = class_names(task, folder)
+        self.head = {"head": task.head, "num_labels": len(self.labels), "num_slots": len(self.slots)}
+        self.classes: list[int] | None = None  # of the model's own head, in the order of the task's labels
+        if shape := scratch_shape(config.model):
+            if config.tokenizer:
+                self.tokenizer = Tokenizer.from_file(config.tokenizer)
+            else:
+                sentences = load(task, "train", task.train_language, folder)
+                self.tokenizer = WordTokenizer.build(sentence.words for sentence in sentences)
+            layers, hidden = shape
+            sizes = dict(hidden_size=hidden, num_layers=layers, num_heads=max(1, hidden // 64), ffn_size=4 * hidden)
+            vocabulary = {"vocab_size": self.tokenizer.vocab_size, "max_tokens": 512}
+            self.config = ModelConfig(**vocabulary, **sizes, tt=tt_config(config), **self.head)
+            check_config(self.config)
+            self.name = config.model + (f"-tt{config.tt_rank}" if config.tt_rank else "")
+            self.identity = [repr(self.config), self.tokenizer.sha256]
+        else:
+            path = find_model(config.model)
+            self.read = read_model(path)  # its tensors are mapped from disk
+            self.config = self.read.config
+            self.tokenizer = tokenizer_of(path, self.read)
+            self.name = os.path.splitext(os.path.basename(path))[0]
+            stat = os.stat(path)
+            self.identity = [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
+            if self.config.num_labels:
+                self.find_classes(self.read.notes.get("labels", "").split("\t"))
+        if not config.epochs and self.classes is None:
+            raise UserError(f"--epochs 0: {self.name} has no head of classes for {task.name}; train one")
+
+    def find_classes(self, names: list[str]) -> None:
+        """Whether the model's own head has the classes of the task, which are known by their names. Says so."""
+        known = len(names) == self.config.num_labels
+        if known and self.config.head == self.task.head != "joint" and not self.config.tt:
+            self.classes = match_labels(names, self.labels)
+        if self.classes is None:
+            of = ", ".join(names)[:200] if known else "classes without names; to keep it, convert the model again"
+            print(f"{self.name} has a {self.config.head} head for {of}: {self.task.name} gets a new one")
+        else:
+            pairs = [f"{names[i]} is {label}" for i, label in zip(self.classes, self.labels, strict=True)]
+            print(f"{self.name} has a head for {self.task.name}, which is kept: {', '.join(pairs)[:200]}")
+
+    def build(self) -> Model:
+        """A model to fine-tune: the encoder with its own head, if it fits, or a new one. One seed, one model."""
+        torch.manual_seed(self.seed)
+        if self.read is None:
+            return initialize(meta_model(self.config))
+        model = teacher_model(self.read)
+        if self.classes is not None:
+            for parameter in model.head.out_proj.parameters():
+                parameter.data = parameter.data[self.classes]
+            return model
+        model = with_head(model, **self.head)
+        if model.config.tt:
+            tensorize(model, model.config.tt)  # the new head
+        return model
+
+
+def find_model(name: str) -> str:
+    """The checkpoint that --model means. Raises UserError saying how to get one."""
+    if name == "mini":
+        return MINI
+    is_path = name.endswith((".safetensors", ".pt")) or os.sep in name or "/" in name
+    path = name if is_path else os.path.join(WEIGHTS_DIR, name + ".safetensors")
+    if os.path.isfile(path):
+        return path
+    if is_path or name not in {*PRESETS, *MODELS}:
+        known = " ".join(["mini", *MODELS])
+        raise UserError(f"no model {name!r}: give a .safetensors file of convert.py, 'scratch', or one of: {known}")
+    how = name if name in MODELS else f"{name} --from DIR"
+    raise UserError(f"no weights for {name} yet: make them with 'python convert.py {how}'")

@@ -396,7 +396,7 @@ def integer_model(student: checkpoint.Student, device: str | torch.device = "cpu
         raise UserError("integers need quantized weights and activations: --bits and --act-bits 2 to 8")
     if config.tt:
         return integer_trains(student, device, kernel)
-    if quant.keep != checkpoint.default_keep(None):
+    if quant.keep != QuantConfig.keep:
         raise UserError(f"integers need every Linear layer of the encoder: keep is {quant.keep}")
     with torch.device("meta"):
         model = Model(config)

@@ -1,13 +1,15 @@
-"""Label texts with a student: the integer model of a student.pt, one text per line, two texts separated by a tab.
+"""Label texts with a student: the integer model of its file, one text per line, two texts separated by a tab. Or
+evaluate it on the test sets of its task.
 
-    python predict.py out/NAME/student.pt texts.tsv
-    echo "The girl reads a book.	The girl reads." | python predict.py out/NAME/student.pt
+    python predict.py out/NAME/student.safetensors texts.tsv
+    echo "The girl reads a book.	The girl reads." | python predict.py out/NAME/student.safetensors
+    python predict.py out/NAME/student.safetensors --evaluate
 
 Each line becomes one line: the label and its probability, or the number of a regression. Of words with tags, the tag of
 each word, separated by spaces, behind the label if there is one. A blank line stays blank, and so does one that this
 student can't read, which is told on stderr. In Python:
 
-    student = load("out/NAME/student.pt")
+    student = load("out/NAME/student.safetensors")
     for label, probability in predict(student, [("The girl reads a book.", "The girl reads.")]):
         print(label, probability)
 """
@@ -16,24 +18,41 @@ if __name__ == "__main__":
     import kit.interrupt  # noqa: F401
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from checkpoint import read_student, tokenizer_of
-from data.batches import IGNORE, Dataset, cut_note, encode_sentences, encode_texts, evaluation_batches, evaluation_order
-from data.files import refuse_utf16
-from data.slots import Names, Sentence
+from checkpoint import Student as Packed
+from checkpoint import fake_quantized, read_student, tokenizer_of
+from data.batches import (
+    IGNORE,
+    Dataset,
+    cut_note,
+    encode_sentences,
+    encode_split,
+    encode_texts,
+    evaluation_batches,
+    evaluation_order,
+)
+from data.files import no_file, refuse_utf16
+from data.metrics import scores
+from data.slots import Names, Sentence, joint_scores, token_scores
+from data.tasks import Task, class_names, file_paths, find_data, find_task, languages_of, with_classes
 from data.tokenizer import Encoder
 from int8 import integer_model
-from kit.common import UserError, choose_device, exit_status
+from kit import parallel
+from kit.common import Progress, UserError, choose_device, clock, exit_status, hardware
+from kit.report import caveats, report_table, summarize_languages
 from model import Model
 
+EVAL_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens per evaluation batch, padding included
 CHUNK = 1024  # texts that are sorted by length together
 TOKENS = 4096  # per batch, padding included
 
@@ -173,43 +192,161 @@ def lines_of(path: str) -> Iterator[tuple[str | tuple[str, str], str]]:
             yield "" if not text.strip() else texts if len(texts) > 1 else text, ""
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Label texts with the integer model of a student.pt.",
-        epilog="example: python predict.py out/xnli-mini-w8a8-s0/student.pt pairs.tsv",
+# ------------------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
+    """The metrics of the dataset in %, "score" (their mean) and the counts behind them."""
+    model.eval()
+    predictions, labels = [], []  # of sequences, one array per batch
+    tags, slots = [], []  # labels and predictions of words, one list of arrays per batch, one array per sequence
+    for batch in parallel.mine(evaluation_batches(dataset, EVAL_TOKENS[device.type])):
+        batch = batch.to(device)
+        logits, _ = model(batch.ids, batch.mask, types=batch.types)
+        if batch.tags is not None:
+            logits, slot_logits = logits if isinstance(logits, tuple) else (None, logits)
+            words = batch.tags != IGNORE
+            borders = words.sum(dim=1).cumsum(dim=0)[:-1].cpu()
+            tags.append(np.split(batch.tags[words].cpu().numpy(), borders))
+            slots.append(np.split(slot_logits.argmax(dim=-1)[words].cpu().numpy(), borders))
+        if logits is not None:
+            is_class = not batch.labels.is_floating_point()
+            predictions.append((logits.argmax(dim=-1) if is_class else logits[:, 0]).cpu().numpy())
+            labels.append(batch.labels.cpu().numpy())
+    predictions, labels, tags, slots = map(parallel.gather, (predictions, labels, tags, slots))
+    tags, slots = list(chain(*tags)), list(chain(*slots))
+    if not predictions:
+        return token_scores(slots, tags, dataset.slots, dataset.metrics)
+    predictions, labels = np.concatenate(predictions), np.concatenate(labels)
+    if tags:
+        return joint_scores(predictions, labels, slots, tags, dataset.slots)
+    in_file_order = np.argsort(evaluation_order(dataset))
+    predictions, labels = predictions[in_file_order], labels[in_file_order]
+    found = scores(dataset.metrics, predictions, labels)
+    if "correct" in found:  # which rows, for paired differences
+        found["correct_rows"] = np.packbits(predictions == labels).tobytes().hex()
+    return found
+
+
+def in_words(evaluation: dict, dataset: Dataset) -> str:
+    return ", ".join(f"{name} {evaluation[name]:.2f}" for name in dataset.metrics)
+
+
+def evaluate_languages(name: str, model: Model, tests: dict[str, Dataset], task: Task, device: torch.device) -> dict:
+    """A row of results.json without its size and time."""
+    progress, found = Progress(name + ", languages", len(tests)), {}
+    for i, (language, dataset) in enumerate(tests.items()):
+        found[language] = evaluate(model, dataset, device)
+        progress.update(i + 1, f"{language} {in_words(found[language], dataset)}")
+    progress.clear()
+    return summarize_languages(found, task.train_language)
+
+
+def load_tests(
+    task: Task,
+    split: str,
+    languages: tuple[str, ...],
+    folder: str,
+    tokenizer: Encoder,
+    max_length: int,
+    limit: int | None,
+) -> dict[str, Dataset]:
+    """The encoded test set of each language: all, or the training language and the given ones."""
+    missing = [p for p in file_paths(task, folder, split) if not os.path.exists(p)]
+    if missing:
+        hint = "" if split == "dev" else ". --eval-split dev needs no test file"
+        raise UserError(no_file(missing[0], task.fetch) + hint)
+    known = languages_of(task, folder, split)
+    for language in languages:
+        if language not in known:
+            raise UserError(f"--languages {language!r}: {task.name} has {' '.join(known)}")
+    chosen = [name for name in known if name in {task.train_language, *(languages or known)}]
+    return {name: encode_split(task, split, name, folder, tokenizer, max_length, limit) for name in chosen}
+
+
+def evaluate_student(path: str, args: argparse.Namespace) -> None:
+    """Print the table of a student on the test sets of its task, of which the training files need not be there."""
+    started, device = time.monotonic(), choose_device(args.device, args.threads)
+    read = read_student(path)
+    notes, quant = read.notes, read.quant
+    task = find_task(notes.get("task", ""), notes.get("train_language"))
+    if task.name in ("tsv", "tags"):  # its classes are in its training file, and in the student
+        task = with_classes(task, read.classes[0])
+    folder = find_data(task, args.data_dir, task.sample_model if notes.get("data") == "built in" else "")
+    tests = load_tests(
+        task, args.eval_split, tuple(args.languages), folder, tokenizer_of(path, read), read.max_length, args.max_eval
     )
-    parser.add_argument("student", help="a student.pt of train.py")
+    if [notes.get("labels"), notes.get("slots")] != ["\t".join(each) for each in class_names(task, folder)]:
+        raise UserError(f"{path} has other labels than {folder}: name its --data-dir")
+    if any(notes.get("texts", texts) != texts for texts in (str(1 + each.pairs) for each in tests.values())):
+        raise UserError(f"{path} reads {notes['texts']} text(s) per row, {folder} has others")
+    if note := cut_note([*tests.values()], "texts", read.max_length):
+        print(f"NOTE: {note}, as in training")
+    model, kind = predictor(read, device)
+    row = evaluate_languages("student", model, tests, task, device)
+    row |= {"size_bytes": os.path.getsize(path), "train_seconds": 0}
+    name = f"{notes.get('method')} W{quant.weight_bits}A{quant.act_bits}"
+    results = {"methods": {name: row}, "languages": list(tests)}
+    print("", report_table(results, task), "", *caveats(results, task), sep="\n")
+    print(f"{kind}, {hardware(device)}, {torch.get_num_threads()} threads; ", end="")
+    print(f"{clock(time.monotonic() - started)} in all")
+
+
+def predictor(read: Packed, device: torch.device) -> tuple[Model, str]:
+    """The integer model of a student; the fake-quantized one if there are no integers to multiply. And which it is."""
+    if 32 in (read.quant.weight_bits, read.quant.act_bits):
+        return fake_quantized(read).to(device), "fake-quantized"
+    model = integer_model(read, device)
+    return model, f"integers, {type(model.encoder.layers[0].ffn.up.kernel).__name__}"
+
+
+# ----------------------------------------------------------------------------------- command line
+def label_lines(student: Student, path: str) -> None:
+    """Print one line per line of a file. Raises UserError if some have no label."""
+    source, lines, failed = "standard input" if path == "-" else path, lines_of(path), 0
+    for begin in count(1, CHUNK):
+        chunk, readable = list(islice(lines, CHUNK)), {}
+        for number, (text, wrong) in enumerate(chunk, start=begin):
+            if wrong := wrong or (text and problem(student, text)):
+                print(f"error: {source}, line {number} {wrong}", file=sys.stderr)
+                failed += 1
+            elif text:
+                readable[number] = text
+        found = dict(zip(readable, predict(student, readable.values()), strict=True))
+        for number in range(begin, begin + len(chunk)):
+            row = found.get(number, ())
+            print(
+                *(f"{x:.4f}" if isinstance(x, float) else " ".join(x) if isinstance(x, list) else x for x in row),
+                sep="\t",
+            )
+        if not chunk:
+            break
+    if failed:
+        raise UserError(f"lines without a label, see above: {failed:,}; in the output they are blank")
+
+
+@exit_status()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Label texts with the integer model of a student, or evaluate it on the test sets of its task.",
+        epilog="example: python predict.py out/xnli-mini-w8a8-s0/student.safetensors pairs.tsv",
+    )
+    parser.add_argument("student", help="a student.safetensors of train.py")
     parser.add_argument(
         "texts", nargs="?", default="-", help="one text per line, two separated by a tab (default: standard input)"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--evaluate", action="store_true", help="print the metrics of each test set instead")
+    group.add_argument("--data-dir", metavar="DIR", help="folder of the files (default: as in training)")
+    group.add_argument("--languages", nargs="+", default=(), metavar="X", help="besides the training language")
+    group.add_argument("--eval-split", default="test", choices=("test", "dev"), help="default: test")
+    group.add_argument("--max-eval", type=int, metavar="N", help="N random examples per language (default: all)")
     args = parser.parse_args(argv)
-
-    def job() -> None:
-        source = "standard input" if args.texts == "-" else args.texts
-        student, lines, failed = load(args.student, args.device, args.threads), lines_of(args.texts), 0
-        for begin in count(1, CHUNK):
-            chunk, readable = list(islice(lines, CHUNK)), {}
-            for number, (text, wrong) in enumerate(chunk, start=begin):
-                if wrong := wrong or (text and problem(student, text)):
-                    print(f"error: {source}, line {number} {wrong}", file=sys.stderr)
-                    failed += 1
-                elif text:
-                    readable[number] = text
-            found = dict(zip(readable, predict(student, readable.values()), strict=True))
-            for number in range(begin, begin + len(chunk)):
-                row = found.get(number, ())
-                print(
-                    *(f"{x:.4f}" if isinstance(x, float) else " ".join(x) if isinstance(x, list) else x for x in row),
-                    sep="\t",
-                )
-            if not chunk:
-                break
-        if failed:
-            raise UserError(f"lines without a label, see above: {failed:,}; in the output they are blank")
-
-    return exit_status(job)
+    if args.evaluate:
+        evaluate_student(args.student, args)
+    else:
+        label_lines(load(args.student, args.device, args.threads), args.texts)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,11 @@ def check_quant(config: QuantConfig) -> None:
         raise ValueError(f"weight_range={config.weight_range!r}: weights={config.weights} has {', '.join(row.ranges)}")
 
 
+def default_keep(tt) -> tuple[str, ...]:
+    """What stays in float32: the head. Beside tensor trains it would be large, so it is quantized."""
+    return () if tt else QuantConfig.keep
+
+
 @dataclass
 class PrepareReport:
     """What prepare did: names of weights with their number of parameters."""

@@ -46,6 +46,7 @@ class Dataset:
     cut: int = 0  # rows that were cut to the longest length
     lost: int = 0  # the tokens that they lost
     metrics: tuple[str, ...] = ("accuracy",)  # see data.tasks.Task
+    epoch: tuple | None = None  # (key, batches) of the epoch that training_batch drew last
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -255,6 +256,15 @@ def training_order(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> 
         rows = rows[np.argsort(dataset.lengths[rows], kind="stable")]
         batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def training_batch(dataset: Dataset, batch_size: int, seed: int, step: int) -> Batch:
+    """The batch of a training step counted from 0."""
+    epoch, index = divmod(step, -(-len(dataset) // batch_size))
+    key = (batch_size, seed, epoch)
+    if dataset.epoch is None or dataset.epoch[0] != key:
+        dataset.epoch = key, training_order(dataset, *key)
+    return collate(dataset, dataset.epoch[1][index])
 
 
 def evaluation_order(dataset: Dataset) -> np.ndarray:

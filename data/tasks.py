@@ -33,6 +33,7 @@ from kit.common import UserError
 HERE = os.path.dirname(os.path.abspath(__file__))
 HELD_OUT = 1000
 RAW_DIR = os.path.join(HERE, "raw")  # where data/fetch.py puts the official files
+WEIGHTS_DIR = os.path.join(os.path.dirname(HERE), "weights")  # where convert.py puts checkpoints
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,14 @@ def match_labels(own: list[str], labels: tuple[str, ...]) -> list[int] | None:
     return list(range(len(own))) if nameless or len(own) == 1 else None
 
 
+def class_names(task: Task, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The classes that a model of this task can predict: of a sequence, and of a word (slots)."""
+    if task.labels or task.labels_of:
+        return task.labels or task.labels_of(folder), ()
+    names = task.names(folder)
+    return names.intents[: names.known_intents], names.slots[: names.known_slots]
+
+
 def languages_of(task: Task, folder: str, split: str) -> tuple[str, ...]:
     """The test sets of a task: those of its row, or those in its files, the train language first."""
     if task.languages is not None:
@@ -173,7 +182,8 @@ def find_data(task: Task, data_dir: str | None, model: str) -> str:
     if data_dir:
         return data_dir
     there = all(map(os.path.isfile, file_paths(task, RAW_DIR, "train")))
-    if model == task.sample_model and (model == "mini" or not there):
+    is_sample_model = bool(task.sample_model and re.fullmatch(rf"{task.sample_model}(-\d+x\d+)?", model))
+    if is_sample_model and (model == "mini" or not there):
         return os.path.join(HERE, task.sample)
     return RAW_DIR
 

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from functools import partial, wraps
 
 import torch
 
@@ -22,10 +23,22 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def exit_status(job: Callable[[], None], after_interrupt: str = "") -> int:
-    """Run a program and return its exit status: 0; 2 for a mistake and 130 for Ctrl-C, each told in one line on
-    stderr, without a traceback.
+def exit_status(after_interrupt: str = "") -> Callable[[Callable[..., None]], Callable[..., int]]:
+    """Decorator of a program's main(): it returns the exit status, 0; 2 for a mistake and 130 for Ctrl-C, each told in
+    one line on stderr, without a traceback.
     """
+
+    def decorate(main: Callable[..., None]) -> Callable[..., int]:
+        @wraps(main)
+        def told(*arguments, **named) -> int:
+            return status_of(partial(main, *arguments, **named), after_interrupt)
+
+        return told
+
+    return decorate
+
+
+def status_of(job: Callable[[], None], after_interrupt: str) -> int:
     try:
         job()
         sys.stdout.flush()
@@ -39,6 +52,10 @@ def exit_status(job: Callable[[], None], after_interrupt: str = "") -> int:
         message, status = f"error: {error}", 2
     except OSError as error:  # a full disk, a folder that can't be written
         message, status = f"error: {error.filename or 'files'}: {error.strerror or error}", 2
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        message, status = "error: out of memory: use smaller batches (--batch-size, --max-length, --accumulate)", 2
     except KeyboardInterrupt:
         message, status = f"\ninterrupted{after_interrupt}", 130
     print(message, file=sys.stderr)

@@ -16,10 +16,10 @@ table.
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from itertools import islice
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,6 @@ from kit import common
 from kit.common import UserError
 
 T = TypeVar("T")
-torchrun: int | None = None  # the number of the process that started this one
 
 
 def world_size() -> int:
@@ -51,24 +50,11 @@ def start(device: str) -> None:
         raise UserError(f"process {local} has no GPU: start {torch.cuda.device_count()} with --nproc-per-node")
     if cuda:
         torch.cuda.set_device(local)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        global torchrun
-        torchrun = os.getppid()
     # Others wait while rank 0 writes.
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     if rank() > 0:
         common.writes = False
         sys.stdout = open(os.devnull, "w")
-
-
-def orphan() -> bool:
-    """Whether torchrun was killed without a chance to end this process."""
-    return torchrun is not None and os.getppid() != torchrun
-
-
-def lost_another(error: RuntimeError) -> bool:
-    """Whether an error says that another process of this run is gone."""
-    return dist.is_available() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def stop() -> None:
@@ -124,9 +110,33 @@ def same(model: nn.Module) -> None:
             dist.broadcast(tensor, 0)
 
 
-# ------------------------------------------------------------------------------------------ parts
-def parts(batch, count: int) -> Iterator[tuple[object, dict[str, float]]]:
-    """This process's parts of a batch, `count` of them, each with its shares of the means that losses are."""
+# --------------------------------------------------------------------------- a step in several parts
+def backward(
+    model: nn.Module, loss: Callable[[Any], dict[str, Tensor]], batch: Any, count: int, over: dict[str, str]
+) -> dict[str, Tensor]:
+    """Add the gradients of a loss to model's parameters, summed over the parts of a batch and over all processes. Returns
+    the terms of the loss of the whole batch, detached.
+
+    loss: a part of the batch -> terms by name, whose sum is the loss.  count: of parts in each process.  over: what
+    each term is a mean over, a key of batch.sizes(); tokens if it is not there.
+    """
+    found: dict[str, Tensor] = {}
+    for part, shares in parts(batch, count):  # usually the whole batch
+        terms = {name: term * shares[over.get(name, "tokens")] if shares else term for name, term in loss(part).items()}
+        sum(terms.values()).backward()
+        found = {name: found.get(name, 0) + term.detach() for name, term in terms.items()}
+    if world_size() == 1:
+        return found
+    sum_gradients(model, batch.ids)
+    total = torch.stack(list(found.values()))
+    dist.all_reduce(total)
+    return dict(zip(found, total, strict=True))
+
+
+def parts(batch: Any, count: int) -> Iterator[tuple[Any, dict[str, float]]]:
+    """This process's parts of a batch, `count` of them, each with its shares of the means that losses are; {} of a
+    whole batch.
+    """
     of = world_size() * count
     if of == 1:
         yield batch, {}
@@ -140,21 +150,8 @@ def parts(batch, count: int) -> Iterator[tuple[object, dict[str, float]]]:
             yield batch.rows(slice(0, 1)), dict.fromkeys(whole, 0.0)
 
 
-def shared(terms: dict[str, Tensor], shares: dict[str, float], over: dict[str, str]) -> dict[str, Tensor]:
-    """The terms of a loss, each times the part's share of its mean.
-
-    shares: {} of a whole batch.  over: what each term is a mean over, a key of Batch.sizes(); tokens if it is not there.
-    """
-    if not shares:
-        return terms
-    return {name: shares[over.get(name, "tokens")] * term for name, term in terms.items()}
-
-
-# -------------------------------------------------------------------------------------- summing up
-def sum_gradients(model: nn.Module, batch) -> None:
-    """Add the gradients of all processes, in place.  batch: the whole one, whose words have gradients."""
-    if world_size() == 1:
-        return
+def sum_gradients(model: nn.Module, ids: Tensor) -> None:
+    """Add the gradients of all processes, in place.  ids: of the whole batch, whose words have gradients."""
     dense = []
     for parameter in model.parameters():
         if parameter.grad is None:
@@ -162,7 +159,7 @@ def sum_gradients(model: nn.Module, batch) -> None:
         if not parameter.grad.is_sparse:
             dense.append(parameter.grad)
             continue
-        words, own = torch.unique(batch.ids), parameter.grad.coalesce()  # sorted, as own's indices are
+        words, own = torch.unique(ids), parameter.grad.coalesce()  # sorted, as own's indices are
         values = torch.zeros(len(words), parameter.shape[1], device=words.device, dtype=own.dtype)
         values[torch.searchsorted(words, own.indices()[0])] = own.values()
         dist.all_reduce(values)
@@ -171,16 +168,5 @@ def sum_gradients(model: nn.Module, batch) -> None:
         )
     flat = torch.cat([gradient.reshape(-1) for gradient in dense])
     dist.all_reduce(flat)
-    start = 0
-    for gradient in dense:
-        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-        start += gradient.numel()
-
-
-def sum_values(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sums over all processes of scalars that each has."""
-    if world_size() == 1:
-        return values
-    total = torch.stack(list(values.values()))
-    dist.all_reduce(total)
-    return dict(zip(values, total, strict=True))
+    for gradient, total in zip(dense, flat.split([gradient.numel() for gradient in dense]), strict=True):
+        gradient.copy_(total.view_as(gradient))

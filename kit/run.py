@@ -1,0 +1,292 @@
+"""The folder of a run, out/NAME: log, results, and the state from which a stopped run continues bit for bit.
+
+    config.json          every option, and digests of the data
+    log.jsonl            one line per step and per evaluation on dev
+    state.safetensors    where the current training stands: parameters, optimizers, random numbers
+    results.json         for each method and language the metrics and the counts behind them
+    report.md            the same as a table
+    student.safetensors  the student of the last row, packed (checkpoint.py)
+
+Teachers are kept beside it, in teachers/, and reused by every run that would train the same one.
+"""
+
+import json
+import math
+import os
+import time
+import weakref
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from kit import common, parallel
+from kit.common import Progress, UserError, flag
+from kit.files import check_writable, read_tensors, remove, write_json, write_tensors, write_text
+
+STATE, STUDENT = "state.safetensors", "student.safetensors"
+STATE_FORMAT = "sdq-state-4"
+TEACHERS = "teachers"
+NEXT_RANK = 1_000_003  # between the seeds of two processes
+SAVE_SECONDS = 120  # at most this much work is lost
+SAVE_EVERY = 500  # steps between states; one also follows every evaluation on dev
+
+
+class Run:
+    """The folder of a run. Raises UserError if it can't be written or holds another run.
+
+    config: a dataclass of all options.  may_differ: those that do not make it another run.
+    """
+
+    def __init__(self, out: str, config, device: torch.device, resume: bool, may_differ: tuple[str, ...] = ()):
+        self.out, self.config, self.device, self.resume = out, config, device, resume
+        self.teachers = os.path.join(os.path.dirname(os.path.abspath(out)), TEACHERS)
+        for folder in (out, self.teachers):
+            check_writable(folder)
+        self.results: dict = {"methods": {}}
+        self.contents: dict[str, str] = {}  # of what a run to be resumed reads: digests by name
+        self.check_same(may_differ)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.out, name)
+
+    def check_same(self, may_differ: tuple[str, ...]) -> None:
+        """Raises UserError instead of resuming with other options, or overwriting another run or a stopped one."""
+        settings = json.loads(json.dumps(asdict(self.config)))  # tuples become lists, as in the file
+        try:
+            with open(self.path("config.json"), encoding="utf-8") as file:
+                before = json.load(file)
+        except FileNotFoundError:
+            if self.resume:
+                raise UserError(f"no run to resume in {self.out}: drop --resume") from None
+            return
+        except ValueError:
+            before = None
+        if not isinstance(before, dict) or "task" not in before:
+            raise UserError(f"{self.out}/config.json is not of a run of train.py: choose another --out")
+        self.contents = before.get("contents", {}) if self.resume else {}
+        differs = [k for k in settings if before.get(k) != settings[k] and k not in may_differ]
+        if differs:
+            name = differs[0]
+            advice = "resume with the same options" if self.resume else "choose another --out"
+            held = f"{self.out} holds a run with {flag(name)} {before.get(name)}, not {settings[name]}"
+            raise UserError(f"{held}: {advice}, or delete it")
+        if not self.resume and os.path.exists(self.path(STATE)):
+            raise UserError(f"{self.out} holds a stopped run: continue it with --resume, or delete it")
+
+    def start(self, contents: dict[str, str], results: dict) -> None:
+        """Read the rows that a resumed run has finished, else remove what an earlier run left; write config.json.
+
+        contents: digests of what the run reads, by name.  results: what results.json says besides the rows.  Raises
+        UserError if another process runs in this folder now, or if a run to be resumed began with other contents.
+        """
+        if changed := next((name for name, digest in self.contents.items() if contents.get(name) != digest), None):
+            raise UserError(f"--resume: {changed} changed since {self.out} began: restore it, or choose another --out")
+        os.makedirs(self.out, exist_ok=True)
+        if common.writes and (lock := lock_folder(self.out)) is not None:
+            weakref.finalize(self, os.close, lock)
+        self.results = results | {"methods": {}}
+        path = self.path("results.json")
+        if self.resume and os.path.exists(path):
+            try:
+                with open(path, encoding="utf-8") as file:
+                    self.results["methods"] = dict(json.load(file)["methods"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path} is damaged: delete it, and --resume makes its rows again") from None
+        elif not self.resume:
+            for name in ("log.jsonl", "results.json", "report.md", STUDENT):
+                remove(self.path(name))
+        write_json(self.path("config.json"), {**asdict(self.config), "contents": contents})
+
+    def finish_row(self, method: str, row: dict) -> None:
+        """Add a row to results.json. The state of its training is no longer needed."""
+        curve = [[r["step"], r["dev_score"]] for r in self.read_log() if r["method"] == method and "dev_score" in r]
+        self.results["methods"][method] = row | ({"dev_curve": curve} if curve else {})
+        write_json(self.path("results.json"), self.results)
+        self.forget_state()
+
+    def forget_state(self) -> None:
+        remove(self.path(STATE))
+        parallel.wait()  # the others must not see the state of a finished training
+
+    # ---------------------------------------------------------------------------------------- log
+    def log(self, record: dict) -> None:
+        if common.writes:
+            with open(self.path("log.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def read_log(self) -> list[dict]:
+        records = []
+        if os.path.exists(self.path("log.jsonl")):
+            with open(self.path("log.jsonl"), encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    try:
+                        records.append(json.loads(line))
+                    except ValueError:  # the last line of a run that was killed while writing it
+                        continue
+        return records
+
+    def trim_log(self, method: str, step: int) -> None:
+        """Remove what was logged after the state that a resumed training continues from."""
+        kept = [r for r in self.read_log() if r["method"] != method or r["step"] <= step]
+        write_text(self.path("log.jsonl"), "".join(json.dumps(r) + "\n" for r in kept))
+
+
+def lock_folder(folder: str) -> int | None:
+    """Hold a folder until the descriptor is closed or this process ends, however it ends. None where the system has no
+    such locks.
+
+    Raises UserError if another process holds it.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"another run is writing to {folder} now: wait for it, or choose another --out") from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+# ------------------------------------------------------------------------------------- a training
+class Training:
+    """Where a training stands: its step, its best parameters on dev, and its state on disk.
+
+    Everything follows from the seed and the step: a training that continues from a state, in as many processes, gives
+    the same bits as one that was never stopped.
+    """
+
+    def __init__(self, run: Run, name: str, model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int):
+        self.run, self.name, self.model, self.optimizers = run, name, model, optimizers
+        self.step, self.seconds, self.due = 0, 0.0, False  # due: save after this step
+        # A correlation can be -100 %: any first evaluation is better than none.
+        self.best = {"score": -1e9, "text": "", "step": 0}
+        self.best_tensors: dict[str, Tensor] = {}
+        if run.resume and self.load():
+            print(f"{name}: continues after step {self.step}")
+        else:
+            torch.manual_seed(run.config.seed + NEXT_RANK * parallel.rank())
+        if run.resume:
+            run.trim_log(name, self.step)
+        parallel.same(model)
+        self.progress = Progress(name, steps, self.step)
+        self.saved = self.logged = time.monotonic()
+        self.started = self.saved - self.seconds
+
+    def check_finite(self, terms: dict[str, Tensor], norm: Tensor) -> dict[str, float]:
+        """The loss, its terms and the norm of all gradients as numbers. Raises UserError if one is not finite."""
+        values = {"loss": sum(terms.values()), **terms, "norm": norm}
+        values = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))  # one wait for the GPU
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(self.not_finite(name))
+        return values
+
+    def log(self, step: int, values: dict[str, float], rate: float, tokens: int) -> None:
+        """Log a step (counted from 1) and update the progress line."""
+        seconds, self.logged = time.monotonic() - self.logged, time.monotonic()
+        extra = {"lr": rate, "ms": 1e3 * seconds, "tokens": tokens}
+        self.run.log({"method": self.name, "step": step, **values, **extra})
+
+        def text() -> str:
+            terms = " ".join(f"{k} {v:.3g}" for k, v in values.items() if k not in ("loss", "norm"))
+            speed = f"{1e3 * seconds:.0f} ms/step  {tokens / seconds:,.0f} tok/s"
+            return f"loss {values['loss']:.3f} ({terms})  lr {rate:.1e}  {speed}"
+
+        self.progress.update(step, text)
+
+    def keep_best(self, step: int, score: float, text: str) -> None:
+        """Log an evaluation on dev after a step, and keep the parameters if it is the best."""
+        self.progress.clear()
+        print(f"{self.name}: step {step}, dev {text}", flush=True)
+        self.run.log({"method": self.name, "step": step, "dev_score": score})
+        self.due = True
+        if score > self.best["score"]:
+            self.best = {"score": score, "text": text, "step": step}
+            self.best_tensors = {k: t.detach().to("cpu", copy=True) for k, t in self.model.state_dict().items()}
+
+    def finish(self) -> float:
+        """Restore the best parameters. Returns the seconds of the training."""
+        self.model.load_state_dict(self.best_tensors)
+        print(f"{self.name}: keeps step {self.best['step']}, dev {self.best['text']}")
+        return self.seconds
+
+    # -------------------------------------------------------------------------------------- state
+    def save(self, step: int) -> None:
+        """Save the state after `step` steps, if it is time: every SAVE_EVERY steps, every SAVE_SECONDS, after evaluations.
+
+        Raises UserError, and keeps the earlier state, if an update broke the parameters.
+        """
+        self.step = step
+        late = parallel.anywhere(time.monotonic() - self.saved > SAVE_SECONDS)  # all processes save together
+        if not (self.due or late or step % SAVE_EVERY == 0):
+            self.logged = time.monotonic()
+            return
+        state = self.model.state_dict()
+        if not all(t.isfinite().all() for t in state.values()):
+            raise UserError(self.not_finite("a weight"))
+        self.seconds, self.due = time.monotonic() - self.started, False
+        numbers = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_initialized():
+            numbers["cuda"] = torch.cuda.get_rng_state()
+        tensors = {f"model.{k}": t for k, t in state.items()} | {f"best.{k}": t for k, t in self.best_tensors.items()}
+        for process, each in enumerate(parallel.gather([numbers])):
+            tensors |= {f"random.{process}.{device}": generator for device, generator in each.items()}
+        for i, optimizer in enumerate(self.optimizers):
+            for parameter, values in optimizer.state_dict()["state"].items():
+                entries = {f"optimizer.{i}.{parameter}.{k}": torch.as_tensor(v) for k, v in values.items()}
+                tensors |= entries
+        settings = {"name": self.name, "step": step, "seconds": self.seconds, "best": self.best}
+        settings["processes"] = parallel.world_size()
+        write_tensors(self.run.path(STATE), tensors, STATE_FORMAT, settings)
+        self.saved = self.logged = time.monotonic()
+
+    def load(self) -> bool:
+        """Continue from the state on disk; False if there is none of this training."""
+        path, advice = self.run.path(STATE), f"delete it, and --resume trains {self.name} again"
+        if not os.path.exists(path):
+            return False
+        tensors, settings = read_tensors(path, STATE_FORMAT, advice)
+        if settings["name"] != self.name:
+            return False
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "random": {}}
+        for name, tensor in tensors.items():  # cloned: the file that they are mapped from will be replaced
+            kind, _, rest = name.partition(".")
+            groups[kind][rest] = tensor.clone()
+        try:
+            self.model.load_state_dict(groups["model"])
+            for i, optimizer in enumerate(self.optimizers):
+                saved = optimizer.state_dict()  # its groups: all that changes in them is the rate, at every step
+                for name, tensor in groups["optimizer"].items():
+                    which, parameter, key = name.split(".")
+                    if int(which) == i:
+                        whole = not tensor.is_floating_point()  # SparseAdam counts its steps in an int
+                        saved["state"].setdefault(int(parameter), {})[key] = tensor.item() if whole else tensor
+                optimizer.load_state_dict(saved)
+        except (ValueError, KeyError, RuntimeError):
+            raise UserError(f"{path} is of another model: {advice}") from None
+        self.step, self.seconds, self.best = settings["step"], settings["seconds"], settings["best"]
+        self.best_tensors = groups["best"]
+        if settings["processes"] == parallel.world_size():
+            torch.set_rng_state(groups["random"][f"{parallel.rank()}.cpu"])
+            if torch.cuda.is_available() and (numbers := groups["random"].get(f"{parallel.rank()}.cuda")) is not None:
+                torch.cuda.set_rng_state(numbers)
+        else:
+            print(f"{self.name}: {settings['processes']} processes before, now {parallel.world_size()}: other noise")
+            torch.manual_seed(self.run.config.seed + NEXT_RANK * parallel.rank() + self.step)
+        return True
+
+    def not_finite(self, what: str) -> str:
+        text = f"{self.name}: {what} is not finite after {self.step} steps; try a lower --lr or --student-lr"
+        if os.path.exists(self.run.path(STATE)):
+            text += f"; the last good state is kept, and --resume --out {self.run.out} continues from it"
+        return text
