@@ -41,11 +41,11 @@ from kit.common import (
     Progress,
     UserError,
     choose_device,
-    exit_status,
     hardware,
     instructions,
     markdown_table,
     multiplies_bf16,
+    status_of,
 )
 from kit.files import write_json
 from model import Model, build_model, initialize, set_dropout
@@ -535,7 +535,7 @@ def run_benchmark(args: Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    return exit_status(lambda: run_benchmark(args))
+    return status_of(lambda: run_benchmark(args))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from checkpoint import (
 from data.fetch import MODELS, fetch_model
 from data.tokenizer import BOS, EOS, Encoder, Tokenizer, WordPieceTokenizer, WordTokenizer, load_tokenizer
 from data.tokenizer_json import read_tokenizer_json, tokenizer_json
-from kit.common import UserError, exit_status
+from kit.common import UserError, status_of
 from kit.files import atomic_write, check_writable, write_json, write_text
 from model import PRESETS, Model, ModelConfig
 
@@ -632,8 +632,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give the name of a model, or --export STUDENT DIR alone")
     again = "; run the same command again to continue"
     if args.export:
-        return exit_status(lambda: export(*args.export))
-    return exit_status(lambda: run(args.name, args.folder, args.out), again)
+        return status_of(lambda: export(*args.export))
+    return status_of(lambda: run(args.name, args.folder, args.out), again)
 
 
 def run(name: str, folder: str | None, out: str | None) -> None:

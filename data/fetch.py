@@ -41,7 +41,7 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
 from data.glue import GLUE
 from data.tasks import RAW_DIR, file_paths, find_task
 from data.xglue import ARCHIVE, XGLUE, official_files
-from kit.common import Progress, UserError, exit_status
+from kit.common import Progress, UserError, status_of
 from kit.files import check_writable
 
 CHUNK = 1 << 20
@@ -442,7 +442,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", default=RAW_DIR, help="where to put it (default: data/raw)")
     args = parser.parse_args(argv)
     again = "; run the same command again to continue"
-    return exit_status(lambda: fetch_dataset(args.dataset, args.data_dir), again)
+    return status_of(lambda: fetch_dataset(args.dataset, args.data_dir), again)
 
 
 if __name__ == "__main__":

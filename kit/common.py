@@ -38,7 +38,7 @@ def exit_status(after_interrupt: str = "") -> Callable[[Callable[..., None]], Ca
     return decorate
 
 
-def status_of(job: Callable[[], None], after_interrupt: str) -> int:
+def status_of(job: Callable[[], None], after_interrupt: str = "") -> int:
     try:
         job()
         sys.stdout.flush()

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import SCRATCH, SMALL, answer, log_of, results, run
+from run import STATE_FORMAT, Data, Run, Training, total_steps
 
 import train
 from checkpoint import load_checkpoint, read_checkpoint
@@ -19,7 +20,6 @@ from kit.common import UserError
 from kit.files import write_json
 from kit.report import caveats, compared_score, recovered, recovered_percent, report, report_table, summarize_languages
 from model import build_model
-from run import STATE_FORMAT, Data, Run, Training, total_steps
 
 
 def packed(tmp_path, out):

@@ -31,7 +31,7 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
 from config import METHODS, NOT_COMPARED, TrainConfig
 from data.metrics import spearman
 from data.tasks import TASKS, Task, find_task
-from kit.common import UserError, exit_status, flag, markdown_table
+from kit.common import UserError, flag, markdown_table, status_of
 from kit.report import compared_score, recovered_percent, summarize_languages
 
 PEERS = ("onnxruntime", "openvino")  # added by tools/peers.py
@@ -439,7 +439,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--latency", metavar="JSON", help="joint tasks: add times from bench.py tt --json")
     args = parser.parse_args(argv)
-    return exit_status(lambda: print(compare(args)))
+    return status_of(lambda: print(compare(args)))
 
 
 if __name__ == "__main__":

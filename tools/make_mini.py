@@ -39,7 +39,7 @@ from dataclasses import dataclass, replace
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from kit.common import UserError, exit_status
+from kit.common import UserError, status_of
 from kit.files import atomic_write, check_writable
 from tools.mini_lexicon import COLUMNS, FEMININE, NOT_LATE, OBJECT, SENTENCE, STOP, TABLE, VERB, WILL
 
@@ -456,7 +456,7 @@ def main(argv: list[str] | None = None) -> int:
         generate(args.out, args.seed)
         print(f"wrote mini-XNLI to {args.out}")
 
-    return exit_status(job)
+    return status_of(job)
 
 
 if __name__ == "__main__":

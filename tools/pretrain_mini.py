@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from checkpoint import checkpoint_payload, save_atomically
 from data.tokenizer import BOS, EOS, PAD, Tokenizer
-from kit.common import Progress, exit_status, hardware
+from kit.common import Progress, hardware, status_of
 from kit.files import check_writable, write_json
 from model import PRESETS, Model, build_model
 from tools.make_mini import near_miss, random_meanings, realize
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=32, help="pairs or sentences per step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     args = parser.parse_args(argv)
-    return exit_status(lambda: pretrain(args))
+    return status_of(lambda: pretrain(args))
 
 
 if __name__ == "__main__":
