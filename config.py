@@ -10,13 +10,15 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain
 
+import torch
+
 from data.tasks import RAW_DIR, TASKS, WEIGHTS_DIR, Task, find_data, find_task, own_language
 from distill import LAYERWISE, LOSSES
-from kit.common import UserError, flag
+from kit.common import UserError, flag, multiplies_bf16
 from prepare import WEIGHTS, check_quant, default_keep
 from quant import QuantConfig
 from tt import TTConfig
@@ -403,3 +405,31 @@ def check(config: TrainConfig, task: Task) -> None:
     ):
         if is_wrong:
             raise UserError(message)
+
+
+def introduction(config: TrainConfig, task: Task, folder: str) -> str:
+    """The first lines of a run: which model and data these are, how to get the real ones, and what to try instead of a
+    setting that is known to lose.
+    """
+    shown = folder if os.name == "nt" else os.path.relpath(folder)  # on Windows it may be on another drive
+    text = f"model {config.model}, data {shown}"
+    if folder != RAW_DIR and not config.data_dir:
+        text += f": built in. For the real thing: {task.real_thing}"
+    if (config.bits, config.weights, config.weight_range) == (2, "uniform", "minmax") and config.methods != ("fp32",):
+        better = "--weight-range mse" if config.tt_rank else "--weights lsq"
+        text += f"\n2 bits: most weights round to 0; {better} keeps far more"
+    return text
+
+
+def fit(config: TrainConfig, model: str, positions: int, hidden_size: int, device: torch.device) -> TrainConfig:
+    """The options as a model and a processor allow them. Raises UserError for a typed --max-length that is too long."""
+    if config.max_length > positions:
+        text = f"{config.max_length}: {model} has {positions} positions"
+        if config.max_length != usual(config).max_length:  # typed
+            raise UserError(f"--max-length {text}; use {positions} or less")
+        print(f"--max-length {positions} instead of {text}")
+        config = replace(config, max_length=positions)
+    if config.precision == "auto":  # small models train in minutes: there the same bits on all CPUs are worth more
+        bf16 = multiplies_bf16(device) and (device.type == "cuda" or hidden_size >= 256)
+        config = replace(config, precision="bfloat16" if bf16 else "float32")
+    return config

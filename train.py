@@ -20,12 +20,10 @@ import copy
 import hashlib
 import os
 import time
-from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,22 +31,22 @@ from torch import Tensor, nn
 import checkpoint
 from analyze import attention_recovery, layer_errors
 from checkpoint import Start
-from config import SAME_RUN, TRAINED, TrainConfig, default_out, parse_args, quant_config, tt_config, usual
+from config import SAME_RUN, TRAINED, TrainConfig, default_out, fit, introduction, parse_args, quant_config, tt_config
 from data.batches import (
     IGNORE,
     Batch,
     Dataset,
-    cut_note,
     encode_split,
     evaluation_batches,
+    facts,
     training_batch,
     unpadded_batches,
 )
-from data.tasks import RAW_DIR, TASKS, Task, find_data, find_task, selection_splits
+from data.tasks import find_data, find_task, selection_splits
 from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_terms
 from int8 import to_integer
 from kit import parallel
-from kit.common import UserError, choose_device, clock, exit_status, hardware, multiplies_bf16
+from kit.common import UserError, choose_device, clock, exit_status, hardware
 from kit.files import write_text
 from kit.report import analysis_tables, caveats, report, report_table
 from kit.run import STUDENT, Run, Training
@@ -388,7 +386,10 @@ def make_student(run: Run, teacher: Model, method: str, data: Data) -> Model:
     student.requires_grad_(True).eval()
     set_dropout(student, config.student_dropout)
     quant = quant_config(config, method)
-    summary = prepare(student, quant)
+    try:
+        summary = prepare(student, quant)
+    except ValueError as error:  # a quantizer that needs other shapes
+        raise UserError(f"{method}: {error}") from None
     begin_stage(student, 0 if method in TRAINED else len(STAGES) - 1)
     if quant.act_range != "dynamic":
         torch.manual_seed(config.seed)  # the mse observer draws samples
@@ -431,15 +432,7 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Start, Data]:
     folder = find_data(task, config.data_dir, config.model)
     print(introduction(config, task, folder))
     start, out = Start(config, task, folder), config.out or default_out(config)
-    if config.max_length > (longest := start.config.max_tokens):
-        text = f"{config.max_length}: {start.name} has {longest} positions"
-        if config.max_length != usual(config).max_length:  # typed
-            raise UserError(f"--max-length {text}; use {longest} or less")
-        print(f"--max-length {longest} instead of {text}")
-        config = replace(config, max_length=longest)
-    if config.precision == "auto":  # small models train in minutes: there the same bits on all CPUs are worth more
-        bf16 = multiplies_bf16(device) and (device.type == "cuda" or start.config.hidden_size >= 256)
-        config = replace(config, precision="bfloat16" if bf16 else "float32")
+    config = fit(config, start.name, start.config.max_tokens, start.config.hidden_size, device)
     run = Run(out, config, device, resume, SAME_RUN + (("lr", "student_lr") if resume else ()))
     many = f"{parallel.world_size()} processes, " if parallel.world_size() > 1 else ""
     print(f"{hardware(device)}, {many}{torch.get_num_threads()} threads, training in {config.precision}, out {run.out}")
@@ -453,8 +446,9 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Start, Data]:
         tests,
     )
     steps = {name: total_steps(config, len(data.train), name == "students") for name in ("teacher", "students")}
-    print(*facts(config, start, folder, data, steps), sep="\n")
-    check_steps(config, start, steps["students"])
+    print(*facts(*data, task, folder, start.labels, config.max_length), sep="\n")
+    print(f"steps of {config.batch_size}: " + ", ".join(f"{name} {count:,}" for name, count in steps.items()))
+    check_steps(config, start.config.num_layers, steps["students"])
 
     sets = {"train": data.train, "dev": data.dev, **{f"test, {name}": each for name, each in tests.items()}}
     made_of = repr([start.identity, start.labels, start.slots])
@@ -467,56 +461,12 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Start, Data]:
     return run, start, data
 
 
-def check_steps(config: TrainConfig, start: Start, steps: int) -> None:
-    """Raises UserError, before the teacher is trained, for a student that can't be."""
+def check_steps(config: TrainConfig, layers: int, steps: int) -> None:
+    """Raises UserError, before the teacher is trained, for too few steps of a student."""
     if config.distill in LAYERWISE and "sdq" in config.methods:
-        layer_schedule(config, start.config.num_layers, steps)
-    if config.weights == "pq" and config.methods != ("fp32",):
-        if start.config.hidden_size % 8 or start.config.ffn_size % 8:
-            raise UserError(f"--weights pq needs layers of a multiple of 8, which {start.name} has not: choose another")
-        if steps < len(STAGES):
-            raise UserError(f"--weights pq needs {len(STAGES)} steps or more, not {steps}: raise --student-steps")
-
-
-def introduction(config: TrainConfig, task: Task, folder: str) -> str:
-    """The first lines of a run: which model and data these are, how to get the real ones, and what to try instead of a
-    setting that is known to lose.
-    """
-    shown = folder if os.name == "nt" else os.path.relpath(folder)  # on Windows it may be on another drive
-    text = f"model {config.model}, data {shown}"
-    if folder != RAW_DIR and not config.data_dir:
-        text += f": built in. For the real thing: {task.real_thing}"
-    if (config.bits, config.weights, config.weight_range) == (2, "uniform", "minmax") and config.methods != ("fp32",):
-        better = "--weight-range mse" if config.tt_rank else "--weights lsq"
-        text += f"\n2 bits: most weights round to 0; {better} keeps far more"
-    return text
-
-
-def facts(config: TrainConfig, start: Start, folder: str, data: Data, steps: dict[str, int]) -> list[str]:
-    """What a run trains on, line by line: rows and classes, languages that are left aside, steps, and texts that lose
-    their ends.
-    """
-    task, rows = start.task, sum(map(len, data.tests.values()))
-    lines = [f"{len(data.train):,} training examples, {rows:,} test examples in {len(data.tests)} sets"]
-    labels, names = data.train.labels, start.labels
-    if data.train.tags is not None and not start.slots:  # classes of words
-        labels = data.train.tags[data.train.tags != IGNORE]
-    if len(names) > 1:
-        counts = sorted(zip(np.bincount(labels, minlength=len(names)).tolist(), names, strict=True), reverse=True)
-        more = f", and {len(counts) - 12} more" if counts[12:] else ""
-        lines.append("classes: " + ", ".join(f"{name} {count:,}" for count, name in counts[:12]) + more)
-        folded = Counter(name.casefold() for name in names)
-        if alike := [name for name in names if folded[name.casefold()] > 1]:
-            lines.append(f"NOTE: {', '.join(alike[:12])} differ only in capitals, and are different classes")
-    if not TASKS[task.name].train_language:
-        others = {name: len(found) for name, found in task.read(folder, "train").items() if name != task.train_language}
-        if others:
-            aside = ", ".join(f"{name} {count:,}" for name, count in others.items())
-            lines.append(f"trained on {task.train_language} (--train-language); rows of train left aside: {aside}")
-    lines.append(f"steps of {config.batch_size}: " + ", ".join(f"{name} {count:,}" for name, count in steps.items()))
-    splits = {"train": [data.train], "dev": [data.dev], config.eval_split: [*data.tests.values()]}
-    notes = [cut_note(sets, f"{name} texts", config.max_length) for name, sets in splits.items()]
-    return lines + [f"NOTE: {note} (--max-length)" for note in notes if note]
+        layer_schedule(config, layers, steps)
+    if config.weights == "pq" and config.methods != ("fp32",) and steps < len(STAGES):
+        raise UserError(f"--weights pq needs {len(STAGES)} steps or more, not {steps}: raise --student-steps")
 
 
 @exit_status(": the same command with --resume continues")

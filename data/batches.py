@@ -12,6 +12,7 @@ the second text begins. XLM-R has no types.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -279,6 +280,37 @@ def evaluation_batches(dataset: Dataset, max_tokens: int) -> Iterator[Batch]:
         count = max(1, max_tokens // int(dataset.lengths[order[start]]))
         yield collate(dataset, order[start : start + count])
         start += count
+
+
+def facts(
+    train: Dataset,
+    dev: Dataset,
+    tests: dict[str, Dataset],
+    task: Task,
+    folder: str,
+    names: tuple[str, ...],
+    length: int,
+) -> list[str]:
+    """What a run trains on, line by line: rows and classes, languages that are left aside, and texts that lose their
+    ends.  names: of the classes.  length: where texts are cut.
+    """
+    rows = sum(map(len, tests.values()))
+    lines = [f"{len(train):,} training examples, {rows:,} test examples in {len(tests)} sets"]
+    labels = train.labels if task.head != "token" else train.tags[train.tags != IGNORE]
+    if len(names) > 1:
+        counts = sorted(zip(np.bincount(labels, minlength=len(names)).tolist(), names, strict=True), reverse=True)
+        more = f", and {len(counts) - 12} more" if counts[12:] else ""
+        lines.append("classes: " + ", ".join(f"{name} {count:,}" for count, name in counts[:12]) + more)
+        folded = Counter(name.casefold() for name in names)
+        if alike := [name for name in names if folded[name.casefold()] > 1]:
+            lines.append(f"NOTE: {', '.join(alike[:12])} differ only in capitals, and are different classes")
+    aside = task.read(folder, "train") if task.languages is None else {}
+    others = ", ".join(f"{name} {len(found):,}" for name, found in aside.items() if name != task.train_language)
+    if others:
+        lines.append(f"trained on {task.train_language} (--train-language); rows of train left aside: {others}")
+    splits = {"train": [train], "dev": [dev], "test": [*tests.values()]}
+    notes = [cut_note(sets, f"{name} texts", length) for name, sets in splits.items()]
+    return lines + [f"NOTE: {note} (--max-length)" for note in notes if note]
 
 
 def unpadded_batches(dataset: Dataset, examples: int, batch_size: int, seed: int) -> list[Batch]:
