@@ -55,7 +55,7 @@ def test_main_job_runs_as_written(tmp_path, nothing_downloaded, capsys):
     assert train.main([*words[2:], *short, str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("model mini") and re.search(r"\| sdq +\|", printed)
-    assert (tmp_path / "run" / "student.pt").exists()
+    assert (tmp_path / "run" / "student.safetensors").exists()
 
 
 def test_python_blocks_of_the_readme_run(tmp_path, monkeypatch, capsys):
@@ -91,7 +91,7 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
     elif program == "convert.py":
         assert arguments[0] in (*fetch.MODELS, "--export") or arguments[1:] == ["--from", "DIR"]
     elif program == "predict.py":
-        assert len(arguments) <= 2 and arguments[0].endswith("student.pt")
+        assert len(arguments) <= 2 and arguments[0].endswith("student.safetensors")
     elif program in ("bench.py", "tools/plot.py"):
         parser = {"bench.py": bench, "tools/plot.py": plot}[program].build_parser()
         parser.parse_args(arguments)
@@ -224,7 +224,7 @@ def test_the_new_quantizer(extended, tmp_path):
     for method in ("ptq", "qat"):
         row = result["methods"][method]
         assert row["student"]["languages"] == row["languages"]
-    packed = checkpoint.read_student(str(tmp_path / "run" / "student.pt"))
+    packed = checkpoint.read_student(str(tmp_path / "run" / "student.safetensors"))
     scales = [w.scale.log2() for w in packed.weights.values()]
     assert all(bool((scale == scale.round()).all()) for scale in scales)
 
