@@ -104,8 +104,7 @@ def literal_flags(program):
 def test_every_flag_that_is_named_exists():
     parsers = "".join(module.build_parser().format_help() for module in (config, bench, plot))
     known = {*re.findall(r"--[a-z-]+", parsers), *literal_flags("convert.py"), *literal_flags("tools/compare.py")}
-    known |= {"--resume", "--noise-rise", "--index-url"}
-    known |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
+    known |= {"--resume", "--noise-rise", "--index-url", "--nproc-per-node"}
     for page, text in PAGES.items():
         if page != LOG:
             named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
