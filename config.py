@@ -58,13 +58,15 @@ DEFAULTS: dict[str, dict] = {
         task="atis", tt_rank=20, act_range="static", weight_range="mse", distill="layerwise", student_dropout=0.1
     ),
 }
-TASK, MODEL, QUANT = "task and data", "model", "quantization"
-DISTILL, OPTIM, RUN = "distillation (the sdq row)", "training", "run"
+GROUPS = {  # of --help, by the first option of each
+    **{"recipe": "task and data", "model": "model", "methods": "quantization"},
+    **{"distill": "distillation (the sdq row)", "epochs": "training", "analyze": "run"},
+}
 
 
-def option(default, group: str, text: str, kind: Callable | tuple[str, ...] = str, metavar: str | None = None):
+def option(default, text: str, kind: Callable | tuple[str, ...] = str, metavar: str | None = None):
     """kind: what parses the text, or what may be chosen."""
-    return field(default=default, metadata={"group": group, "text": text, "kind": kind, "metavar": metavar})
+    return field(default=default, metadata={"text": text, "kind": kind, "metavar": metavar})
 
 
 def between(kind: type, least: float, most: float) -> Callable[[str], float]:
@@ -87,23 +89,20 @@ FACTOR, FRACTION, RATE = between(float, 0, 1e9), between(float, 0, 0.9), between
 class TrainConfig:
     """Every option of a run."""
 
-    recipe: str = option("sdq", TASK, "defaults of a paper, see below; any other option overrides them", tuple(RECIPES))
-    task: str = option("xnli", TASK, f"one of {' '.join(TASKS)}")
-    data_dir: str | None = option(None, TASK, "folder of the files (default: data/raw, or built-in data)", str, "DIR")
-    languages: tuple[str, ...] = option((), TASK, "test languages besides the training language (default: all)")
+    recipe: str = option("sdq", "defaults of a paper, see below; any other option overrides them", tuple(RECIPES))
+    task: str = option("xnli", f"one of {' '.join(TASKS)}")
+    data_dir: str | None = option(None, "folder of the files (default: data/raw, or built-in data)", str, "DIR")
+    languages: tuple[str, ...] = option((), "test languages besides the training language (default: all)")
     eval_split: str = option(
-        "test", TASK, "report on test or dev; with dev, rows held out of train select the epoch", ("test", "dev")
+        "test", "report on test or dev; with dev, rows held out of train select the epoch", ("test", "dev")
     )
-    train_language: str | None = option(
-        None, TASK, "of the rows of --task tsv to train on (default: the only one, or en)"
-    )
-    max_train: int | None = option(None, TASK, "train on N random examples (default: all)", COUNT)
-    max_eval: int | None = option(None, TASK, "evaluate N random examples per language (default: all)", COUNT)
-    max_length: int = option(128, TASK, "longest sequence in tokens; longer texts are cut", between(int, 8, 10**6))
+    train_language: str | None = option(None, "of the rows of --task tsv to train on (default: the only one, or en)")
+    max_train: int | None = option(None, "train on N random examples (default: all)", COUNT)
+    max_eval: int | None = option(None, "evaluate N random examples per language (default: all)", COUNT)
+    max_length: int = option(128, "longest sequence in tokens; longer texts are cut", between(int, 8, 10**6))
 
     model: str | None = option(
         None,
-        MODEL,
         "mini (built in), scratch (random weights; scratch-4x256: 4 layers, hidden size 256), NAME of "
         "weights/NAME.safetensors, or a path (default: xlmr-base if it was converted, else mini; glue minilm; atis, "
         "snips scratch)",
@@ -111,71 +110,66 @@ class TrainConfig:
         "M",
     )
     tokenizer: str | None = option(
-        None, MODEL, "SentencePiece model for scratch (atis and snips: the words of the training set)", str, "FILE"
+        None, "SentencePiece model for scratch (atis and snips: the words of the training set)", str, "FILE"
     )
     tt_rank: int = option(
         0,
-        MODEL,
         "rank of tensor trains instead of matrices (of a pretrained model: in its students); 0 for none",
         INTEGER,
         "R",
     )
-    tt_embedding_rank: int = option(0, MODEL, "rank of the word embeddings; 0 keeps the table", INTEGER, "R")
+    tt_embedding_rank: int = option(0, "rank of the word embeddings; 0 keeps the table", INTEGER, "R")
 
-    methods: tuple[str, ...] = option(("fp32", "ptq", "qat", "sdq"), QUANT, "rows of the report, see below")
-    bits: int = option(8, QUANT, "bits of weights and word embeddings: 2 to 8, 32 for float32", int)
-    act_bits: int = option(8, QUANT, "bits of activations: 2 to 8, 32 for float32", int)
-    attention_bits: int = option(
-        32, QUANT, "bits of Q, K, V and the attention probabilities: 2 to 8, 32 for float32", int
-    )
-    weights: str = option("uniform", QUANT, ", ".join(f"{name} ({row.help})" for name, row in WEIGHTS.items()))
+    methods: tuple[str, ...] = option(("fp32", "ptq", "qat", "sdq"), "rows of the report, see below")
+    bits: int = option(8, "bits of weights and word embeddings: 2 to 8, 32 for float32", int)
+    act_bits: int = option(8, "bits of activations: 2 to 8, 32 for float32", int)
+    attention_bits: int = option(32, "bits of Q, K, V and the attention probabilities: 2 to 8, 32 for float32", int)
+    weights: str = option("uniform", ", ".join(f"{name} ({row.help})" for name, row in WEIGHTS.items()))
     weight_range: str | None = option(
-        None, QUANT, "minmax; mse: clip outliers; lsq: where trained scales start (default: minmax, of lsq lsq)"
+        None, "minmax; mse: clip outliers; lsq: where trained scales start (default: minmax, of lsq lsq)"
     )
-    per_tensor: bool = option(False, QUANT, "one scale per matrix and activation, not per channel and token")
-    act_range: str = option("dynamic", QUANT, "dynamic: at run time; static: calibrated; learned: trained from there")
+    per_tensor: bool = option(False, "one scale per matrix and activation, not per channel and token")
+    act_range: str = option("dynamic", "dynamic: at run time; static: calibrated; learned: trained from there")
     noise: float = option(
-        0.5, QUANT, "fraction of the weights quantized at a training step (lsq: all; pq: set to 0, default 0.1)", float
+        0.5, "fraction of the weights quantized at a training step (lsq: all; pq: set to 0, default 0.1)", float
     )
 
     distill: str = option(
         "logits+context",
-        DISTILL,
         f"losses joined by '+', each with a weight before it if wanted (logits+150*map): {' '.join(LOSSES)}; 0*task "
         f"distills without labels; or none; or {', '.join(LAYERWISE)}",
         str,
         "LOSSES",
     )
-    alpha: float = option(0.5, DISTILL, "weight of the logits", FACTOR)
-    beta: float = option(100.0, DISTILL, "weight of every other loss that has none in --distill", FACTOR)
-    temperature: float = option(1.0, DISTILL, "softens the logits of teacher and student", between(float, 1e-3, 1e3))
+    alpha: float = option(0.5, "weight of the logits", FACTOR)
+    beta: float = option(100.0, "weight of every other loss that has none in --distill", FACTOR)
+    temperature: float = option(1.0, "softens the logits of teacher and student", between(float, 1e-3, 1e3))
 
-    epochs: int = option(3, OPTIM, "passes over the training set; 0: the model is a teacher as it stands", INTEGER)
-    student_epochs: int | None = option(None, OPTIM, "of qat and sdq (default: --epochs)", COUNT)
-    steps: int | None = option(None, OPTIM, "stop every training after N steps", COUNT)
-    student_steps: int | None = option(None, OPTIM, "of qat and sdq (default: --steps)", COUNT)
-    batch_size: int = option(32, OPTIM, "examples per step", COUNT)
-    accumulate: int = option(1, OPTIM, "parts in which a batch is computed, for less memory", COUNT)
-    lr: float = option(2e-5, OPTIM, "peak learning rate", RATE)
-    student_lr: float | None = option(None, OPTIM, "of qat and sdq (default: --lr; higher below 8 bits)", RATE)
-    label_smoothing: float = option(0.0, OPTIM, "of the cross-entropy", FRACTION)
-    dropout: float = option(0.1, OPTIM, "while the teacher trains", FRACTION)
-    student_dropout: float = option(0.0, OPTIM, "while qat and sdq train; it disturbs distillation", FRACTION)
+    epochs: int = option(3, "passes over the training set; 0: the model is a teacher as it stands", INTEGER)
+    student_epochs: int | None = option(None, "of qat and sdq (default: --epochs)", COUNT)
+    steps: int | None = option(None, "stop every training after N steps", COUNT)
+    student_steps: int | None = option(None, "of qat and sdq (default: --steps)", COUNT)
+    batch_size: int = option(32, "examples per step", COUNT)
+    accumulate: int = option(1, "parts in which a batch is computed, for less memory", COUNT)
+    lr: float = option(2e-5, "peak learning rate", RATE)
+    student_lr: float | None = option(None, "of qat and sdq (default: --lr; higher below 8 bits)", RATE)
+    label_smoothing: float = option(0.0, "of the cross-entropy", FRACTION)
+    dropout: float = option(0.1, "while the teacher trains", FRACTION)
+    student_dropout: float = option(0.0, "while qat and sdq train; it disturbs distillation", FRACTION)
 
     analyze: bool = option(
-        False, RUN, "also measure each layer's error and attention on dev, and evaluate the fake-quantized student"
+        False, "also measure each layer's error and attention on dev, and evaluate the fake-quantized student"
     )
-    seed: int = option(0, RUN, "of weights, batches, dropout and noise", INTEGER)
-    device: str = option("auto", RUN, "auto, cpu or cuda", ("auto", "cpu", "cuda"))
-    threads: int | None = option(None, RUN, "CPU threads (default: all cores)", COUNT)
+    seed: int = option(0, "of weights, batches, dropout and noise", INTEGER)
+    device: str = option("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
+    threads: int | None = option(None, "CPU threads (default: all cores)", COUNT)
     precision: str = option(
         "auto",
-        RUN,
         "of products in training: float32; bfloat16; auto: the latter if the hardware has it (not if hidden < 256)",
         ("auto", "float32", "bfloat16"),
     )
-    out: str | None = option(None, RUN, "folder of this run (default: out/ and what differs from defaults)", str, "DIR")
-    eval_every: int | None = option(None, RUN, "steps between evaluations on dev (default: an epoch)", COUNT)
+    out: str | None = option(None, "folder of this run (default: out/ and what differs from defaults)", str, "DIR")
+    eval_every: int | None = option(None, "steps between evaluations on dev (default: an epoch)", COUNT)
 
     @cached_property
     def loss_weights(self) -> dict[str, float]:
@@ -333,8 +327,9 @@ def build_parser() -> argparse.ArgumentParser:
         "  python train.py --task atis --recipe tt --bits 4",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=112, max_help_position=28),
     )
-    groups = {title: parser.add_argument_group(title) for title in (TASK, MODEL, QUANT, DISTILL, OPTIM, RUN)}
     for spec in fields(TrainConfig):
+        if spec.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[spec.name])
         kind, metavar = spec.metadata["kind"], spec.metadata["metavar"]
         text = (spec.metadata["text"] + defaults_in_words(spec)).replace("%", "%%")
         kwargs: dict = dict(default=argparse.SUPPRESS, help=text)
@@ -346,8 +341,8 @@ def build_parser() -> argparse.ArgumentParser:
             kwargs |= dict(type=kind, metavar=metavar or ("N" if kind.__name__ == "int" else "X"))
         if isinstance(spec.default, tuple):
             kwargs["nargs"] = "+"
-        groups[spec.metadata["group"]].add_argument(flag(spec.name), **kwargs)
-    groups[RUN].add_argument("--resume", action="store_true", help="continue a stopped run of the same options")
+        group.add_argument(flag(spec.name), **kwargs)
+    group.add_argument("--resume", action="store_true", help="continue a stopped run of the same options")
     return parser
 
 
