@@ -1,33 +1,25 @@
-"""Checkpoints: float32 (weights/NAME.pt, teachers) and packed students (student.pt). Atomic save, validated
-weights-only load.
+"""Checkpoints: float32 models (weights/NAME.safetensors, teachers) and packed students (student.safetensors).
 
-A checkpoint is a dictionary of plain numbers, strings and tensors, which PyTorch reads with weights_only=True, so that
-nothing in the file is executed:
+Both are files of tensors with settings (kit/files.py), which the safetensors package opens, too:
 
-    format     "sdq-checkpoint-1", or "sdq-student-6" of a student
+    format     "sdq-model-2", or "sdq-student-7" of a student
     config     the fields of ModelConfig
-    tensors    parameters by name, float32 (or float16, to save space)
-    tokenizer  the bytes of the tokenizer's file
-    notes      where it came from
+    notes      strings: where it came from, the names of its classes
+    NAME       a parameter, float32 (or float16, to save space)
+    tokenizer  the bytes of the tokenizer's file, uint8
 
-A student also has "quant", the fields of QuantConfig, and "packed": each quantized weight as integers of b bits and a
-float32 scale per row, or one scale for a core of a tensor train. Fake quantization trains in float32, and a checkpoint
-of that would be full-size. Packed, 8 bits take one byte per weight, 4 bits two weights per byte, 2 bits four (3, 5, 6
-and 7 bits likewise without gaps). Product quantization has a byte per block and float16 centroids instead (pq.py).
+A student also has "quant", the fields of QuantConfig, and in place of each quantized weight NAME.codes, integers of b
+bits, and NAME.scale, float32, one per row, or one for a core of a tensor train. Fake quantization trains in float32, and
+a checkpoint of that would be full-size. Packed, 8 bits take one byte per weight, 4 bits two weights per byte, 2 bits four
+(3, 5, 6 and 7 bits likewise without gaps). Product quantization has NAME.assignments, a byte per block, and
+NAME.centroids, float16, instead (pq.py).
 
-Files may come from anywhere. Before anything is unpickled, the checksums of the archive are compared and its pickle is
-scanned: it may name plain tensors and nothing else, and allocates no more than the file holds. Then every config is
-checked, and every tensor is compared with the shape that the config requires and must store its elements, finite ones,
-before a model is filled with it.
+Every tensor is compared with the shape that the config requires before a model is filled with it.
 """
 
-import io
 import os
-import pickle
-import pickletools
-import zipfile
-from dataclasses import asdict, fields
-from typing import IO, NamedTuple
+from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,60 +30,65 @@ from data.fetch import MODELS
 from data.tasks import RAW_DIR, WEIGHTS_DIR, Task, class_names, load, match_labels
 from data.tokenizer import Tokenizer, WordTokenizer
 from kit.common import UserError
-from kit.files import atomic_write
+from kit.files import read_tensors, write_tensors
+from kit.run import TEACHERS
 from model import HEADS, PRESETS, Model, ModelConfig, initialize, with_head
-from pq import CENTROIDS, STAGES, ProductQuantizer, begin_stage
+from pq import CENTROIDS, ProductQuantizer
 from prepare import prepare
 from quant import FixedQuantizer, QuantConfig, WeightQuantizer, check_codes, dequantize
 from tt import TensorTrain, TTConfig, tensorize
 
 MINI = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "mini", "mini.safetensors")
-TEACHERS = "teachers"  # the folder of those that train.py keeps
-CHECKPOINT_FORMAT, STUDENT_FORMAT = "sdq-checkpoint-1", "sdq-student-6"
+MODEL_FORMAT, STUDENT_FORMAT = "sdq-model-2", "sdq-student-7"
 WORDS = "encoder.embeddings.word.weight"
 CHUNK = 1 << 22  # weights packed at a time: XLM-R's embedding table alone has 192 million
-LIMITS = {  # of each number in a ModelConfig
-    "vocab_size": (1, 10**7),
-    "hidden_size": (1, 2**14),
-    "num_layers": (1, 200),
-    "num_heads": (1, 2**10),
-    "ffn_size": (1, 2**17),
-    "max_tokens": (1, 2**17),
-    "type_vocab_size": (1, 16),
-    "position_offset": (0, 16),
-    "pad_id": (0, 10**7),
-    "num_labels": (0, 10**5),
-    "num_slots": (0, 10**5),
-    "norm_eps": (0.0, 0.1),
-    "dropout": (0.0, 0.99),
+LIMITS = {  # of the numbers in a ModelConfig
+    **dict(vocab_size=(1, 10**7), hidden_size=(1, 2**14), num_layers=(1, 200), num_heads=(1, 2**10)),
+    **dict(ffn_size=(1, 2**17), max_tokens=(1, 2**17), type_vocab_size=(1, 16), position_offset=(0, 16)),
+    **dict(pad_id=(0, 10**7), num_labels=(0, 10**5), num_slots=(0, 10**5), norm_eps=(0.0, 0.1), dropout=(0.0, 0.99)),
 }
 
 
 # --------------------------------------------------------------------------------- float32 models
-def save_atomically(payload: dict, path: str) -> int:
-    """torch.save, atomically. Returns the bytes of the file.
+class Checkpoint(NamedTuple):
+    """The parts of a float32 model, its tensors mapped from disk.  vocabulary: the bytes of its tokenizer."""
 
-    Into an open file: given a path, torch.save would write the temporary name into the archive.
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    notes: dict[str, str]
+    vocabulary: Tensor | None
+
+
+def save_model(path: str, model: Model, tokenizer: bytes, notes: dict[str, str], temporary: str | None = None) -> int:
+    """Write a float32 model. Returns the bytes of the file."""
+    tensors = model.state_dict() | {"tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)}
+    settings = {"config": asdict(model.config), "notes": notes}
+    return write_tensors(path, tensors, MODEL_FORMAT, settings, temporary)
+
+
+def read_model(path: str) -> Checkpoint:
+    """The parts of a float32 checkpoint (also of one in float16). Every tensor is accounted for.
+
+    Raises UserError for a missing, damaged or foreign file.
     """
-    with atomic_write(path) as file:
-        try:
-            torch.save(payload, file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # a full disk, which torch.save hides
-                raise error.__context__ from None
-            raise
-        return file.tell()
+    teacher = os.path.basename(os.path.dirname(os.path.abspath(path))) == TEACHERS
+    advice = "delete it, and the next run trains it again" if teacher else "make it with 'python convert.py NAME'"
+    tensors, settings = read_tensors(path, MODEL_FORMAT, advice)
+    config, vocabulary = config_of(settings, path), tensors.pop("tokenizer", None)
+    shapes = {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
+    check_tensors(path, shapes, tensors)
+    return Checkpoint(config, tensors, settings.get("notes", {}), vocabulary)
 
 
-def checkpoint_payload(model: Model, tokenizer: bytes, **notes: str) -> dict:
-    """The dictionary of a float32 checkpoint."""
-    return {
-        "format": CHECKPOINT_FORMAT,
-        "config": asdict(model.config),
-        "tensors": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
-        "tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8),
-        "notes": notes,
-    }
+def teacher_model(read: Checkpoint) -> Model:
+    """The float32 model of a checkpoint's parts, on CPU, in eval mode."""
+    model = meta_model(read.config).to_empty(device="cpu")
+    model.load_state_dict(read.tensors)
+    return model.eval()
+
+
+def load_model(path: str) -> Model:
+    return teacher_model(read_model(path))
 
 
 def meta_model(config: ModelConfig) -> Model:
@@ -103,6 +100,18 @@ def meta_model(config: ModelConfig) -> Model:
     return model
 
 
+def config_of(settings: dict, path: str) -> ModelConfig:
+    """The model config of a file's settings. Raises UserError for one of another version, or that can't be built."""
+    try:
+        values = dict(settings["config"])
+        if values.get("tt") is not None:
+            values["tt"] = TTConfig(**{**values["tt"], "keep": tuple(values["tt"]["keep"])})
+        config = ModelConfig(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: the model config is of another version ({error}): make the file again") from None
+    return check_config(config)
+
+
 def check_config(config: ModelConfig) -> ModelConfig:
     """Raises UserError for a shape that can't be built: configs may come from strangers' files."""
     for name, (least, most) in LIMITS.items():
@@ -111,11 +120,9 @@ def check_config(config: ModelConfig) -> ModelConfig:
             kind = "a number" if isinstance(most, float) else "an integer"
             raise UserError(f"model config: {name} is {value!r}, not {kind} from {least} to {most}")
     needs_labels = config.head in ("sequence", "token", "joint")
+    undivided = f"hidden size {config.hidden_size} is not divisible by {config.num_heads} heads"
     for is_wrong, message in (
-        (
-            config.hidden_size % config.num_heads,
-            f"hidden size {config.hidden_size} is not divisible by {config.num_heads} heads",
-        ),
+        (config.hidden_size % config.num_heads, undivided),
         (config.pad_id >= config.vocab_size, f"pad_id {config.pad_id} is outside the vocabulary"),
         (config.head not in HEADS, f"unknown head {config.head!r}; known: {', '.join(HEADS)}"),
         (needs_labels and config.num_labels < 1, f"a {config.head} head needs num_labels >= 1"),
@@ -127,160 +134,27 @@ def check_config(config: ModelConfig) -> ModelConfig:
     return config
 
 
-PLAIN = {  # what a file may name
-    "collections OrderedDict",
-    "torch Size",
-    "torch.storage UntypedStorage",
-    "torch device",
-    "_codecs encode",  # bytes
-    *(f"torch {kind}" for kind in ("float64", "float32", "float16", "bfloat16", "int64")),
-    *(f"torch._utils _rebuild_{kind}" for kind in ("tensor_v2", "tensor_v3", "parameter")),
-    *(f"torch {kind}Storage" for kind in "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()),
-    *(f"torch float8_{kind}" for kind in ("e4m3fn", "e5m2")),
-}
-MAX_PICKLE = 4 << 20  # bytes; XLM-R large's has 0.1 MB
-MAX_NUMBER = 10**7  # in the pickle of a smaller file: what LIMITS allow
-
-
-def load_untrusted(path: str, advice: str, mmap: bool = False) -> object:
-    """torch.load that executes nothing. Raises UserError with the advice for pickled code or damage."""
-    try:
-        check_archive(path)
-        return torch.load(open(path, "rb"), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = f" ({error})" if len(str(error)) < 80 else ""
-        what = f"holds pickled code{named} or is no PyTorch file, and was not loaded"
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception:  # the libraries raise whatever a damaged file leads them to
-        what = "is damaged or no PyTorch file"
-    raise UserError(f"{path} {what}: {advice}")
-
-
-def check_archive(path: str) -> None:
-    """Raises ValueError for a damaged archive, and UnpicklingError for a pickle that names more than plain tensors.
-
-    torch.load compares no checksums, and what it unpickles could ask for any amount of memory.
-    """
-    size = max(os.path.getsize(path), MAX_NUMBER)
-    with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # the format before PyTorch 1.6: five pickles, then the numbers
-            file.seek(0)
-            for i in range(5):
-                check_pickle(file, size if i > 2 else None)  # the first is a magic number
-            return
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        names = {record.filename.lower() for record in records}  # PyTorch finds them in any case
-        plain = all(record.compress_type == zipfile.ZIP_STORED for record in records)
-        pickles = [record for record in records if record.filename.lower().endswith(".pkl")]
-        if not plain or len(names) < len(records) or len(pickles) != 1 or archive.testzip():
-            raise ValueError
-        if pickles[0].file_size > MAX_PICKLE:
-            raise ValueError
-        check_pickle(io.BytesIO(archive.read(pickles[0])), size)
-
-
-def check_pickle(file: IO[bytes], largest: int | None) -> None:
-    """Read a pickle without executing it.  largest: of its integers, which may be sizes."""
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and argument not in PLAIN:
-            raise pickle.UnpicklingError(str(argument))
-        if largest is not None and isinstance(argument, int) and argument > largest:
-            raise ValueError
-
-
-def read_checkpoint(path: str, expected_format: str = CHECKPOINT_FORMAT) -> dict:
-    """The raw dictionary of a checkpoint, with tensors mapped from disk.
-
-    Raises UserError for a missing, truncated or foreign file, or one that holds pickled code.
-    """
-    advice = "make one with 'python convert.py NAME --from DIR'"
-    if expected_format != CHECKPOINT_FORMAT:
-        advice = "train.py writes student.pt and state.pt, run it again"
-    elif os.path.basename(os.path.dirname(os.path.abspath(path))) == TEACHERS:
-        advice = "delete it, and the next run trains it again"
-    if not os.path.isfile(path):
-        raise UserError(f"no checkpoint at {path}: {advice}")
-    payload = load_untrusted(path, advice, mmap=True)
-    if not isinstance(payload, dict) or payload.get("format") != expected_format:
-        raise UserError(f"{path} is not a checkpoint of this project ({expected_format}): {advice}")
-    return payload
-
-
-def check_kinds(payload: dict, **kinds: type) -> None:
-    """Raises TypeError for a part of another type: a tensor, say, can be iterated as well, but slowly."""
-    for name, kind in kinds.items():
-        if not isinstance(payload.get(name), kind):
-            raise TypeError(f"{name} is no {kind.__name__}")
-
-
-def config_of(payload: dict, path: str) -> ModelConfig:
-    """The checked model config of a checkpoint's dictionary."""
-    config = payload.get("config")
-    known = {field.name for field in fields(ModelConfig)}
-    try:
-        later = {"num_slots", "tt"}  # fields that older files don't have
-        if not isinstance(config, dict) or not known - later <= set(config) <= known:
-            raise ValueError
-        tt = config.get("tt")
-        if tt is not None:
-            tt = TTConfig(**{**tt, "keep": tuple(tt["keep"])})
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path}: the model config is damaged or of another version ({error}): convert it again"
-        ) from None
-    return check_config(ModelConfig(**{**config, "tt": tt}))
-
-
-def load_checkpoint(path: str) -> Model:
-    """The float32 model of a checkpoint (also of one in float16), on CPU, in eval mode. Every tensor is accounted for."""
-    return float32_model(read_checkpoint(path), path)
-
-
-def float32_model(payload: dict, path: str) -> Model:
-    """The model of a checkpoint's dictionary."""
-    config, tensors = config_of(payload, path), payload.get("tensors")
-    if not isinstance(tensors, dict):
-        raise UserError(f"{path} is damaged: it holds no tensors; convert it again")
-    model = meta_model(config)
-    check_tensors(path, {name: tensor.shape for name, tensor in model.state_dict().items()}, tensors)
-    model.to_empty(device="cpu")
-    model.load_state_dict(tensors, strict=True)
-    return model.eval()
-
-
 def check_tensors(
-    path: str,
-    shapes: dict[str, torch.Size],
-    tensors: dict,
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16),
+    path: str, shapes: dict[str, tuple], tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype] | None = None
 ) -> None:
-    """Raises UserError naming the first tensor that is missing, unexpected, or of a wrong shape or type."""
+    """Raises UserError naming the first tensor that is missing, unexpected, of a wrong shape or type, or not finite.
+
+    dtypes: of those that are neither float32 nor float16.
+    """
     for name, shape in shapes.items():
         tensor = tensors.get(name)
-        if not isinstance(tensor, Tensor):
+        if tensor is None:
             raise UserError(f"{path}: tensor {name} is missing")
-        if tensor.shape != shape:
+        if tensor.shape != torch.Size(shape):
             raise UserError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-        if dtypes and tensor.dtype not in dtypes:
-            known = " or ".join(map(str, dtypes))
-            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected {known}")
-        if not stores_its_elements(tensor):
-            raise UserError(f"{path}: tensor {name} claims more elements than the file holds")
+        known = (dtypes[name],) if dtypes and name in dtypes else (torch.float32, torch.float16)
+        if tensor.dtype not in known:
+            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected {' or '.join(map(str, known))}")
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise UserError(f"{path}: tensor {name} has values that are not finite")
-    extra = sorted(map(str, set(tensors) - set(shapes)))
-    if extra:
+    if extra := sorted(set(tensors) - set(shapes)):
         more = f" and {len(extra) - 1} more" if extra[1:] else ""
         raise UserError(f"{path}: unexpected tensor {extra[0]}{more}")
-
-
-def stores_its_elements(tensor: Tensor) -> bool:
-    """False for a tensor that repeats few stored elements (stride 0), with which a small file could request any amount
-    of memory.
-    """
-    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 # ---------------------------------------------------------------------------------------- packing
@@ -325,7 +199,7 @@ def quantized_weights(student: Model) -> dict[str, str]:
     return found
 
 
-def left_out(name: str) -> bool:
+def is_quantizer_state(name: str) -> bool:
     """Whether a tensor only says how a weight was rounded: the codes and their scale replace it."""
     return name.endswith(("_quantizer.clip", ".log_scale", ".centroids", ".assignments", ".counts"))
 
@@ -369,35 +243,24 @@ def float_tensors(student: Model) -> dict[str, Tensor]:
     return {
         name: tensor.detach().cpu()
         for name, tensor in student.state_dict().items()
-        if name not in quantized and not left_out(name)
+        if name not in quantized and not is_quantizer_state(name)
     }
 
 
-def student_payload(student: Model, config: QuantConfig, tokenizer: bytes, **notes: str) -> dict:
-    """The dictionary of a student.pt: packed integers and scales, or blocks and centroids, and float32 tensors."""
+def save_student(path: str, student: Model, config: QuantConfig, tokenizer: bytes, notes: dict[str, str]) -> int:
+    """Write a student: packed integers and scales, or blocks and centroids, and float32 tensors. Returns the bytes."""
+    tensors = float_tensors(student) | {"tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)}
     if config.weights == "pq":
-        begin_stage(student, len(STAGES) - 1)  # nothing waits any more
-        quantizers = {name: student.get_submodule(at) for name, at in quantized_weights(student).items()}
-        packed = {
-            name: {"assignments": quantizer.assignments.cpu(), "centroids": quantizer.centroids.detach().half().cpu()}
-            for name, quantizer in quantizers.items()
-        }
+        for name, at in quantized_weights(student).items():
+            quantizer = student.get_submodule(at)
+            assert not quantizer.waiting, f"{name} has no centroids before its stage"
+            tensors[f"{name}.assignments"] = quantizer.assignments
+            tensors[f"{name}.centroids"] = quantizer.centroids.half()
     else:
-        packed = {
-            name: {"codes": pack(weight.codes, config.weight_bits), "scale": weight.scale}
-            for name, weight in weight_codes(student).items()
-        }
-    settings = asdict(config)
-    settings["keep"] = list(config.keep)
-    return {
-        "format": STUDENT_FORMAT,
-        "config": asdict(student.config),
-        "quant": settings,
-        "tensors": float_tensors(student),
-        "packed": packed,
-        "tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8),
-        "notes": notes,
-    }
+        for name, (codes, scale) in weight_codes(student).items():
+            tensors |= {f"{name}.codes": pack(codes, config.weight_bits), f"{name}.scale": scale}
+    settings = {"config": asdict(student.config), "quant": asdict(config), "notes": notes}
+    return write_tensors(path, tensors, STUDENT_FORMAT, settings)
 
 
 class Student(NamedTuple):
@@ -427,103 +290,64 @@ class Student(NamedTuple):
 
 
 def read_student(path: str) -> Student:
-    """The parts of a student.pt, checked.
-
-    Raises UserError for a missing, truncated, tampered or foreign file; nothing in it is executed.
-    """
-    payload = read_checkpoint(path, STUDENT_FORMAT)
-    config = config_of(payload, path)
+    """The parts of a student's file. Raises UserError for a missing, damaged or foreign one."""
+    tensors, settings = read_tensors(path, STUDENT_FORMAT, "train.py writes it, run it again")
+    config, vocabulary = config_of(settings, path), tensors.pop("tokenizer", None)
     try:
-        check_kinds(payload, quant=dict, tensors=dict, packed=dict, notes=dict)
-        check_kinds(payload["quant"], keep=list)
-        quant, tensors, packed = quant_of(payload["quant"]), payload["tensors"], payload["packed"]
-        notes = payload["notes"]
-        check_kinds(notes, **dict.fromkeys(notes, str))
+        quant = QuantConfig(**{**settings["quant"], "keep": tuple(settings["quant"]["keep"])})
         empty = meta_model(config)
         prepare(empty, quant)
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: the student checkpoint is damaged: {str(error)[:200]}") from None
-    wanted = quantized_weights(empty)
-    shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: the student is of another version ({str(error)[:200]}): train it again") from None
+    quantizers = {name: empty.get_submodule(at) for name, at in quantized_weights(empty).items()}
+    whole = {name: tensor.shape for name, tensor in empty.state_dict().items() if not is_quantizer_state(name)}
+    shapes, dtypes = {name: shape for name, shape in whole.items() if name not in quantizers}, {}
+    for name, quantizer in quantizers.items():
+        if isinstance(quantizer, ProductQuantizer):
+            shapes[f"{name}.assignments"] = quantizer.assignments.shape
+            shapes[f"{name}.centroids"] = (CENTROIDS, quantizer.block)
+            dtypes[f"{name}.assignments"] = torch.uint8
+        else:
+            shapes[f"{name}.codes"] = (packed_bytes(whole[name].numel(), quantizer.bits),)
+            shapes[f"{name}.scale"] = (whole[name][0], 1) if quantizer.per_row else ()
+            dtypes[f"{name}.codes"] = torch.uint8
+    check_tensors(path, shapes, tensors, dtypes)
     weights = {}
-    for name, entry in packed.items():
-        if name not in wanted:
-            raise UserError(f"{path}: packed tensor {name} has no place in the model")
-        quantizer = empty.get_submodule(wanted[name])
-        unpacked = unpack_blocks if isinstance(quantizer, ProductQuantizer) else unpack_weight
-        weights[name] = unpacked(path, name, entry, shapes[name], quantizer)
-    missing = sorted(set(wanted) - set(weights))
-    if missing:
-        raise UserError(f"{path}: packed tensor {missing[0]} is missing")
-    expected = {name: shape for name, shape in shapes.items() if name not in wanted and not left_out(name)}
-    check_tensors(path, expected, tensors, (torch.float32,))
-    for name in expected:
-        if name.endswith(".zero_point") and not (0 <= (value := tensors[name].item()) <= 255 and value.is_integer()):
-            raise UserError(f"{path}: tensor {name} is {value}, not an integer of the grid")
-    return Student(config, quant, weights, tensors, notes, payload.get("tokenizer"))
+    for name, quantizer in quantizers.items():
+        if isinstance(quantizer, ProductQuantizer):
+            assignments, centroids = (tensors.pop(f"{name}.{part}") for part in ("assignments", "centroids"))
+            weights[name] = unpack_blocks(name, assignments, centroids, whole[name], quantizer)
+        else:
+            codes, scale = (tensors.pop(f"{name}.{part}") for part in ("codes", "scale"))
+            weights[name] = Weight(unpack_weight(codes, quantizer.bits, whole[name]), scale)
+    return Student(config, quant, weights, tensors, settings.get("notes", {}), vocabulary)
 
 
-def quant_of(settings: dict) -> QuantConfig:
-    """The QuantConfig of a file. Raises TypeError and the like for values of other types; prepare checks the rest."""
-    quant = QuantConfig(**{**settings, "keep": tuple(settings["keep"])})
-    for field in fields(QuantConfig):
-        kinds = (int, float) if field.name == "noise" else (type(field.default),)
-        if type(getattr(quant, field.name)) not in kinds:
-            raise TypeError(f"{field.name} is {getattr(quant, field.name)!r}")
-    if not all(isinstance(name, str) for name in quant.keep):
-        raise TypeError(f"keep is {quant.keep}")
-    return quant
-
-
-def check_parts(path: str, name: str, entry: dict, sizes: dict[str, tuple], dtypes: tuple) -> list[Tensor]:
-    """The tensors of a packed weight, each of its shape and type. Raises UserError if they are not."""
-    if not isinstance(entry, dict) or set(entry) != set(sizes):
-        raise UserError(f"{path}: packed tensor {name} is damaged")
-    for (part, size), dtype in zip(sizes.items(), dtypes, strict=True):
-        check_tensors(f"{path}: {name}", {part: size}, {part: entry[part]}, (dtype,))
-    return [entry[part] for part in sizes]
-
-
-def unpack_weight(path: str, name: str, entry: dict, shape: torch.Size, quantizer: WeightQuantizer) -> Weight:
-    """The integers of a packed weight, after checking its parts against what the model requires."""
-    bits, rows = quantizer.bits, (shape[0], 1) if quantizer.per_row else ()
-    sizes = {"codes": (packed_bytes(shape.numel(), bits),), "scale": rows}
-    packed, scale = check_parts(path, name, entry, sizes, (torch.uint8, torch.float32))
+def unpack_weight(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
+    """The integers of a packed weight, int8 of the given shape."""
     codes = torch.empty(shape, dtype=torch.int8)
     flat, step = codes.view(-1), CHUNK // 8 * 8  # a multiple of 8 codes fills whole bytes
     for start in range(0, flat.numel(), step):
         count = min(step, flat.numel() - start)
         piece = packed[start * bits // 8 : start * bits // 8 + packed_bytes(count, bits)]
         flat[start : start + count] = unpack(piece, bits, count)
-    if codes.numel() and (codes.min() < quantizer.quant_min or codes.max() > quantizer.quant_max):
-        raise UserError(f"{path}: packed tensor {name} has codes outside the grid that the file names")
-    return Weight(codes, scale)
+    return codes
 
 
-def unpack_blocks(path: str, name: str, entry: dict, shape: torch.Size, quantizer: ProductQuantizer) -> Weight:
-    """The integers of a weight that was stored as blocks, after checking its parts."""
-    sizes = {"assignments": quantizer.assignments.shape, "centroids": (CENTROIDS, quantizer.block)}
-    assignments, centroids = check_parts(path, name, entry, sizes, (torch.uint8, torch.float16))
+@torch.no_grad()
+def unpack_blocks(
+    name: str, assignments: Tensor, centroids: Tensor, shape: torch.Size, quantizer: ProductQuantizer
+) -> Weight:
+    """The integers of a weight that was stored as blocks."""
     quantizer.to_empty(device="cpu")
-    with torch.no_grad():
-        quantizer.centroids.copy_(centroids)
-        quantizer.assignments.copy_(assignments)
-        quantizer.counts.fill_(1)
+    quantizer.centroids.copy_(centroids)
+    quantizer.assignments.copy_(assignments)
+    quantizer.counts.fill_(1)
     return (table_of if name == WORDS else weight_of)(quantizer, torch.empty(shape, device="meta"))
 
 
-def load_student(path: str) -> tuple[Model, Tokenizer]:
-    """A packed student, fake-quantized as it was trained, on CPU; and its tokenizer."""
-    read = read_student(path)
-    return float_model(read), tokenizer_of(path, read)
-
-
-def tokenizer_of(path: str, read: Student) -> Tokenizer:
-    return Tokenizer.from_payload({"tokenizer": read.vocabulary}, path, read.config.vocab_size)
-
-
-def float_model(read: Student) -> Model:
-    """The fake-quantized model of the parts of a student.pt."""
+def fake_quantized(read: Student) -> Model:
+    """The fake-quantized model of a student's parts, as it was trained, on CPU, in eval mode."""
     with torch.device("meta"):
         student = meta_model(read.config)
         prepare(student, read.quant)
@@ -535,43 +359,22 @@ def float_model(read: Student) -> Model:
         fixed = FixedQuantizer(student.get_submodule(quantizer), scale)
         # The word table lies on its grid and is only looked up.
         student.set_submodule(quantizer, nn.Identity() if name == WORDS else fixed)
-    # Not strict: read_student has checked the names except those of left_out(), which are not used.
+    # Not strict: read_student has checked the names except those of is_quantizer_state(), which are not used.
     student.load_state_dict(tensors, strict=False)
     return student.eval()
 
 
-# shim until the new format
-class Checkpoint(NamedTuple):
-    config: ModelConfig
-    tensors: dict
-    notes: dict
-    vocabulary: Tensor | None
+def load_student(path: str) -> tuple[Model, Tokenizer]:
+    """A packed student, fake-quantized as it was trained, on CPU; and its tokenizer."""
+    read = read_student(path)
+    return fake_quantized(read), tokenizer_of(path, read)
 
 
-def read_model(path):
-    payload = read_checkpoint(path)
-    return Checkpoint(config_of(payload, path), payload["tensors"], payload.get("notes", {}), payload["tokenizer"])
+def tokenizer_of(path: str, read: Student | Checkpoint) -> Tokenizer:
+    return Tokenizer.from_payload({"tokenizer": read.vocabulary}, path, read.config.vocab_size)
 
 
-def teacher_model(read):
-    model = meta_model(read.config)
-    model.to_empty(device="cpu")
-    model.load_state_dict(read.tensors, strict=True)
-    return model.eval()
-
-
-def save_model(path, model, tokenizer, notes, temporary=None):
-    return save_atomically(checkpoint_payload(model, tokenizer, **notes), path)
-
-
-def save_student(path, student, quant, tokenizer, notes):
-    return save_atomically(student_payload(student, quant, tokenizer, **notes), path)
-
-
-fake_quantized = float_model
-
-
-# ------------------------------------------------------------------------------- before fine-tuning
+# ------------------------------------------------------------------------------ before fine-tuning
 class Start:
     """What fine-tuning starts from: a converted checkpoint, or random weights; and the task that it is fine-tuned on."""
 
