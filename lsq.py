@@ -20,7 +20,7 @@ would change a typical 8-bit scale (0.0035) by 14 %.
 import torch
 from torch import Tensor, nn
 
-from quant import SMALLEST_SCALE, ActQuantizer, QuantConfig, WeightQuantizer, best_clip, min_max, quantize
+from quant import SMALLEST_SCALE, ActQuantizer, QuantConfig, WeightQuantizer, best_clip, min_max
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -62,26 +62,20 @@ class LearnedScale(WeightQuantizer):
         if not multiplied or self.bits < 8:
             self.quant_min, self.quant_max = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         weight = weight.detach()
-        if weight.is_meta:  # only shapes are needed
-            self.log_scale = nn.Parameter(weight.new_empty((len(weight), 1) if per_row else ()))
-            return
         low, high = min_max(weight, per_row)
         scale = torch.maximum(-low, high).div(self.quant_max)
         if config.weight_range == "mse":
-            scale = scale * best_clip(weight, self.quant_min, self.quant_max, True, per_row)
+            scale = scale * best_clip(weight, self.quant_min, self.quant_max, per_row)
         if config.weight_range == "lsq":
             mean = weight.abs().mean(dim=-1, keepdim=True) if per_row else weight.abs().mean()
             scale = 2 * mean / self.quant_max**0.5
         self.log_scale = nn.Parameter(scale.clamp(min=SMALLEST_SCALE).log())
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return _LearnedStep.apply(weight, self.log_scale.exp(), self.quant_min, self.quant_max)
+    def scale(self, weight: Tensor) -> Tensor:
+        return self.log_scale.exp()
 
-    @torch.no_grad()
-    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The integers of a weight, in float32, and their scale: (rows, 1) or ()."""
-        scale = self.log_scale.exp()
-        return quantize(weight, scale, scale.new_zeros(()), self.quant_min, self.quant_max), scale
+    def forward(self, weight: Tensor) -> Tensor:
+        return _LearnedStep.apply(weight, self.scale(weight), self.quant_min, self.quant_max)
 
 
 class LearnedActQuantizer(ActQuantizer):

@@ -192,25 +192,23 @@ def min_max(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def best_clip(
-    x: Tensor, quant_min: int, quant_max: int, symmetric: bool, per_row: bool, one_factor: bool = False
-) -> Tensor:
-    """The factor on the min-max range of x with the least squared quantization error.
+def best_clip(x: Tensor, quant_min: int, quant_max: int, per_row: bool, one_factor: bool = False) -> Tensor:
+    """The factor on the symmetric min-max range of x with the least squared quantization error.
 
     Clipping a few outliers makes the steps finer for all other values; it pays more with fewer bits. Searched over
     0.10, 0.12 .. 1.00. Returns factors (..., 1) per row, or a scalar: of a single range, or with one_factor common to
     the ranges of all rows.
 
-    >>> best_clip(torch.tensor([[0.1, -0.1, 0.1, -0.1, 0.12]]), -1, 1, True, per_row=True)
+    >>> best_clip(torch.tensor([[0.1, -0.1, 0.1, -0.1, 0.12]]), -1, 1, per_row=True)
     tensor([[0.8600]])
     """
     low, high = min_max(x, per_row)
     each = per_row and not one_factor
     best_error = torch.full_like(low if each else x.new_empty(()), float("inf"))
     best = torch.ones_like(best_error)
-    for percent in range(100, 9, -2):
+    for percent in range(100, 9, -2) if not x.is_meta else ():  # of meta tensors only shapes are needed
         clip = percent / 100
-        scale, zero_point = choose_qparams(low * clip, high * clip, quant_min, quant_max, symmetric)
+        scale, zero_point = choose_qparams(low * clip, high * clip, quant_min, quant_max, symmetric=True)
         error = (fake_quantize(x, scale, zero_point, quant_min, quant_max) - x).square()
         error = error.sum(dim=-1, keepdim=True) if each else error.sum()
         better = error < best_error
@@ -229,33 +227,6 @@ class MinMax:
         low, high = torch.aminmax(x)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-
-    def range(self, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-        return self.low, self.high
-
-
-class MSESearch(MinMax):
-    """Observer: the range with the least squared error on a random sample of all values."""
-
-    sample_size = 8192  # values per batch
-
-    def __init__(self):
-        super().__init__()
-        self.sample = []
-
-    def observe(self, x: Tensor) -> None:
-        super().observe(x)
-        flat = x.flatten()
-        picks = torch.randint(flat.numel(), (min(self.sample_size, flat.numel()),), device=x.device)
-        self.sample.append(flat[picks])
-
-    def range(self, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-        values = torch.cat([*self.sample, self.low[None], self.high[None]])
-        clip = best_clip(values, quant_min, quant_max, symmetric, per_row=False)
-        return self.low * clip, self.high * clip
-
-
-OBSERVERS = {"minmax": MinMax, "mse": MSESearch}
 
 
 # ------------------------------------------------------------------------------------------ noise
@@ -283,9 +254,7 @@ class QuantConfig:
     weight_range: str = "minmax"  # or "mse": clip outliers; or "lsq": where learned scales start
     act_range: str = "dynamic"  # or "static": set by calibrate(); or "learned": trained from there
     attention_bits: int = 32  # of Q, K, V and the attention probabilities
-    observer: str = "minmax"  # of static ranges, a key of OBSERVERS
     noise: float = 1.0  # fraction of the weights quantized at a training step (learned scales: all)
-    noise_block: int = 1  # draw the noise in runs of this many weights
     keep: tuple[str, ...] = ("head",)  # modules left in float32, by the beginning of their names
 
 
@@ -301,43 +270,45 @@ def integer_limits(config: QuantConfig, multiplied: bool) -> tuple[int, int]:
 
 
 class WeightQuantizer(nn.Module):
-    """Fake-quantizes a weight (rows, N) with noise in training. Subclasses define `codes`.
+    """Fake-quantizes a weight (rows, N) with noise in training. A subclass defines `scale`; or `codes`, if its integers
+    are not the nearest ones.
 
     weight: the tensor to be quantized, for subclasses that choose something from it.  per_row: a scale per row, else
     one for all.  multiplied: see integer_limits.
     """
 
+    clips = True  # whether weights beyond the grid get no gradient; False also saves the memory to record which
+    block = 1  # the noise is drawn in runs of this many weights
     # For train.make_optimizers: weight decay would pull what a quantizer trains, scales, to a wrong place.
     decays = False
 
     def __init__(self, config: QuantConfig, weight: Tensor, per_row: bool, multiplied: bool):
         super().__init__()
-        self.bits, self.per_row = config.weight_bits, per_row
-        self.noise, self.noise_block = config.noise, config.noise_block
+        self.bits, self.per_row, self.noise = config.weight_bits, per_row, config.noise
         self.quant_min, self.quant_max = integer_limits(config, multiplied)
 
-    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The integers of a weight, in float32, and their scale, (rows, 1) or (). Without gradient."""
+    def scale(self, weight: Tensor) -> Tensor:
+        """The size of a step, (rows, 1) or ()."""
         raise NotImplementedError
 
-    def forward(self, weight: Tensor) -> Tensor:
-        if not self.training or self.noise == 1.0:
-            return self.rounded(weight, None)
-        if self.noise == 0.0:
-            return weight
-        return self.rounded(weight, noise_mask(weight, self.noise, self.noise_block))
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The integers of a weight, in float32, and their scale."""
+        scale = self.scale(weight)
+        return quantize(weight, scale, scale.new_zeros(()), self.quant_min, self.quant_max), scale
 
-    def rounded(self, weight: Tensor, where: Tensor | None) -> Tensor:
-        """The weight on its grid where `where` is True (None: everywhere), differentiable."""
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight on its grid, in training only where the noise falls; differentiable."""
+        if self.training and self.noise == 0.0:
+            return weight
+        where = noise_mask(weight, self.noise, self.block) if self.training and self.noise < 1.0 else None
         with torch.no_grad():
             codes, scale = self.codes(weight)
-            inside = self.inside(weight, scale)
+            inside = None
+            if self.clips:
+                nearest = torch.mul(weight, scale.reciprocal()).round_()
+                inside = (nearest >= self.quant_min) & (nearest <= self.quant_max)
         return straight_through(weight, codes * scale, inside, where)
-
-    def inside(self, weight: Tensor, scale: Tensor) -> Tensor | None:
-        """Where the weight is not clipped and gets a gradient. None: everywhere."""
-        ratio = weight * scale.reciprocal()
-        return (ratio > self.quant_min - 0.5) & (ratio < self.quant_max + 0.5)
 
 
 def check_codes(quantizer: WeightQuantizer, codes: Tensor) -> Tensor:
@@ -352,40 +323,27 @@ def check_codes(quantizer: WeightQuantizer, codes: Tensor) -> Tensor:
 class UniformQuantizer(WeightQuantizer):
     """Equal steps. The scale covers the largest weight (min-max), or with weight_range="mse" that range times the
     factor of least squared error, chosen once from the weight at the start.
+
+    A subclass whose scale does not cover the largest weight says so: clips = True.
     """
+
+    clips = False
 
     def __init__(self, config: QuantConfig, weight: Tensor, per_row: bool, multiplied: bool):
         super().__init__(config, weight, per_row, multiplied)
-        self.register_buffer("clip", torch.ones((), device=weight.device))
-        self.searched = config.weight_range == "mse"
-        if self.searched and not weight.is_meta:
-            limits = (self.quant_min, self.quant_max, True)
-            if multiplied:
-                self.clip = best_clip(weight.detach(), *limits, per_row)
-            else:  # one factor for all rows, from some: which rows a batch brings is not known here
-                some = weight.detach()[:: max(1, len(weight) // 4096)]
-                self.clip = best_clip(some, *limits, per_row, one_factor=True)
+        self.register_buffer("clip", None)
+        if config.weight_range == "mse":
+            self.clips = True
+            # A table has one factor for all rows, from some: which rows a batch brings is not known here.
+            rows = weight.detach()[:: 1 if multiplied else max(1, len(weight) // 4096)]
+            self.clip = best_clip(rows, self.quant_min, self.quant_max, per_row, one_factor=not multiplied)
 
     @torch.no_grad()
     def scale(self, weight: Tensor) -> Tensor:
         low, high = min_max(weight, self.per_row)
-        if self.searched:
+        if self.clip is not None:
             low, high = low * self.clip, high * self.clip
         return choose_qparams(low, high, self.quant_min, self.quant_max, symmetric=True)[0]
-
-    @torch.no_grad()
-    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self.scale(weight)
-        return quantize(weight, scale, scale.new_zeros(()), self.quant_min, self.quant_max), scale
-
-    def rounded(self, weight: Tensor, where: Tensor | None) -> Tensor:
-        if type(self).codes is not UniformQuantizer.codes:
-            return super().rounded(weight, where)  # a subclass with codes of its own
-        # Only the min-max scale of this very class is known to clip nothing.
-        clips = self.searched or type(self).scale is not UniformQuantizer.scale
-        scale = self.scale(weight)
-        limits = (scale.new_zeros(()), self.quant_min, self.quant_max)
-        return fake_quantize(weight, scale, *limits, clips=clips, where=where)
 
 
 class TernaryQuantizer(WeightQuantizer):
@@ -402,6 +360,8 @@ class TernaryQuantizer(WeightQuantizer):
     tensor([[ 0.0000, -0.5000,  0.5000,  0.0000]])
     """
 
+    clips = False
+
     @torch.no_grad()
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         size = weight.abs()
@@ -414,16 +374,13 @@ class TernaryQuantizer(WeightQuantizer):
         # In steps of 2 delta, rounded: half a step goes to 0, more to 1.
         return torch.mul(weight, (2 * threshold).reciprocal()).round_().clamp_(-1, 1), scale
 
-    def inside(self, weight: Tensor, scale: Tensor) -> None:
-        return None
 
-
-class FixedQuantizer(UniformQuantizer):
+class FixedQuantizer(WeightQuantizer):
     """The given scale, of a weight from a file, which lies on its grid already."""
 
-    def __init__(self, quantizer: nn.Module, scale: Tensor):
+    def __init__(self, quantizer: WeightQuantizer, scale: Tensor):
         nn.Module.__init__(self)
-        self.bits, self.per_row, self.noise, self.searched = quantizer.bits, quantizer.per_row, 1.0, False
+        self.bits, self.per_row, self.noise = quantizer.bits, quantizer.per_row, 1.0
         self.quant_min, self.quant_max = quantizer.quant_min, quantizer.quant_max
         self.register_buffer("fixed", scale, persistent=False)
 
@@ -498,8 +455,7 @@ class QuantLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, act: nn.Module, weight: nn.Module):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.act_quantizer, self.weight_quantizer = act, weight
 
