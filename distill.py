@@ -174,10 +174,10 @@ class Loss(NamedTuple):
 
 # --distill joins these names with "+": "logits+context" is SDQ.
 LOSSES: dict[str, Loss] = {
-    "logits": Loss(
-        "", logits_loss, over="rows"
-    ),  # (tokens, if they have labels) of the logits, once for all layers, with a temperature
+    # Of the logits, once for all layers and with a temperature; over tokens if these have labels.
+    "logits": Loss("", logits_loss, over="rows"),
     "score": Loss("score", score_loss, over="pairs"),
+    # This loss compares maps but reads scores, see row_kl; the tap "map", their softmax, is for analyze.py.
     "map": Loss("score", map_loss, over="tokens"),
     "context": Loss("context", vector_loss, over="tokens"),
     "output": Loss("output", vector_loss, over="tokens"),

@@ -107,29 +107,6 @@ class Embeddings(nn.Module):
         return self.dropout(self.norm(self.word(ids) + position + kind))
 
 
-class Dropout(nn.Dropout):
-    """nn.Dropout with cheaper random numbers on CPU: PyTorch's own took a third of a training step of tensor trains."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or not self.training or self.p == 0.0:
-            return super().forward(x)
-        kept = random_mask(x.shape, 1 - self.p, x.device)
-        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
-
-
-def random_mask(shape: torch.Size, p: float, device: torch.device) -> Tensor:
-    """A bool tensor, each element True with probability p (to the nearest 1/65536).
-
-    Compares 16 random bits with a threshold. One 64-bit draw serves four elements, which makes this 2-3 times as fast
-    on CPU as torch.rand and 8 times as fast as bernoulli_. Quantization noise uses it for every weight at every step
-    (quant.py).
-    """
-    count = shape.numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
-    threshold = min(round(p * 65536) - 32768, 32767)
-    return (words.view(torch.int16)[:count] < threshold).view(shape)
-
-
 class WordEmbedding(nn.Embedding):
     """nn.Embedding whose gradient holds only the rows that the batch used.
 
@@ -286,7 +263,7 @@ class SequenceHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(self, hidden: Tensor, word: nn.Module) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         first = self.dropout(hidden[:, 0])
         return self.out_proj(self.dropout(torch.tanh(self.dense(first))))
 
@@ -299,7 +276,7 @@ class TokenHead(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(self, hidden: Tensor, word: nn.Module) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         return self.out_proj(self.dropout(hidden))
 
 
@@ -317,9 +294,9 @@ class JointHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.num_slots)
 
-    def forward(self, hidden: Tensor, word: nn.Module) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         inner = torch.tanh(self.dense(self.dropout(hidden)))
-        return self.intent(hidden, word), self.out_proj(self.dropout(inner))
+        return self.intent(hidden), self.out_proj(self.dropout(inner))
 
 
 class MLMHead(nn.Module):
@@ -344,7 +321,7 @@ class PoolerHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, word: nn.Module) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         return torch.tanh(self.dense(hidden[:, 0]))
 
 
@@ -354,7 +331,7 @@ class NoHead(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
 
-    def forward(self, hidden: Tensor, word: nn.Module) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         return hidden
 
 
@@ -371,10 +348,10 @@ HEADS = {
 class Model(nn.Module):
     """Encoder and head. `forward` returns logits and the taps named in `capture`."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, encoder: Encoder | None = None):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = encoder or Encoder(config)
         self.head = HEADS[config.head](config)
 
     def forward(
@@ -395,13 +372,13 @@ class Model(nn.Module):
         if unknown:
             raise ValueError(f"unknown taps {sorted(unknown)}; known: {', '.join(TAPS)}")
         if ids.shape[1] > self.config.max_tokens:
-            limit = self.config.max_tokens
-            raise ValueError(f"{ids.shape[1]} tokens, but this model has {limit} positions")
+            raise ValueError(f"{ids.shape[1]} tokens, but this model has {self.config.max_tokens} positions")
         taps = {name: [] for name in capture}
         hidden = self.encoder(ids, mask, types, taps, depth)
         if depth is not None:
             return None, taps
-        return self.head(hidden, self.encoder.embeddings.word), taps
+        tied = [self.encoder.embeddings.word] if isinstance(self.head, MLMHead) else []
+        return self.head(hidden, *tied), taps
 
 
 # ---------------------------------------------------------------------------------- making models
@@ -441,11 +418,8 @@ def with_head(model: Model, head: str, num_labels: int, num_slots: int = 0) -> M
     A sequence head keeps the dense layer of BERT's pretrained pooler, or of another sequence head. The new head is
     dense: of a model of tensor trains, tensorize it.
     """
-    new = Model.__new__(Model)
-    nn.Module.__init__(new)
-    new.config = replace(model.config, head=head, num_labels=num_labels, num_slots=num_slots)
-    new.encoder = model.encoder
-    new.head = HEADS[head](new.config)
+    config = replace(model.config, head=head, num_labels=num_labels, num_slots=num_slots)
+    new = Model(config, model.encoder)
     for module in new.head.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
@@ -461,3 +435,27 @@ def set_dropout(model: nn.Module, p: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = p
+
+
+# ------------------------------------------------------------------------------------------ speed
+class Dropout(nn.Dropout):
+    """nn.Dropout with cheaper random numbers on CPU: PyTorch's own took a third of a training step of tensor trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or not self.training or self.p == 0.0:
+            return super().forward(x)
+        kept = random_mask(x.shape, 1 - self.p, x.device)
+        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
+
+
+def random_mask(shape: torch.Size, p: float, device: torch.device) -> Tensor:
+    """A bool tensor, each element True with probability p (to the nearest 1/65536).
+
+    Compares 16 random bits with a threshold. One 64-bit draw serves four elements, which makes this 2-3 times as fast
+    on CPU as torch.rand and 8 times as fast as bernoulli_. Quantization noise uses it for every weight at every step
+    (quant.py).
+    """
+    count = shape.numel()
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
+    threshold = min(round(p * 65536) - 32768, 32767)
+    return (words.view(torch.int16)[:count] < threshold).view(shape)

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsq import LearnedScale
+from model import WordEmbedding
 from quant import Codes, QuantConfig, UniformQuantizer, product
 
 FEW = 64  # ids whose rows are built one by one: to find the distinct ones takes longer
@@ -59,8 +60,8 @@ class TTConfig:
     keep: tuple[str, ...] = ("head.out_proj", "head.intent.out_proj")
 
     def __post_init__(self):
-        limits = {"rank": (1, 4096), "embedding_rank": (0, 4096)}
-        for name, (least, most) in {**limits, "modes": (1, 8), "table_modes": (2, 8)}.items():
+        limits = {"rank": (1, 4096), "embedding_rank": (0, 4096), "modes": (1, 8), "table_modes": (2, 8)}
+        for name, (least, most) in limits.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ValueError(f"{name}={value!r}: choose {least} to {most}")
@@ -267,9 +268,6 @@ class TTLinear(TensorTrain):
             self.bias.copy_(linear.bias)
         return error / max(float(linear.weight.norm()), 1e-30)
 
-    def quantized(self, config: QuantConfig, act: nn.Module, middle: nn.Module) -> "QuantTTLinear":
-        return QuantTTLinear(self, config, act, middle)
-
 
 class QuantTTLinear(TTLinear):
     """A TTLinear with quantized cores, and two quantized products: y = Q(Q(x) Q(A)^T) Q(B)^T + b.
@@ -279,10 +277,9 @@ class QuantTTLinear(TTLinear):
     """
 
     def __init__(self, layer: TTLinear, config: QuantConfig, act: nn.Module, middle: nn.Module):
-        nn.Module.__init__(self)
-        self.modes, self.ranks, self.cut = layer.modes, layer.ranks, layer.cut
-        self.out_features, self.in_features = layer.out_features, layer.in_features
-        self.cores, self.bias, self.core_quantizers = layer.cores, layer.bias, None
+        with torch.device("meta"):
+            super().__init__(layer.modes[: layer.cut], layer.modes[layer.cut :], layer.ranks)
+        self.cores, self.bias = layer.cores, layer.bias
         self.act_quantizer, self.middle_quantizer = act, middle
         self.A_quantizer, self.B_quantizer = nn.Identity(), nn.Identity()
         if config.weight_bits == 32:
@@ -392,8 +389,7 @@ def tensorize(model: nn.Module, config: TTConfig, from_weights: bool = False) ->
     """Replace Linear layers and tables by tensor trains, in place, where that has fewer parameters; model.config.tt
     then says so.
 
-    from_weights: by TT-SVD of the weights; else with random cores.  A table is a module that has a `row_quantizer`
-    (word embeddings) or that is named "position".
+    from_weights: by TT-SVD of the weights; else with random cores.  Tables are those of words and positions.
     """
     report = TensorizeReport({})
     for full, child in list(model.named_modules()):
@@ -402,9 +398,7 @@ def tensorize(model: nn.Module, config: TTConfig, from_weights: bool = False) ->
             continue
         if isinstance(child, nn.Linear):
             new = TTLinear.like(child, config)
-        elif hasattr(child, "row_quantizer"):
-            if not config.embedding_rank:
-                continue
+        elif isinstance(child, WordEmbedding) and config.embedding_rank:
             new = TTMEmbedding.like(child, config.table_modes, config.embedding_rank)
         elif name == "position" and isinstance(child, nn.Embedding):
             new = TTMEmbedding.like(child, config.table_modes, config.rank)
