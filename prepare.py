@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lsq import LearnedActQuantizer, LearnedScale
+from model import Attention, WordEmbedding
 from pq import ProductQuantizer
 from quant import (
-    OBSERVERS,
     ActQuantizer,
+    MinMax,
     QuantConfig,
     QuantLinear,
     TernaryQuantizer,
@@ -27,6 +28,7 @@ from quant import (
     check_codes,
     choose_qparams,
 )
+from tt import QuantTTLinear, TensorTrain, TTConfig, TTLinear, TTMEmbedding
 
 
 @dataclass(frozen=True)
@@ -54,137 +56,123 @@ WEIGHTS = {  # QuantConfig.weights
         ProductQuantizer, ProductQuantizer, "a byte for 4 or 8 weights", bits=(8,), ranges=("minmax",), noise=0.1
     ),
 }
-QUANT_CHOICES = {
+CHOICES = {  # field of QuantConfig -> its values
+    **dict.fromkeys(("weight_bits", "act_bits", "attention_bits"), (2, 3, 4, 5, 6, 7, 8, 32)),
     "grid": ("portable", "full"),
     "weights": WEIGHTS,
     "act_range": ("dynamic", "static", "learned"),
-    "observer": OBSERVERS,
 }
 
 
 def check_quant(config: QuantConfig) -> None:
     """Raises ValueError for a QuantConfig that can't be computed, with its fields as name=value."""
-    for name in ("weight_bits", "act_bits", "attention_bits"):
-        bits = getattr(config, name)
-        if not isinstance(bits, int) or (bits != 32 and not 2 <= bits <= 8):
-            raise ValueError(f"{name}={bits}: choose 2 to 8, or 32 for no quantization")
-    for name, known in QUANT_CHOICES.items():
-        if getattr(config, name) not in known:
-            raise ValueError(f"{name}={getattr(config, name)!r}: choose from {', '.join(known)}")
+    for name, known in CHOICES.items():
+        if (value := getattr(config, name)) not in known:
+            words = "2 to 8, or 32 for no quantization" if name.endswith("bits") else f"from {', '.join(known)}"
+            raise ValueError(f"{name}={value!r}: choose {words}")
     if not 0.0 <= config.noise <= 1.0:
         raise ValueError(f"noise={config.noise}: choose a fraction from 0 to 1")
-    if config.noise_block < 1:
-        raise ValueError(f"noise_block={config.noise_block}: choose 1 or more")
-    row, bits = WEIGHTS[config.weights], config.weight_bits
+    row, weights, bits = WEIGHTS[config.weights], f"weights={config.weights}", config.weight_bits
     if bits == 32 and config.weights != "uniform":
-        raise ValueError(f"weights={config.weights} needs quantized weights: weight_bits=2 to 8")
+        raise ValueError(f"{weights} needs quantized weights: weight_bits=2 to 8")
     if bits not in (*row.bits, 32):
         known = " or ".join(map(str, row.bits))
-        raise ValueError(
-            f"weights={config.weights} has {known} bits, not weight_bits={bits}: choose those, or weights=uniform"
-        )
+        raise ValueError(f"{weights} has {known} bits, not weight_bits={bits}: choose those, or weights=uniform")
     if config.weight_range not in row.ranges:
-        raise ValueError(f"weight_range={config.weight_range!r}: weights={config.weights} has {', '.join(row.ranges)}")
+        raise ValueError(f"weight_range={config.weight_range!r}: {weights} has {', '.join(row.ranges)}")
 
 
-def default_keep(tt) -> tuple[str, ...]:
+def default_keep(tt: TTConfig | None) -> tuple[str, ...]:
     """What stays in float32: the head. Beside tensor trains it would be large, so it is quantized."""
     return () if tt else QuantConfig.keep
 
 
-@dataclass
-class PrepareReport:
-    """What prepare did: names of weights with their number of parameters."""
-
-    replaced: dict[str, int]
-    kept: dict[str, int]
-    act_quantizers: int
-
-    def __str__(self) -> str:
-        done, all_of_them = sum(self.replaced.values()), sum(self.replaced.values()) + sum(self.kept.values())
-        return (
-            f"{len(self.replaced)} weight tensors quantized ({done:,} of {all_of_them:,} parameters, "
-            f"{100 * done / all_of_them:.2f} %), {self.act_quantizers} activation quantizers"
-        )
+QKV = ("query", "key", "value")
 
 
 @torch.no_grad()
-def prepare(model: nn.Module, config: QuantConfig) -> PrepareReport:
-    """Make a float32 model fake-quantized, in place. Reports what was replaced and what was kept.
+def prepare(model: nn.Module, config: QuantConfig) -> str:
+    """Make a float32 model fake-quantized, in place. Returns a line that says what was done.
 
-    Modules are recognized by their attributes; those whose names begin with an entry of config.keep are skipped:
+    Modules whose names begin with an entry of config.keep are skipped. Of the others
 
-        nn.Linear        becomes a QuantLinear, which shares weight and bias
-        row_quantizer    a table of embeddings: its rows are quantized
-        input_quantizer  an attention: query, key and value read one tensor, which is quantized once,
-                         here; with config.attention_bits what its two products read is quantized, too
-        cores            a tensor train (tt.py): each core gets a learned scale; one that multiplies
-                         (`quantized`) becomes two quantized products
+        nn.Linear      becomes a QuantLinear, which shares weight and bias
+        WordEmbedding  gets a row quantizer
+        Attention      quantizes what query, key and value read once; with config.attention_bits what its two
+                       products read is quantized, too
+        TTLinear       becomes two quantized products; each core gets a learned scale
+        TTMEmbedding   gets a learned scale for each core
 
     Raises ValueError for a config that can't be computed and for a model that was prepared before.
     """
     check_quant(config)
-    kinds = (WeightQuantizer, ActQuantizer)
-    if any(isinstance(m, kinds) or hasattr(m, "act_quantizer") for m in model.modules()):
+    done = (QuantLinear, QuantTTLinear, WeightQuantizer, ActQuantizer)
+    if any(isinstance(module, done) for module in model.modules()):
         raise ValueError("this model is already prepared: quantize a copy of the float32 model")
-    row, quantizes = WEIGHTS[config.weights], config.weight_bits != 32
-    replaced: dict[str, int] = {}
-    act_quantizers = 0
-
-    def new_act(inside: bool = False) -> nn.Module:
-        nonlocal act_quantizers
-        if (config.attention_bits if inside else config.act_bits) == 32:
-            return nn.Identity()
-        act_quantizers += 1
-        kind = LearnedActQuantizer if config.act_range == "learned" else ActQuantizer
-        return kind(config, inside)
-
-    def new_weight(name: str, weight: Tensor, is_table: bool) -> nn.Module:
-        if not quantizes:
-            return nn.Identity()
-        replaced[name + ".weight"] = weight.numel()
-        kind = row.table if is_table else row.matrix
-        quantizer = kind(config, weight, is_table or config.per_channel, not is_table)
-        if not weight.is_meta and not isinstance(quantizer, ProductQuantizer):  # which has no codes before its stage
-            check_codes(quantizer, quantizer.codes(weight[:4096] if is_table else weight)[0])
-        return quantizer
-
-    for name, module in list(model.named_modules()):
-        if not name or name.startswith(config.keep):
+    modules = {name: module for name, module in model.named_modules() if name}
+    for name, module in modules.items():
+        if name.startswith(config.keep):
             continue
         parent, _, leaf = name.rpartition(".")
-        parts = ("query", "key", "value")
-        shares = leaf in parts and hasattr(model.get_submodule(parent), "input_quantizer")
-        device = next((p.device for p in module.parameters()), None)
-        if hasattr(module, "input_quantizer"):
-            if any(f"{name}.{part}".startswith(config.keep) for part in parts):
+        shares_input = leaf in QKV and isinstance(modules.get(parent), Attention)
+        new = None
+        if isinstance(module, Attention):
+            if any(f"{name}.{part}".startswith(config.keep) for part in QKV):
                 raise ValueError(f"keep all of {name}: its projections share their input")
-            module.input_quantizer = new_act().to(device)
-            for part in (*parts, "map"):
-                setattr(module, part + "_quantizer", new_act(inside=True).to(device))
+            module.input_quantizer = new_act(config)
+            for part in (*QKV, "map"):
+                setattr(module, part + "_quantizer", new_act(config, inside=True))
         elif isinstance(module, nn.Linear):
-            act = nn.Identity() if shares else new_act().to(device)
-            weight = new_weight(name, module.weight, is_table=False).to(device)
-            model.set_submodule(name, QuantLinear(module, act, weight))
-        elif hasattr(module, "row_quantizer"):
-            module.row_quantizer = new_weight(name, module.weight, is_table=True).to(device)
-        elif hasattr(module, "cores"):
-            if hasattr(module, "quantized"):
-                acts = [nn.Identity() if shares else new_act(), new_act()]
-                module = module.quantized(config, *acts).to(device)
-                model.set_submodule(name, module)
-            elif quantizes:
-                module.quantize_cores(config)
-            if quantizes:
-                cores = enumerate(module.cores)
-                replaced |= {f"{name}.cores.{k}": core.numel() for k, core in cores}
+            act = nn.Identity() if shares_input else new_act(config)
+            new = QuantLinear(module, act, new_weight(config, module.weight))
+        elif isinstance(module, WordEmbedding):
+            module.row_quantizer = new_weight(config, module.weight, is_table=True)
+        elif isinstance(module, TTLinear):
+            act = nn.Identity() if shares_input else new_act(config)
+            new = QuantTTLinear(module, config, act, new_act(config))
+        elif isinstance(module, TTMEmbedding) and config.weight_bits != 32:
+            module.quantize_cores(config)
+        if new is not None:
+            model.set_submodule(name, new)
+    model.to(next(model.parameters()).device)
     model.train(model.training)  # new modules start in training mode: follow the model
-    kept = {n: p.numel() for n, p in model.named_parameters() if n not in replaced}
-    return PrepareReport(replaced, kept, act_quantizers)
+    return summary(model)
+
+
+def new_act(config: QuantConfig, inside: bool = False) -> nn.Module:
+    if (config.attention_bits if inside else config.act_bits) == 32:
+        return nn.Identity()
+    return (LearnedActQuantizer if config.act_range == "learned" else ActQuantizer)(config, inside)
+
+
+def new_weight(config: QuantConfig, weight: Tensor, is_table: bool = False) -> nn.Module:
+    if config.weight_bits == 32:
+        return nn.Identity()
+    row = WEIGHTS[config.weights]
+    kind = row.table if is_table else row.matrix
+    quantizer = kind(config, weight, is_table or config.per_channel, not is_table).to(weight.device)
+    if not weight.is_meta and not isinstance(quantizer, ProductQuantizer):  # which has no codes before its stage
+        check_codes(quantizer, quantizer.codes(weight[:4096] if is_table else weight)[0])
+    return quantizer
+
+
+def summary(model: nn.Module) -> str:
+    """What is quantized in a prepared model."""
+    weights, acts = [], 0
+    for module in model.modules():
+        acts += isinstance(module, ActQuantizer)
+        quantizers = [getattr(module, name, None) for name in ("weight_quantizer", "row_quantizer")]
+        if any(isinstance(quantizer, WeightQuantizer) for quantizer in quantizers):
+            weights.append(module.weight)
+        elif isinstance(module, TensorTrain) and module.core_quantizers is not None:
+            weights += module.cores
+    count, total = (sum(p.numel() for p in parameters) for parameters in (weights, model.parameters()))
+    share = f"{count:,} of {total:,} parameters, {100 * count / total:.2f} %"
+    return f"{len(weights)} weight tensors quantized ({share}), {acts} activation quantizers"
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[tuple[Tensor | None, ...]], observer: str) -> None:
+def calibrate(model: nn.Module, batches: Iterable[tuple[Tensor | None, ...]]) -> None:
     """Set the ranges of all static activation quantizers from batches of (ids, mask) or (ids, mask, types).
 
     While observing, weights are quantized and activations are not. Padded positions would be observed too: give
@@ -192,15 +180,15 @@ def calibrate(model: nn.Module, batches: Iterable[tuple[Tensor | None, ...]], ob
     """
     quantizers = [m for m in model.modules() if isinstance(m, ActQuantizer) and m.static]
     for quantizer in quantizers:
-        quantizer.observer = OBSERVERS[observer]()
+        quantizer.observer = MinMax()
     was_training = model.training
     model.eval()
     try:
         for ids, mask, *types in batches:
             model(ids, mask, types=types[0] if types else None)
         for quantizer in quantizers:
-            limits = (quantizer.quant_min, quantizer.quant_max, False)
-            quantizer.set_range(*choose_qparams(*quantizer.observer.range(*limits), *limits))
+            seen, limits = quantizer.observer, (quantizer.quant_min, quantizer.quant_max)
+            quantizer.set_range(*choose_qparams(seen.low, seen.high, *limits, symmetric=False))
     finally:
         for quantizer in quantizers:
             quantizer.observer = None
