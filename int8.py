@@ -24,17 +24,16 @@ multiplies integers in float32, at float32 speed: exact below 2^24, which typica
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoint
+from checkpoint import WORDS, Student, Weight, fake_quantized, float_tensors, weight_codes, weight_of
 from kit.common import UserError
-from model import Attention, FeedForward, Model
-from prepare import prepare
+from model import Attention, FeedForward, Model, ModelConfig
+from prepare import QKV, prepare
 from quant import ActQuantizer, Codes, QuantConfig, QuantLinear, quantize, rescale
 from tt import QuantTTLinear, TTLinear, TTMEmbedding, lookup
 
@@ -43,54 +42,42 @@ Range = tuple[float, int] | None  # scale and zero point of a uint8 result; None
 
 # --------------------------------------------------------------------------------------- kernels
 def activation_codes(quantizer: ActQuantizer, x: Tensor) -> Codes:
-    """The integers that the student's quantizer rounds x to, one byte each (uint8), also with fewer than 8 bits.
-
-    The same as quantize(...).to(torch.uint8) in fewer passes over memory, which take the time here.
-    """
+    """The integers that the student's quantizer rounds x to, one byte each (uint8), also with fewer than 8 bits."""
     scale, zero_point = quantizer.qparams(x)
-    if torch.compiler.is_compiling():  # the compiler makes one pass of these, and does not know the other operators
+    if x.is_cuda or torch.compiler.is_compiling() or not rounds_in_one_pass():
         return Codes(quantize(x, scale, zero_point, 0, quantizer.quant_max).to(torch.uint8), scale, zero_point)
-    q, shift = torch.mul(x, scale.reciprocal()), 0
-    if quantizer.static and not x.is_cuda:  # there int() would wait
-        shift = int(zero_point)
-    else:
+    # The same in fewer passes over memory, which take the time here: half of it, with static ranges a third.
+    shift = int(zero_point) if quantizer.static else 0
+    q = torch.mul(x, scale.reciprocal())
+    if not quantizer.static:
         q.add_(zero_point)
     if quantizer.quant_max < 255:
         q.clamp_(max=quantizer.quant_max - shift)
-    return Codes(round_to_bytes(q, shift), scale, zero_point)
+    return Codes(round_in_one_pass(q, shift), scale, zero_point)
 
 
-def round_to_bytes(x: Tensor, shift: int) -> Tensor:
-    """clamp(round(x + shift), 0, 255), halves to even: uint8. x may be overwritten.
+def round_in_one_pass(x: Tensor, shift: int) -> Tensor:
+    """clamp(round(x + shift), 0, 255), halves to even: uint8.
 
     PyTorch's quantized tensors will be removed (pytorch#184982), but no other operator does this in one pass. Their
     bytes are taken, and the rest is left.
     """
-    if x.is_cuda or not quantizes_in_one_pass():
-        return to_bytes((x.add_(shift) if shift else x).clamp_(0, 255))
     quantized = torch.quantize_per_tensor(x, 1.0, shift, torch.quint8)
     values = torch.empty(0, dtype=torch.uint8)
     return values.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
 
 
-def to_bytes(x: Tensor) -> Tensor:
-    """Round numbers in 0..255 in place. Between 2^23 and 2^24 the float32 numbers are the integers: adding this rounds
-    a small number to the nearest integer, halves to even, and leaves it in the lowest bits.
-    """
-    return x.add_(1.5 * 2**23).contiguous().view(torch.uint8)[..., ::4].contiguous()
-
-
 @cache
-def quantizes_in_one_pass() -> bool:
-    """Whether this PyTorch has the operator of round_to_bytes, and adds before it rounds, which not all builds do."""
-    x = torch.tensor([-1e30, -0.5, 0.5, 1.5, 2.5, 253.6, 1e30] * 9)
+def rounds_in_one_pass() -> bool:
+    """Whether this PyTorch has the operator, and adds before it rounds, which not all builds do."""
+    x, one = torch.tensor([-1e30, -0.5, 0.5, 1.5, 2.5, 253.6, 1e30] * 9), torch.ones(())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it will be removed
         try:
-            found = torch.quantize_per_tensor(x, 1.0, 1, torch.quint8).int_repr()
+            found = round_in_one_pass(x, 1)
         except (AttributeError, RuntimeError):
             return False
-    return torch.equal(found, to_bytes((x + 1).clamp(0, 255)))
+    return torch.equal(found.float(), quantize(x, one, one, 0, 255))
 
 
 # A kernel packs an int8 matrix (N, K) once and multiplies uint8 activations (M, K) by it many times: sums(q_x) = sum_k
@@ -194,12 +181,21 @@ def choose_kernel(device: str, largest: int) -> str:
 
 
 class IntLinear(nn.Module):
-    """A Linear layer in integers, for x float32 or Codes: (..., K) -> (..., N)."""
+    """A Linear layer in integers, for x float32 or Codes: (..., K) -> (..., N).
 
-    def __init__(self, weight: checkpoint.Weight, bias: Tensor | None, act: ActQuantizer, kernel: str, device: str):
+    few: multiply the integers of up to FEW tokens in float32. A call of an integer kernel takes some 40 microseconds,
+    twice the time of that with a thin matrix.
+    """
+
+    FEW = 64
+
+    def __init__(
+        self, weight: Weight, bias: Tensor | None, act: ActQuantizer, kernel: str, device: str, few: bool = False
+    ):
         super().__init__()
         codes, N = weight.codes.to(device), len(weight.codes)
         self.act_quantizer, self.kernel = act, KERNELS[kernel](codes)
+        self.few_kernel = FloatKernel(codes) if few and not codes.is_cuda else None
         self.register_buffer("bias", None if bias is None else bias.to(device))
         self.register_buffer("column", codes.sum(dim=1, dtype=torch.float32))
         self.register_buffer("scale", weight.scale.to(device).flatten().expand(N).contiguous())
@@ -211,13 +207,17 @@ class IntLinear(nn.Module):
     def codes(self, x: Tensor | Codes) -> Codes:
         return x if isinstance(x, Codes) else activation_codes(self.act_quantizer, x)
 
+    def is_few(self, x: Tensor) -> bool:
+        return self.few_kernel is not None and x.shape[:-1].numel() <= self.FEW
+
     def forward(self, x: Tensor | Codes) -> Tensor:
         x = self.codes(x)
-        if self.kernel.fused and not x.scale.dim():  # per tensor
+        kernel = self.few_kernel if self.is_few(x.values) else self.kernel
+        if kernel.fused and not x.scale.dim():  # per tensor
             return self.fused(x)
-        sums = self.kernel.sums(x.values.flatten(0, -2)).view(*x.values.shape[:-1], -1)
-        if self.kernel.offset:
-            x = x._replace(zero_point=x.zero_point - self.kernel.offset)
+        sums = kernel.sums(x.values.flatten(0, -2)).view(*x.values.shape[:-1], -1)
+        if kernel.offset:
+            x = x._replace(zero_point=x.zero_point - kernel.offset)
         return rescale(sums, self.column, x, self.scale, self.bias)
 
     def fused(self, x: Codes, post: str = "none", out: Range = None) -> Tensor:
@@ -247,48 +247,32 @@ class IntTTLinear(nn.Module):
     """A tensor train merged to A (r, K) and B (N, r), two integer layers: (..., K) -> (..., N).
 
     Called like an IntLinear. With static ranges the activation between the two stays in 8 bits.
-
-    A call of an integer kernel takes some 40 microseconds, twice the time in which float32 multiplies a few tokens by a
-    thin matrix. So with static ranges, integers of up to FEW tokens are multiplied in float32.
     """
-
-    FEW = 64
 
     def __init__(self, layer: QuantTTLinear, act: ActQuantizer, kernel: str, device: str):
         super().__init__()
-        merged = zip(layer.halves(), (layer.A_quantizer, layer.B_quantizer), strict=True)
-        A, B = (checkpoint.weight_of(quantizer, half) for half, quantizer in merged)
-        self.A = IntLinear(A, None, act, kernel, device)
-        self.B = IntLinear(B, layer.bias, layer.middle_quantizer, kernel, device)
-        self.act_quantizer, self.middle_quantizer, self.kernel = act, layer.middle_quantizer, self.B.kernel
-        self.inner = uint8_output_range(self.A.kernel, layer.middle_quantizer)
-        self.small = None
-        if act.static and layer.middle_quantizer.static:
-            one, two = (A, None, act), (B, layer.bias, layer.middle_quantizer)
-            self.small = nn.ModuleList(IntLinear(*arguments, "float", device) for arguments in (one, two))
-
-    def is_small(self, x: Tensor) -> bool:
-        return self.small is not None and not x.is_cuda and x.shape[:-1].numel() <= self.FEW
+        (A, B), middle = layer.halves(), layer.middle_quantizer
+        A, B = weight_of(layer.A_quantizer, A), weight_of(layer.B_quantizer, B)
+        self.A = IntLinear(A, None, act, kernel, device, few=act.static)
+        self.B = IntLinear(B, layer.bias, middle, kernel, device, few=act.static)
+        self.act_quantizer, self.kernel, self.inner = act, self.B.kernel, uint8_output_range(self.A.kernel, middle)
 
     def codes(self, x: Tensor | Codes) -> Codes:
-        if isinstance(x, Codes):
-            return x
-        return self.act_quantizer(x) if self.is_small(x) else self.A.codes(x)
+        return self.A.codes(x)
 
-    def middle(self, x: Tensor | Codes) -> Tensor | Codes:
-        if self.inner is None:
-            return self.A(x)
-        values = self.A.fused(self.A.codes(x), out=self.inner)
-        return Codes(values, *self.B.act_quantizer.static_range())
+    def is_few(self, x: Tensor) -> bool:
+        return self.A.is_few(x)
+
+    def middle(self, x: Codes) -> Codes:
+        if self.inner is None or self.is_few(x.values):
+            return self.B.codes(self.A(x))
+        return Codes(self.A.fused(x, out=self.inner), *self.B.act_quantizer.static_range())
 
     def forward(self, x: Tensor | Codes) -> Tensor:
-        x = self.codes(x)
-        if self.is_small(x.values):
-            return self.small[1](self.middle_quantizer(self.small[0](x)))
-        return self.B(self.middle(x))
+        return self.B(self.middle(self.codes(x)))
 
     def fused(self, x: Codes, post: str, out: Range) -> Tensor:
-        return self.B.fused(self.B.codes(self.middle(x)), post, out)
+        return self.B.fused(self.middle(x), post, out)
 
 
 class MergedTable(nn.Module):
@@ -306,7 +290,7 @@ class MergedTable(nn.Module):
 class IntEmbedding(nn.Module):
     """Rows of an int8 table, as float32: (B, T) -> (B, T, C)."""
 
-    def __init__(self, weight: checkpoint.Weight):
+    def __init__(self, weight: Weight):
         super().__init__()
         self.weight, self.scale = nn.Buffer(weight.codes), nn.Buffer(weight.scale)
 
@@ -317,9 +301,10 @@ class IntEmbedding(nn.Module):
 class IntAttention(Attention):
     """Attention whose query, key and value come from one product, or from layers that read the same integers."""
 
-    def __init__(self, attention: Attention, qkv: IntLinear | None = None):
-        nn.Module.__init__(self)
-        self.__dict__.update(attention.__dict__)  # all of its parts
+    def __init__(self, config: ModelConfig, attention: Attention, qkv: IntLinear | None = None):
+        with torch.device("meta"):
+            super().__init__(config)
+        take_parts(self, attention)
         if qkv is not None:
             del self.query, self.key, self.value
         self.qkv = qkv
@@ -331,6 +316,12 @@ class IntAttention(Attention):
         return self.query(inputs), self.key(inputs), self.value(inputs)
 
 
+def take_parts(module: nn.Module, source: nn.Module) -> None:
+    """Replace the parts of a module by those of another one."""
+    for name, part in source.named_children():
+        setattr(module, name, part)
+
+
 class IntFeedForward(FeedForward):
     """Feed-forward whose inner activation stays in 8 bits if ranges and kernel allow it.
 
@@ -340,9 +331,10 @@ class IntFeedForward(FeedForward):
 
     PIECE = 512
 
-    def __init__(self, ffn: FeedForward):
-        nn.Module.__init__(self)
-        self.up, self.down, self.norm, self.dropout = ffn.up, ffn.down, ffn.norm, ffn.dropout
+    def __init__(self, config: ModelConfig, ffn: FeedForward):
+        with torch.device("meta"):
+            super().__init__(config)
+        take_parts(self, ffn)
         inner = ffn.down.act_quantizer
         self.inner = uint8_output_range(ffn.up.kernel, inner)
         self.in_pieces = self.inner is None and inner.per_token
@@ -354,7 +346,7 @@ class IntFeedForward(FeedForward):
         return super().forward(x)
 
     def expand(self, x: Tensor) -> Tensor | Codes:
-        if self.inner is None or (isinstance(self.up, IntTTLinear) and self.up.is_small(x)):
+        if self.inner is None or self.up.is_few(x):
             return super().expand(x)
         values = self.up.fused(self.up.codes(x), "gelu", self.inner)
         return Codes(values, *self.down.act_quantizer.static_range())
@@ -379,76 +371,59 @@ def compiled(model: Model) -> Callable:
 
 @torch.no_grad()
 def to_integer(student: Model, config: QuantConfig, device: str | torch.device = "cpu", kernel: str = "auto") -> Model:
-    """The integer model of a fake-quantized student; it gives the same logits."""
-    weights, tensors = checkpoint.weight_codes(student), checkpoint.float_tensors(student)
-    parts = checkpoint.Student(student.config, config, weights, tensors, notes={}, vocabulary=None)
+    """The integer model of a fake-quantized student, in tensors of its own; it gives the same logits."""
+    tensors = {name: tensor.clone() for name, tensor in float_tensors(student).items()}
+    weights = weight_codes(student)
+    parts = Student(student.config, config, weights, tensors, notes={}, vocabulary=None)
     return integer_model(parts, device, kernel)
 
 
 @torch.no_grad()
-def integer_model(student: checkpoint.Student, device: str | torch.device = "cpu", kernel: str = "auto") -> Model:
+def integer_model(student: Student, device: str | torch.device = "cpu", kernel: str = "auto") -> Model:
     """The integer model of the parts of a student.  kernel: a key of KERNELS, or "auto".
 
     Raises UserError if weights or activations are not quantized.
     """
-    config, quant, weights, tensors = student.config, student.quant, student.weights, student.tensors
-    if quant.weight_bits == 32 or quant.act_bits == 32:
+    if 32 in (student.quant.weight_bits, student.quant.act_bits):
         raise UserError("integers need quantized weights and activations: --bits and --act-bits 2 to 8")
-    if config.tt:
-        return integer_trains(student, device, kernel)
-    if quant.keep != QuantConfig.keep:
-        raise UserError(f"integers need every Linear layer of the encoder: keep is {quant.keep}")
-    with torch.device("meta"):
-        model = Model(config)
-        prepare(model, replace(quant, weight_bits=32, weights="uniform", weight_range="minmax"))
-    largest = max(int(w.codes.abs().max()) for name, w in weights.items() if name != checkpoint.WORDS)
-    kernel = choose_kernel(device, largest) if kernel == "auto" else kernel
-
-    # Not strict: the quantized weights are missing, and their modules are replaced below.
-    model.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, strict=False, assign=True)
+    if student.config.tt:  # small enough to build its fake-quantized model, which merges the cores
+        model = fake_quantized(student)
+    else:
+        with torch.device("meta"):
+            model = Model(student.config)
+            prepare(model, student.quant)
+        # Not strict: the quantized weights are missing, and their modules are replaced below.
+        model.load_state_dict(student.tensors, strict=False, assign=True)
+    if any(type(module) in (nn.Linear, TTLinear) for module in model.encoder.modules()):
+        raise UserError(f"integers need every Linear layer of the encoder: keep is {student.quant.keep}")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantTTLinear))}
+    if kernel == "auto":
+        quantizers = (m.B_quantizer if isinstance(m, QuantTTLinear) else m.weight_quantizer for m in layers.values())
+        kernel = choose_kernel(device, max(-quantizer.quant_min for quantizer in quantizers))
 
     def linear(*names: str) -> IntLinear:
         """One IntLinear of one QuantLinear, or of several that read the same activation."""
-        parts = [weights[name + ".weight"] for name in names]
+        parts = [student.weights[name + ".weight"] for name in names]
         scales = [part.scale.reshape(-1).expand(len(part.codes)) for part in parts]
-        whole = checkpoint.Weight(torch.cat([part.codes for part in parts]), torch.cat(scales))
-        bias = torch.cat([tensors[name + ".bias"] for name in names])
-        return IntLinear(whole, bias, act_of(model, names[0]), kernel, device)
+        weight = Weight(torch.cat([part.codes for part in parts]), torch.cat(scales))
+        bias = torch.cat([layers[name].bias for name in names])
+        return IntLinear(weight, bias, act_of(model, names[0]), kernel, device)
 
-    model.encoder.embeddings.word = IntEmbedding(weights[checkpoint.WORDS]).to(device)
-    for i, layer in enumerate(model.encoder.layers):
-        at = f"encoder.layers.{i}."
-        qkv = linear(*(f"{at}attention.{name}" for name in ("query", "key", "value")))
-        layer.attention.output = linear(f"{at}attention.output")
-        layer.attention = IntAttention(layer.attention, qkv)
-        layer.ffn.up, layer.ffn.down = linear(f"{at}ffn.up"), linear(f"{at}ffn.down")
-        layer.ffn = IntFeedForward(layer.ffn)
-    return model.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def integer_trains(student: checkpoint.Student, device: str | torch.device, kernel: str) -> Model:
-    """integer_model for tensor trains, which are small enough to go through the fake-quantized model."""
-    model = checkpoint.float_model(student)
-    if any(type(module) in (nn.Linear, TTLinear) for module in model.encoder.modules()):
-        raise UserError(f"integers need every Linear layer of the encoder: keep is {student.quant.keep}")
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantTTLinear))}
-    if kernel == "auto":
-        quantizers = (getattr(m, "B_quantizer", None) or m.weight_quantizer for m in linears.values())
-        kernel = choose_kernel(device, max(quantizer.quant_max for quantizer in quantizers))
-    for name, linear in linears.items():
-        act = act_of(model, name)
-        if isinstance(linear, QuantTTLinear):
-            new = IntTTLinear(linear, act, kernel, device)
-        else:
-            weight = checkpoint.weight_of(linear.weight_quantizer, linear.weight)
-            new = IntLinear(weight, linear.bias, act, kernel, device)
-        model.set_submodule(name, new)
-    for name, table in [(n, m) for n, m in model.named_modules() if isinstance(m, TTMEmbedding)]:
-        model.set_submodule(name, MergedTable(table))
-    if checkpoint.WORDS in student.weights:
-        model.encoder.embeddings.word = IntEmbedding(student.weights[checkpoint.WORDS])
-    for layer in model.encoder.layers:
-        layer.attention = IntAttention(layer.attention)
-        layer.ffn = IntFeedForward(layer.ffn)
+    qkv = {}
+    for i in range(student.config.num_layers):
+        names = [f"encoder.layers.{i}.attention.{part}" for part in QKV]
+        if all(isinstance(layers[name], QuantLinear) for name in names):
+            qkv[i] = linear(*names)
+            layers = {name: layer for name, layer in layers.items() if name not in names}
+    for name, layer in layers.items():
+        is_train = isinstance(layer, QuantTTLinear)
+        model.set_submodule(name, IntTTLinear(layer, act_of(model, name), kernel, device) if is_train else linear(name))
+    for name, table in list(model.named_modules()):
+        if isinstance(table, TTMEmbedding):
+            model.set_submodule(name, MergedTable(table))
+    for i, block in enumerate(model.encoder.layers):
+        block.attention = IntAttention(model.config, block.attention, qkv.get(i))
+        block.ffn = IntFeedForward(model.config, block.ffn)
+    if WORDS in student.weights:
+        model.encoder.embeddings.word = IntEmbedding(student.weights[WORDS])
     return model.to(device).requires_grad_(False).eval()
