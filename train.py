@@ -392,9 +392,9 @@ def make_student(run: Run, teacher: Model, method: str, data: Data) -> Model:
         raise UserError(f"{method}: {error}") from None
     begin_stage(student, 0 if method in TRAINED else len(STAGES) - 1)
     if quant.act_range != "dynamic":
-        torch.manual_seed(config.seed)  # the mse observer draws samples
+        torch.manual_seed(config.seed)
         batches = [b.to(run.device) for b in unpadded_batches(data.train, CALIBRATION, 32, config.seed)]
-        calibrate(student, ((b.ids, b.mask, b.types) for b in batches), quant.observer)
+        calibrate(student, ((b.ids, b.mask, b.types) for b in batches))
     print(f"{method}: {summary}")
     return student
 

@@ -175,7 +175,7 @@ def make_student(tiny_config, **values):
     model = build_model(tiny_config).eval()
     prepare(model, config)
     if config.act_range != "dynamic":
-        calibrate(model, [random_ids([9, 9], tiny_config.vocab_size)], config.observer)
+        calibrate(model, [random_ids([9, 9], tiny_config.vocab_size)])
     return model, config
 
 
@@ -188,7 +188,7 @@ def make_bert_student(tiny_config, **values):
             parameter.mul_(3)
         prepare(model, config)
         if config.act_range != "dynamic":
-            calibrate(model, [random_ids([9, 9], shape.vocab_size)], config.observer)
+            calibrate(model, [random_ids([9, 9], shape.vocab_size)])
         for name, parameter in model.named_parameters():
             if name.endswith(("log_scale", "log_step")):
                 parameter -= 0.3
@@ -216,7 +216,7 @@ def make_train_student(tiny_config, tt=TRAINS, **values):
             if isinstance(module, LearnedScale):
                 module.log_scale -= 0.6
     if config.act_range == "static":
-        calibrate(model, [random_ids([9, 9], tiny_config.vocab_size)], config.observer)
+        calibrate(model, [random_ids([9, 9], tiny_config.vocab_size)])
     return model, config
 
 
@@ -228,7 +228,7 @@ def make_train_student(tiny_config, tt=TRAINS, **values):
         {"weight_bits": 3, "weight_range": "mse"},
         {"weight_bits": 2, "per_channel": False, "weight_range": "mse"},
         {"per_channel": False, "per_token": False},
-        {"act_range": "static", "observer": "mse"},
+        {"act_range": "static"},
         {"weight_bits": 32},
         {"act_bits": 32},
     ],

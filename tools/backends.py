@@ -163,7 +163,7 @@ def quantized_copy(model: Model, quant: QuantConfig, ids: Tensor) -> Model:
     student = copy.deepcopy(model)
     prepare(student, quant)
     if quant.act_range == "static":
-        calibrate(student, [(ids, None)], quant.observer)
+        calibrate(student, [(ids, None)])
     return student
 
 
