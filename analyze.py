@@ -38,37 +38,26 @@ TOP = 5  # keys of the teacher that the student's order must cover
 PAIRS_AT_ONCE = 2**18  # elements of a tensor of all pairs of keys: small enough for the cache
 
 
-class Errors:
-    """Sums over sequences of one tap of one layer."""
+def error_sums(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    """What the errors of one tap of one layer are made of, see `summary`: sums over all sequences, (6,) float64.
 
-    def __init__(self):
-        self.absolute = self.squares = self.reference = self.frobenius = 0.0
-        self.elements = self.sequences = 0
+    student, teacher: (B, T, C) or (B, H, T, D).  mask: (B, T), True for real tokens.
+    """
+    teacher = teacher.double()
+    difference, elements = student.double() - teacher, teacher.numel()
+    if mask is not None:
+        padding = ~(mask if teacher.dim() == 3 else mask[:, None, :])[..., None]
+        difference, teacher = difference.masked_fill(padding, 0.0), teacher.masked_fill(padding, 0.0)
+        elements = int(mask.sum()) * (elements // mask.numel())
+    squares = difference.square().flatten(1).sum(dim=1)  # (B,)
+    sums = difference.abs().sum(), squares.sum(), teacher.square().sum(), squares.sqrt().sum()
+    return torch.tensor([*sums, elements, len(teacher)], dtype=torch.float64)
 
-    def add(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
-        """student, teacher: (B, T, C) or (B, H, T, D).  mask: (B, T), True for real tokens."""
-        difference, teacher = student.double() - teacher.double(), teacher.double()
-        elements = difference.numel()
-        if mask is not None:
-            padding = ~(mask if difference.dim() == 3 else mask[:, None, :])[..., None]
-            difference = difference.masked_fill(padding, 0.0)
-            teacher = teacher.masked_fill(padding, 0.0)
-            elements = int(mask.sum()) * (elements // mask.numel())
-        squares = difference.square().flatten(1).sum(dim=1)  # (B,)
-        self.absolute += float(difference.abs().sum())
-        self.squares += float(squares.sum())
-        self.reference += float(teacher.square().sum())
-        self.frobenius += float(squares.sqrt().sum())
-        self.elements += elements
-        self.sequences += len(difference)
 
-    def summary(self) -> dict[str, float]:
-        relative = (self.squares / self.reference) ** 0.5 if self.reference else 0.0
-        return {
-            "mae": self.absolute / self.elements,
-            "frobenius": self.frobenius / self.sequences,
-            "relative": relative,
-        }
+def summary(sums: Tensor) -> dict[str, float]:
+    absolute, squares, reference, frobenius, elements, sequences = sums.tolist()
+    relative = (squares / reference) ** 0.5 if reference else 0.0
+    return {"mae": absolute / elements, "frobenius": frobenius / sequences, "relative": relative}
 
 
 @torch.no_grad()
@@ -76,24 +65,20 @@ def layer_errors(teacher: Model, student: Model, batches: Iterable[Batch]) -> di
     """{"accumulated" or "local": {tap: [summary of layer 0, 1, ...]}}."""
     teacher.eval()
     student.eval()
-    layers = len(student.encoder.layers)
-    sums = {kind: {p: [Errors() for _ in range(layers)] for p in PLACES} for kind in KINDS}
+    layers = student.encoder.layers
+    sums = {kind: {place: [0.0] * len(layers) for place in PLACES} for kind in KINDS}
     for batch in batches:
-        types = batch.types
-        _, target = teacher(batch.ids, batch.mask, (*PLACES, "hidden"), types=types)
-        _, found = student(batch.ids, batch.mask, PLACES, types=types)
+        _, target = teacher(batch.ids, batch.mask, (*PLACES, "hidden"), types=batch.types)
+        _, found = student(batch.ids, batch.mask, PLACES, types=batch.types)
         local = {place: [] for place in PLACES}
         key_mask = None if batch.mask is None else batch.mask[:, None, None, :]
-        for layer, hidden in zip(student.encoder.layers, target["hidden"], strict=False):
+        for layer, hidden in zip(layers, target["hidden"][:-1], strict=True):  # the last is the result
             layer(hidden, key_mask, local)
-        for kind, taps in (("accumulated", found), ("local", local)):
+        for kind, taps in zip(KINDS, (found, local), strict=True):
             for place in PLACES:
-                for i in range(layers):
-                    sums[kind][place][i].add(taps[place][i], target[place][i], batch.mask)
-    return {
-        kind: {place: [errors.summary() for errors in row] for place, row in places.items()}
-        for kind, places in sums.items()
-    }
+                for i in range(len(layers)):
+                    sums[kind][place][i] += error_sums(taps[place][i], target[place][i], batch.mask)
+    return {kind: {place: list(map(summary, row)) for place, row in places.items()} for kind, places in sums.items()}
 
 
 # -------------------------------------------------------------------------------------- recovery
@@ -130,8 +115,7 @@ def ranking_loss(student: Tensor, teacher: Tensor) -> tuple[float, int]:
     student, teacher: (N, T), see real_rows. NOTE: all pairs of a row count alike, also those of keys to which the
     teacher hardly attends.
     """
-    T = student.shape[1]
-    step = max(1, PAIRS_AT_ONCE // T**2)  # rows at a time: N * T * T would not fit into memory
+    step = max(1, PAIRS_AT_ONCE // student.shape[1] ** 2)  # rows at a time: N * T * T would not fit into memory
     total, rows = 0.0, 0
     for i in range(0, len(student), step):
         flipped, pairs = flipped_pairs(student[i : i + step], teacher[i : i + step])

@@ -409,18 +409,18 @@ def integer_model(student: Student, device: str | torch.device = "cpu", kernel: 
         bias = torch.cat([layers[name].bias for name in names])
         return IntLinear(weight, bias, act_of(model, names[0]), kernel, device)
 
-    qkv = {}
+    qkv, joined = {}, []
     for i in range(student.config.num_layers):
         names = [f"encoder.layers.{i}.attention.{part}" for part in QKV]
         if all(isinstance(layers[name], QuantLinear) for name in names):
-            qkv[i] = linear(*names)
-            layers = {name: layer for name, layer in layers.items() if name not in names}
-    for name, layer in layers.items():
-        is_train = isinstance(layer, QuantTTLinear)
-        model.set_submodule(name, IntTTLinear(layer, act_of(model, name), kernel, device) if is_train else linear(name))
-    for name, table in list(model.named_modules()):
-        if isinstance(table, TTMEmbedding):
-            model.set_submodule(name, MergedTable(table))
+            qkv[i], joined = linear(*names), joined + names
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantTTLinear):
+            model.set_submodule(name, IntTTLinear(module, act_of(model, name), kernel, device))
+        elif isinstance(module, QuantLinear) and name not in joined:
+            model.set_submodule(name, linear(name))
+        elif isinstance(module, TTMEmbedding):
+            model.set_submodule(name, MergedTable(module))
     for i, block in enumerate(model.encoder.layers):
         block.attention = IntAttention(model.config, block.attention, qkv.get(i))
         block.ffn = IntFeedForward(model.config, block.ffn)

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 TAPS = (
     "query", "key", "value", "score", "map", "context", "output", "residual", "normed", "hidden"
 )  # fmt: skip
+Taps = dict[str, list[Tensor]]
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -152,7 +153,7 @@ class Attention(nn.Module):
         self.value_quantizer = nn.Identity()
         self.map_quantizer = nn.Identity()
 
-    def forward(self, x: Tensor, key_mask: Tensor | None, taps: dict[str, list[Tensor]]) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None, taps: Taps) -> Tensor:
         B, T, C = x.shape
         H, D = self.num_heads, C // self.num_heads
         heads = [t.view(B, T, H, D).transpose(1, 2) for t in self.project(x)]  # (B, H, T, D) each
@@ -173,7 +174,7 @@ class Attention(nn.Module):
         record(taps, "normed", normed)
         return normed
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, taps: dict[str, list[Tensor]]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, taps: Taps) -> Tensor:
         """softmax(Q K^T / sqrt(D)) V of each head: (B, H, T, D)."""
         q, k, v = self.query_quantizer(q), self.key_quantizer(k), self.value_quantizer(v)
         fused = type(self.map_quantizer) is nn.Identity
@@ -218,7 +219,7 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None, taps: dict[str, list[Tensor]]) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None, taps: Taps) -> Tensor:
         return self.ffn(self.attention(x, key_mask, taps))
 
 
@@ -229,12 +230,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
 
     def forward(
-        self,
-        ids: Tensor,
-        mask: Tensor | None,
-        types: Tensor | None,
-        taps: dict[str, list[Tensor]],
-        depth: int | None = None,
+        self, ids: Tensor, mask: Tensor | None, types: Tensor | None, taps: Taps, depth: int | None = None
     ) -> Tensor:
         key_mask = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, T): keys to attend to
         x = self.embeddings(ids, types)
@@ -245,7 +241,7 @@ class Encoder(nn.Module):
         return x
 
 
-def record(taps: dict[str, list[Tensor]], name: str, value: Tensor) -> None:
+def record(taps: Taps, name: str, value: Tensor) -> None:
     if name in taps:
         taps[name].append(value)
 
@@ -325,23 +321,13 @@ class PoolerHead(nn.Module):
         return torch.tanh(self.dense(hidden[:, 0]))
 
 
-class NoHead(nn.Module):
-    """A bare encoder: its "logits" are the last hidden states (B, T, C)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden
-
-
 HEADS = {
     "sequence": SequenceHead,
     "token": TokenHead,
     "joint": JointHead,
     "mlm": MLMHead,
     "pooler": PoolerHead,
-    "none": NoHead,
+    "none": nn.Identity,  # a bare encoder: its "logits" are the last hidden states (B, T, C)
 }
 
 
@@ -361,7 +347,7 @@ class Model(nn.Module):
         capture: tuple[str, ...] = (),
         types: Tensor | None = None,
         depth: int | None = None,
-    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    ) -> tuple[Tensor, Taps]:
         """Returns (logits, taps), taps[name] being one tensor per layer (see the top).
 
         ids: (B, T) token ids, padded on the right.  mask: (B, T) bool, True for real tokens; None if all are. capture:
@@ -377,8 +363,9 @@ class Model(nn.Module):
         hidden = self.encoder(ids, mask, types, taps, depth)
         if depth is not None:
             return None, taps
-        tied = [self.encoder.embeddings.word] if isinstance(self.head, MLMHead) else []
-        return self.head(hidden, *tied), taps
+        if isinstance(self.head, MLMHead):
+            return self.head(hidden, self.encoder.embeddings.word), taps
+        return self.head(hidden), taps
 
 
 # ---------------------------------------------------------------------------------- making models
@@ -394,12 +381,11 @@ def initialize(model: Model) -> Model:
     the padding vector 0.
     """
     model.to_empty(device="cpu")
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
     if isinstance(model.head, MLMHead):
         nn.init.zeros_(model.head.bias)
     for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear):

@@ -129,7 +129,7 @@ class ProductQuantizer(UniformQuantizer):
         """The centroids of the rows' blocks, (.., N), differentiable."""
         # A centroid's gradient is the mean over its blocks. NOTE: differs: fairseq's linear layers have the sum.
         each = self.centroids / self.counts.clamp(min=1)[:, None]
-        centroids = straight_through(each, self.centroids.detach().clone(), None, None)
+        centroids = straight_through(each, self.centroids.detach().clone())
         assignments = self.assignments.view(self.shape[0], -1)[rows]
         return F.embedding(assignments.int(), centroids).flatten(-2)
 
@@ -141,7 +141,7 @@ class ProductQuantizer(UniformQuantizer):
             zeroed = noise_mask(weight, self.noise, self.block)
             return weight.masked_fill(zeroed, 0.0) / (1 - self.noise)
         codes, scale = self.codes(weight, rows)
-        return straight_through(self.decode(rows), codes * scale, None, None)
+        return straight_through(self.decode(rows), codes * scale)
 
     @torch.no_grad()
     def codes(self, weight: Tensor, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from quant import (
     check_codes,
     choose_qparams,
 )
-from tt import QuantTTLinear, TensorTrain, TTConfig, TTLinear, TTMEmbedding
+from tt import QuantTTLinear, TTConfig, TTLinear, TTMEmbedding
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ def check_quant(config: QuantConfig) -> None:
             raise ValueError(f"{name}={value!r}: choose {words}")
     if not 0.0 <= config.noise <= 1.0:
         raise ValueError(f"noise={config.noise}: choose a fraction from 0 to 1")
-    row, weights, bits = WEIGHTS[config.weights], f"weights={config.weights}", config.weight_bits
+    row, which, bits = WEIGHTS[config.weights], f"weights={config.weights}", config.weight_bits
     if bits == 32 and config.weights != "uniform":
-        raise ValueError(f"{weights} needs quantized weights: weight_bits=2 to 8")
+        raise ValueError(f"{which} needs quantized weights: weight_bits=2 to 8")
     if bits not in (*row.bits, 32):
         known = " or ".join(map(str, row.bits))
-        raise ValueError(f"{weights} has {known} bits, not weight_bits={bits}: choose those, or weights=uniform")
+        raise ValueError(f"{which} has {known} bits, not weight_bits={bits}: choose those, or weights=uniform")
     if config.weight_range not in row.ranges:
-        raise ValueError(f"weight_range={config.weight_range!r}: {weights} has {', '.join(row.ranges)}")
+        raise ValueError(f"weight_range={config.weight_range!r}: {which} has {', '.join(row.ranges)}")
 
 
 def default_keep(tt: TTConfig | None) -> tuple[str, ...]:
@@ -106,37 +106,42 @@ def prepare(model: nn.Module, config: QuantConfig) -> str:
     Raises ValueError for a config that can't be computed and for a model that was prepared before.
     """
     check_quant(config)
-    done = (QuantLinear, QuantTTLinear, WeightQuantizer, ActQuantizer)
-    if any(isinstance(module, done) for module in model.modules()):
+    kinds = (QuantLinear, QuantTTLinear, WeightQuantizer, ActQuantizer)
+    if any(isinstance(module, kinds) for module in model.modules()):
         raise ValueError("this model is already prepared: quantize a copy of the float32 model")
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules, weights = {name: module for name, module in model.named_modules() if name}, []
     for name, module in modules.items():
         if name.startswith(config.keep):
             continue
         parent, _, leaf = name.rpartition(".")
         shares_input = leaf in QKV and isinstance(modules.get(parent), Attention)
-        new = None
+        input_act = nn.Identity() if shares_input else new_act(config)
         if isinstance(module, Attention):
             if any(f"{name}.{part}".startswith(config.keep) for part in QKV):
                 raise ValueError(f"keep all of {name}: its projections share their input")
-            module.input_quantizer = new_act(config)
+            module.input_quantizer = input_act
             for part in (*QKV, "map"):
                 setattr(module, part + "_quantizer", new_act(config, inside=True))
         elif isinstance(module, nn.Linear):
-            act = nn.Identity() if shares_input else new_act(config)
-            new = QuantLinear(module, act, new_weight(config, module.weight))
+            model.set_submodule(name, QuantLinear(module, input_act, new_weight(config, module.weight)))
+            weights.append(module.weight)
         elif isinstance(module, WordEmbedding):
             module.row_quantizer = new_weight(config, module.weight, is_table=True)
+            weights.append(module.weight)
         elif isinstance(module, TTLinear):
-            act = nn.Identity() if shares_input else new_act(config)
-            new = QuantTTLinear(module, config, act, new_act(config))
-        elif isinstance(module, TTMEmbedding) and config.weight_bits != 32:
-            module.quantize_cores(config)
-        if new is not None:
-            model.set_submodule(name, new)
+            model.set_submodule(name, QuantTTLinear(module, config, input_act, new_act(config)))
+            weights += module.cores
+        elif isinstance(module, TTMEmbedding):
+            if config.weight_bits != 32:
+                module.quantize_cores(config)
+            weights += module.cores
     model.to(next(model.parameters()).device)
     model.train(model.training)  # new modules start in training mode: follow the model
-    return summary(model)
+    acts = sum(isinstance(module, ActQuantizer) for module in model.modules())
+    weights = [] if config.weight_bits == 32 else weights
+    done, total = (sum(p.numel() for p in parameters) for parameters in (weights, model.parameters()))
+    share = f"{done:,} of {total:,} parameters, {100 * done / total:.2f} %"
+    return f"{len(weights)} weight tensors quantized ({share}), {acts} activation quantizers"
 
 
 def new_act(config: QuantConfig, inside: bool = False) -> nn.Module:
@@ -156,21 +161,6 @@ def new_weight(config: QuantConfig, weight: Tensor, is_table: bool = False) -> n
     return quantizer
 
 
-def summary(model: nn.Module) -> str:
-    """What is quantized in a prepared model."""
-    weights, acts = [], 0
-    for module in model.modules():
-        acts += isinstance(module, ActQuantizer)
-        quantizers = [getattr(module, name, None) for name in ("weight_quantizer", "row_quantizer")]
-        if any(isinstance(quantizer, WeightQuantizer) for quantizer in quantizers):
-            weights.append(module.weight)
-        elif isinstance(module, TensorTrain) and module.core_quantizers is not None:
-            weights += module.cores
-    count, total = (sum(p.numel() for p in parameters) for parameters in (weights, model.parameters()))
-    share = f"{count:,} of {total:,} parameters, {100 * count / total:.2f} %"
-    return f"{len(weights)} weight tensors quantized ({share}), {acts} activation quantizers"
-
-
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[tuple[Tensor | None, ...]]) -> None:
     """Set the ranges of all static activation quantizers from batches of (ids, mask) or (ids, mask, types).
@@ -183,13 +173,10 @@ def calibrate(model: nn.Module, batches: Iterable[tuple[Tensor | None, ...]]) ->
         quantizer.observer = MinMax()
     was_training = model.training
     model.eval()
-    try:
-        for ids, mask, *types in batches:
-            model(ids, mask, types=types[0] if types else None)
-        for quantizer in quantizers:
-            seen, limits = quantizer.observer, (quantizer.quant_min, quantizer.quant_max)
-            quantizer.set_range(*choose_qparams(seen.low, seen.high, *limits, symmetric=False))
-    finally:
-        for quantizer in quantizers:
-            quantizer.observer = None
-        model.train(was_training)
+    for ids, mask, *types in batches:
+        model(ids, mask, types=types[0] if types else None)
+    for quantizer in quantizers:
+        seen, quantizer.observer = quantizer.observer, None
+        limits = quantizer.quant_min, quantizer.quant_max
+        quantizer.set_range(*choose_qparams(seen.low, seen.high, *limits, symmetric=False))
+    model.train(was_training)

@@ -113,7 +113,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None, None
 
 
-def straight_through(x: Tensor, rounded: Tensor, inside: Tensor | None, where: Tensor | None) -> Tensor:
+def straight_through(x: Tensor, rounded: Tensor, inside: Tensor | None = None, where: Tensor | None = None) -> Tensor:
     """`rounded`, with the gradient of the identity.
 
     rounded: x on its grid; it is overwritten.  inside: bool, False where x was clipped, which gets no gradient; None
@@ -128,14 +128,7 @@ def straight_through(x: Tensor, rounded: Tensor, inside: Tensor | None, where: T
 
 
 def fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    *,
-    clips: bool = True,
-    where: Tensor | None = None,
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, clips: bool = True
 ) -> Tensor:
     """Round x to the integer grid and back: what an integer model would see, but differentiable.
 
@@ -144,7 +137,7 @@ def fake_quantize(
     where x fell inside [quant_min, quant_max] and is zero where it was clipped (Jacob et al. 2018, sec. 3).
 
     clips=False: the range was taken from x itself, so nothing can be clipped, and the time and memory to record where
-    are saved.  where: see straight_through.
+    are saved.
     """
     with torch.no_grad():
         # quantize and dequantize in place: four passes over x with the range as plain numbers are twice as fast on CPU
@@ -152,7 +145,7 @@ def fake_quantize(
         codes = torch.mul(x, scale.reciprocal()).add_(zero_point).round_()
         inside = (codes >= quant_min) & (codes <= quant_max) if clips else None
         rounded = codes.clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
-    return straight_through(x, rounded, inside, where)
+    return straight_through(x, rounded, inside)
 
 
 class Codes(NamedTuple):

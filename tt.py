@@ -65,8 +65,6 @@ class TTConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ValueError(f"{name}={value!r}: choose {least} to {most}")
-        if not all(isinstance(name, str) for name in self.keep):
-            raise ValueError(f"keep={self.keep}: give names of modules")
 
 
 # --------------------------------------------------------------------------------- modes and ranks
@@ -182,6 +180,7 @@ class TensorTrain(nn.Module):
         super().__init__()
         self.cores = nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in shapes)
         self.core_quantizers = None  # or one lsq.LearnedScale per core
+        self.bias = None
 
     def quantized_cores(self) -> list[Tensor]:
         if self.core_quantizers is None:
@@ -209,6 +208,8 @@ class TensorTrain(nn.Module):
         scale = (std / self.entries_rms()) ** (1 / len(self.cores))
         for core in self.cores:
             core.mul_(scale)
+        if self.bias is not None:
+            self.bias.zero_()
 
     @torch.no_grad()
     def set_cores(self, cores: list[Tensor]) -> None:
@@ -252,12 +253,6 @@ class TTLinear(TensorTrain):
         """Root mean square of the entries of W, without W."""
         A, B = self.halves()
         return product_rms(B, A)
-
-    @torch.no_grad()
-    def reset_parameters(self, std: float = 0.02) -> None:
-        super().reset_parameters(std)
-        if self.bias is not None:
-            self.bias.zero_()
 
     @torch.no_grad()
     def set_dense(self, linear: nn.Linear) -> float:
@@ -305,10 +300,10 @@ class TTMEmbedding(TensorTrain):
     def __init__(
         self, num_embeddings: int, row_modes: Sequence[int], column_modes: Sequence[int], rank: int | Sequence[int]
     ):
-        modes = [n * m for n, m in zip(row_modes, column_modes, strict=True)]
+        self.modes = [n * m for n, m in zip(row_modes, column_modes, strict=True)]
         if math.prod(row_modes) < num_embeddings:
             raise ValueError(f"row modes {row_modes} make fewer than {num_embeddings} rows")
-        self.ranks = ranks = clip_ranks(modes, rank)
+        self.ranks = ranks = clip_ranks(self.modes, rank)
         pairs = zip(row_modes, column_modes, strict=True)
         super().__init__([(ranks[k], n, m, ranks[k + 1]) for k, (n, m) in enumerate(pairs)])
         self.num_embeddings = num_embeddings
@@ -347,8 +342,7 @@ class TTMEmbedding(TensorTrain):
         padded[: self.num_embeddings] = table.weight
         folded = padded.view(*self.row_modes, *self.column_modes)
         order = [axis for k in range(d) for axis in (k, d + k)]  # n_1 m_1 n_2 m_2 ...
-        modes = [n * m for n, m in zip(self.row_modes, self.column_modes, strict=True)]
-        cores, error = tt_svd(folded.permute(order), modes, self.ranks)
+        cores, error = tt_svd(folded.permute(order), self.modes, self.ranks)
         self.set_cores(cores)
         return error / max(float(table.weight.norm()), 1e-30)
 
