@@ -1,4 +1,4 @@
-"""lsq.py against the formulas of LSQ (Esser et al. 2020) in Python loops, finite differences, and
+"""lsq.py against LSQ (Esser et al. 2020): grids and starts in Python loops, gradients by finite differences and by
 autograd on the paper's pseudocode.
 """
 
@@ -13,7 +13,7 @@ from torch import nn
 from lsq import LearnedActQuantizer, LearnedScale
 from model import build_model
 from prepare import calibrate, prepare
-from quant import ActQuantizer, Codes, FixedQuantizer, QuantConfig, dequantize, quantize
+from quant import ActQuantizer, Codes, QuantConfig, dequantize
 
 BITS = [8, 4, 2]
 STARTS = ["minmax", "mse", "lsq"]
@@ -28,7 +28,7 @@ GRIDS = {  # (Q_min, Q_max): fields of QuantConfig, multiplied
 
 def learned_scale(weight, bits=8, start="minmax", per_row=False):
     """A LearnedScale on the grid of the papers."""
-    return LearnedScale(QuantConfig(weight_bits=bits, weight_range=start), weight, per_row)
+    return LearnedScale(QuantConfig(weight_bits=bits, weight_range=start), weight, per_row, multiplied=False)
 
 
 def learned_scale_on(grid, weight, start="minmax", per_row=False):
@@ -40,170 +40,19 @@ def scale_of(module):
     return module.log_scale.detach().exp()
 
 
-# -------------------------------------------------------------------------------- one learned scale
-def clipping(bits, shape=(20, 30), shrink=0.7):
-    """A LearnedScale in float64, a tensor that it clips on both sides, and the scale."""
-    x = torch.randn(shape, dtype=torch.float64)
-    x.view(-1)[:2] = torch.tensor([4.5, -4.5])
-    module = learned_scale(x, bits)
-    with torch.no_grad():
-        module.log_scale -= shrink
-    return module, x, float(scale_of(module))
-
-
-def numpy_codes(x, scale, bits):
-    return np.clip(np.round(x.detach().numpy() / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_learned_scale_by_brute_force(bits):
-    module, x, scale = clipping(bits)
-    expected = scale * numpy_codes(x, scale, bits)
-    np.testing.assert_allclose(module(x).detach().numpy(), expected, rtol=1e-12)
-    clipped = np.isin(numpy_codes(x, scale, bits), (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1))
-    assert clipped.any() and not clipped.all()
-    # in float32 it is quantize and dequantize, bit for bit: what is packed is what was trained
-    narrow, x = learned_scale(x.float(), bits), 2 * x.float()
-    grid = (scale_of(narrow), torch.zeros(()), narrow.quant_min, narrow.quant_max)
-    codes = quantize(x, *grid)
-    assert torch.equal(narrow(x), dequantize(codes, *grid[:2]))
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_learned_scale_clips_nothing_at_the_start(bits):
-    x = torch.randn(7, 5, 3)
-    module = learned_scale(x, bits)
-    most = 2 ** (bits - 1) - 1
-    assert scale_of(module).item() == pytest.approx(float(x.abs().max()) / most, rel=1e-5)
-    codes = quantize(x, scale_of(module), torch.zeros(()), -1000, 1000)
-    assert codes.abs().max() == most
-    assert (module(x) - x).abs().max() <= 0.5001 * scale_of(module)
-    x.requires_grad_()
-    weight = torch.randn(x.shape)
-    (module(x) * weight).sum().backward()
-    # but for rounding, at the ends themselves
-    assert (x.grad == weight).sum() >= x.numel() - 1
-    assert (x.grad == weight)[x.abs() < 0.99 * x.abs().max()].all()
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_learned_scale_uses_all_of_twos_complement(bits):
-    x = torch.linspace(-3, 3, 5001)
-    module = learned_scale(x, bits)
-    with torch.no_grad():
-        module.log_scale -= 0.9
-    codes, _ = module.codes(x)
-    assert codes.unique().tolist() == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
-    found = (module(x) / scale_of(module)).round().unique()
-    assert found.tolist() == codes.unique().tolist()
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_gradients_of_a_learned_scale(bits):
-    module, x, scale = clipping(bits)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    grad = np.random.randn(*x.shape)
-    x.requires_grad_()
-    module(x).backward(torch.from_numpy(grad))
-    ratio = x.detach().numpy() / scale
-    by_x, by_scale = np.empty_like(grad), 0.0
-    for at in np.ndindex(*grad.shape):
-        if ratio[at] < low:
-            by_x[at], of_one = 0.0, low
-        elif ratio[at] > high:
-            by_x[at], of_one = 0.0, high
-        else:
-            by_x[at], of_one = grad[at], np.round(ratio[at]) - ratio[at]
-        by_scale += grad[at] * of_one
-    by_scale /= np.sqrt(grad.size * high)
-    assert (by_x == 0).any() and (ratio < low).any() and (ratio > high).any()
-    np.testing.assert_array_equal(x.grad.numpy(), by_x)
-    assert float(module.log_scale.grad) == pytest.approx(scale * by_scale, rel=1e-10)  # d log s
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_gradient_of_a_learned_scale_by_finite_differences(bits):
-    """While no code changes and x is fixed, sum(w Q(x)) changes with s as the codes say. The
-    estimator subtracts x/s from that inside the grid, as if x changed with s.
-    """
-    module, x, scale = clipping(bits)
-    weight = torch.randn_like(x)
-    (module(x) * weight).sum().backward()
-    values = []
-    for step in (1e-9, -1e-9):
-        moved = scale + step
-        codes = torch.from_numpy(numpy_codes(x, moved, bits))
-        values.append(float((moved * codes * weight).sum()))
-    slope = (values[0] - values[1]) / 2e-9
-    ratio = x / scale
-    inside = (ratio >= module.quant_min) & (ratio <= module.quant_max)
-    slope -= float((ratio * weight)[inside].sum())
-    expected = slope * scale / (x.numel() * module.quant_max) ** 0.5
-    assert float(module.log_scale.grad) == pytest.approx(expected, rel=1e-4, abs=1e-5)
-
-
 @pytest.mark.parametrize("bits", BITS)
 def test_learned_scale_stays_positive(bits):
-    _, x, _ = clipping(bits)
-    x = x.float()
-    module = learned_scale(x, bits)
+    x = torch.randn(20, 30)
+    module, start = learned_scale(x, bits), learned_scale(x, bits)
     target = 1e-3 * x  # asks for a far smaller scale: s itself as the parameter would pass 0
     for _ in range(20):
         (grad,) = torch.autograd.grad((module(x) - target).square().sum(), module.log_scale)
         with torch.no_grad():
             module.log_scale -= grad.sign()  # Adam with a learning rate of 1
         assert scale_of(module) > 0 and module(x).isfinite().all()
-    assert scale_of(module) < 0.1 * scale_of(learned_scale(x, bits))
+    assert scale_of(module) < 0.1 * scale_of(start)
 
 
-@pytest.mark.parametrize("bits", [4, 2])
-def test_learned_scale_finds_a_better_grid(bits):
-    """Trained from max|x|, it clips outliers for finer steps."""
-    x = torch.randn(2000)
-    x[0] = 20.0
-    module = learned_scale(x, bits)
-    errors = []
-    for _ in range(40):
-        error = (module(x) - x).square().sum()
-        errors.append(float(error.detach()))
-        (grad,) = torch.autograd.grad(error, module.log_scale)
-        with torch.no_grad():
-            module.log_scale -= 0.05 * grad.sign()
-    assert errors[-1] < 0.8 * errors[0]
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_least_squares_start_by_brute_force(bits):
-    x = torch.randn(9, 40)
-    x[0, 0] = 8.0
-    module, largest = learned_scale(x, bits, "mse"), float(x.abs().max())
-
-    def error(scale):
-        return np.square(scale * numpy_codes(x, scale, bits) - x.numpy()).sum()
-
-    full = largest / (2 ** (bits - 1) - 1)
-    errors = [error(full * percent / 100) for percent in range(10, 101, 2)]
-    assert error(scale_of(module).item()) == pytest.approx(min(errors), rel=1e-3)
-    assert scale_of(module) <= 1.0001 * full
-    if bits < 8:
-        assert min(errors) < 0.7 * error(full)
-
-
-def test_learned_scale_of_zeros():
-    module = learned_scale(torch.zeros(3, 4))
-    assert scale_of(module) > 0 and torch.equal(module(torch.zeros(3, 4)), torch.zeros(3, 4))
-
-
-def test_fixed_scale_takes_the_place_of_the_learned_one():
-    module = learned_scale(torch.randn(9), bits=4)
-    assert set(module.state_dict()) == {"log_scale"}
-    fixed = FixedQuantizer(module, torch.tensor(0.5))
-    x = torch.tensor([0.7, -9.0, 9.0])
-    assert fixed(x).tolist() == [0.5, -4.0, 3.5]
-    assert fixed.codes(x)[1] == 0.5 and not fixed.state_dict()
-
-
-# --------------------------------------------------------------------------- scales per row, starts
 def rows_of_all_sizes(rows=6, columns=50):
     """Rows whose sizes differ by a factor of 1000, in float64."""
     sizes = torch.logspace(-2, 1, rows, dtype=torch.float64)
@@ -254,12 +103,6 @@ def test_starts_by_brute_force(grid, start, per_row):
     assert not factors or min(factors) < 100 or grid[1] > 7
 
 
-def test_grid_of_the_papers_is_the_default():
-    for bits in range(2, 9):
-        module = learned_scale(torch.ones(3), bits)
-        assert (module.quant_min, module.quant_max) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-
 @pytest.mark.parametrize("per_row", [True, False])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_codes_stay_on_their_grid(grid, per_row):
@@ -279,36 +122,17 @@ def test_codes_stay_on_their_grid(grid, per_row):
 
 @pytest.mark.parametrize("per_row", [True, False])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_gradients_of_scales_per_row(grid, per_row):
-    """The formula of the paper in a loop, and autograd on its pseudocode. N is the length of a row
-    if each has its own scale.
-    """
-    low, high = grid
+def test_gradients_equal_those_of_the_papers_pseudocode(grid, per_row):
     x = rows_of_all_sizes().requires_grad_()
     module = learned_scale_on(grid, x, per_row=per_row)
     with torch.no_grad():
         module.log_scale -= 0.7
     upstream = torch.randn_like(x)
     (module(x) * upstream).sum().backward()
-
-    scales = scale_of(module).expand(6, 1)
-    elements = x.shape[1] if per_row else x.numel()
-    by_row, clipped = [0.0] * 6, 0
-    for i, k in np.ndindex(*x.shape):
-        ratio = x[i, k].item() / scales[i].item()
-        inside = low <= ratio <= high
-        of_one = round(ratio) - ratio if inside else (low if ratio < low else high)
-        by_row[i] += upstream[i, k].item() * of_one * scales[i].item()  # d s / d log s = s
-        assert x.grad[i, k].item() == (upstream[i, k].item() if inside else 0.0)
-        clipped += not inside
-    assert 0 < clipped < x.numel()
-    expected = np.array(by_row)[:, None] if per_row else np.array(sum(by_row))
-    expected = expected / (elements * high) ** 0.5
-    np.testing.assert_allclose(module.log_scale.grad.numpy(), expected, rtol=1e-9)
-
+    assert 0 < (x.grad == 0).sum() < x.numel()  # clipped
     again = x.detach().clone().requires_grad_()
     log_scale = module.log_scale.detach().clone().requires_grad_()
-    result = pseudocode(again, log_scale, low, high)
+    result = pseudocode(again, log_scale, *grid)
     torch.testing.assert_close(result, module(x))
     (result * upstream).sum().backward()
     torch.testing.assert_close(again.grad, x.grad, rtol=0, atol=1e-12)
@@ -316,23 +140,28 @@ def test_gradients_of_scales_per_row(grid, per_row):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_gradients_of_scales_per_row_by_finite_differences(grid):
-    """If everything is clipped, Q(x) is s Q_min or s Q_max, which has a true gradient: each row
-    depends on its own scale alone.
+def test_gradients_by_finite_differences(grid):
+    """While no code changes and x is fixed, sum(w Q(x)) of a row changes with its own s as the codes say. The estimator
+    subtracts x/s from that inside the grid, as if x changed with s.
     """
-    x = rows_of_all_sizes().sign() * 1e3
-    module = learned_scale_on(grid, rows_of_all_sizes(), per_row=True)
-    weight = torch.randn_like(x)
-    (module(x) * weight).sum().backward()
-    slopes = torch.zeros(6, 1, dtype=torch.float64)
+    low, high = grid
+    x = rows_of_all_sizes()
+    module, weight = learned_scale_on(grid, x, per_row=True), torch.randn_like(x)
     with torch.no_grad():
-        for row in range(6):
-            for step in (1e-6, -1e-6):
-                module.log_scale[row] += step
-                slopes[row] += (module(x) * weight).sum() / (2 * step)
-                module.log_scale[row] -= step
-    expected = slopes / (x.shape[1] * grid[1]) ** 0.5
-    torch.testing.assert_close(module.log_scale.grad, expected, rtol=1e-6, atol=1e-8)
+        module.log_scale -= 0.7
+    (module(x) * weight).sum().backward()
+    scale = scale_of(module).numpy()
+    ends = []
+    for step in (1e-9, -1e-9):
+        moved = scale * (1 + step)
+        ends.append((moved * np.clip(np.round(x.numpy() / moved), low, high) * weight.numpy()).sum(1, keepdims=True))
+    slope = (ends[0] - ends[1]) / 2e-9  # by log s
+    ratio = x.numpy() / scale
+    inside = (ratio >= low) & (ratio <= high)
+    assert inside.any() and not inside.all()
+    slope -= scale * (ratio * weight.numpy() * inside).sum(1, keepdims=True)
+    expected = slope / (x.shape[1] * high) ** 0.5
+    np.testing.assert_allclose(module.log_scale.grad.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -360,7 +189,7 @@ def act_quantizers(x, bits=8, **values):
     model.learned = LearnedActQuantizer(QuantConfig(act_bits=bits, act_range="learned", **values))
     model.static = ActQuantizer(QuantConfig(act_bits=bits, act_range="static", **values))
     model.forward = lambda ids, mask, types: [part(x) for part in (model.learned, model.static)]
-    calibrate(model, [(None, None)], "minmax")
+    calibrate(model, [(None, None)])
     return model.learned.train(), model.static.train()
 
 
@@ -411,7 +240,7 @@ def test_learned_range_in_evaluation():
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_gradients_of_a_learned_range_by_brute_force(bits):
+def test_gradients_of_a_learned_range(bits):
     learned, _ = act_quantizers(skewed(), bits)
     learned.double()  # forward() takes x to float32, rounded() does not
     zero = int(learned.zero_point)
@@ -420,19 +249,8 @@ def test_gradients_of_a_learned_range_by_brute_force(bits):
     x = (1.5 * skewed() - 2).double().requires_grad_()
     upstream = torch.randn_like(x)
     (learned.rounded(x) * upstream).sum().backward()
-    step = float(learned.log_step.detach().exp())
-    total, kinds = 0.0, set()
-    for at in np.ndindex(*x.shape):
-        ratio, grad = x[at].item() / step, upstream[at].item()
-        kind = "below" if ratio < low else "above" if ratio > high else "inside"
-        of_one = {"below": low, "above": high, "inside": round(ratio) - ratio}[kind]
-        total += grad * of_one * step
-        assert x.grad[at].item() == (grad if kind == "inside" else 0.0)
-        kinds.add(kind)
-    assert kinds == {"below", "above", "inside"}
-    expected = total / (x.numel() * high) ** 0.5
-    assert float(learned.log_step.grad) == pytest.approx(expected, rel=1e-9)
-
+    ratio = x.detach() / learned.log_step.detach().exp()
+    assert (ratio < low).any() and (ratio > high).any()
     again = x.detach().clone().requires_grad_()
     log_step = learned.log_step.detach().clone().requires_grad_()
     result = pseudocode(again, log_step, low, high)
@@ -440,25 +258,6 @@ def test_gradients_of_a_learned_range_by_brute_force(bits):
     (result * upstream).sum().backward()
     torch.testing.assert_close(again.grad, x.grad, rtol=0, atol=1e-12)
     torch.testing.assert_close(log_step.grad, learned.log_step.grad)
-
-
-@pytest.mark.parametrize("bits", [4, 2])
-def test_learned_range_clips_outliers(bits):
-    """A few steps of SGD on the squared error, from the calibrated min-max range."""
-    x = torch.cat([skewed((2000,)), torch.tensor([40.0, -25.0])])
-    learned, static = act_quantizers(x, bits)
-    zero = learned.zero_point.clone()
-    assert 0 < zero < learned.quant_max
-    start = float((static(x) - x).square().sum())
-    for _ in range(30):
-        error = (learned(x) - x).square().mean()
-        (grad,) = torch.autograd.grad(error, learned.log_step)
-        with torch.no_grad():
-            learned.log_step -= grad
-    assert (learned(x) - x).square().sum() < 0.7 * start
-    assert learned.log_step.exp() < 0.8 * static.scale
-    assert torch.equal(learned.zero_point, zero) and not learned.zero_point.requires_grad
-    assert learned(torch.zeros(1)).item() == 0.0
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -476,14 +275,14 @@ def test_learned_range_of_values_of_one_sign(sign):
 def test_learned_ranges_in_a_model(tiny_config):
     model = build_model(tiny_config).eval()
     static = copy.deepcopy(model)
-    report = prepare(model, QuantConfig(act_range="learned", attention_bits=8))
+    prepare(model, QuantConfig(act_range="learned", attention_bits=8))
     prepare(static, QuantConfig(act_range="static", attention_bits=8))
     steps = {n: p for n, p in model.named_parameters() if n.endswith("log_step")}
-    assert len(steps) == report.act_quantizers == 2 * (4 + 4) and steps.keys() <= report.kept.keys()
+    assert len(steps) == 2 * (4 + 4)
     batches = [random_ids([9, 9], tiny_config.vocab_size) for _ in range(3)]
     assert model(*batches[0])[0].isnan().all()  # not calibrated: NaN instead of a silent error
     for both in (model, static):
-        calibrate(both, batches, "minmax")
+        calibrate(both, batches)
     for name, step in steps.items():
         quantizer = static.get_submodule(name.removesuffix(".log_step"))
         torch.testing.assert_close(step.detach().exp(), quantizer.scale)

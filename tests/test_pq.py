@@ -86,11 +86,14 @@ def test_kmeans_finds_a_fixed_point_no_worse_than_other_starts(monkeypatch):
 
 
 def test_more_iterations_lower_the_error(monkeypatch):
+    """Also where a sample decides for all blocks."""
+    monkeypatch.setattr(pq, "SAMPLE", 18000)
     torch.manual_seed(4)
     blocks, errors = torch.randn(20000, 8), []
     for iterations in (0, 1, 4, 15):
         monkeypatch.setattr(pq, "ITERATIONS", iterations)
         centroids, assignments = kmeans(blocks)
+        assert torch.equal(assignments, nearest(blocks, centroids)) and len(assignments) == 20000
         errors.append(float((blocks - centroids[assignments.long()]).square().mean()))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.85 * errors[0]
 
@@ -104,14 +107,6 @@ def test_few_distinct_blocks_are_exact(distinct, monkeypatch):
     quantizer = quantizer_of(weight)
     quantizer.assign(weight)
     assert torch.equal(quantizer.decode(), weight)
-
-
-def test_a_sample_decides_for_all_blocks(monkeypatch):
-    monkeypatch.setattr(pq, "SAMPLE", 3000)
-    torch.manual_seed(6)
-    blocks = torch.randn(9000, 4)
-    centroids, assignments = kmeans(blocks)
-    assert torch.equal(assignments, nearest(blocks, centroids)) and len(assignments) == 9000
 
 
 # -------------------------------------------------------------------------------------- quantizer
@@ -137,15 +132,13 @@ def test_stage_and_block_follow_the_kind_of_matrix(shape, multiplied, stage, blo
 
 
 def test_gradient_of_a_centroid():
-    """The mean of the gradients of its blocks, or as in fairseq their sum; against autograd through a loop."""
+    """The mean of the gradients of its blocks."""
     torch.manual_seed(7)
     weight, target = torch.randn(48, 64), torch.randn(48, 64)
     quantizer = quantizer_of(weight).train()
-    loss = (quantizer(weight) * target).sum()
-    loss.backward()
+    (quantizer(weight) * target).sum().backward()
     for k in (0, 11, 200):
-        mine = target.view(-1, 8)[quantizer.assignments == k]
-        expected = mine.mean(dim=0)
+        expected = target.view(-1, 8)[quantizer.assignments == k].mean(dim=0)
         assert torch.allclose(quantizer.centroids.grad[k], expected, atol=1e-6)
 
 
@@ -194,18 +187,13 @@ def test_stages_quantize_one_group_after_the_other():
     assert set(weights) == {name for name, _ in model.named_parameters()}
 
 
-def test_a_model_whose_weights_wait_can_be_evaluated():
-    model = student()
-    begin_stage(model, 0)
-    model.eval()(torch.randint(4, 600, (3, 9)))
-    assert sum(bool(quantizer.counts.any()) for quantizer, _ in product_quantizers(model)) == 4
-
-
 def test_only_what_is_quantized_stops_learning():
     model = student().train()
     begin_stage(model, 0)
     ids = torch.randint(4, 600, (3, 9))
-    model(ids)[0].sum().backward()
+    assert model.eval()(ids)[0].isfinite().all()  # others wait
+    model.train()(ids)[0].sum().backward()
+    assert sum(bool(quantizer.counts.any()) for quantizer, _ in product_quantizers(model)) == 4
     layer = model.encoder.layers[0]
     assert layer.ffn.up.weight.grad is None and layer.ffn.up.weight_quantizer.centroids.grad is not None
     assert layer.attention.query.weight.grad is not None
@@ -251,28 +239,6 @@ def test_bytes_follow_the_formula(saved):
     stored = sum(t.nbytes for entry in payload["packed"].values() for t in entry.values() if torch.is_tensor(t))
     assert stored == size
     assert 0 <= os.path.getsize(path) - size - floats < 300 * (len(payload["tensors"]) + 2 * len(payload["packed"]) + 8)
-
-
-@pytest.mark.parametrize(
-    "name, change, message",
-    [
-        ("assignments", lambda t: t[:-1], "has shape"),
-        ("assignments", lambda t: t.half(), "is torch.float16"),
-        ("centroids", lambda t: t.float(), "is torch.float32"),
-        ("centroids", lambda t: t.byte(), "is torch.uint8"),
-        ("centroids", lambda t: t.index_fill(0, torch.tensor([3]), float("nan")), "not finite"),
-        ("centroids", lambda t: t[:1].clone().expand(CENTROIDS, -1), "more elements than the file holds"),
-        ("codes", lambda _: 0, "is damaged"),
-    ],
-)
-def test_damaged_blocks_are_refused(name, change, message, saved):
-    _, payload, path = saved
-    entry = payload["packed"]["encoder.layers.0.ffn.up.weight"]
-    entry[name] = change(entry.get(name))
-    torch.save(payload, path)
-    with pytest.raises(checkpoint.UserError, match=message) as error:
-        checkpoint.read_student(path)
-    assert "ffn.up.weight" in str(error.value)
 
 
 # ----------------------------------------------------------------------------------------- training
