@@ -120,7 +120,7 @@ def read_tensors(path: str, format: str, advice: str) -> tuple[dict[str, Tensor]
     if metadata.get("format") != format:
         raise UserError(f"{path} is not a file of this project ({format}): {advice}")
     try:
-        if int(metadata["crc32"], 16) != checksum(path):
+        if metadata["crc32"] != f"{checksum(path):08x}":
             raise ValueError
         settings = json.loads(metadata["settings"])
         if not isinstance(settings, dict):

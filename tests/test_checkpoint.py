@@ -1,10 +1,12 @@
-"""checkpoint.py: round trips of checkpoints and packed students; every damaged, truncated or tampered
-file raises a one-line UserError.
-"""
+"""kit/files.py and checkpoint.py: files of tensors, round trips of models and packed students, and damage."""
 
 import doctest
+import json
 import os
-from dataclasses import replace
+import random
+import struct
+import zlib
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,117 +15,188 @@ from conftest import random_ids
 import checkpoint
 from checkpoint import (
     check_config,
-    checkpoint_payload,
-    default_keep,
-    load_checkpoint,
+    fake_quantized,
+    load_model,
     load_student,
     meta_model,
     pack,
+    read_model,
     read_student,
-    save_atomically,
-    student_payload,
+    save_model,
+    save_student,
     unpack,
 )
 from kit.common import UserError
+from kit.files import map_tensors, read_tensors, write_json, write_tensors
 from lsq import LearnedScale
 from model import ModelConfig, build_model, initialize, with_head
-from prepare import calibrate, prepare
+from prepare import calibrate, default_keep, prepare
 from quant import QuantConfig, quant_range
 from tt import TensorTrain, TTConfig, tensorize
 
+TENSORS = {
+    "half": torch.arange(6).half().view(2, 3),
+    "codes": torch.tensor([1, 2, 3], dtype=torch.uint8),
+    "scale": torch.tensor(0.25),
+    "none": torch.empty(0, 4),
+    "brain": torch.tensor([[1.5]]).bfloat16(),
+    "count": torch.tensor([2**40]),
+}
 
-def raises_one_line(load, path, message):
+
+def refused(load, path, message):
     """Check that load(path) raises a UserError of one line that contains the message."""
     with pytest.raises(UserError) as error:
         load(str(path))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def accepts_only_intact(load, payload, damaged, folder):
-    """Check that load() accepts the payload and raises for each damaged one.  damaged: kind -> (payload, message)."""
-    for kind, (changed, message) in damaged.items():
-        torch.save(changed, folder / f"{kind}.pt")
-        raises_one_line(load, folder / f"{kind}.pt", message)
-    torch.save(payload, folder / "student.pt")
-    load(str(folder / "student.pt"))
+# ------------------------------------------------------------------------------- files of tensors
+def of_tests(path):
+    return read_tensors(path, "test-1", "make it again")
+
+
+def test_tensors_and_settings_round_trip(tmp_path):
+    path, settings = str(tmp_path / "x.safetensors"), {"list": [1, None, "ü"], "number": 0.1}
+    assert write_tensors(path, TENSORS, "test-1", settings) == os.path.getsize(path)
+    tensors, found = of_tests(path)
+    assert found == settings and set(tensors) == set(TENSORS) and os.listdir(tmp_path) == ["x.safetensors"]
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
+    tensors["half"] += 1  # a private mapping: the file stays as it is
+    assert torch.equal(of_tests(path)[0]["half"], TENSORS["half"])
+    refused(
+        lambda path: read_tensors(path, "test-2", "make it again"), path, "not a file of this project (test-2): make"
+    )
+
+
+def test_the_safetensors_package_reads_and_writes_such_files(tmp_path):
+    package = pytest.importorskip("safetensors.torch", reason="the safetensors package is not installed")
+    ours, theirs = str(tmp_path / "ours.safetensors"), str(tmp_path / "theirs.safetensors")
+    write_tensors(ours, TENSORS, "test-1")
+    package.save_file(TENSORS, theirs, metadata={"format": "pt"})
+    for name, tensor in TENSORS.items():
+        assert torch.equal(package.load_file(ours)[name], tensor)
+        assert torch.equal(map_tensors(theirs, "")[0][name], tensor)
+    refused(of_tests, theirs, "not a file of this project")
+
+
+def with_header(data, change):
+    """The bytes of a file whose header, a dictionary, was changed; its checksum is right."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"]["crc32"] = "0" * 8
+    text = change(header)
+    text = (json.dumps(header, separators=(",", ":")) if text is None else text).encode()
+    data = struct.pack("<Q", len(text)) + text + data[8 + length :]
+    return data.replace(b'"crc32":"00000000"', b'"crc32":"%08x"' % zlib.crc32(data))
+
+
+def offsets(name, values):
+    return lambda header: header[name].update(data_offsets=values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    {
+        "runs past the end": offsets("codes", [0, 2**40]),
+        "begins before the data": offsets("half", [-8, 4]),
+        "overlaps": lambda header: header["codes"].update(header["half"], shape=[12], dtype="U8"),
+        "a gap": lambda header: header.pop("scale") and None,
+        "more elements than bytes": lambda header: header["half"].update(shape=[2**20, 2**20]),
+        "fewer elements than bytes": lambda header: header["half"].update(shape=[1]),
+        "a negative size": lambda header: header["half"].update(shape=[-2, -3]),
+        "a size that is no number": lambda header: header["half"].update(shape=["2", 3]),
+        "a truth value": lambda header: header["scale"].update(shape=[True]),
+        "unknown numbers": lambda header: header["half"].update(dtype="F4"),
+        "no list": lambda header: header.update(half=3),
+        "metadata of numbers": lambda header: header["__metadata__"].update(format=1),
+        "settings that are no JSON": lambda header: header["__metadata__"].update(settings="{"),
+        "a name twice": lambda header: json.dumps(header).replace('"codes"', '"count"'),
+        "brackets": lambda header: "[" * 100_000,
+        "a long number": lambda header: '{"a":' + "9" * 100_000 + "}",
+        "no JSON": lambda header: "{",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_headers_that_lie(change, tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors(str(path), TENSORS, "test-1")
+    path.write_bytes(with_header(path.read_bytes(), change[1]))
+    refused(of_tests, path, "is damaged")
+
+
+def test_files_of_other_kinds(tmp_path):
+    path = tmp_path / "x.safetensors"
+    refused(of_tests, path, "there is no ")
+    for content in (b"", b"short", b"\xff" * 100, struct.pack("<Q", 2**40) + b"{}", struct.pack("<Q", 2) + b"{}x"):
+        path.write_bytes(content)
+        refused(of_tests, path, "is damaged or no safetensors file: make it again")
+    torch.save({"format": "sdq-checkpoint-1"}, path)  # the format before this one
+    refused(of_tests, path, "is of an earlier version")
+    refused(of_tests, tmp_path, "cannot read")
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors(str(path), {"a": torch.tensor([1.5, -2.0]), "b": TENSORS["codes"]}, "test-1", {"k": 1})
+    whole = path.read_bytes()
+    flipped = (whole[:i] + bytes([whole[i] ^ 1 << bit]) + whole[i + 1 :] for i in range(len(whole)) for bit in range(8))
+    for data in (*(whole[:n] for n in range(len(whole))), *flipped):
+        path.write_bytes(data)
+        with pytest.raises(UserError):
+            of_tests(str(path))
+
+
+def test_failed_write_leaves_no_file(tmp_path):
+    with pytest.raises(TypeError):
+        write_json(str(tmp_path / "x.json"), {"a": object()})
+    with pytest.raises(KeyError):
+        write_tensors(str(tmp_path / "x"), {"a": torch.zeros(1, dtype=torch.complex64)}, "test-1")
+    assert os.listdir(tmp_path) == []
 
 
 # --------------------------------------------------------------------------------- float32 models
-def test_checkpoint_round_trip(tiny_config, tmp_path):
+def saved(model, path, tokenizer=b"x", **notes):
+    save_model(str(path), model, tokenizer, notes)
+    return str(path)
+
+
+def rewritten(path, tensors=(), settings=(), drop=()):
+    """A file of this project with other tensors and settings, and a right checksum."""
+    found, metadata = map_tensors(path, "")
+    found = {name: tensor.clone() for name, tensor in found.items() if name not in drop} | dict(tensors)
+    write_tensors(path, found, metadata["format"], json.loads(metadata["settings"]) | dict(settings))
+    return path
+
+
+def test_model_round_trip(tiny_config, tmp_path):
     model = build_model(tiny_config).eval()
-    path = str(tmp_path / "m.pt")
-    assert save_atomically(checkpoint_payload(model, b"abc"), path) == os.path.getsize(path)
-    again = load_checkpoint(path)
+    path = saved(model, tmp_path / "m.safetensors", b"abc", labels="a\tb")
+    again, read = load_model(path), read_model(path)
     assert again.config == tiny_config and not again.training
+    assert read.vocabulary.numpy().tobytes() == b"abc" and read.notes == {"labels": "a\tb"}
     for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
-    assert os.listdir(tmp_path) == ["m.pt"]
+    halves = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    assert load_model(rewritten(path, halves)).head.dense.weight.dtype == torch.float32
 
 
-class Evil:
-    def __reduce__(self):
-        return (os.system, ("touch /nonexistent-folder/evil",))
-
-
-SMALL = ModelConfig(8, 4, 1, 1, 4, 8)
-
-
-def damaged_checkpoints(config):
-    """What is wrong -> (the payload, what the error says)."""
-    good = checkpoint_payload(build_model(config), b"abc")
-    tensors = good["tensors"]
-    first = next(iter(tensors))
-
-    def with_config(**values):
-        return {**good, "config": {**good["config"], **values}}
-
-    def with_first(tensor):
-        return {**good, "tensors": {**tensors, first: tensor}}
-
-    without_first = {name: tensor for name, tensor in tensors.items() if name != first}
-    repeated = torch.zeros(1).expand(tensors[first].shape)
-    return {
-        "pickled code": (Evil(), "pickled code"),
-        "foreign": ({"weight": torch.zeros(2)}, "not a checkpoint of this project"),
-        "list": ([1, 2], "not a checkpoint of this project"),
-        "missing": ({**good, "tensors": without_first}, "is missing"),
-        "extra": ({**good, "tensors": {**tensors, "spare": torch.zeros(1)}}, "unexpected tensor spare"),
-        "shape": (with_first(torch.zeros(3, 3)), "has shape (3, 3)"),
-        "dtype": (with_first(tensors[first].bfloat16()), "torch.bfloat16"),
-        "config": (with_config(num_layers=10**6), "num_layers is 1000000"),
-        "text in config": (with_config(hidden_size="x"), "hidden_size is 'x'"),
-        "unknown field": (with_config(spare=1), "model config is damaged"),
-        "repeated element": (with_first(repeated), "claims more elements than the file holds"),
-        "no tensors": ({**good, "tensors": None}, "holds no tensors"),
-    }
-
-
-@pytest.mark.parametrize("kind", damaged_checkpoints(SMALL))
-def test_damaged_checkpoints(kind, tmp_path):
-    payload, message = damaged_checkpoints(SMALL)[kind]
-    path = tmp_path / "bad.pt"
-    torch.save(payload, path)
-    raises_one_line(load_checkpoint, path, message)
-
-
-@pytest.mark.parametrize("length", [0, 10, 500, 0.5, 0.99])
-def test_truncated_checkpoints(length, tiny_config, tmp_path):
-    path = tmp_path / "cut.pt"
-    save_atomically(checkpoint_payload(build_model(tiny_config), b"abc"), str(path))
-    data = path.read_bytes()
-    path.write_bytes(data[: int(length * len(data)) if isinstance(length, float) else length])
-    with pytest.raises(UserError, match="damaged|pickled code"):
-        load_checkpoint(str(path))
-
-
-def test_failed_save_leaves_no_file(tmp_path):
-    class Unpicklable:
-        def __reduce__(self):
-            raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError):
-        save_atomically({"x": Unpicklable()}, str(tmp_path / "x.pt"))
-    assert os.listdir(tmp_path) == []
+def test_models_that_do_not_fit_their_config(tiny_config, tmp_path):
+    model, path = build_model(tiny_config), tmp_path / "m.safetensors"
+    name, tensor = next(iter(model.state_dict().items()))
+    for changes, message in (
+        (dict(drop=[name]), f"tensor {name} is missing"),
+        (dict(tensors={"spare": torch.zeros(1)}), "unexpected tensor spare"),
+        (dict(tensors={name: torch.zeros(3, 3)}), "has shape (3, 3)"),
+        (dict(tensors={name: tensor.bfloat16()}), "is torch.bfloat16, expected torch.float32"),
+        (dict(tensors={name: tensor / 0}), "has values that are not finite"),
+        (dict(settings={"config": {**asdict(tiny_config), "num_layers": 10**6}}), "num_layers is 1000000"),
+        (dict(settings={"config": {**asdict(tiny_config), "hidden_size": "x"}}), "hidden_size is 'x'"),
+        (dict(settings={"config": {**asdict(tiny_config), "spare": 1}}), "the model config is of another version"),
+        (dict(settings={"config": {**asdict(tiny_config), "tt": {"rank": 4}}}), "config is of another version"),
+    ):
+        refused(load_model, rewritten(saved(model, path), **changes), message)
 
 
 def test_model_configs_are_checked():
@@ -133,7 +206,7 @@ def test_model_configs_are_checked():
         ({"head": "lm"}, "unknown head"),
         ({"head": "token"}, "num_labels"),
         ({"head": "joint", "num_labels": 2}, "num_slots"),
-        ({"tt": TTConfig()}, "whole embedding table"),
+        ({"head": "mlm", "tt": TTConfig()}, "whole embedding table"),
         ({"pad_id": 250002}, "outside the vocabulary"),
         ({"vocab_size": 0}, "vocab_size is 0, not an integer from 1 to"),
         ({"dropout": 2.0}, "dropout is 2.0, not a number from"),
@@ -220,6 +293,13 @@ def make_train_student(tiny_config, tt=TRAINS, **values):
     return model, config
 
 
+def save(model, config, folder, tokenizer=b"x"):
+    """(the tensors of a student's file, its path)."""
+    path = str(folder / "student.safetensors")
+    assert save_student(path, model, config, tokenizer, {"task": "xnli"}) == os.path.getsize(path)
+    return map_tensors(path, "")[0], path
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -227,6 +307,7 @@ def make_train_student(tiny_config, tt=TRAINS, **values):
         {"weight_bits": 4},
         {"weight_bits": 3, "weight_range": "mse"},
         {"weight_bits": 2, "per_channel": False, "weight_range": "mse"},
+        {"weight_bits": 2, "weights": "ternary"},
         {"per_channel": False, "per_token": False},
         {"act_range": "static"},
         {"weight_bits": 32},
@@ -234,40 +315,26 @@ def make_train_student(tiny_config, tt=TRAINS, **values):
     ],
     ids=str,
 )
-def test_packed_student_gives_the_same_bits(values, tiny_config, tokenizer_bytes, tmp_path):
+def test_packed_student_gives_the_same_bits(values, tiny_config, tokenizer_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK", 1000)  # several pieces
     model, config = make_student(tiny_config, **values)
-    path = str(tmp_path / "student.pt")
-    size = save_atomically(student_payload(model, config, tokenizer_bytes, task="xnli"), path)
-    assert size == os.path.getsize(path)
+    _, path = save(model, config, tmp_path, tokenizer_bytes)
     again, tokenizer = load_student(path)
     ids, mask = random_ids([9, 4], tiny_config.vocab_size)
     with torch.no_grad():
         assert torch.equal(model(ids, mask)[0], again(ids, mask)[0])
-    assert tokenizer.bytes == tokenizer_bytes
-
-
-def test_packing_in_several_chunks(tiny_config, tokenizer_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHUNK", 1000)
-    model, config = make_student(tiny_config, weight_bits=5)
-    path = str(tmp_path / "student.pt")
-    save_atomically(student_payload(model, config, tokenizer_bytes), path)
-    ids, mask = random_ids([9, 4], tiny_config.vocab_size)
-    with torch.no_grad():
-        assert torch.equal(model(ids, mask)[0], load_student(path)[0](ids, mask)[0])
+    assert tokenizer.bytes == tokenizer_bytes and read_student(path).notes == {"task": "xnli"}
 
 
 def test_file_size_follows_the_bits(tmp_path):
+    """Ternary codes take an eighth of int16, a sixteenth of float32."""
     shape = ModelConfig(4000, 128, 2, 2, 512, 64, head="sequence", num_labels=3)
-    sizes = {}
-    for bits in (32, 8, 4, 2):
-        model, config = make_student(shape, weight_bits=bits)
-        payload = student_payload(model, config, b"x")
-        sizes[bits] = save_atomically(payload, str(tmp_path / "student.pt"))
+    sizes = {bits: os.path.getsize(save(*make_student(shape, weight_bits=bits), tmp_path)[1]) for bits in (32, 8, 4, 2)}
+    sizes["ternary"] = os.path.getsize(save(*make_student(shape, weight_bits=2, weights="ternary"), tmp_path)[1])
     quantized = 4000 * 128 + 2 * (4 * 128 * 128 + 2 * 128 * 512)
-    for bits in (8, 4, 2):
-        saved = sizes[32] - sizes[bits]
-        scales = 4 * (4000 + 2 * (4 * 128 + 512 + 128))
-        assert saved == pytest.approx(quantized * (4 - bits / 8) - scales, rel=0.01)
+    scales = 4 * (4000 + 2 * (4 * 128 + 512 + 128))
+    for kind, bits in ((8, 8), (4, 4), (2, 2), ("ternary", 2)):
+        assert sizes[32] - sizes[kind] == pytest.approx(quantized * (4 - bits / 8) - scales, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -281,150 +348,98 @@ def test_file_size_follows_the_bits(tmp_path):
     ],
     ids=str,
 )
-def test_packed_codes_reach_the_ends_of_their_grid(values, ends, tiny_config):
+def test_packed_codes_reach_the_ends_of_their_grid(values, ends, tiny_config, tmp_path):
     """Matrices with learned scales are packed as integers and one scale per row, without log_scale."""
     model, config = make_bert_student(tiny_config, **values)
-    payload = student_payload(model, config, b"x")
-    assert len(payload["packed"]) == 2 * 6 + 1
-    assert not any("scale" in name or name in payload["packed"] for name in payload["tensors"])
+    tensors, _ = save(model, config, tmp_path)
+    packed = [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]
+    assert len(packed) == 2 * 6 + 1 and not any("log_scale" in name or name in packed for name in tensors)
     lowest, highest = [], []
-    for name, entry in payload["packed"].items():
-        weight = model.get_parameter(name)
-        assert entry["scale"].shape == (len(weight), 1)
-        assert entry["codes"].nbytes == weight.numel() * config.weight_bits // 8
+    for name in packed:
+        weight, scale = model.get_parameter(name), tensors[name + ".scale"]
+        assert scale.shape == (len(weight), 1) and scale.dtype == torch.float32
+        assert tensors[name + ".codes"].nbytes == weight.numel() * config.weight_bits // 8
         if "word" in name:  # rows of a table are not multiplied: they have the usual grid
             continue
-        codes = unpack(entry["codes"], config.weight_bits, weight.numel()).view_as(weight)
+        codes = unpack(tensors[name + ".codes"], config.weight_bits, weight.numel()).view_as(weight)
         lowest.append(int(codes.min()))
         highest.append(int(codes.max()))
         if config.weights == "lsq":
-            by_hand = (weight.detach().double() / entry["scale"].double()).round().clamp(*ends)
+            by_hand = (weight.detach().double() / scale.double()).round().clamp(*ends)
             assert (codes != by_hand).float().mean() < 1e-3  # a tie in float32
     assert (min(lowest), max(highest)) == ends
 
 
-def damaged_students(payload):
-    """What is wrong -> (the payload, what the error says)."""
-    name = "encoder.layers.0.ffn.up.weight"
-    entry = payload["packed"][name]
-
-    def packed(**values):
-        return {**payload, "packed": {**payload["packed"], name: {**entry, **values}}}
-
-    def quant(**values):
-        return {**payload, "quant": {**payload["quant"], **values}}
-
-    without = {k: v for k, v in payload["packed"].items() if k != name}
-    repeated = torch.zeros(1, dtype=torch.uint8).expand(len(entry["codes"]))
-    return {
-        "short": (packed(codes=entry["codes"][:-1]), "has shape"),
-        "type": (packed(codes=entry["codes"].float()), "is torch.float32, expected torch.uint8"),
-        "scale": (packed(scale=torch.ones(3)), "has shape"),
-        "repeated element": (packed(codes=repeated), "more elements than the file holds"),
-        "bits as float": (quant(weight_bits=8.0), "weight_bits is 8.0"),
-        "bits out of range": (quant(weight_bits=9), "weight_bits=9: choose 2 to 8"),
-        "extra key": (packed(spare=1), "is damaged"),
-        "grid": (packed(codes=torch.full_like(entry["codes"], 127 + 100)), "outside the grid"),
-        "missing": ({**payload, "packed": without}, "is missing"),
-        "unexpected": ({**payload, "packed": {**payload["packed"], "x.weight": entry}}, "no place in the model"),
-        "quant": ({**payload, "quant": {"bits": 8}}, "damaged"),
-        "config": ({**payload, "config": {}}, "model config is damaged"),
-        "tokenizer": ({**payload, "tokenizer": torch.zeros(9, dtype=torch.uint8)}, "SentencePiece"),
-    }
-
-
-def test_tampered_students(tiny_config, tokenizer_bytes, tmp_path):
+def test_students_that_do_not_fit_their_config(tiny_config, tokenizer_bytes, tmp_path):
     model, config = make_student(tiny_config)
-    payload = student_payload(model, config, tokenizer_bytes)
-    accepts_only_intact(load_student, payload, damaged_students(payload), tmp_path)
+    name = "encoder.layers.0.ffn.up.weight"
+    codes, quant = save(model, config, tmp_path)[0][name + ".codes"].clone(), asdict(config)
+    for changes, message in (
+        (dict(tensors={name + ".codes": codes[:-1]}), "has shape"),
+        (dict(tensors={name + ".codes": codes.float()}), "is torch.float32, expected torch.uint8"),
+        (dict(tensors={name + ".scale": torch.ones(3)}), "has shape"),
+        (dict(drop=[name + ".scale"]), f"tensor {name}.scale is missing"),
+        (dict(tensors={"x.codes": codes}), "unexpected tensor x.codes"),
+        (dict(settings={"quant": {"bits": 8}}), "the student is of another version"),
+        (dict(settings={"quant": {**quant, "weight_bits": 9}}), "weight_bits=9: choose 2 to 8"),
+        (dict(settings={"quant": {**quant, "weights": "ternary"}}), "weights=ternary has 2 bits"),
+        (dict(settings={"config": {}}), "has shape"),
+        (dict(tensors={"tokenizer": torch.zeros(9, dtype=torch.uint8)}), "SentencePiece"),
+    ):
+        _, path = save(model, config, tmp_path, tokenizer_bytes)
+        refused(load_student, rewritten(path, **changes), message)
 
 
-# -------------------------------------------------------------------------- students of tensor trains
+def test_random_damage_is_refused_in_one_line(tiny_config, tokenizer_bytes, tmp_path):
+    model, config = make_student(replace(tiny_config, num_layers=1))
+    _, student = save(model, config, tmp_path, tokenizer_bytes)
+    plain, rng = saved(build_model(tiny_config), tmp_path / "m.safetensors"), random.Random(0)
+    for path, read in ((student, read_student), (plain, read_model)):
+        with open(path, "rb") as file:
+            whole = file.read()
+        for _ in range(50):
+            data, at = bytearray(whole), rng.choice([rng.randrange(len(whole)), rng.randrange(2000)])
+            kind = rng.randrange(3)
+            if kind == 0:
+                data[at : at + rng.randrange(1, 9)] = rng.randbytes(rng.randrange(9))
+            elif kind == 1:
+                del data[at:]
+            else:
+                data[at] ^= 1 << rng.randrange(8)
+            if data == whole:
+                continue
+            with open(path, "wb") as file:
+                file.write(data)
+            with pytest.raises(UserError) as error:
+                read(path)
+            assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------- tensor trains
 @pytest.mark.parametrize("bits", [8, 4, 2])
-def test_packed_cores_reach_the_ends_of_their_grid(bits, tiny_config):
+def test_packed_cores_reach_the_ends_of_their_grid(bits, tiny_config, tmp_path):
     model, config = make_train_student(tiny_config, weight_bits=bits)
-    packed = student_payload(model, config, b"x")["packed"]
-    cores = {name: entry for name, entry in packed.items() if ".cores." in name}
-    assert len(cores) == 2 * 3 + 9 * 4 and len(packed) == len(cores) + 1
+    tensors, path = save(model, config, tmp_path)
+    cores = [name.removesuffix(".codes") for name in tensors if ".cores." in name and name.endswith(".codes")]
+    assert len(cores) == 2 * 3 + 9 * 4 and sum(name.endswith(".codes") for name in tensors) == len(cores) + 1
+    assert not any("log_scale" in name for name in tensors)
     extremes = set()
-    for name, entry in cores.items():
-        core = model.get_parameter(name)
-        assert entry["scale"].shape == ()
-        assert len(entry["codes"]) == -(-core.numel() * bits // 8)
-        codes = unpack(entry["codes"], bits, core.numel())
-        by_hand = (core.detach() / entry["scale"]).round()
-        by_hand = by_hand.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    for name in cores:
+        core, packed, scale = model.get_parameter(name), tensors[name + ".codes"], tensors[name + ".scale"]
+        assert scale.shape == () and len(packed) == -(-core.numel() * bits // 8)
+        codes = unpack(packed, bits, core.numel())
+        by_hand = (core.detach() / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         assert torch.equal(codes.float(), by_hand.flatten())
         extremes |= {int(codes.min()), int(codes.max())}
     assert min(extremes) == -(2 ** (bits - 1)) and max(extremes) == 2 ** (bits - 1) - 1
-
-
-def test_file_size_of_tensor_trains(tiny_config, tokenizer_bytes, tmp_path):
-    sizes = {}
-    for bits in (8, 4, 2):
-        shape = replace(tiny_config, hidden_size=64, ffn_size=128)
-        model, config = make_train_student(shape, TTConfig(8, 12), weight_bits=bits)
-        payload = student_payload(model, config, tokenizer_bytes)
-        sizes[bits] = save_atomically(payload, str(tmp_path / "student.pt"))
-        replaced = [p for n, p in model.named_parameters() if n in payload["packed"]]
-        names = {n for n, _ in model.named_parameters() if "log_scale" not in n}
-        floats = [model.get_parameter(n) for n in names - set(payload["packed"])]
-        scales = sum(entry["scale"].numel() for entry in payload["packed"].values())
-        content = sum(-(-p.numel() * bits // 8) for p in replaced) + 4 * scales
-        content += 4 * sum(p.numel() for p in floats) + len(tokenizer_bytes)
-        pieces = 2 * len(replaced) + len(floats) + 1  # tensors in the archive
-        assert content < sizes[bits] < content + 500 * pieces
-        assert not any("log_scale" in name for name in payload["tensors"])
-    elements = sum(p.numel() for p in replaced)
-    assert sizes[8] - sizes[4] == pytest.approx(elements * 4 / 8, rel=0.1)
-    assert sizes[4] - sizes[2] == pytest.approx(elements * 2 / 8, rel=0.2)
-
-
-def damaged_cores(payload):
-    """What is wrong -> (the payload, what the error says)."""
-    name = "encoder.layers.0.ffn.up.cores.1"
-    entry = payload["packed"][name]
-
-    def packed(**values):
-        return {**payload, "packed": {**payload["packed"], name: {**entry, **values}}}
-
-    def without(kind, name):
-        return {**payload, kind: {k: v for k, v in payload[kind].items() if k != name}}
-
-    moved = {**payload["packed"], "encoder.layers.0.ffn.up.cores.4": entry}
-    rank = {**payload["config"], "tt": {**payload["config"]["tt"], "rank": 3}}
-    return {
-        "short": (packed(codes=entry["codes"][:-1]), "has shape"),
-        "type": (packed(codes=entry["codes"].float()), "is torch.float32, expected torch.uint8"),
-        "scale per row": (packed(scale=torch.ones(4, 1)), "has shape"),
-        "scale in float64": (packed(scale=torch.ones((), dtype=float)), "is torch.float64"),
-        "missing": (without("packed", name), f"packed tensor {name} is missing"),
-        "missing in a table": (
-            without("packed", "encoder.embeddings.word.cores.0"),
-            "packed tensor encoder.embeddings.word.cores.0 is missing",
-        ),
-        "one too many": ({**payload, "packed": moved}, "cores.4 has no place in the model"),
-        "other ranks": ({**payload, "config": rank}, "has shape"),
-        "no tensor trains": ({**payload, "config": {**payload["config"], "tt": None}}, "has no place in the model"),
-        "log scale": (
-            {**payload, "tensors": {**payload["tensors"], "x.log_scale": torch.ones(())}},
-            "unexpected tensor x.log_scale",
-        ),
-    }
-
-
-def test_tampered_cores(tiny_config, tokenizer_bytes, tmp_path):
-    model, config = make_train_student(tiny_config, weight_bits=4)
-    payload = student_payload(model, config, tokenizer_bytes)
-    accepts_only_intact(read_student, payload, damaged_cores(payload), tmp_path)
-
-
-def test_docstrings():
-    assert doctest.testmod(checkpoint, extraglobs={"torch": torch}).failed == 0
-
-
-TERNARY = QuantConfig(weight_bits=2, weights="ternary")
-TRAINS = TTConfig(rank=4, embedding_rank=5, table_modes=4, keep=())
+    ids, mask = random_ids([9, 4], tiny_config.vocab_size)
+    for a, b in zip(model(ids, mask)[0], fake_quantized(read_student(path))(ids, mask)[0], strict=True):
+        assert torch.equal(a, b)
+    whole = asdict(model.config)
+    refused(
+        read_student, rewritten(path, settings={"config": {**whole, "tt": {**whole["tt"], "rank": 3}}}), "has shape"
+    )
+    refused(read_student, rewritten(path, settings={"config": {**whole, "tt": None}}), "is missing")
 
 
 @pytest.fixture
@@ -432,169 +447,32 @@ def joint_config(tiny_config):
     return replace(tiny_config, head="joint", num_slots=5)
 
 
-def model_of_trains(config, tt=TRAINS):
+WHOLE = TTConfig(rank=4, embedding_rank=5, table_modes=4, keep=())
+
+
+def model_of_trains(config, tt=WHOLE):
     return initialize(meta_model(replace(config, tt=tt))).eval()
 
 
-# ------------------------------------------------------------------------------- ternary students
-def ternary_payload(shape, tokenizer=b"x"):
-    """(the parameters of a ternary student, the dictionary of its file)."""
-    model = build_model(shape).eval()
-    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    prepare(model, TERNARY)
-    return parameters, student_payload(model, TERNARY, tokenizer)
-
-
-def test_size_of_a_ternary_student(tiny_config, tokenizer_bytes, tmp_path):
-    shape = replace(tiny_config, hidden_size=128, ffn_size=512, vocab_size=2000)
-    parameters, payload = ternary_payload(shape, tokenizer_bytes)
-    size = save_atomically(payload, str(tmp_path / "student.pt"))
-    packed = payload["packed"]
-    assert len(packed) == 2 * 6 + 1
-    codes = 0
-    for name, entry in packed.items():
-        count = parameters[name].numel()
-        assert entry["codes"].numel() * entry["codes"].element_size() == count // 4
-        assert entry["codes"].nbytes * 8 == torch.empty(count, dtype=torch.int16).nbytes
-        assert entry["scale"].shape == (len(parameters[name]), 1)
-        assert entry["scale"].dtype == torch.float32
-        codes += entry["codes"].nbytes
-    rest = {name: p for name, p in parameters.items() if name not in packed}
-    assert payload["tensors"].keys() == rest.keys()
-    floats = 4 * sum(p.numel() for p in rest.values())
-    scales = 4 * sum(len(parameters[name]) for name in packed)
-    content = codes + floats + scales + len(tokenizer_bytes)
-    tensors = 2 * len(packed) + len(rest) + 1  # in the archive
-    assert content < size < content + 400 * tensors
-    assert size == (tmp_path / "student.pt").stat().st_size
-    assert 16 * codes == 4 * sum(parameters[name].numel() for name in packed)  # of float32
-
-
-@pytest.mark.parametrize("at", ["first", "last", "all"])
-@pytest.mark.parametrize("name", ["encoder.layers.1.ffn.up", "encoder.embeddings.word"])
-def test_codes_that_are_not_ternary_raise(name, at, tiny_config, tmp_path):
-    """Two bits can also hold -2."""
-    _, payload = ternary_payload(tiny_config)
-    entry = payload["packed"][name + ".weight"]
-    codes = torch.zeros(entry["codes"].numel() * 4)
-    path = str(tmp_path / "student.pt")
-    for wrong in (False, True):
-        if wrong:
-            codes[{"first": 0, "last": -1, "all": slice(None)}[at]] = -2
-        entry["codes"] = pack(codes, 2)
-        torch.save(payload, path)
-        if not wrong:
-            assert not read_student(path).weights[name + ".weight"].codes.any()
-            continue
-        with pytest.raises(UserError) as error:
-            read_student(path)
-        assert f"{name}.weight has codes outside the grid" in str(error.value)
-        assert "\n" not in str(error.value)
-
-
-def test_ternary_file_with_other_bits_raises(tiny_config, tmp_path):
-    _, payload = ternary_payload(tiny_config)
-    payload["quant"]["weight_bits"] = 4
-    torch.save(payload, tmp_path / "student.pt")
-    with pytest.raises(UserError) as error:
-        read_student(str(tmp_path / "student.pt"))
-    assert "weights=ternary has 2 bits, not weight_bits=4" in str(error.value)
-
-
-# ---------------------------------------------------------------------------------- tensor trains
-def trains_of(model):
-    return {n: m for n, m in model.named_modules() if isinstance(m, TensorTrain)}
-
-
-def test_checkpoint_of_tensor_trains_bit_for_bit(joint_config, tmp_path):
-    tt = replace(TRAINS, keep=("head.dense", "encoder.layers.1"))
+def test_model_of_tensor_trains_round_trip(joint_config, tmp_path):
+    tt = replace(WHOLE, keep=("head.dense", "encoder.layers.1"))
     model = model_of_trains(joint_config, tt)
-    path = str(tmp_path / "trains.pt")
-    save_atomically(checkpoint_payload(model, b"x"), path)
-    again = load_checkpoint(path)
-    assert again.config == replace(joint_config, tt=tt)
-    assert isinstance(again.config.tt.keep, tuple)
-    assert set(trains_of(again)) == set(trains_of(model)) and len(trains_of(again)) == 9
+    again = load_model(saved(model, tmp_path / "trains.safetensors"))
+    assert again.config == replace(joint_config, tt=tt) and isinstance(again.config.tt.keep, tuple)
+    assert sum(isinstance(module, TensorTrain) for module in again.modules()) == 9
     state, expected = again.state_dict(), model.state_dict()
-    assert list(state) == list(expected)
-    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
-    ids, mask = random_ids([9, 5], 442)
-    for found, logits in zip(again(ids, mask)[0], model(ids, mask)[0], strict=True):
-        assert torch.equal(found, logits)
-
-
-def test_older_checkpoints_still_load(tiny_config, tmp_path):
-    model = build_model(tiny_config).eval()
-    payload = checkpoint_payload(model, b"x")
-    del payload["config"]["tt"], payload["config"]["num_slots"]
-    path = str(tmp_path / "older.pt")
-    save_atomically(payload, path)
-    again = load_checkpoint(path)
-    assert again.config == tiny_config and again.config.tt is None
-    ids, mask = random_ids([9, 5], 442)
-    assert torch.equal(again(ids, mask)[0], model(ids, mask)[0])
-    del payload["config"]["num_labels"]  # every version had that one
-    save_atomically(payload, path)
-    with pytest.raises(UserError, match="damaged or of another version"):
-        load_checkpoint(path)
-
-
-def test_damaged_settings_of_tensor_trains_raise(joint_config, tmp_path):
-    model = model_of_trains(replace(joint_config, num_layers=1))
-    path, payload = str(tmp_path / "damaged.pt"), checkpoint_payload(model, b"x")
-    whole = payload["config"]["tt"]
-    for damage in (
-        5,
-        "rank",
-        {},
-        {"rank": 4},
-        {**whole, "more": 1},
-        {**whole, "keep": 3},
-        {**whole, "keep": [1]},
-        {**whole, "rank": 0},
-        {**whole, "rank": 4.0},
-        {**whole, "modes": 99},
-    ):
-        payload["config"]["tt"] = damage
-        save_atomically(payload, path)
-        with pytest.raises(UserError, match="the model config is damaged or of another version"):
-            load_checkpoint(path)
-    payload["config"]["tt"] = {**whole, "rank": 5}
-    save_atomically(payload, path)
-    with pytest.raises(UserError, match="has shape"):
-        load_checkpoint(path)
-
-
-def test_missing_and_misshapen_cores_raise(joint_config, tmp_path):
-    payload = checkpoint_payload(model_of_trains(replace(joint_config, num_layers=1)), b"x")
-    name = "encoder.layers.0.ffn.up.cores.1"
-    core = payload["tensors"].pop(name)
-    path = str(tmp_path / "damaged.pt")
-    for tensors, message in (
-        ({}, f"tensor {name} is missing"),
-        ({name: core[:-1]}, f"tensor {name} has shape"),
-        ({name: core, "encoder.layers.0.ffn.up.cores.6": core}, "unexpected tensor"),
-    ):
-        save_atomically({**payload, "tensors": {**payload["tensors"], **tensors}}, path)
-        with pytest.raises(UserError, match=message):
-            load_checkpoint(path)
+    assert list(state) == list(expected) and all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 def test_new_head_of_tensor_trains_round_trip(joint_config, tmp_path):
     """As train.py builds it: with_head makes a dense head, tensorize replaces its layers."""
     base = model_of_trains(replace(joint_config, head="none", num_labels=0, num_slots=0))
     model = with_head(base, "joint", 3, 5).eval()
-    assert set(tensorize(model, TRAINS).replaced) == {"head.dense", "head.intent.dense"}
-    path = str(tmp_path / "head.pt")
-    save_atomically(checkpoint_payload(model, b"x"), path)
-    ids, mask = random_ids([9, 5], 442)
-    for found, logits in zip(load_checkpoint(path)(ids, mask)[0], model(ids, mask)[0], strict=True):
+    assert set(tensorize(model, WHOLE).replaced) == {"head.dense", "head.intent.dense"}
+    again, (ids, mask) = load_model(saved(model, tmp_path / "head.safetensors")), random_ids([9, 5], 442)
+    for found, logits in zip(again(ids, mask)[0], model(ids, mask)[0], strict=True):
         assert torch.equal(found, logits)
 
 
-def test_tied_head_has_no_tensor_trains(tiny_config):
-    with pytest.raises(UserError, match="an mlm head needs the whole embedding table"):
-        check_config(replace(tiny_config, head="mlm", tt=TTConfig()))
-    model = model_of_trains(tiny_config)
-    with pytest.raises(UserError, match="mlm head"):
-        check_config(with_head(model, "mlm", 0).config)
+def test_docstrings():
+    assert doctest.testmod(checkpoint, extraglobs={"torch": torch}).failed == 0
