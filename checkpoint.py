@@ -30,10 +30,10 @@ from data.fetch import MODELS
 from data.tasks import RAW_DIR, WEIGHTS_DIR, Task, class_names, load, match_labels
 from data.tokenizer import Tokenizer, WordTokenizer
 from kit.common import UserError
-from kit.files import read_tensors, write_tensors
+from kit.files import check_tensors, read_tensors, write_tensors
 from kit.run import TEACHERS
 from model import HEADS, PRESETS, Model, ModelConfig, initialize, with_head
-from pq import CENTROIDS, ProductQuantizer
+from pq import ProductQuantizer
 from prepare import prepare
 from quant import FixedQuantizer, QuantConfig, WeightQuantizer, check_codes, dequantize
 from tt import TensorTrain, TTConfig, tensorize
@@ -75,8 +75,7 @@ def read_model(path: str) -> Checkpoint:
     advice = "delete it, and the next run trains it again" if teacher else "make it with 'python convert.py NAME'"
     tensors, settings = read_tensors(path, MODEL_FORMAT, advice)
     config, vocabulary = config_of(settings, path), tensors.pop("tokenizer", None)
-    shapes = {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
-    check_tensors(path, shapes, tensors)
+    check_tensors(path, meta_model(config).state_dict(), tensors, torch.float32, torch.float16)
     return Checkpoint(config, tensors, settings.get("notes", {}), vocabulary)
 
 
@@ -132,29 +131,6 @@ def check_config(config: ModelConfig) -> ModelConfig:
         if is_wrong:
             raise UserError(f"model config: {message}")
     return config
-
-
-def check_tensors(
-    path: str, shapes: dict[str, tuple], tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype] | None = None
-) -> None:
-    """Raises UserError naming the first tensor that is missing, unexpected, of a wrong shape or type, or not finite.
-
-    dtypes: of those that are neither float32 nor float16.
-    """
-    for name, shape in shapes.items():
-        tensor = tensors.get(name)
-        if tensor is None:
-            raise UserError(f"{path}: tensor {name} is missing")
-        if tensor.shape != torch.Size(shape):
-            raise UserError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-        known = (dtypes[name],) if dtypes and name in dtypes else (torch.float32, torch.float16)
-        if tensor.dtype not in known:
-            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected {' or '.join(map(str, known))}")
-        if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-            raise UserError(f"{path}: tensor {name} has values that are not finite")
-    if extra := sorted(set(tensors) - set(shapes)):
-        more = f" and {len(extra) - 1} more" if extra[1:] else ""
-        raise UserError(f"{path}: unexpected tensor {extra[0]}{more}")
 
 
 # ---------------------------------------------------------------------------------------- packing
@@ -300,26 +276,24 @@ def read_student(path: str) -> Student:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: the student is of another version ({str(error)[:200]}): train it again") from None
     quantizers = {name: empty.get_submodule(at) for name, at in quantized_weights(empty).items()}
-    whole = {name: tensor.shape for name, tensor in empty.state_dict().items() if not is_quantizer_state(name)}
-    shapes, dtypes = {name: shape for name, shape in whole.items() if name not in quantizers}, {}
+    whole = {name: tensor for name, tensor in empty.state_dict().items() if not is_quantizer_state(name)}
+    expected = {name: tensor for name, tensor in whole.items() if name not in quantizers}
     for name, quantizer in quantizers.items():
         if isinstance(quantizer, ProductQuantizer):
-            shapes[f"{name}.assignments"] = quantizer.assignments.shape
-            shapes[f"{name}.centroids"] = (CENTROIDS, quantizer.block)
-            dtypes[f"{name}.assignments"] = torch.uint8
+            expected |= {f"{name}.assignments": quantizer.assignments, f"{name}.centroids": quantizer.centroids.half()}
         else:
-            shapes[f"{name}.codes"] = (packed_bytes(whole[name].numel(), quantizer.bits),)
-            shapes[f"{name}.scale"] = (whole[name][0], 1) if quantizer.per_row else ()
-            dtypes[f"{name}.codes"] = torch.uint8
-    check_tensors(path, shapes, tensors, dtypes)
+            size, rows = packed_bytes(whole[name].numel(), quantizer.bits), (len(whole[name]), 1)
+            expected[f"{name}.codes"] = torch.empty(size, dtype=torch.uint8, device="meta")
+            expected[f"{name}.scale"] = torch.empty(rows if quantizer.per_row else (), device="meta")
+    check_tensors(path, expected, tensors)
     weights = {}
     for name, quantizer in quantizers.items():
         if isinstance(quantizer, ProductQuantizer):
             assignments, centroids = (tensors.pop(f"{name}.{part}") for part in ("assignments", "centroids"))
-            weights[name] = unpack_blocks(name, assignments, centroids, whole[name], quantizer)
+            weights[name] = unpack_blocks(name, assignments, centroids, whole[name].shape, quantizer)
         else:
             codes, scale = (tensors.pop(f"{name}.{part}") for part in ("codes", "scale"))
-            weights[name] = Weight(unpack_weight(codes, quantizer.bits, whole[name]), scale)
+            weights[name] = Weight(unpack_weight(codes, quantizer.bits, whole[name].shape), scale)
     return Student(config, quant, weights, tensors, settings.get("notes", {}), vocabulary)
 
 

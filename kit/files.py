@@ -1,16 +1,15 @@
-"""Files: atomic writes, and tensors with settings in the safetensors format.
-
-A file of tensors, as the safetensors package writes and reads it:
+"""Files: atomic writes, and tensors with settings in the safetensors format:
 
     8 bytes     N, the length of the header (little-endian)
     N bytes     JSON: {"__metadata__": {string: string}, NAME: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
     the rest    the bytes of the tensors without gaps, in the order of the offsets
 
-In the metadata of ours stand the "format", the "settings" (JSON) and a "crc32" of the whole file, itself counted as
-zeros. Nothing in a file is executed, nothing is allocated that the file does not hold, and tensors are mapped from disk.
+The metadata of ours are the "crc32" of the whole file, its own eight digits counted as zeros, the "format" and the
+"settings" (JSON). Nothing in a file is executed, and nothing is allocated: tensors are mapped from disk.
 """
 
 import json
+import mmap
 import os
 import zlib
 from collections.abc import Iterator
@@ -28,8 +27,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPES |= {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 4 << 20  # bytes; XLM-R large's has 0.05 MB
-CHUNK = 1 << 20  # bytes that a checksum reads at a time
+CRC = 8 + len('{"__metadata__":{"crc32":"')  # where its digits stand
+MAX_HEADER = 2 << 20  # bytes; XLM-R large's has 0.05 MB
 
 
 # ----------------------------------------------------------------------------------- atomic writes
@@ -87,112 +86,103 @@ def check_writable(folder: str, advice: str = "choose another --out") -> None:
 def write_tensors(
     path: str, tensors: dict[str, Tensor], format: str, settings: dict | None = None, temporary: str | None = None
 ) -> int:
-    """Write a file of tensors, atomically. Returns its bytes.  settings: any JSON."""
-    metadata = {"crc32": "0" * 8, "format": format, "settings": json.dumps(settings or {})}
-    entries, end = {"__metadata__": metadata}, 0
+    """Write a file of tensors, atomically. Returns its bytes.  settings: whatever JSON can hold."""
     # The largest elements first: then each tensor begins at a multiple of its element's size.
-    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    for name in order:
-        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        offsets = {"shape": list(tensors[name].shape), "data_offsets": [begin, end]}
-        entries[name] = {"dtype": NAMES[tensors[name].dtype]} | offsets
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    entries = {"__metadata__": {"crc32": "0" * 8, "format": format, "settings": json.dumps(settings or {})}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
+    crc = zlib.crc32(head)
     with atomic_write(path, temporary=temporary) as file:
         file.write(head)
-        crc = zlib.crc32(head)
-        for name in order:
-            data = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        for tensor in tensors.values():
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             file.write(data)
             crc = zlib.crc32(data, crc)
-        file.seek(head.index(b'"crc32":"') + 9)
+        file.seek(CRC)
         file.write(b"%08x" % crc)
     return len(head) + end
 
 
 def read_tensors(path: str, format: str, advice: str) -> tuple[dict[str, Tensor], dict]:
-    """The tensors, mapped from disk, and the settings of a file that write_tensors wrote.
-
-    Raises UserError with the advice for a missing, damaged or foreign file.
-    """
-    tensors, metadata = map_tensors(path, advice)
-    if metadata.get("format") != format:
-        raise UserError(f"{path} is not a file of this project ({format}): {advice}")
-    try:
-        if metadata["crc32"] != f"{checksum(path):08x}":
-            raise ValueError
-        settings = json.loads(metadata["settings"])
-        if not isinstance(settings, dict):
-            raise ValueError
-    except (KeyError, ValueError, RecursionError):
-        raise UserError(f"{path} is damaged: {advice}") from None
-    return tensors, settings
-
-
-def checksum(path: str) -> int:
-    """CRC-32 of a file, its own eight digits counted as zeros."""
-    with open(path, "rb") as file:
-        head = file.read(8)
-        head += file.read(int.from_bytes(head, "little"))
-        start = head.index(b'"crc32":"') + 9
-        crc = zlib.crc32(head[:start] + b"0" * 8 + head[start + 8 :])
-        while piece := file.read(CHUNK):
-            crc = zlib.crc32(piece, crc)
-    return crc
+    """Tensors, mapped from disk, and settings of a file of ours. Raises UserError if it is missing, damaged or foreign."""
+    with mapped(path, advice) as data:
+        tensors, metadata = parse(data)
+        if metadata.get("format") != format:
+            raise UserError(f"{path} is not a file of this project ({format}): {advice}")
+        crc = zlib.crc32(memoryview(data)[CRC + 8 :], zlib.crc32(data[:CRC] + b"0" * 8))
+        if metadata["crc32"] != f"{crc:08x}":
+            raise ValueError("another checksum")
+        return tensors, dict(json.loads(metadata["settings"]))
 
 
 def map_tensors(path: str, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of any safetensors file.
+    """Tensors, mapped from disk, and metadata of any safetensors file. Raises UserError if it is missing or damaged."""
+    with mapped(path, advice) as data:
+        return parse(data)
 
-    Raises UserError with the advice for a missing or damaged file.
+
+@contextmanager
+def mapped(path: str, advice: str) -> Iterator[mmap.mmap]:
+    """The bytes of a file, copy-on-write. Raises UserError with the advice if they can't be read or parsed.
+
+    While they are mapped the file may be replaced, as atomic_write does, but not be written in place.
     """
     try:
-        size = os.path.getsize(path)
         with open(path, "rb") as file:
-            begin = file.read(8)
-            if begin[:4] == b"PK\x03\x04":
-                raise UserError(f"{path} is of an earlier version, or no safetensors file: {advice}")
-            length = int.from_bytes(begin, "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise ValueError
-            entries = json.loads(file.read(length).decode(), object_pairs_hook=unique)
-        metadata = entries.pop("__metadata__", {})
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError
-        check_layout(entries, size - 8 - length)
-        data = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)[8 + length :]
-        tensors = {}
-        for name, entry in entries.items():
-            start, end = entry["data_offsets"]
-            piece, dtype = data[start:end], DTYPES[entry["dtype"]]
-            if (8 + length + start) % dtype.itemsize:  # only in files of others
-                piece = piece.clone()
-            tensors[name] = piece.view(dtype).view(entry["shape"])
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}: {advice}") from None
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if data[:4] == b"PK\x03\x04":
+            raise UserError(f"{path} is a pickle, the format of earlier versions: {advice}")
+        yield data
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError):
+        raise UserError(f"cannot read {path} ({error.strerror}): {advice}") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):  # also RecursionError, of deep JSON
         raise UserError(f"{path} is damaged or no safetensors file: {advice}") from None
+
+
+def parse(data: mmap.mmap) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata. Raises ValueError and the like unless the tensors fill the file, without gap or overlap."""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    if begin > min(len(data), MAX_HEADER):
+        raise ValueError("the header is longer than the file")
+    entries = json.loads(data[8:begin].decode())  # the bytes of a second entry of a name are a gap
+    tensors, metadata, start = {}, entries.pop("__metadata__", {}), begin
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("metadata that are no strings")
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        if len(shape) > 8 or not all(type(n) is int and 0 <= n <= len(data) for n in shape):
+            raise ValueError("more elements than the file holds")
+        count = prod(shape)
+        end = begin + count * dtype.itemsize
+        if [begin - start, end - start] != entry["data_offsets"] or end > len(data):
+            raise ValueError("a gap, an overlap, or a tensor beyond the end")
+        # A map of its own for each, not a view of one: a copy of a tensor copies its whole storage.
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin) if count else torch.empty(0, dtype=dtype)
+        tensors[name], begin = flat.view(shape), end
+    if begin != len(data):
+        raise ValueError("bytes that belong to no tensor")
     return tensors, metadata
 
 
-def unique(pairs: list[tuple[str, object]]) -> dict:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a name stands twice")
-    return found
+def check_tensors(path: str, expected: dict[str, Tensor], tensors: dict[str, Tensor], *dtypes: torch.dtype) -> None:
+    """Raises UserError naming the first tensor that is missing, unexpected, of a wrong shape or type, or not finite.
 
-
-def check_layout(entries: dict, size: int) -> None:
-    """Raises ValueError and the like unless the tensors fill the data without gaps and overlaps."""
-    end = 0
-    for entry in sorted(entries.values(), key=lambda entry: entry["data_offsets"]):
-        begin, shape = entry["data_offsets"][0], entry["shape"]
-        if begin != end or not all(type(n) is int and n >= 0 for n in (*shape, *entry["data_offsets"])):
-            raise ValueError
-        end = begin + prod(shape) * DTYPES[entry["dtype"]].itemsize
-        if [begin, end] != entry["data_offsets"]:
-            raise ValueError
-    if end != size:
-        raise ValueError
+    expected: tensors of the right shapes and types, on any device.  dtypes: the types that are right instead.
+    """
+    for name, like in expected.items():
+        if (tensor := tensors.get(name)) is None:
+            raise UserError(f"{path}: tensor {name} is missing")
+        if tensor.shape != like.shape:
+            raise UserError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
+        if tensor.dtype not in (dtypes or [like.dtype]):
+            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected {dtypes or like.dtype}")
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise UserError(f"{path}: tensor {name} has values that are not finite")
+    if extra := sorted(set(tensors) - set(expected)):
+        raise UserError(f"{path}: unexpected tensor {extra[0]}")

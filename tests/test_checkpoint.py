@@ -128,12 +128,12 @@ def test_headers_that_lie(change, tmp_path):
 
 def test_files_of_other_kinds(tmp_path):
     path = tmp_path / "x.safetensors"
-    refused(of_tests, path, "there is no ")
+    refused(of_tests, path, "cannot read")
     for content in (b"", b"short", b"\xff" * 100, struct.pack("<Q", 2**40) + b"{}", struct.pack("<Q", 2) + b"{}x"):
         path.write_bytes(content)
         refused(of_tests, path, "is damaged or no safetensors file: make it again")
     torch.save({"format": "sdq-checkpoint-1"}, path)  # the format before this one
-    refused(of_tests, path, "is of an earlier version")
+    refused(of_tests, path, "is a pickle, the format of earlier versions: make it again")
     refused(of_tests, tmp_path, "cannot read")
 
 
@@ -189,7 +189,7 @@ def test_models_that_do_not_fit_their_config(tiny_config, tmp_path):
         (dict(drop=[name]), f"tensor {name} is missing"),
         (dict(tensors={"spare": torch.zeros(1)}), "unexpected tensor spare"),
         (dict(tensors={name: torch.zeros(3, 3)}), "has shape (3, 3)"),
-        (dict(tensors={name: tensor.bfloat16()}), "is torch.bfloat16, expected torch.float32"),
+        (dict(tensors={name: tensor.bfloat16()}), "is torch.bfloat16, expected "),
         (dict(tensors={name: tensor / 0}), "has values that are not finite"),
         (dict(settings={"config": {**asdict(tiny_config), "num_layers": 10**6}}), "num_layers is 1000000"),
         (dict(settings={"config": {**asdict(tiny_config), "hidden_size": "x"}}), "hidden_size is 'x'"),
