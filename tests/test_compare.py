@@ -8,30 +8,20 @@ import pytest
 from conftest import ROOT
 
 from data.tasks import TASKS
+from kit.report import summarize_languages
 from tools import compare
 
 
-def row(english, others, size=1e6):
-    languages = {"en": {"accuracy": english}}
-    languages |= {name: {"accuracy": value} for name, value in others.items()}
-    return {"languages": languages, "size_bytes": size, "train_seconds": 1.0}
-
-
-def run(seed=0, bits=2, **rows):
-    config = {"task": "xnli", "seed": seed, "bits": bits, "act_bits": 8, "lr": 1e-3}
-    return {"config": config, "methods": rows, "languages": ["en", "de", "sw"]}
-
-
-def made_up(task, seed, distill, methods, **more):
-    """A run of a task with one score per method, with the keys of older files."""
-    config = {"task": task, "seed": seed, "bits": 2, "act_bits": 8, "distill": distill}
-    config |= {"gamma": None, "part_weights": [], "lr": 1e-4, **more}
+def made_up(task, seed, distill, methods, **config):
+    """A run of a task: method -> its score in English, or language -> score."""
     rows = {}
-    for name, score in methods.items():
-        metrics = dict.fromkeys((*TASKS[task].metrics, *TASKS[task].columns.values()), score)
-        rows[name] = {"english": score, "zero_shot_mean": None, "size_bytes": 8e6}
-        rows[name]["languages"] = {"en": {"score": score, **metrics}}
-    return {"config": config, "methods": rows, "languages": ["en"], "model": "m"}
+    for name, scores in methods.items():
+        scores = scores if isinstance(scores, dict) else {"en": scores}
+        keys = (*TASKS[task].metrics, *TASKS[task].columns.values(), "score")
+        rows[name] = summarize_languages({each: dict.fromkeys(keys, value) for each, value in scores.items()}, "en")
+        rows[name] |= {"size_bytes": 8e6, "train_seconds": 1.0}
+    config = {"task": task, "seed": seed, "bits": 2, "act_bits": 8, "distill": distill, "lr": 1e-4, **config}
+    return {"config": config, "methods": rows, "languages": [*next(iter(rows.values()))["languages"]], "model": "m"}
 
 
 def write_runs(tmp_path, runs):
@@ -43,78 +33,73 @@ def write_runs(tmp_path, runs):
     return paths
 
 
-def cells_of(capsys):
-    """The cells of the table that was printed, line by line; the second line is a rule."""
+def table_of(tmp_path, capsys, runs, *options):
+    """The cells of the table of some runs; the second line is a rule."""
+    assert compare.main([*write_runs(tmp_path, runs), *options]) == 0
     return [[c.strip() for c in x.split("|")[1:-1]] for x in capsys.readouterr().out.splitlines()]
+
+
+def refusal(capsys, *arguments):
+    """The line on stderr."""
+    assert compare.main([*arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
 
 
 # ------------------------------------------------------------------------------ seeds and widths
 def test_over_seeds(tmp_path, capsys):
-    paths = []
-    for bits in (8, 2):
-        for seed, plus in ((0, 0.0), (1, 2.0)):
-            rows = {"fp32": row(90 + plus, {"de": 80.0}), "ptq": row(50 + bits + plus, {"de": 40.0})}
-            path = tmp_path / f"{bits}-{seed}.json"
-            path.write_text(json.dumps(run(seed, bits, **rows)))
-            paths.append(str(path))
-    assert compare.main(paths) == 0
-    lines = cells_of(capsys)
+    runs = [
+        made_up("xnli", seed, "logits", {"fp32": {"en": 90 + up, "de": 80.0}, "ptq": 50 + bits + up}, bits=bits)
+        for bits in (8, 2)
+        for seed, up in ((0, 0.0), (1, 2.0))
+    ]
+    lines = table_of(tmp_path, capsys, runs)
     assert lines[2][:4] == ["fp32", "2", "91.00 ± 1.41", "80.00 ± 0.00"]  # not counted twice
     assert lines[3][:3] == ["ptq W8A8", "2", "59.00 ± 1.41"]
     assert lines[4][:3] == ["ptq W2A8", "2", "53.00 ± 1.41"]
 
 
 def test_languages_over_seeds(tmp_path, capsys):
-    for seed, plus in ((0, 0.0), (1, 3.0)):
-        rows = {"ptq": row(50 + plus, {"de": 40.0 + plus, "sw": 20.0})}
-        (tmp_path / f"{seed}.json").write_text(json.dumps(run(seed, **rows)))
-    assert compare.main(["--languages", str(tmp_path / "*.json")]) == 0
-    lines = cells_of(capsys)
+    scores = {"en": 50.0, "de": 40.0, "sw": 20.0}
+    runs = [made_up("xnli", i, "logits", {"ptq": scores | {"en": 50 + 3 * i, "de": 40 + 3 * i}}) for i in range(2)]
+    lines = table_of(tmp_path, capsys, runs, "--languages")
     assert lines[0] == ["", "en", "de", "sw"]
     assert lines[2] == ["ptq W2A8", "51.5", "41.5", "20.0"]
 
 
-def test_means_are_computed_from_the_languages(tmp_path, capsys):
-    """Older files hold means under other keys, which are not read."""
-    value = run(fp32=row(90, {"de": 80.0, "sw": 60.0}))
-    value["methods"]["fp32"] |= {"english": 1.0, "zero_shot_mean": 2.0, "score": 3.0}
-    assert compare.main(write_runs(tmp_path, [value])) == 0
-    assert cells_of(capsys)[2][2:4] == ["90.00", "70.00"]
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({}, {}, "have the same seed, width and rank: give one of them, or put a label before one, as in NAME="),
+        ({}, {"seed": 1, "lr": 2e-4}, "differ in --lr"),
+        ({}, {"task": "sst2", "lr": 2e-4}, None),  # a task has its own recipe
+        ({}, {"task": "sst2", "model": "other"}, "differ in --model"),
+        ({}, {"task": "xnli"}, "differ in --task"),
+        ({}, {"task": "atis"}, "differ in --task"),
+        ({"bits": 8, "student_lr": 1e-5}, {"student_lr": 1e-3}, None),  # a width has its own
+        ({"student_lr": 1e-5}, {"student_lr": 1e-3, "seed": 1}, "differ in --student-lr"),
+        ({"gone": 1}, {"seed": 1}, None),  # a removed option counts where both files have it
+        ({"gone": 1}, {"gone": 2, "seed": 1}, "differ in --gone"),
+        ({}, {"noise": 0.5, "recipe": "kd", "check_student": True, "seed": 1}, None),  # a newer one has its default
+        ({}, {"noise": 1.0, "seed": 1}, "differ in --noise"),
+    ],
+)
+def test_a_table_compares_like_with_like(first, second, message, tmp_path, capsys):
+    same = {"task": "rte", "seed": 0, "distill": "logits", "methods": {"sdq": 1.0}}
+    for runs in (first, second), (second, first):
+        paths = write_runs(tmp_path, [made_up(**same | options) for options in runs])
+        assert message in refusal(capsys, *paths) if message else compare.main(paths) == 0
 
 
-def test_the_same_run_counts_once(tmp_path, capsys):
-    for name in "ab":
-        (tmp_path / f"{name}.json").write_text(json.dumps(run(fp32=row(90, {}))))
-    assert compare.main([str(tmp_path / "*.json")]) == 2  # and wildcards work
-    assert "have the same seed, width and rank" in capsys.readouterr().err
-
-
-def test_unlike_runs_are_not_mixed(tmp_path, capsys):
-    paths = []
-    for i, lr in enumerate((1e-3, 1e-4)):
-        value = run(fp32=row(90, {}))
-        value["config"]["lr"] = lr
-        paths.append(str(tmp_path / f"{i}.json"))
-        with open(paths[-1], "w") as file:
-            json.dump(value, file)
-    assert compare.main(paths) == 2
-    assert "differ in --lr" in capsys.readouterr().err
-    no_rows = '{"config": {"task": "xnli", "seed": 0, "bits": 8}, "methods": {}}'
-    whole = json.dumps(run(fp32=row(90, {})))
-    for text in (
-        *("[]", "{", '{"config": {"seed": 0}}', '{"config": {}, "methods": {}}', no_rows),
-        whole[: len(whole) // 2],
-        whole.replace('"accuracy"', '"f1"'),
-    ):
-        (tmp_path / "bad.json").write_text(text)
-        assert compare.main([str(tmp_path / "bad.json")]) == 2
-        error = capsys.readouterr().err
-        assert "is not a results.json" in error and "bad.json" in error and error.count("\n") == 1
-    for old, kind, known in ("xnli", "task", TASKS), ("fp32", "method", compare.METHOD_ORDER):  # of a fork, say
-        (tmp_path / "bad.json").write_text(whole.replace(old, "none"))
-        assert compare.main([str(tmp_path / "bad.json")]) == 2
-        message = f"bad.json: unknown {kind} 'none'; known: {' '.join(known)}\n"
-        assert capsys.readouterr().err.endswith(message)
+@pytest.mark.parametrize("change", [("{", "["), (r'"methods"', '"x"'), ('"rte"', '"none"'), ('"sdq"', '"none"')])
+def test_other_files(change, tmp_path, capsys):
+    (path,) = write_runs(tmp_path, [made_up("rte", 0, "logits", {"sdq": 1.0})])
+    with open(path, encoding="utf-8") as file:
+        text = file.read().replace(*change)
+    (tmp_path / "bad.json").write_text(text)
+    error = refusal(capsys, str(tmp_path / "bad.json"))
+    assert "bad.json is not a results.json of train.py" in error or "unknown task 'none'" in error
 
 
 def test_runs_of_different_code(tmp_path, capsys):
@@ -125,58 +110,15 @@ def test_runs_of_different_code(tmp_path, capsys):
         for i in range(2)
     ]
     paths = write_runs(tmp_path, runs)
-    assert compare.main(paths[:2]) == 2
-    assert "or put a label before one, as in NAME=" in capsys.readouterr().err
-    labeled = [f"{'new=' * i}{path}" for path, i in zip(paths, (0, 1, 0, 1), strict=True)]
-    assert compare.main(labeled) == 0
-    found = {line[0]: line[1:4] for line in cells_of(capsys)[2:]}
+    labeled = [f"{'new=' * i}{path}" for path, i in zip(paths[:3], (0, 1, 0), strict=True)]
+    found = {line[0]: line[1:4] for line in table_of(tmp_path, capsys, [], *labeled, f"new={tmp_path}/3*")[2:]}
     assert list(found) == [f"{row}{new}" for row in ("fp32", "ptq W2A8", "logits W2A8") for new in ("", " new")]
     assert found["fp32 new"] == ["2", "91.00 ± 0.00", "-"]
     assert found["logits W2A8"][2] == "50 ± 0" and found["logits W2A8 new"][2] == "45 ± 0"
-    assert compare.main([f"a={tmp_path}/*.json"]) == 2  # wildcards behind a label
-    assert "have the same seed" in capsys.readouterr().err
     os.rename(paths[0], tmp_path / "lr=1.json")  # a file as it is, and a folder with such a name
     for name in str(tmp_path / "lr=1.json"), str(tmp_path / "lr=*.json"):
-        assert compare.main([name]) == 0 and cells_of(capsys)[2][0] == "fp32"
-    assert compare.main([str(tmp_path / "lr=2" / "results.json")]) == 2
-    assert "lr=2/results.json is not" in capsys.readouterr().err
-
-
-def test_differences_of_different_code(tmp_path, capsys):
-    runs = [run(fp32=row(0, {}), ptq=row(0, {})) for _ in range(2)]
-    for value in runs:
-        for i, each in enumerate(value["methods"].values()):
-            each["languages"] = packed([1, 1], [1, 0], [1, i])
-    first, second = write_runs(tmp_path, runs)
-    assert compare.main([first, f"new={second}", "--minus", "fp32"]) == 0
-    assert [line[0] for line in cells_of(capsys)[2:]] == ["ptq W2A8", "ptq W2A8 new"]
-
-
-def test_a_width_has_its_own_student_rate(tmp_path, capsys):
-    for bits, seed, lr in ((8, 0, 1e-5), (2, 0, 1e-3), (2, 1, 1e-4)):
-        value = run(seed, bits, ptq=row(90, {"de": 1.0, "sw": 2.0}))
-        value["config"]["student_lr"] = lr
-        (tmp_path / f"{bits}-{seed}.json").write_text(json.dumps(value))
-    assert compare.main([str(tmp_path / "*-0.json")]) == 0
-    assert compare.main([str(tmp_path / "*.json")]) == 2
-    error = capsys.readouterr().err
-    assert "differ in --student-lr" in error
-    assert "2-0.json" in error and "2-1.json" in error  # not the first file, which is of 8 bits
-
-
-def test_options_that_a_file_lacks(tmp_path, capsys):
-    """A removed option counts where both files have it; a newer one has its default."""
-    older, newer = run(ptq=row(50, {"de": 40.0})), run(1, ptq=row(50, {"de": 40.0}))
-    older["config"]["grid"] = "full"
-    newer["config"] |= {"noise": 0.5, "recipe": "sdq", "check_student": True}
-    assert compare.main(write_runs(tmp_path, [older, newer])) == 0
-    assert compare.main(write_runs(tmp_path, [newer, older])) == 0
-    capsys.readouterr()
-    for change in ({"grid": "portable"}, {"noise": 1.0}):
-        newer["config"] |= change
-        assert compare.main(write_runs(tmp_path, [older, newer])) == 2
-        assert f"differ in --{[*change][0]}" in capsys.readouterr().err
-        del newer["config"][[*change][0]]
+        assert table_of(tmp_path, capsys, [], name)[2][0] == "fp32"
+    assert "lr=2/results.json is not" in refusal(capsys, str(tmp_path / "lr=2" / "results.json"))
 
 
 # ------------------------------------------------------------------------------ tasks and losses
@@ -187,25 +129,15 @@ def test_table_over_tasks_and_seeds(tmp_path, capsys):
             base = {"fp32": full + up, "ptq": 50.0 + up, "qat": full - 10 + up}
             runs.append(made_up(task, seed, "logits", base | {"sdq": full - 5 + up}))
             runs.append(made_up(task, seed, "logits+map", {"sdq": full - 3 + up}))
-    assert compare.main(write_runs(tmp_path, runs)) == 0
-    lines = cells_of(capsys)
+    lines = table_of(tmp_path, capsys, runs)
     assert lines[0][2:] == ["sst2 (accuracy)", "rte (accuracy)", "mean", "recovered %", "MB"]
     rows = {line[0]: line[1:] for line in lines[2:]}
     assert list(rows) == ["fp32", "ptq W2A8", "qat W2A8", "logits W2A8", "logits+map W2A8"]
     assert rows["fp32"] == ["2", "91.00 ± 1.41", "71.00 ± 1.41", "81.00 ± 1.41", "-", "8.0"]
     # means of the tasks: fp32 80, ptq 50, logits 75: 25 of 30 points
     assert rows["logits W2A8"][4] == "83 ± 0" and rows["logits+map W2A8"][4] == "90 ± 0"
-    assert compare.main(write_runs(tmp_path, runs[:-1])) == 0  # rte's second seed of the last row
-    last = capsys.readouterr().out.splitlines()[-1].split("|")
-    assert last[1:3] == [" logits+map W2A8 ", " 1 to 2 "]
-
-
-def test_what_ptq_did_not_lose_is_not_recovered(tmp_path, capsys):
-    """At 8 bits, say: a difference of a few examples is no share of anything."""
-    for ptq in (70.0, 69.0, 71.0):
-        rows = {"fp32": 70.0, "ptq": ptq, "qat": 70.5, "sdq": 70.0}
-        assert compare.main(write_runs(tmp_path, [made_up("rte", 0, "logits", rows)])) == 0
-        assert "recovered" not in capsys.readouterr().out  # a column without a value is left out
+    last = table_of(tmp_path, capsys, runs[:-1])[-1]  # without rte's second seed
+    assert last[:2] == ["logits+map W2A8", "1 to 2"]
 
 
 @pytest.mark.parametrize(
@@ -219,105 +151,49 @@ def test_what_ptq_did_not_lose_is_not_recovered(tmp_path, capsys):
     ],
 )
 def test_recovered_is_a_ratio_of_means(ptq, qat, expected, tmp_path, capsys):
-    """Over all seeds: none is dropped where PTQ happens to lose little."""
+    """Over all seeds: none is dropped where PTQ happens to lose little. A column without a value is left out."""
     runs = [made_up("rte", seed, "logits", {"fp32": 70.0, "ptq": ptq[seed], "qat": qat[seed]}) for seed in range(2)]
     runs.append(made_up("rte", 2, "logits", {"qat": 10.0}))  # a seed that PTQ lacks
-    assert compare.main(write_runs(tmp_path, runs)) == 0
-    lines = cells_of(capsys)
+    lines = table_of(tmp_path, capsys, runs)
     assert "recovered %" in lines[0] if expected else "recovered %" not in lines[0]
     assert [line[3] for line in lines[2:]] == (["-", "-", expected] if expected else ["8.0"] * 3)
 
 
-def test_a_table_compares_like_with_like(tmp_path, capsys):
-    runs = [made_up("rte", 0, "logits", {"sdq": 1.0}), made_up("rte", 0, "logits", {"sdq": 2.0})]
-    assert compare.main(write_runs(tmp_path, runs)) == 2
-    assert "same seed" in capsys.readouterr().err
-    runs[1] = made_up("rte", 1, "logits", {"sdq": 2.0}, lr=2e-4)
-    assert compare.main(write_runs(tmp_path, runs)) == 2
-    assert "differ in --lr" in capsys.readouterr().err
-    runs[1] = made_up("sst2", 1, "logits", {"sdq": 2.0}, lr=2e-4)  # a task has its own recipe
-    assert compare.main(write_runs(tmp_path, runs)) == 0
-    for task in ("xnli", "atis"):
-        both = [runs[0], made_up(task, 0, "logits", {"sdq": 2.0})]
-        assert compare.main(write_runs(tmp_path, both)) == 2
-        assert "differ in --task" in capsys.readouterr().err
-
-
 def test_xglue_is_a_table_over_tasks(tmp_path, capsys):
     """The mean over all languages of a task, its worst one, and the mean over tasks."""
-    runs = []
-    for seed, plus in ((0, 0.0), (1, 2.0)):
-        for task, german in (("pos", 70.0), ("ner", 50.0), ("xnli", 60.0)):
-            made = made_up(task, seed, "logits+context", {"fp32": 90.0 + plus, "sdq": 80.0})
-            for row, less in zip(made["methods"].values(), (0.0, 10.0), strict=True):
-                metrics = {**row["languages"]["en"]}
-                row["languages"]["de"] = metrics | {TASKS[task].metrics[0]: german - less}
-            runs.append(made)
-    assert compare.main(write_runs(tmp_path, runs)) == 0
-    lines = cells_of(capsys)
+    runs = [
+        made_up(task, seed, "logits", {"fp32": {"en": 90 + up, "de": german}, "sdq": {"en": 80.0, "de": german - 10}})
+        for seed, up in ((0, 0.0), (1, 2.0))
+        for task, german in (("pos", 70.0), ("ner", 50.0), ("xnli", 60.0))
+    ]
+    lines = table_of(tmp_path, capsys, runs)
     titles = ["xnli (accuracy; worst)", "ner (f1; worst)", "pos (accuracy; worst)"]
     assert lines[0] == ["", "seeds", *titles, "mean", "MB"]
     expected = ["75.50 ± 0.71; de 60.00 ± 0.00", "70.50 ± 0.71; de 50.00 ± 0.00", "80.50 ± 0.71; de 70.00 ± 0.00"]
-    assert lines[2][:5] == ["fp32", "2", *expected] and lines[2][5] == "75.50 ± 0.71"
+    assert lines[2][:6] == ["fp32", "2", *expected, "75.50 ± 0.71"]
     assert lines[3][2] == "65.00 ± 0.00; de 50.00 ± 0.00"
-    assert compare.main(["--languages", *write_runs(tmp_path, runs)]) == 2
-    assert "differ in --task: leave out --languages" in capsys.readouterr().err
-    assert compare.main(write_runs(tmp_path, runs[:1])) == 0
-    assert cells_of(capsys)[0] == ["", "seeds", "en", "zero-shot", "worst", "MB"]
+    assert "differ in --task: leave out --languages" in refusal(capsys, "--languages", *write_runs(tmp_path, runs))
 
 
-def test_only_zero_shot_tasks_have_languages(tmp_path, capsys):
-    for task in ("stsb", "atis"):
-        paths = write_runs(tmp_path, [made_up(task, 0, "logits", {"fp32": 80.0})])
-        assert compare.main([paths[0], "--languages"]) == 2
-        assert "leave out --languages" in capsys.readouterr().err
+@pytest.mark.parametrize("option", [("--languages",), ("--minus", "fp32")])
+@pytest.mark.parametrize("task", ["stsb", "atis"])
+def test_only_zero_shot_tasks_have_languages(task, option, tmp_path, capsys):
+    paths = write_runs(tmp_path, [made_up(task, 0, "logits", {"fp32": 80.0})])
+    assert f"leave out {option[0]}" in refusal(capsys, *paths, *option)
 
 
-def test_losses_of_older_and_newer_files_are_rows(tmp_path, capsys):
-    """The weights of losses and the order of layers were options of their own."""
-    old = {"part_weights": ["map=30.0"]}, {"gamma": 0.5}
-    runs = [made_up("rte", 0, "logits+map", {"sdq": 1.0}, **more) for more in ({}, *old)]
-    runs.append(made_up("rte", 0, "logits+30*map", {"sdq": 1.0}))
-    assert compare.main(write_runs(tmp_path, runs)) == 0
-    assert {line[0] for line in cells_of(capsys)[2:]} == {
-        "logits+map W2A8",
-        "logits+map, map=30.0 W2A8",
-        "logits+map, gamma 0.5 W2A8",
-        "logits+30*map W2A8",
-    }
-    layerwise = [
-        made_up("xnli", 0, "layerwise", {"sdq": 1.0}, order="bottom-up"),
-        made_up("xnli", 0, "layerwise", {"sdq": 2.0}, order="together"),
-        made_up("xnli", 1, "layerwise-together", {"sdq": 4.0}),
+def test_losses_are_rows(tmp_path, capsys):
+    """In the order of their number and names, whatever their weights; one loss needs no name."""
+    losses = ("logits+30*score", "logits+map", "layerwise-together", "logits+0.5*map", "logits+map+score")
+    runs = [made_up("rte", 0, loss, {"sdq": 1.0}) for loss in losses]
+    assert [line[0].removesuffix(" W2A8") for line in table_of(tmp_path, capsys, runs)[2:]] == [
+        *("layerwise-together", "logits+0.5*map", "logits+map", "logits+30*score", "logits+map+score")
     ]
-    assert compare.main(write_runs(tmp_path, layerwise[:1])) == 0
-    assert cells_of(capsys)[2][:3] == ["sdq W2A8", "1", "1.00"]  # one loss needs no name
-    assert compare.main(write_runs(tmp_path, layerwise)) == 0
-    lines = cells_of(capsys)
-    assert lines[2][:3] == ["layerwise W2A8", "1", "1.00"]
-    assert lines[3][:3] == ["layerwise-together W2A8", "2", "3.00 ± 1.41"]
-
-
-@pytest.mark.parametrize(
-    ("distill", "weights", "label"),
-    [
-        ("logits+0*score", {}, "logits"),
-        ("logits+map", {"alpha": 0.0}, "map"),
-        ("logits+map", {"beta": 0.0}, "logits"),
-        ("2*logits+map", {"alpha": 0.0}, "2*logits+map"),  # its own weight
-        ("0*logits+0.5*map", {"beta": 0.0}, "0.5*map"),
-        ("layerwise", {"beta": 0.0}, "layerwise"),
-        ("0*logits", {}, "sdq"),
-        ("logits+loss_of_a_fork", {"beta": 0.0}, "logits+loss_of_a_fork"),  # weight unknown
-    ],
-)
-def test_losses_without_weight_are_not_named(distill, weights, label, tmp_path, capsys):
-    made = made_up("rte", 0, distill, {"fp32": 3.0, "qat": 2.0, "sdq": 1.0}, **weights)
-    assert compare.main(write_runs(tmp_path, [made])) == 0
-    assert [line[0] for line in cells_of(capsys)[2:]] == ["fp32", "qat W2A8", f"{label} W2A8"]
-    used = made_up("rte", 0, label, {"sdq": 1.0}, **weights)  # the same loss
-    assert compare.main(write_runs(tmp_path, [made, used])) == (0 if label == "sdq" else 2)
-    assert label == "sdq" or "have the same seed" in capsys.readouterr().err
+    assert table_of(tmp_path, capsys, [made_up("xnli", 0, "layerwise", {"sdq": 1.0})])[2][:3] == [
+        "sdq W2A8",
+        "1",
+        "1.00",
+    ]
 
 
 def test_scales_and_weights_are_rows(tmp_path, capsys):
@@ -328,75 +204,65 @@ def test_scales_and_weights_are_rows(tmp_path, capsys):
         for seed in (0, 1)
         for i, kind in enumerate(kinds)
     ]
-    assert compare.main(write_runs(tmp_path, runs)) == 0
-    lines = cells_of(capsys)
-    found = {line[0]: line[1:] for line in lines[2:]}
-    assert list(found) == [
-        "fp32",
-        *(f"{m} W2A8{k}" for k in ("", " lsq", " per tensor static") for m in ("ptq", "qat")),
-    ]
+    found = {line[0]: line[1:] for line in table_of(tmp_path, capsys, runs)[2:]}
+    names = [f"{m} W2A8{kind}" for kind in ("", " lsq", " per tensor static") for m in ("ptq", "qat")]
+    assert list(found) == ["fp32", *names]
     percents = [found[f"qat W2A8{kind}"][2] for kind in ("", " per tensor static", " lsq")]
     assert percents == ["50 ± 0", "75 ± 0", "83 ± 0"]
-    assert compare.main(write_runs(tmp_path, runs[1:2])) == 0
-    assert cells_of(capsys)[3][0] == "ptq W2A8"  # one setting needs no name
+    assert table_of(tmp_path, capsys, runs[1:2])[3][0] == "ptq W2A8"  # one setting needs no name
 
 
 def test_scales_of_other_libraries(tmp_path, capsys):
     """Peers have scales per channel: beside runs per tensor, both say so, and they recover nothing of that PTQ's loss."""
     rows = {"fp32": 90.0, "ptq": 80.0, "sdq": 85.0, "onnxruntime": 89.0}
-    paths = write_runs(tmp_path, [made_up("rte", 0, "logits", rows, per_tensor=True)])
-    assert compare.main(paths) == 0
-    found = {line[0]: line[3] for line in cells_of(capsys)[2:]}
+    lines = table_of(tmp_path, capsys, [made_up("rte", 0, "logits", rows, per_tensor=True)])
+    found = {line[0]: line[3] for line in lines[2:]}
     assert found == {"fp32": "-", "ptq W2A8 per tensor": "-", "logits W2A8 per tensor": "50", "onnxruntime W8A8": "-"}
-    assert compare.main(write_runs(tmp_path, [made_up("rte", 0, "logits", rows)])) == 0
-    assert [line[0] for line in cells_of(capsys)[3:]] == ["ptq W2A8", "logits W2A8", "onnxruntime W8A8"]
+    lines = table_of(tmp_path, capsys, [made_up("rte", 0, "logits", rows)])
+    assert [line[0] for line in lines[3:]] == ["ptq W2A8", "logits W2A8", "onnxruntime W8A8"]
 
 
-def packed(*rows):
-    return {
-        name: {"accuracy": 100 * sum(row) / len(row), "total": len(row), "correct_rows": compare_pack(row)}
-        for name, row in zip(("en", "de", "sw"), rows, strict=True)
-    }
-
-
-def compare_pack(row):
-    return np.packbits(row).tobytes().hex()
+# ---------------------------------------------------------------------------- paired differences
+def paired_runs(right):
+    """Runs with the rows that are predicted right: (seed, method, language, row)."""
+    runs = []
+    for seed, methods in enumerate(right):
+        runs.append(made_up("xnli", seed, "logits", {"fp32": {"en": 0, "de": 0, "sw": 0}, "ptq": {"en": 0}}))
+        for row, languages in zip(runs[-1]["methods"].values(), methods, strict=True):
+            row["languages"] = {
+                name: {
+                    "score": 100 * each.mean(),
+                    "total": each.size,
+                    "correct_rows": np.packbits(each).tobytes().hex(),
+                }
+                for name, each in zip(("en", "de", "sw"), languages, strict=True)
+            }
+    return runs
 
 
 def test_differences_are_paired_over_rows(tmp_path, capsys):
     """Against the differences by hand: 10 rows, seeds and languages averaged first."""
-    generator = np.random.default_rng(0)
-    right = generator.random((2, 2, 3, 10)) < 0.6  # (seed, method, language, row)
-    runs = []
-    for seed in (0, 1):
-        value = run(seed, fp32=row(0, {}), ptq=row(0, {}))
-        for i, name in enumerate(("fp32", "ptq")):
-            value["methods"][name]["languages"] = packed(*right[seed, i])
-        runs.append(value)
-    assert compare.main([*write_runs(tmp_path, runs), "--minus", "fp32"]) == 0
-    lines = cells_of(capsys)
+    right = np.random.default_rng(0).random((2, 2, 3, 10)) < 0.6
+    runs = paired_runs(right)
+    lines = table_of(tmp_path, capsys, runs, "--minus", "fp32")
     assert lines[0][0] == "minus fp32" and len(lines) == 3
     difference = right[:, 1].astype(float) - right[:, 0]  # (seed, language, row)
     for cell, values in zip(lines[2][2:4], (difference[:, 0], difference[:, 1:].mean(1)), strict=True):
         by_row = 100 * values.mean(0)
         assert cell == f"{by_row.mean():+.2f} ± {by_row.std(ddof=1) / 10**0.5:.2f}"
     assert lines[2][4] == " ".join(f"{100 * d:+.2f}" for d in difference[:, 1:].mean((1, 2)))
-    assert compare.main([*write_runs(tmp_path, [made_up("stsb", 0, "logits", {"sdq": 1.0})]), "--minus", "ptq"]) == 2
-    assert "leave out --minus" in capsys.readouterr().err
-    assert compare.main([*write_runs(tmp_path, runs), "--minus", "nonsense"]) == 2
-    assert "no row of nonsense" in capsys.readouterr().err
-    for change in ({"total": 9}, {"correct_rows": None}):
-        other = json.loads(json.dumps(runs))
-        found = other[0]["methods"]["ptq"]["languages"]["de"]
-        found |= change
-        if change.get("correct_rows", 1) is None:
-            del found["correct_rows"]
-        assert compare.main([*write_runs(tmp_path, other), "--minus", "fp32"]) == 2
-        assert "these files hold no such rows" in capsys.readouterr().err
-    runs[0]["methods"]["onnxruntime"] = runs[0]["methods"]["ptq"]
-    runs[0]["config"]["bits"] = 4
-    assert compare.main(write_runs(tmp_path, runs[:1])) == 0
-    assert [line[0] for line in cells_of(capsys)[2:]] == ["fp32", "ptq W4A8", "onnxruntime W8A8"]
+    first, second = write_runs(tmp_path, runs)
+    lines = table_of(tmp_path, capsys, [], first, f"new={second}", "--minus", "fp32")
+    assert [line[0] for line in lines[2:]] == ["ptq W2A8", "ptq W2A8 new"]
+    assert "no row of nonsense" in refusal(capsys, first, "--minus", "nonsense")
+
+
+@pytest.mark.parametrize("change", [{"total": 9}, {"correct_rows": None}])
+def test_rows_that_cannot_be_paired(change, tmp_path, capsys):
+    runs = paired_runs(np.ones((1, 2, 3, 10), dtype=bool))
+    evaluation = runs[0]["methods"]["ptq"]["languages"]["de"]
+    runs[0]["methods"]["ptq"]["languages"]["de"] = {k: v for k, v in (evaluation | change).items() if v is not None}
+    assert "these files hold no such rows" in refusal(capsys, *write_runs(tmp_path, runs), "--minus", "fp32")
 
 
 # ---------------------------------------------------------------------------------- joint tasks
@@ -406,17 +272,15 @@ def joint_runs(*options):
     for rank, bits, methods, *more in options:
         for seed in (0, 1):
             config = {"model": "scratch", "tt_rank": rank, "bits": bits, **dict(*more)}
-            made = made_up("atis", seed, "logits", dict.fromkeys(methods, 90.0 + seed), **config)
-            for name, each in made["methods"].items():
+            runs.append(made_up("atis", seed, "logits", dict.fromkeys(methods, 90.0 + seed), **config))
+            for name, each in runs[-1]["methods"].items():
                 each["size_bytes"] = 1e5 // (1 + rank) * (32 if name == "fp32" else bits)
-            runs.append(made)
     return runs
 
 
 def test_table_over_seeds_ranks_and_widths(tmp_path, capsys):
     runs = joint_runs((0, 8, ["fp32"]), (4, 8, ["fp32", "ptq"]), (4, 2, ["ptq"]))
-    assert compare.main(write_runs(tmp_path, runs)) == 0
-    lines = cells_of(capsys)
+    lines = table_of(tmp_path, capsys, runs)
     assert lines[0] == ["", "seeds", "kB", "smaller", *TASKS["atis"].columns]
     assert [line[0] for line in lines[2:]] == [
         "dense fp32", "TT rank 4 fp32", "TT rank 4 ptq W8A8", "TT rank 4 ptq W2A8",
@@ -428,17 +292,15 @@ def test_table_over_seeds_ranks_and_widths(tmp_path, capsys):
 
 def test_shapes_of_joint_models(tmp_path, capsys):
     """Tables of embeddings are told apart, and the teacher of a pretrained model is dense."""
-    runs = joint_runs(
-        (4, 8, ["fp32", "ptq"], {"model": "minilm"}), (4, 8, ["ptq"], {"model": "minilm", "tt_embedding_rank": 6})
-    )
-    assert compare.main(write_runs(tmp_path, runs)) == 0
-    assert [line[0] for line in cells_of(capsys)[2:]] == [
+    minilm = {"model": "minilm"}
+    runs = joint_runs((4, 8, ["fp32", "ptq"], minilm), (4, 8, ["ptq"], {**minilm, "tt_embedding_rank": 6}))
+    assert [line[0] for line in table_of(tmp_path, capsys, runs)[2:]] == [
         "dense fp32", "TT rank 4 ptq W8A8", "TT rank 4, embedding 6 ptq W8A8",
     ]  # fmt: skip
 
 
 def test_latency_stands_beside_its_backend(tmp_path, capsys):
-    (results,) = write_runs(tmp_path, joint_runs((4, 8, ["fp32", "ptq"], {"act_range": "static"}))[:1])
+    runs = joint_runs((4, 8, ["fp32", "ptq"], {"act_range": "static"}))[:1]
     measured = [
         {"name": name, "batch_size": size, "median_ms": 10 * size + i}
         for size in (1, 2)
@@ -447,25 +309,22 @@ def test_latency_stands_beside_its_backend(tmp_path, capsys):
     path = tmp_path / "tt.json"
     for rank, expected in ((4, ["12.0", "22.0"]), (5, ["-", "-"])):
         path.write_text(json.dumps({"shape": {"rank": rank}, "models": measured}))
-        command = [results, "--latency", str(path)]
-        assert compare.main(command) == 0
-        lines = cells_of(capsys)
+        lines = table_of(tmp_path, capsys, runs, "--latency", str(path))
         assert lines[0][-2:] == ["ms x 1", "ms x 2"] and lines[-1][0] == "TT rank 4 ptq W8A8"
         assert lines[-1][-2:] == expected
-    assert compare.main([command[0], "--latency", command[0]]) == 2
-    assert "is not a JSON of bench.py tt" in capsys.readouterr().err
+    (results,) = write_runs(tmp_path, runs)
+    assert "is not a JSON of bench.py tt" in refusal(capsys, results, "--latency", results)
 
 
 @pytest.mark.parametrize(
     ("options", "line"),
     [
         ("xnli-mini/*.json", ["sdq W2A8", "3", "68.04 ± 5.52", "44.85 ± 0.97", "tr 38.80 ± 4.24", "27 ± 4", "0.9"]),
-        ("--languages xnli-minilm/*.json", ["sdq W4A8", "67.1"]),
+        ("xnli-minilm/*.json --languages", ["sdq W4A8", "67.1"]),
         ("layerwise/*.json", ["layerwise-together W32A32", "3", "97.87 ± 0.13", "1.5"]),
     ],
 )
-def test_committed_results(options, line, capsys):
-    """Written before some options were removed (README's tables: test_readme.py)."""
-    words = options.split()
-    assert compare.main([*words[:-1], os.path.join(ROOT, "results", words[-1])]) == 0
-    assert cells_of(capsys)[-1] == line
+def test_committed_results(options, line, tmp_path, capsys):
+    """README's and the pages' tables: test_readme.py."""
+    file, *option = options.split()
+    assert table_of(tmp_path, capsys, [], os.path.join(ROOT, "results", file), *option)[-1] == line

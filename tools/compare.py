@@ -19,8 +19,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import fields
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -31,14 +30,13 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
 from config import METHODS, NOT_COMPARED, TrainConfig
 from data.metrics import spearman
 from data.tasks import TASKS, Task, find_task
-from kit.common import UserError, flag, markdown_table, status_of
-from kit.report import compared_score, recovered_percent, summarize_languages
+from kit.common import UserError, exit_status, flag, markdown_table
+from kit.report import compared_score, recovered_percent, worst_language
 
 PEERS = ("onnxruntime", "openvino")  # added by tools/peers.py
 METHOD_ORDER = (*METHODS, *PEERS)
 # Options that a table has rows for or averages over, and those that do not change the result.
-MAY_DIFFER = {"seed", "bits", "act_bits", "distill", "methods", "recipe"}
-MAY_DIFFER |= {"save_every", "name", *NOT_COMPARED}
+MAY_DIFFER = {"seed", "bits", "act_bits", "distill", "methods", "recipe", "name", *NOT_COMPARED}
 # Dense models and tensor trains learn at rates of their own, and where only the teacher was trained the options of
 # students have their defaults.
 MAY_DIFFER_JOINT = {"tt_rank", "tt_embedding_rank", "lr", "epochs", "weight_range", "act_range"}
@@ -65,66 +63,27 @@ def files_of(argument: str) -> list[tuple[str, str]]:
     return [(name, path) for path in sorted(glob.glob(pattern)) or [pattern]]
 
 
-def check_known(path: str, kind: str, name: str, known: Iterable[str]) -> None:
-    if name not in known:
-        raise UserError(f"{path}: unknown {kind} {name!r}; known: {' '.join(known)}")
-
-
 def read_runs(arguments: list[str]) -> list[dict]:
     """The results.json files of the command line.
 
     Adds to each run its "path" and its "task" (a row of TASKS), and to each method its "config" and "compared", the
-    score that methods are compared by. Scores and means are computed from the metrics.
+    score that methods are compared by. An option that a file lacks has its default.
     """
     runs = []
     for name, path in (file for each in arguments for file in files_of(each)):
         with valid_file(path, "a results.json of train.py"):
             with open(path, encoding="utf-8") as file:
                 run = json.load(file)
-            check_known(path, "task", run["config"]["task"], TASKS)
-            task = find_task(run["config"]["task"], run["config"].get("train_language"))
-            run["config"]["seed"], run["config"]["bits"], [*run["methods"]][0]  # must be there
-            run |= {"path": path, "task": task, "config": current_options(run["config"]) | {"name": name}}
+            config = vars(TrainConfig()) | run["config"] | {"name": name}
+            task = find_task(run["config"]["task"], config["train_language"])
+            run |= {"path": path, "task": task, "config": config}
             for method, row in run["methods"].items():
-                check_known(path, "method", method, METHOD_ORDER)
-                row["size_bytes"] + 0
-                for evaluation in row["languages"].values():
-                    scores = [evaluation[key] for key in (*task.metrics, *task.columns.values())]
-                    evaluation["score"] = statistics.fmean(scores[: len(task.metrics)])
-                row |= summarize_languages(row["languages"], task.train_language)
-                row |= {"config": run["config"], "compared": compared_score(row, task)}
+                row |= {"config": config, "compared": compared_score(row, task), "place": METHOD_ORDER.index(method)}
         runs.append(run)
     if len({run["task"].name for run in runs}) > 1:
         for row in (row for run in runs if run["task"].zero_shot for row in run["methods"].values()):
             row["compared"] = statistics.fmean(evaluation["score"] for evaluation in row["languages"].values())
     return runs
-
-
-TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str, "tuple": (list, tuple)}  # of options
-
-
-def current_options(config: dict) -> dict:
-    """An older config as today's options would write it: a newer option has its default, and --distill names the order
-    of layers and the weights of losses, which were options of their own. A loss of weight 0 is left out of it.
-    """
-    config = vars(TrainConfig()) | config
-    with suppress(ValueError):  # a loss that is not known here
-        weights = TrainConfig(**{name: config[name] for name in ("distill", "alpha", "beta")}).loss_weights
-        used = [part for part in config["distill"].split("+") if weights.get(part.rpartition("*")[2], 1)]
-        config["distill"] = "+".join(used)
-    order = config.pop("order", "bottom-up")
-    gamma, weights = config.pop("gamma", None), config.pop("part_weights", None)
-    if config["distill"] == "layerwise" and order != "bottom-up":
-        config["distill"] += f"-{order}"
-    if gamma is not None:
-        config["distill"] += f", gamma {gamma:g}"
-    if weights:
-        config["distill"] += f", {' '.join(weights)}"
-    for spec in fields(TrainConfig):
-        value, types = config[spec.name], [kind for name, kind in TYPES.items() if name in str(spec.type)]
-        if value is not None and not isinstance(value, tuple(types)):
-            raise TypeError(f"{spec.name} is {value!r}")
-    return config
 
 
 def check_comparable(runs: list[dict]) -> None:
@@ -133,26 +92,23 @@ def check_comparable(runs: list[dict]) -> None:
     Each task may have its own recipe, and each width its own --student-lr. An option that no longer exists is compared
     where both files have it.
     """
+    is_joint = any(run["task"].head == "joint" for run in runs)
+    may_differ = MAY_DIFFER | (MAY_DIFFER_JOINT if is_joint else {*VARIANTS})
+    width = ["bits", *([] if is_joint else VARIANTS)]  # what one --student-lr is for
+    shared = {"model", "eval_split"}  # by all tasks
+    if is_joint or len({run["task"].zero_shot for run in runs}) > 1:
+        shared.add("task")
     seen = {}
     for i, run in enumerate(runs):
-        config, before = run["config"], runs[:i]
-        same_task = [other for other in before if other["task"] == run["task"]]
-        is_joint = run["task"].head == "joint"
-        same = ["bits", *([] if is_joint else VARIANTS)]  # what one --student-lr is for
-        same_width = [other for other in same_task if all(other["config"][k] == config[k] for k in same)]
-        shared = {"model", "eval_split"}
-        mine, first = run["task"], runs[0]["task"]
-        if is_joint or first.head == "joint" or mine.zero_shot != first.zero_shot:
-            shared.add("task")
-        may_differ = MAY_DIFFER | (MAY_DIFFER_JOINT if is_joint else set(VARIANTS))
+        config = run["config"]
         for name in [name for name in config if name not in may_differ]:
-            others = same_width if name == "student_lr" else same_task
-            for other in (before if name in shared else others)[:1]:
+            same = [] if name in shared else ["task", *(width if name == "student_lr" else [])]
+            for other in [each for each in runs[:i] if all(each["config"][k] == config[k] for k in same)][:1]:
                 theirs = other["config"].get(name, config[name])
                 if (theirs or None) != (config[name] or None):  # None, 0 and False: off
                     what = f"differ in {flag(name)}: put them in separate tables"
                     raise UserError(f"{run['path']} and {other['path']} {what}")
-        key = tuple(config[name] for name in (*ROW, *same))
+        key = tuple(config[name] for name in (*ROW, *width))
         if key in seen:
             what = "have the same seed, width and rank: give one of them, or put a label before one, as in NAME="
             raise UserError(f"{run['path']} and {seen[key]} {what}{run['path']}")
@@ -188,19 +144,16 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
     for row, method in ((row, name) for run in runs for name, row in run["methods"].items()):
         config = row["config"]
         loss = config["distill"] if method == "sdq" else ""
+        losses = [part.rpartition("*")[2] for part in loss.split("+")]  # without their weights
         rank, embedding_rank = tt_rank(config, method), config["tt_embedding_rank"]
         shape = f"TT rank {rank}" if rank else "dense"
         if rank and embedding_rank:
             shape += f", embedding {embedding_rank}"
         width = "" if method == "fp32" else "W8A8" if method in PEERS else width_of(config, told)
         label = Label(shape if is_joint else "", method, loss if by_loss else "", width, config["name"])
-        place = (rank, embedding_rank, method != "fp32", -config["bits"], -config["act_bits"])
-        place += (
-            method in PEERS,
-            *(config[name] != getattr(TrainConfig, name) for name in VARIANTS),
-            config["weights"],
-        )
-        place += (METHOD_ORDER.index(method), loss.count("+"), loss, config["name"])
+        variants = [config[name] != getattr(TrainConfig, name) for name in VARIANTS]
+        place = (rank, embedding_rank, method != "fp32", -config["bits"], -config["act_bits"], method in PEERS)
+        place += (variants, config["weights"], row["place"], len(losses), losses, loss, config["name"])
         found.append((place, label, (config["task"], config["seed"]), row))
     groups: dict[Label, dict[tuple[str, int], dict]] = {}
     for _, label, key, row in sorted(found, key=lambda entry: entry[0]):
@@ -266,12 +219,13 @@ def score_cells(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[st
         mine = [row for (name, _), row in rows.items() if name == task.name]
         if task.zero_shot and len(tasks) > 1:
             cell = format_mean([row["compared"] for row in mine])
-            worst = worst_language(mine, "")
-            cells[f"{task.name} ({', '.join(task.metrics)}; worst)"] = f"{cell}; {worst}" if worst else "-"
+            cells[f"{task.name} ({', '.join(task.metrics)}; worst)"] = (
+                f"{cell}; {worst_cell(mine, '')}" if mine else "-"
+            )
         elif task.zero_shot:
             for title, key in ((task.train_language, "score"), ("zero-shot", "zero_shot_mean")):
                 cells[title] = format_mean(row[key] for row in mine if row[key] is not None)
-            cells["worst"] = worst_language(mine, task.train_language) or "-"
+            cells["worst"] = worst_cell(mine, task.train_language)
         else:
             title = f"{task.name} ({', '.join(task.metrics)})"
             cells[title] = format_mean([row["compared"] for row in mine])
@@ -280,12 +234,13 @@ def score_cells(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[st
     return cells
 
 
-def worst_language(rows: list[dict], train_language: str) -> str:
-    """The language with the lowest mean over seeds, and that mean; "" if there is no other than train_language."""
-    others = {name for row in rows for name in row["languages"]} - {train_language}
-    scores = {name: [row["languages"][name]["score"] for row in rows] for name in sorted(others)}
-    worst = min(scores, key=lambda name: statistics.fmean(scores[name]), default="")
-    return f"{worst} {format_mean(scores[worst])}" if worst else ""
+def worst_cell(rows: list[dict], train_language: str) -> str:
+    """The language with the lowest mean over seeds, and that mean; "-" if there is no other than train_language."""
+    others = sorted({name for row in rows for name in row["languages"]} - {train_language})
+    if not others:
+        return "-"
+    worst = worst_language(rows, others)
+    return f"{worst} {format_mean(row['languages'][worst]['score'] for row in rows)}"
 
 
 def mean_over_tasks(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[int, float]:
@@ -422,7 +377,7 @@ def compare(args: argparse.Namespace) -> str:
         if not task.zero_shot or (args.minus and not {task.train_language} < set(runs[0]["languages"])):
             others = f" beside {task.train_language}" if task.zero_shot else ""
             raise UserError(f"{task.name} has no languages{others}: leave out {name}")
-        if other := next((run["path"] for run in runs if run["task"] is not task), None):
+        if other := next((run["path"] for run in runs if run["task"].name != task.name), None):
             raise UserError(f"{other} and {runs[0]['path']} differ in --task: leave out {name}")
         return languages_table(runs) if args.languages else paired_table(runs, args.minus)
     if task.head == "joint":
@@ -439,7 +394,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--latency", metavar="JSON", help="joint tasks: add times from bench.py tt --json")
     args = parser.parse_args(argv)
-    return status_of(lambda: print(compare(args)))
+    return exit_status(lambda: print(compare(args)))
 
 
 if __name__ == "__main__":
