@@ -102,9 +102,9 @@ def literal_flags(program):
 
 
 def test_every_flag_that_is_named_exists():
-    parsers = "".join(module.build_parser().format_help() for module in (config, bench, plot))
-    known = {*re.findall(r"--[a-z-]+", parsers), *literal_flags("convert.py"), *literal_flags("tools/compare.py")}
-    known |= {"--resume", "--noise-rise", "--index-url", "--nproc-per-node"}
+    parsers = "".join(module.build_parser().format_help() for module in (config, plot))
+    known = {"--resume", "--noise-rise", "--index-url", "--nproc-per-node", *re.findall(r"--[a-z-]+", parsers)}
+    known |= set().union(*map(literal_flags, ("convert.py", "tools/compare.py", "bench.py", "predict.py")))
     for page, text in PAGES.items():
         if page != LOG:
             named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
@@ -126,7 +126,7 @@ def test_every_file_that_is_named_exists():
             assert anchor in anchors, (page, anchor)
 
 
-@pytest.mark.parametrize("name", [*bench.BENCHMARKS, "model-vnni", "rows-vnni", "tt-vnni"])
+@pytest.mark.parametrize("name", [*bench.BENCHMARKS, "model-vnni", "tt-vnni"])
 def test_benchmarks_come_from_the_committed_files(name):
     _, show, _ = bench.BENCHMARKS[name.removesuffix("-vnni")]
     assert show(committed(f"bench-{name}.json")) in PAGES["docs/benchmarks.md"]
