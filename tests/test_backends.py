@@ -48,8 +48,7 @@ def test_hugging_face_computes_the_same(tmp_path):
 
 def test_random_batches_look_like_training_data():
     args = bench.build_parser().parse_args("train --batch-size 6 --tokens 9 --vocab 50".split())
-    args.device = CPU
-    batches = backends.random_batches(args, labels=3, slots=5)
+    batches = backends.random_batches(args, CPU, labels=3, slots=5)
     assert len(batches) == 4 and not torch.equal(batches[0].ids, batches[1].ids)
     for batch in batches:
         assert batch.ids.shape == batch.mask.shape == batch.tags.shape == (6, 9)
@@ -58,7 +57,7 @@ def test_random_batches_look_like_training_data():
         tagged = batch.tags != -100
         assert torch.equal(tagged[:, 1:], batch.mask[:, 1:]) and not tagged[:, 0].any()
         assert int(batch.tags.max()) < 5
-    assert backends.random_batches(args, labels=3)[0].tags is None
+    assert backends.random_batches(args, CPU, labels=3)[0].tags is None
 
 
 # ---------------------------------------------------------------------------------- tensor trains

@@ -138,7 +138,7 @@ def random_sequences(rows: int, tokens: int, vocab_size: int) -> Tensor:
     return torch.randint(4, vocab_size - 1, (rows, tokens), generator=generator)
 
 
-def random_batches(args: Namespace, labels: int, slots: int = 0) -> list[Batch]:
+def random_batches(args: Namespace, device: torch.device, labels: int, slots: int = 0) -> list[Batch]:
     """Four training batches of similar lengths: some rows are a little shorter, so there is a mask.
 
     args: options of bench.py.  slots: how many tags there are; every token but the first gets one. 0: no tags.
@@ -154,7 +154,7 @@ def random_batches(args: Namespace, labels: int, slots: int = 0) -> list[Batch]:
             tags = torch.randint(slots, size).masked_fill(~mask, IGNORE)
             tags[:, 0] = IGNORE
         batch = Batch(ids, mask, classes, int(mask.sum()), tags)
-        batches.append(batch.to(args.device))
+        batches.append(batch.to(device))
     return batches
 
 

@@ -6,7 +6,7 @@
     python tools/plot.py out/*/results.json --recovery --out recovery.png  # --analyze: attention order by loss
     python tools/plot.py out/*/results.json --curves --out curves.png      # score on dev against step, by loss
     python tools/plot.py out/atis*/results.json --sweep --out sweep.png    # tensor trains: score against size
-    python tools/plot.py train.json --out steps.png           # bench.py train|rows|model|matmul|tt --json
+    python tools/plot.py train.json --out steps.png           # bench.py train|model|matmul|tt --json
 
 Means and standard deviations are over seeds.
 """
@@ -28,7 +28,7 @@ from data.tasks import TASKS, Task
 from kit.common import UserError, flag, status_of
 from tools.compare import VARIANTS, check_comparable, group_runs, read_runs, tt_rank, width_of
 
-GREEN, ORANGE, PURPLE, GRAY, BLUE = "#1b9e77", "#d95f02", "#7570b3", "#555555", "#4c72b0"
+GREEN, ORANGE, PURPLE, GRAY = "#1b9e77", "#d95f02", "#7570b3", "#555555"
 COLORS = {"fp32": GRAY, "ptq": ORANGE, "ptq-static": "#e6ab02", "qat": PURPLE, "sdq": GREEN}
 COLORS |= {"onnxruntime": "#8da0cb", "openvino": "#66a9d9"}
 LOSS_COLORS = (GREEN, "#e7298a", "#66a61e", "#1f78b4", "#e6ab02", "#a6761d", "#666666")
@@ -303,19 +303,15 @@ def draw_time(panel, place: int, row: dict, color: str, **looks) -> None:
 
 
 def draw_times(axes, result: dict) -> None:
-    """bench.py train and rows: a bar per row, with the ratio of its time to the first row's."""
+    """bench.py train: a bar per row, with the ratio of its time to the first row's."""
     for i, (name, row) in enumerate(result["rows"].items()):
-        color = COLORS.get(name.split(",")[0], BLUE if "int8" in name else GRAY)
-        draw_time(axes, i, row, color, capsize=4, height=0.6)
+        draw_time(axes, i, row, COLORS[name.split(",")[0]], capsize=4, height=0.6)
         text = f"  {name}  {row['ratio']:.2f}x the time"
         axes.text(0, i, text, va="center", color="white", weight="bold", fontsize=8)
     axes.set_yticks([])
     axes.invert_yaxis()
     shape = result["shape"]
-    if "rows" in shape:
-        axes.set(xlabel=f"ms for {shape['rows']:,} pairs of sentences")
-    else:
-        axes.set(xlabel=f"ms per training step of {shape['batch_size']} x {shape['tokens']} tokens")
+    axes.set(xlabel=f"ms per training step of {shape['batch_size']} x {shape['tokens']} tokens")
     axes.set_title(f"{shape['layers']} layers of {shape['hidden']}; {measured_on(result)}")
 
 
@@ -383,7 +379,6 @@ def draw_tt(axes, result: dict) -> None:
 
 BENCHMARKS = {  # name -> (how to draw it, panels, size in inches)
     "train": (draw_times, 1, (8, 2.6)),
-    "rows": (draw_times, 1, (8, 2.8)),
     "model": (draw_model, 1, (8, 4)),
     "matmul": (draw_matmul, 3, (8, 3.6)),
     "tt": (draw_tt, 2, (9, 3.6)),
