@@ -9,7 +9,7 @@ from conftest import DEVICES, random_ids
 from test_checkpoint import make_bert_student, make_student, make_train_student
 
 import int8
-from checkpoint import float_model, load_student, read_student, save_atomically, student_payload
+from checkpoint import float_model, read_student, save_atomically, student_payload
 from int8 import (
     KERNELS,
     FloatKernel,
@@ -24,7 +24,7 @@ from int8 import (
 )
 from kit.common import UserError
 from prepare import WEIGHTS
-from quant import ActQuantizer, QuantConfig
+from quant import ActQuantizer, Codes, QuantConfig
 from tools.backends import has_compiler
 from tt import TTConfig
 
@@ -52,9 +52,9 @@ def test_sums_against_int64(kernel, shape):
 @pytest.mark.parametrize("device", DEVICES)
 def test_activation_codes_are_the_students(device, values, bits, one_pass, monkeypatch):
     """To the bit: also of ties, of numbers beyond the range, and of a tensor that is a view."""
-    if one_pass and not int8.quantizes_in_one_pass():
+    if one_pass and not int8.rounds_in_one_pass():
         pytest.skip("this PyTorch has no operator for it")
-    monkeypatch.setattr(int8, "quantizes_in_one_pass", lambda: one_pass)
+    monkeypatch.setattr(int8, "rounds_in_one_pass", lambda: one_pass)
     quantizer = ActQuantizer(QuantConfig(act_bits=bits, **values)).to(device)
     x = 3 * torch.randn(7, 1000, device=device)
     if quantizer.static:
@@ -68,27 +68,6 @@ def test_activation_codes_are_the_students(device, values, bits, one_pass, monke
         assert torch.equal(found.scale, expected.scale) and torch.equal(found.zero_point, expected.zero_point)
 
 
-@pytest.mark.parametrize("kernel", KERNEL_NAMES)
-@pytest.mark.parametrize("sign", [-1, 1])
-def test_extremes_of_the_portable_grid(kernel, sign):
-    """The largest possible sums do not saturate, also on CPUs without VNNI."""
-    values = torch.full((20, 768), 255, dtype=torch.uint8)
-    weight = torch.full((16, 768), sign * 64, dtype=torch.int8)
-    found = KERNELS[kernel](weight)
-    expected = (255 - found.offset) * 64 * 768 * sign
-    assert (found.sums(values) == expected).all()
-
-
-def test_saturating_kernels_are_never_chosen():
-    assert is_exact("reference", 127) and is_exact("float", 127)
-    for largest in (64, 127):
-        chosen = choose_kernel("cpu", largest)
-        assert is_exact(chosen, largest)
-        weight, values = torch.full((8, 512), largest), torch.full((4, 512), 255, dtype=torch.uint8)
-        sums = KERNELS[chosen](weight.to(torch.int8)).sums(values)
-        assert (sums == 255 * largest * 512).all()
-
-
 class SaturatingKernel(FloatKernel):
     """A CPU without VNNI: pairs of products are added in 16 bits, which saturate."""
 
@@ -97,60 +76,81 @@ class SaturatingKernel(FloatKernel):
         return products.clamp(-32768, 32767).sum(-1)
 
 
-def test_a_saturating_kernel_is_detected(monkeypatch):
+def test_saturating_kernels_are_detected_and_never_chosen(monkeypatch):
+    """The largest sums of the portable grid saturate nowhere, those of the full grid on CPUs without VNNI."""
     monkeypatch.setitem(KERNELS, "saturating", SaturatingKernel)
     assert is_exact("saturating", 64) and not is_exact("saturating", 127)
+    values = torch.full((20, 768), 255, dtype=torch.uint8)
+    cases = [(kernel, 64) for kernel in KERNEL_NAMES] + [(choose_kernel("cpu", 127), 127)]
+    for kernel, largest in cases:
+        for weight in (largest, -largest):
+            found = KERNELS[kernel](torch.full((16, 768), weight, dtype=torch.int8))
+            assert (found.sums(values) == (255 - found.offset) * weight * 768).all()
 
 
-# ---------------------------------------------------------------------------- matrices, 2 to 8 bits
+# --------------------------------------------------------------------------------------- matrices
+STATIC, LEARNED = {"act_range": "static"}, {"act_range": "learned"}
+CONFIGS = [
+    {},
+    {"grid": "full"},
+    {"act_bits": 6},
+    {"per_channel": False, "per_token": False},
+    STATIC,
+    LEARNED,
+    {**STATIC, "act_bits": 5},
+    {"weight_bits": 4, "attention_bits": 8},
+    {"weight_bits": 4, "attention_bits": 8, **STATIC},
+    {"weight_bits": 4, "attention_bits": 8, "per_token": False, "act_bits": 4},
+    {"weight_bits": 4, "weight_range": "mse", **LEARNED, "attention_bits": 8},
+    {"weights": "ternary", "weight_bits": 2, "per_channel": False},
+    {"weights": "ternary", "weight_bits": 2, **LEARNED, "attention_bits": 4},
+    {"weights": "lsq", "weight_bits": 2, "weight_range": "lsq", "per_channel": False},
+    {"weights": "lsq", "grid": "full", "per_channel": False},
+    {"weights": "lsq", **LEARNED},
+]
+CONFIGS += [  # every row of WEIGHTS, also a new one
+    {"weights": name, "weight_bits": bits, "weight_range": weight_range}
+    for name, row in WEIGHTS.items()
+    for bits in sorted({row.bits[0], row.bits[-1]})
+    for weight_range in row.ranges
+]
+
+
+def through_file(model, config, tokenizer_bytes, tmp_path):
+    """The parts of a student, saved and read again."""
+    path = str(tmp_path / "student.pt")
+    save_atomically(student_payload(model, config, tokenizer_bytes), path)
+    return read_student(path)
+
+
+def logits_of(model, *inputs, **named):
+    """All logits of a model, without gradient."""
+    with torch.no_grad():
+        logits = model(*inputs, **named)[0]
+    return logits if isinstance(logits, tuple) else (logits,)
+
+
+def same_logits(found, expected):
+    """Whether they agree bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def saturates(kernel, grid):
     """Whether this CPU cannot use a kernel for a grid; choose_kernel takes another one then."""
     return kernel != "auto" and grid == "full" and not is_exact(kernel, 127)
 
 
-CONFIGS = [
-    {},
-    {"grid": "full"},
-    {"weight_bits": 4},
-    {"weight_bits": 2, "weight_range": "mse"},
-    {"act_bits": 6},
-    {"per_channel": False, "per_token": False},
-    {"act_range": "static"},
-    {"act_range": "static", "act_bits": 5, "observer": "mse"},
-]
-
-
-@pytest.mark.parametrize("kernel", ["auto", *KERNEL_NAMES])
-@pytest.mark.parametrize("values", CONFIGS, ids=str)
-def test_integer_logits_equal_the_students(kernel, values, tiny_config, tokenizer_bytes, tmp_path):
-    if saturates(kernel, values.get("grid")):
-        pytest.skip("this CPU saturates full-range products")
-    model, config = make_student(tiny_config, **values)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)  # as far from the random start as trained weights are
-    ids, mask = random_ids([9, 5, 1], tiny_config.vocab_size)
-    expected, _ = model(ids, mask)
-    path = str(tmp_path / "student.pt")
-    save_atomically(student_payload(model, config, tokenizer_bytes), path)
-    for found in (to_integer(model, config, kernel=kernel), integer_model(read_student(path), "cpu", kernel)):
-        logits, taps = found(ids, mask, ("context", "hidden"))
-        assert torch.equal(logits, expected)  # bit for bit
-        assert len(taps["context"]) == tiny_config.num_layers
-        one, _ = found(ids[:1, :1])  # a single token
-        torch.testing.assert_close(one, model(ids[:1, :1])[0], atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize("kernel", ["auto", "reference"])
-@pytest.mark.parametrize("values", [{}, {"per_token": False}, {"act_range": "static"}], ids=str)
-def test_feed_forward_in_pieces(values, kernel, tiny_config, monkeypatch):
+@pytest.mark.parametrize("make", [make_student, make_train_student])
+@pytest.mark.parametrize("values", [{}, {"per_token": False}, STATIC], ids=str)
+def test_feed_forward_in_pieces(values, make, tiny_config, monkeypatch):
     """Per-token ranges allow computing many tokens in pieces, with the same bits."""
     monkeypatch.setattr("int8.IntFeedForward.PIECE", 8)
-    model, config = make_student(tiny_config, **values)
-    ids, mask = random_ids([9, 5, 1], tiny_config.vocab_size)
-    found = to_integer(model, config, kernel=kernel)
-    assert found.encoder.layers[0].ffn.in_pieces == (values == {})
-    assert torch.equal(found(ids, mask)[0], model(ids, mask)[0])
+    model, config = make(tiny_config, **values)
+    batch = random_ids([9, 5, 1], tiny_config.vocab_size)
+    for kernel in ("auto", "reference"):
+        found = to_integer(model, config, kernel=kernel)
+        assert found.encoder.layers[0].ffn.in_pieces == (values == {})
+        assert same_logits(logits_of(found, *batch), logits_of(model, *batch))
 
 
 @pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no C++ compiler: compiled() is not tested")
@@ -178,46 +178,33 @@ def test_integer_model_holds_integers(tiny_config):
     assert kept == sum(p.numel() for m in floats for p in m.parameters()) + norms
 
 
-@pytest.mark.parametrize("values", [{"weight_bits": 32}, {"act_bits": 32}])
-def test_float_weights_or_activations_have_no_integer_model(values, tiny_config):
-    model, config = make_student(tiny_config, **values)
-    with pytest.raises(UserError, match="quantized weights and activations"):
-        to_integer(model, config)
+@pytest.mark.parametrize("make", [make_student, make_train_student])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"weight_bits": 32}, "quantized weights and activations"),
+        ({"act_bits": 32}, "quantized weights and activations"),
+        ({"keep": ("head", "encoder.layers.0")}, "every Linear layer of the encoder"),
+    ],
+)
+def test_students_that_have_no_integer_model(values, message, make, tiny_config, tokenizer_bytes, tmp_path):
+    """They can be saved and used as they were trained."""
+    model, config = make(tiny_config, **values)
+    read, batch = through_file(model, config, tokenizer_bytes, tmp_path), random_ids([9, 4], tiny_config.vocab_size)
+    assert same_logits(logits_of(float_model(read), *batch), logits_of(model, *batch))
+    with pytest.raises(UserError, match=message):
+        integer_model(read, "cpu")
 
 
-def test_kept_layers_have_no_integer_model(tiny_config, tokenizer_bytes, tmp_path):
-    model, config = make_student(tiny_config, keep=("head", "encoder.layers.0"))
-    path = str(tmp_path / "student.pt")
-    save_atomically(student_payload(model, config, tokenizer_bytes), path)
-    ids, mask = random_ids([9, 4], tiny_config.vocab_size)
-    assert torch.equal(model(ids, mask)[0], load_student(path)[0](ids, mask)[0])
-    with pytest.raises(UserError, match="every Linear layer of the encoder"):
-        integer_model(read_student(path), "cpu")
-
-
-# ----------------------------------------- few bits, learned ranges and quantized attention products
-LEARNED_RANGE = {"act_range": "learned"}
-LOW_BITS = [
-    {"weights": "ternary", "weight_bits": 2, "per_channel": False},
-    {"weights": "ternary", "weight_bits": 2, "attention_bits": 8},
-    {"weights": "ternary", "weight_bits": 2, **LEARNED_RANGE, "attention_bits": 4},
-    {"weights": "lsq", "weight_bits": 2, "weight_range": "lsq", "per_channel": False},
-    {"weights": "lsq", "weight_bits": 4, "weight_range": "mse", "attention_bits": 8},
-    {"weights": "lsq", "weight_bits": 8, "grid": "full", "per_channel": False},
-    {"weights": "lsq", "weight_bits": 8, **LEARNED_RANGE},
-    {"weight_bits": 4, "attention_bits": 8},
-    {"weight_bits": 4, "attention_bits": 8, "act_range": "static"},
-    {"weight_bits": 4, "attention_bits": 8, "per_token": False, "act_bits": 4},
-    {**LEARNED_RANGE},
-    {**LEARNED_RANGE, "act_bits": 5, "observer": "mse", "attention_bits": 8},
-    {"weight_bits": 4, "weight_range": "mse", **LEARNED_RANGE},
-]
-LOW_BITS += [  # every row of WEIGHTS, also a new one
-    {"weights": name, "weight_bits": bits, "weight_range": weight_range}
-    for name, row in WEIGHTS.items()
-    for bits in sorted({row.bits[0], row.bits[-1]})
-    for weight_range in row.ranges
-]
+def test_integer_model_shares_no_tensor_with_the_student(tiny_config):
+    model, config = make_student(tiny_config, **STATIC)
+    found = to_integer(model, config)
+    batch = random_ids([9, 4], tiny_config.vocab_size)
+    expected = logits_of(found, *batch)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    assert same_logits(logits_of(found, *batch), expected)
 
 
 def bert_inputs(vocab):
@@ -227,32 +214,29 @@ def bert_inputs(vocab):
     return {"ids": ids * mask, "mask": mask, "types": types.long()}
 
 
-@pytest.mark.parametrize("values", LOW_BITS, ids=str)
-def test_few_bits_give_the_same_logits(values, tiny_config, tokenizer_bytes, tmp_path):
-    """The student, the student loaded from its file and the integer models of both agree bit for bit
-    with every kernel. The model is a BERT with two token types.
+@pytest.mark.parametrize("values", CONFIGS, ids=str)
+def test_integer_logits_equal_the_students(values, tiny_config, tokenizer_bytes, tmp_path):
+    """The student, the student loaded from its file and the integer models of both agree bit for bit with every kernel.
+    The model is a BERT with two token types.
     """
     model, config = make_bert_student(tiny_config, **values)
     batch = bert_inputs(tiny_config.vocab_size)
-    path = str(tmp_path / "student.pt")
-    save_atomically(student_payload(model, config, tokenizer_bytes), path)
-    with torch.no_grad():
-        expected = model(**batch)[0]
-        again, tokenizer = load_student(path)
-        assert again.config == model.config and tokenizer.bytes == tokenizer_bytes
-        assert torch.equal(again(**batch)[0], expected)
-    assert expected.isfinite().all() and expected.std() > 1e-2
-    assert (model(batch["ids"], batch["mask"])[0] - expected).abs().max() > 1e-3  # types matter
-    read = read_student(path)
-    assert read.quant == config
-    assert torch.equal(to_integer(model, config)(**batch)[0], expected)
+    expected = logits_of(model, **batch)
+    assert expected[0].isfinite().all() and expected[0].std() > 1e-2
+    assert (logits_of(model, batch["ids"], batch["mask"])[0] - expected[0]).abs().max() > 1e-3  # types matter
+    read = through_file(model, config, tokenizer_bytes, tmp_path)
+    assert read.config == model.config and read.quant == config
+    assert same_logits(logits_of(float_model(read), **batch), expected)
+    assert same_logits(logits_of(to_integer(model, config), **batch), expected)
+    one = {name: tensor[:1, :1] for name, tensor in batch.items()}  # a single token
     for kernel in ["auto", *KERNEL_NAMES]:
         if saturates(kernel, config.grid):
             continue
         found = integer_model(read, kernel=kernel)
-        logits, taps = found(**batch, capture=("context", "hidden"))
-        assert torch.equal(logits, expected), kernel
-        assert len(taps["context"]) == tiny_config.num_layers
+        assert same_logits(logits_of(found, **batch), expected), kernel
+        torch.testing.assert_close(logits_of(found, **one), logits_of(model, **one), atol=1e-4, rtol=1e-3)
+    taps = found(**batch, capture=("context", "hidden"))[1]
+    assert len(taps["context"]) == tiny_config.num_layers
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: kernels ran on CPU only")
@@ -266,65 +250,37 @@ def test_integer_logits_on_cuda(values, tiny_config):
 
 
 # ----------------------------------------------------------------------------------- tensor trains
-RANGES = [{}, {"per_channel": False, "per_token": False}, {"act_range": "static"}]
+RANGES = [{}, {"per_channel": False, "per_token": False}, STATIC]
 TRAIN_CONFIGS = [{"weight_bits": bits, **ranges} for bits in (8, 4, 2) for ranges in RANGES]
 TRAIN_CONFIGS += [
-    {"grid": "full", "act_range": "static"},
-    {"act_range": "static", "act_bits": 6, "observer": "mse"},
+    {"grid": "full", **STATIC},
+    {**STATIC, "act_bits": 6},
     {"weight_range": "mse", "weight_bits": 2, "keep": ("encoder.embeddings",)},
 ]
 
 
-def same_logits(found, expected):
-    """Whether both logits of a joint head agree bit for bit."""
-    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
 @pytest.mark.parametrize("values", TRAIN_CONFIGS, ids=str)
 def test_tensor_trains_give_the_same_logits(values, tiny_config, tokenizer_bytes, tmp_path, monkeypatch):
-    """The student, the student loaded from its file and the integer models agree bit for bit with every
-    kernel.
-    """
+    """The student, the student loaded from its file and the integer models agree bit for bit with every kernel."""
     model, config = make_train_student(tiny_config, **values)
-    ids, mask = random_ids([9, 5, 1], tiny_config.vocab_size)
-    with torch.no_grad():
-        expected, _ = model(ids, mask)
-        single, _ = model(ids[:1, :1])
-    path = str(tmp_path / "student.pt")
-    payload = student_payload(model, config, tokenizer_bytes, task="atis")
-    save_atomically(payload, path)
-    read = read_student(path)
-    assert read.config == model.config and read.quant == config
-    again = float_model(read)
-    with torch.no_grad():
-        assert same_logits(again(ids, mask)[0], expected)
+    batch = random_ids([9, 5, 1], tiny_config.vocab_size)
+    expected, single = logits_of(model, *batch), logits_of(model, batch[0][:1, :1])
     assert expected[0].shape == (3, 3) and expected[1].shape == (3, 9, 5)
     assert all(logits.std() > 1e-4 for logits in expected)
-    monkeypatch.setattr("checkpoint.float_model", lambda read: copy.deepcopy(again))  # build it once
-    assert same_logits(integer_model(read)(ids, mask)[0], expected)  # with the kernel that it chooses, and few tokens
-    monkeypatch.setattr("int8.IntTTLinear.FEW", 0)
-    for kernel in KERNEL_NAMES:
+    read = through_file(model, config, tokenizer_bytes, tmp_path)
+    assert read.config == model.config and read.quant == config
+    again = float_model(read)
+    assert same_logits(logits_of(again, *batch), expected)
+    monkeypatch.setattr("int8.float_model", lambda read: copy.deepcopy(again))  # build it once
+    assert same_logits(logits_of(integer_model(read), *batch), expected)  # with the kernel that it chooses, few tokens
+    monkeypatch.setattr("int8.IntLinear.FEW", 0)
+    for kernel in ["auto", *KERNEL_NAMES]:
         if saturates(kernel, config.grid):
             continue
         found = integer_model(read, kernel=kernel)
-        logits, taps = found(ids, mask, ("context", "hidden"))
-        assert same_logits(logits, expected), kernel
-        assert len(taps["context"]) == 1
-    assert same_logits(integer_model(read)(ids, mask)[0], expected)  # with the kernel that it chooses
-    for one, other in zip(found(ids[:1, :1])[0], single, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize("values", [{"weight_bits": 32}, {"act_bits": 32}], ids=str)
-def test_float_tensor_trains_have_no_integer_model(values, tiny_config, tokenizer_bytes, tmp_path):
-    model, config = make_train_student(tiny_config, **values)
-    path = str(tmp_path / "student.pt")
-    save_atomically(student_payload(model, config, tokenizer_bytes), path)
-    ids, mask = random_ids([9, 4], tiny_config.vocab_size)
-    with torch.no_grad():
-        assert same_logits(load_student(path)[0](ids, mask)[0], model(ids, mask)[0])
-    with pytest.raises(UserError, match="quantized weights and activations"):
-        integer_model(read_student(path), "cpu")
+        assert same_logits(logits_of(found, *batch), expected), kernel
+        torch.testing.assert_close(logits_of(found, batch[0][:1, :1]), single, atol=1e-4, rtol=1e-3)
+    assert len(found(*batch, ("context",))[1]["context"]) == 1
 
 
 def test_integer_model_of_tensor_trains_holds_integers(tiny_config):
@@ -362,53 +318,25 @@ def test_query_key_and_value_share_one_quantized_input(tiny_config, monkeypatch)
     assert rounded[0] is found.encoder.layers[0].attention.query.act_quantizer
 
 
-@pytest.mark.parametrize("values", [{}, {"act_range": "static"}], ids=str)
-def test_static_tensor_trains_stay_in_8_bits(values, tiny_config, monkeypatch):
-    monkeypatch.setattr("int8.IntTTLinear.FEW", 0)
-    model, config = make_train_student(tiny_config, **values)
-    found = to_integer(model, config, kernel="onednn")
-    ids, mask = random_ids([9, 5], tiny_config.vocab_size)
-    x = model(ids, mask, ("hidden",))[1]["hidden"][0]
-    layer = found.encoder.layers[0]
-    inner = layer.ffn.up.middle(x)
-    if values:
-        assert inner.values.dtype == torch.uint8 and layer.ffn.expand(x).values.dtype == torch.uint8
-    else:
-        assert inner.dtype == torch.float32 and layer.ffn.expand(x).dtype == torch.float32
-
-
-@pytest.mark.parametrize("values", [{}, {"per_token": False}], ids=str)
-def test_feed_forward_of_tensor_trains_in_pieces(values, tiny_config, monkeypatch):
-    monkeypatch.setattr("int8.IntFeedForward.PIECE", 8)
-    model, config = make_train_student(tiny_config, **values)
-    ids, mask = random_ids([9, 5, 1], tiny_config.vocab_size)
-    found = to_integer(model, config)
-    assert found.encoder.layers[0].ffn.in_pieces == (values == {})
-    assert same_logits(found(ids, mask)[0], model(ids, mask)[0])
+def test_static_tensor_trains_stay_in_8_bits(tiny_config, monkeypatch):
+    monkeypatch.setattr("int8.IntLinear.FEW", 0)
+    for values in ({}, STATIC):
+        model, config = make_train_student(tiny_config, **values)
+        ffn = to_integer(model, config, kernel="onednn").encoder.layers[0].ffn
+        inner = ffn.expand(torch.randn(2, 9, 32))
+        assert isinstance(inner, Codes) == (ffn.up.inner is not None) == bool(values)
+        assert (inner.values if values else inner).dtype == (torch.uint8 if values else torch.float32)
 
 
 @pytest.mark.parametrize("kept", ["head", "encoder.layers.0", "encoder.embeddings"])
 def test_dense_layers_beside_tensor_trains(kept, tiny_config, tokenizer_bytes, tmp_path):
     """What TTConfig.keep names stays dense, and is quantized like all other layers."""
-    trains = TTConfig(4, 5, modes=3, keep=(kept,))
-    model, config = make_train_student(tiny_config, trains, weight_bits=4)
-    path = str(tmp_path / "student.pt")
-    save_atomically(student_payload(model, config, tokenizer_bytes), path)
-    ids, mask = random_ids([9, 5], tiny_config.vocab_size)
-    expected = model(ids, mask)[0]
-    read = read_student(path)
+    model, config = make_train_student(tiny_config, TTConfig(4, 5, modes=3, keep=(kept,)), weight_bits=4)
+    read, batch = through_file(model, config, tokenizer_bytes, tmp_path), random_ids([9, 5], tiny_config.vocab_size)
     assert read.config.tt.keep == (kept,)
-    assert same_logits(float_model(read)(ids, mask)[0], expected)
     found = integer_model(read)
-    assert same_logits(found(ids, mask)[0], expected)
+    for each in (found, float_model(read)):
+        assert same_logits(logits_of(each, *batch), logits_of(model, *batch))
     up, dense = found.encoder.layers[0].ffn.up, found.head.dense
     assert type(up) is (IntLinear if kept == "encoder.layers.0" else IntTTLinear)
     assert type(dense) is (IntLinear if kept == "head" else IntTTLinear)
-
-
-@pytest.mark.parametrize("keep", ["encoder.layers.0.ffn", "encoder.layers", "encoder"])
-def test_kept_tensor_trains_have_no_integer_model(keep, tiny_config):
-    model, config = make_train_student(tiny_config, keep=("head", keep))
-    model(*random_ids([9, 4], tiny_config.vocab_size))
-    with pytest.raises(UserError, match="every Linear layer of the encoder"):
-        to_integer(model, config)
