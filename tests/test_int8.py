@@ -13,7 +13,6 @@ from checkpoint import float_model, read_student, save_atomically, student_paylo
 from int8 import (
     KERNELS,
     FloatKernel,
-    IntAttention,
     IntLinear,
     IntTTLinear,
     MergedTable,
@@ -287,18 +286,13 @@ def test_integer_model_of_tensor_trains_holds_integers(tiny_config):
     model, config = make_train_student(tiny_config)
     found = to_integer(model, config, kernel="reference")
     assert not any("cores" in name for name, _ in found.named_parameters())
-    assert isinstance(found.encoder.layers[0].attention, IntAttention)
-    up = found.encoder.layers[0].ffn.up
-    assert isinstance(up, IntTTLinear)
+    up, words = found.encoder.layers[0].ffn.up, found.encoder.embeddings.word
     assert up.A.kernel.weight.shape == (4, 32) and up.B.kernel.weight.shape == (64, 4)
     for half in (up.A, up.B):
         assert torch.equal(half.kernel.weight, half.kernel.weight.round())
         assert half.kernel.weight.abs().amax(dim=1).eq(64).all()  # one 8-bit scale per row
-    assert isinstance(found.head.dense, IntTTLinear)
-    assert isinstance(found.head.intent.out_proj, IntLinear)
-    words = found.encoder.embeddings.word
-    assert isinstance(words, MergedTable)
-    assert isinstance(found.encoder.embeddings.position, MergedTable)
+    assert type(found.head.dense) is IntTTLinear and type(found.head.intent.out_proj) is IntLinear
+    assert type(words) is type(found.encoder.embeddings.position) is MergedTable
     assert words.left.shape == (8, 2, 5) and words.right.shape == (56, 5, 16)
     every = torch.arange(tiny_config.vocab_size)
     assert torch.equal(words(every), model.encoder.embeddings.word(every))

@@ -346,18 +346,6 @@ def test_ternary_weights_are_close_to_the_least_error(kind):
     assert error < (0.35 if kind == "gaussian" else 0.75) * min_max_error
 
 
-def test_least_error_by_all_codes():
-    """The reference above against each of the 3^6 codes."""
-    values = torch.randn(6, dtype=torch.float64).tolist()
-    errors = []
-    for index in range(3**6):
-        codes = [index // 3**k % 3 - 1 for k in range(6)]
-        if any(codes):
-            alpha = sum(c * v for c, v in zip(codes, values, strict=True)) / sum(map(abs, codes))
-            errors.append(squared_error(values, alpha, codes))
-    assert least_error(values) == pytest.approx(min(errors), rel=1e-9)
-
-
 # ------------------------------------------------------------------------------------------ a layer
 
 

