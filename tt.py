@@ -65,6 +65,8 @@ class TTConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ValueError(f"{name}={value!r}: choose {least} to {most}")
+        if not all(isinstance(name, str) for name in self.keep):
+            raise ValueError(f"keep={self.keep}: give names of modules")
 
 
 # --------------------------------------------------------------------------------- modes and ranks

@@ -241,37 +241,28 @@ def test_logits_of_a_regression():
 # ------------------------------------------------------------------------------ losses of a layer
 @pytest.mark.parametrize("heads", [None, 4])
 def test_vector_loss_by_brute_force(heads):
-    B, T, D = 3, 7, 5
-    shape = (B, T, D) if heads is None else (B, heads, T, D)
+    shape = (3, 6, 5) if heads is None else (3, heads, 6, 5)
     student, teacher = torch.randn(shape), torch.randn(shape)
-    lengths = [7, 4, 1]
-    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
     squares = []
-    for b, length in enumerate(lengths):
+    for b, length in enumerate(LENGTHS):
         for t in range(length):
             difference = student[b][..., t, :].double() - teacher[b][..., t, :].double()
             squares += (difference**2).flatten().tolist()
-    expected = sum(squares) / len(squares)
-    assert vector_loss(student, teacher, mask).item() == pytest.approx(expected, rel=1e-5)
+    assert vector_loss(student, teacher, MASK).item() == pytest.approx(sum(squares) / len(squares), rel=1e-5)
+
+
+# (sequence, head, query, key) of all real pairs
+PLACES = [(b, h, i, k) for b, n in enumerate(LENGTHS) for h in range(2) for i in range(n) for k in range(n)]
 
 
 def test_score_loss_by_brute_force():
     student, teacher = (random_taps(seed, MASK)["score"][0] for seed in (1, 2))
-    squares = []
-    for b, length in enumerate(LENGTHS):
-        for h in range(2):
-            for query in range(length):
-                for key in range(length):
-                    difference = student[b, h, query, key] - teacher[b, h, query, key]
-                    squares.append(float(difference) ** 2)
+    squares = [float(student[place] - teacher[place]) ** 2 for place in PLACES]
     expected = sum(squares) / len(squares)
     assert score_loss(student, teacher, MASK).item() == pytest.approx(expected, rel=1e-5)
     # single sequences, weighted by their pairs; no mask means that all are real
-    alone = [
-        score_loss(student[b : b + 1, :, :n, :n], teacher[b : b + 1, :, :n, :n], None).item()
-        for b, n in enumerate(LENGTHS)
-    ]
-    weighted = sum(n * n * x for n, x in zip(LENGTHS, alone, strict=True))
+    alone = [score_loss(*(x[b : b + 1, :, :n, :n] for x in (student, teacher)), None) for b, n in enumerate(LENGTHS)]
+    weighted = sum(n * n * x.item() for n, x in zip(LENGTHS, alone, strict=True))
     assert weighted / sum(n * n for n in LENGTHS) == pytest.approx(expected, rel=1e-5)
 
 
@@ -292,16 +283,9 @@ def test_a_constant_in_a_row_changes_the_score_loss_but_not_the_map_loss():
 def test_map_loss_by_brute_force():
     student, teacher = (random_taps(seed, MASK)["score"][0] for seed in (1, 2))
     student[0, 0, 0] = 60 * torch.eye(6)[0]  # a query that attends to one key only
-    maps = [scores.double().softmax(dim=-1) for scores in (student, teacher)]
-    total = 0.0
-    for b, length in enumerate(LENGTHS):
-        for h in range(2):
-            for query in range(length):
-                for key in range(length):
-                    q, p = (float(each[b, h, query, key]) for each in maps)
-                    total += p * math.log(p / q)
-    expected = total / (TOKENS * 2)
-    assert map_loss(student, teacher, MASK).item() == pytest.approx(expected, rel=1e-5)
+    q, p = (scores.double().softmax(dim=-1) for scores in (student, teacher))
+    total = sum(float(p[place]) * math.log(float(p[place]) / float(q[place])) for place in PLACES)
+    assert map_loss(student, teacher, MASK).item() == pytest.approx(total / (TOKENS * 2), rel=1e-5)
 
 
 def test_map_loss_has_a_gradient_at_a_key_that_the_student_misses():
