@@ -203,7 +203,7 @@ def training_step(
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = 1e-5
-        terms = train.sdq_loss(model.train(), teacher, next(order), config, step=0)
+        terms = train.sdq_loss(model.train(), teacher, next(order), config)
         sum(terms.values()).backward()
         norm = train.clip_gradients(model, train.CLIP_NORM)
         torch.stack([value.detach() for value in (*terms.values(), norm)]).tolist()  # for the log and the check
@@ -398,9 +398,10 @@ def run_benchmark(args: Namespace) -> None:
         write_json(args.json, result)
 
 
-def main(argv: list[str] | None = None) -> int:
+@exit_status()
+def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    return exit_status(lambda: run_benchmark(args))
+    run_benchmark(args)
 
 
 if __name__ == "__main__":
