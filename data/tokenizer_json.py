@@ -1,4 +1,7 @@
-"""tokenizer.json, the one file that Hugging Face's libraries write today, and the tokenizers of data/tokenizer.py.
+"""The tokenizer of a Hugging Face folder -> one of data/tokenizer.py; and back, a SentencePiece model -> tokenizer.json.
+
+A folder holds sentencepiece.bpe.model, as XLM-R, or vocab.txt, as BERT, with tokenizer_config.json if the model is cased;
+or tokenizer.json, the one file that Hugging Face's libraries write today, which has three kinds:
 
     Unigram      pieces, scores and a table of characters <-> the bytes of a SentencePiece model, as XLM-R has it
     BPE          pieces, merges and a table of characters <-> the same, as the built-in model has it
@@ -16,7 +19,10 @@ the defaults of all others are XLM-R's:
 import base64
 import io
 import json
+import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -30,21 +36,88 @@ SPLITS = (AT_SPACES, {"type": "WhitespaceSplit"})  # XLM-R's: also at U+0085, wh
 BYTES, FLOAT = 2, 5  # types of protocol buffer fields
 
 
+# ------------------------------------------------------------------------------- files of a folder
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Raises UserError for whatever a damaged file leads its reader to."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError):
+        raise UserError(f"{path} is damaged, or no such file of Hugging Face's libraries") from None
+
+
+def read_json(path: str, kind: type = dict) -> dict | list:
+    """The object (or the list) in a JSON file; an empty one if there is no such file."""
+    if not os.path.isfile(path):
+        return kind()
+    with reading(path), open(path, encoding="utf-8-sig") as file:
+        settings = json.load(file)
+        if not isinstance(settings, kind):
+            raise TypeError
+    return settings
+
+
+def check_settings(path: str, settings: dict, known: dict[str, tuple]) -> None:
+    """Raises UserError for a setting with a value that this code does not implement."""
+    for key, values in known.items():
+        if key in settings and settings[key] not in values:
+            supported = " or ".join(map(repr, values))
+            raise UserError(f"{path}: {key} is {settings[key]!r:.99}; supported: {supported}")
+
+
+def read_tokenizer(folder: str) -> Encoder:
+    """The tokenizer of a folder, whichever file holds it.
+
+    Raises UserError if there is none that is implemented, or for a token that was added to its vocabulary: it would be
+    cut into pieces here.
+    """
+    settings = read_json(at := os.path.join(folder, "tokenizer_config.json"))
+    with reading(at):
+        added = [str(token["content"]) for token in (settings.get("added_tokens_decoder") or {}).values()]
+    added += read_json(os.path.join(folder, "added_tokens.json"))
+    if os.path.isfile(path := os.path.join(folder, "sentencepiece.bpe.model")):
+        tokenizer = Tokenizer.from_file(path)
+    elif os.path.isfile(path := os.path.join(folder, "vocab.txt")):
+        with open(path, "rb") as file:
+            tokenizer = WordPieceTokenizer.from_vocab(file.read(), settings.get("do_lower_case", True), path)
+    elif os.path.isfile(path := os.path.join(folder, "tokenizer.json")):
+        tokenizer, more = read_tokenizer_json(path)
+        added += more
+    else:
+        raise UserError(f"no tokenizer in {folder}: no sentencepiece.bpe.model, vocab.txt or tokenizer.json")
+    if isinstance(tokenizer, WordPieceTokenizer):
+        check_settings(at, settings, wordpiece_rules(tokenizer.lower))
+    for token in added:
+        if not tokenizer.has_piece(token):
+            raise UserError(f"{path}: {token[:50]!r} was added to its vocabulary, which is not implemented")
+    return tokenizer
+
+
+def wordpiece_rules(lower: bool) -> dict[str, tuple]:
+    """What the settings of a WordPiece tokenizer may be.  lower: it drops capitals."""
+    return {
+        **dict.fromkeys(("do_lower_case", "lowercase"), (lower,)),
+        "strip_accents": (None, lower),  # None: as the capitals
+        **dict.fromkeys(("tokenize_chinese_chars", "handle_chinese_chars", "clean_text", "do_basic_tokenize"), (True,)),
+        "never_split": (None, []),
+        "tokenizer_class": ("BertTokenizer", "BertTokenizerFast"),  # others split words otherwise
+    }
+
+
+# ---------------------------------------------------------------------------------- tokenizer.json
 def read_tokenizer_json(path: str) -> tuple[Encoder, list[str]]:
     """The tokenizer of a file, and the special and added tokens that it lists.
 
     Raises UserError for a damaged file or a kind that is not implemented.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            settings = json.load(file)
-        kind = settings["model"].get("type", "WordPiece" if "max_input_chars_per_word" in settings["model"] else "BPE")
+    settings = read_json(path)
+    with reading(path):
+        model = settings["model"]
+        kind = model.get("type", "WordPiece" if "max_input_chars_per_word" in model else "BPE")
         if kind not in READERS:
             raise UserError(f"{path} is a {kind} tokenizer; known: Unigram, as in XLM-R, BPE, and WordPiece")
         tokens = [str(token["content"]) for token in settings.get("added_tokens") or ()]
         return READERS[kind](path, settings), tokens
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
-        raise UserError(f"{path} is damaged: it is not a tokenizer of Hugging Face's libraries") from None
 
 
 def parts(settings: dict, name: str) -> list[dict]:
@@ -171,24 +244,16 @@ def fields(message: bytes) -> dict:
     return values
 
 
-def read_wordpiece_json(path: str, settings: dict) -> WordPieceTokenizer:
-    model, steps = settings["model"], parts(settings, "normalizer")
-    if [step["type"] for step in steps] != ["BertNormalizer"]:
-        refuse(path, "the normalizer", settings.get("normalizer"))
-    (normalizer,) = steps
-    lower, accents = normalizer["lowercase"], normalizer["strip_accents"]
-    whole = normalizer["clean_text"] and normalizer["handle_chinese_chars"] and accents in (None, lower)
-    if not whole or not isinstance(lower, bool):
-        refuse(path, "the normalizer", normalizer)
-    if [step["type"] for step in parts(settings, "pre_tokenizer")] != ["BertPreTokenizer"]:
-        refuse(path, "the pre-tokenizer", settings.get("pre_tokenizer"))
-    rules = (model.get("unk_token"), model.get("continuing_subword_prefix"), model.get("max_input_chars_per_word"))
-    if rules != (SPECIALS[1], "##", 100):
-        refuse(path, "the model", dict(zip(("unknown", "prefix", "longest word"), rules, strict=True)))
+def read_wordpiece(path: str, settings: dict) -> WordPieceTokenizer:
+    model, (normalizer,), (split,) = settings["model"], parts(settings, "normalizer"), parts(settings, "pre_tokenizer")
+    check_settings(path, normalizer, {"type": ("BertNormalizer",)} | wordpiece_rules(bool(normalizer["lowercase"])))
+    check_settings(path, split, {"type": ("BertPreTokenizer",)})
+    rules = {"unk_token": (SPECIALS[1],), "continuing_subword_prefix": ("##",), "max_input_chars_per_word": (100,)}
+    check_settings(path, model, rules)
     pieces = sorted(model["vocab"], key=model["vocab"].get)
-    if [model["vocab"][piece] for piece in pieces] != list(range(len(pieces))):
+    if [model["vocab"][piece] for piece in pieces] != [*range(len(pieces))]:
         raise UserError(f"{path}: its ids do not count from 0 without gaps")
-    return WordPieceTokenizer.from_vocab("\n".join(pieces).encode() + b"\n", lower, path)
+    return WordPieceTokenizer.from_vocab("\n".join(pieces).encode() + b"\n", normalizer["lowercase"], path)
 
 
-READERS = {"Unigram": read_sentencepiece, "BPE": read_sentencepiece, "WordPiece": read_wordpiece_json}
+READERS = {"Unigram": read_sentencepiece, "BPE": read_sentencepiece, "WordPiece": read_wordpiece}
