@@ -1,5 +1,5 @@
 """convert.py: the tensors and settings that it converts, and the one-line error for everything else. Parity with
-Hugging Face's RoBERTa is in test_model.py, with BERT here (golden tensors of make_golden_bert.py).
+Hugging Face's RoBERTa is in test_model.py, with BERT here (golden tensors of make_golden.py).
 """
 
 import json

@@ -1,5 +1,5 @@
 """Folders as today's tools write them: each kind converts to what transformers computes, or is named in one line; a
-classifier keeps its head; an exported student comes back. golden_folder: make_golden_folder.py.
+classifier keeps its head; an exported student comes back. golden_folder: make_golden.py.
 """
 
 import hashlib
