@@ -110,11 +110,14 @@ def key_table(config: ModelConfig) -> Iterator[tuple[str, str]]:
 def read_bin(path: str) -> dict[str, Tensor]:
     """The tensors of a pytorch_model.bin, without executing anything in it."""
     try:
-        # Only archives can be mapped from disk: the format before PyTorch 1.6 is none.
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        archived = zipfile.is_zipfile(path)  # since PyTorch 1.6: then it can be mapped from disk, and has checksums
+        if archived and zipfile.ZipFile(path).testzip():
+            raise ValueError
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=archived)
         tensors = tensors.get("state_dict", tensors)  # of a training library
-        if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):
-            raise TypeError
+        for name, tensor in tensors.items():  # dense ones, whose elements are in the file
+            if not (isinstance(name, str) and tensor.is_cpu and tensor.untyped_storage().nbytes() >= tensor.nbytes):
+                raise TypeError
     except Exception:  # the libraries raise whatever a damaged file leads them to
         raise UserError(f"{path} is damaged or holds code, and was not loaded: fetch it again") from None
     return tensors

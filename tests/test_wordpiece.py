@@ -1,20 +1,16 @@
-"""data/wordpiece.py and WordPieceTokenizer against Hugging Face's ids: those of
-tests/golden_bert/tokens.json, and many more if transformers and a real vocabulary are there.
-"""
+"""data/wordpiece.py and WordPieceTokenizer against Hugging Face's ids: tests/golden_bert/tokens.json, and many more."""
 
 import itertools
 import json
-import lzma
 import os
 import random
 import unicodedata
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, SAMPLE
 
-from data.tokenizer import SPECIALS, WORDPIECE_MAGIC, Tokenizer, WordPieceTokenizer, WordTokenizer, load_tokenizer
+from data.tokenizer import SPECIALS, WORDPIECE_MAGIC, WordPieceTokenizer, load_tokenizer
 from data.wordpiece import basic_tokens, is_punctuation, word_pieces
 from kit.common import UserError
 
@@ -49,19 +45,13 @@ def test_equals_hugging_face(wordpiece):
         assert row.dtype == np.int32 and begin.dtype == np.int64
 
 
-def test_cached_pieces_are_the_same(wordpiece):
+def test_pieces_are_cached(wordpiece, monkeypatch):
+    monkeypatch.setattr("data.tokenizer.MAX_CACHED", 3)
     fresh = WordPieceTokenizer.from_vocab(VOCAB, True)
     for text in ("The girl reads", "girl [SEP] girl", "", "don't don't"):
         assert fresh.encode(text) == fresh.encode(text) == wordpiece[True].encode(text)
     fresh.encode("The girl")[0] = 7  # the caller gets a copy
-    assert fresh.encode("The girl") == wordpiece[True].encode("The girl")
-
-
-def test_the_cache_of_pieces_is_bounded(monkeypatch):
-    monkeypatch.setattr("data.tokenizer.MAX_CACHED", 3)
-    tokenizer = WordPieceTokenizer.from_vocab(VOCAB, True)
-    assert tokenizer.encode("the girl reads a book")[3:] == tokenizer.encode("reads a book")[1:]
-    assert len(tokenizer._known) == 3
+    assert fresh.encode("The girl") == wordpiece[True].encode("The girl") and len(fresh._known) == 3
 
 
 # ------------------------------------------------------------------------------------- the two steps
@@ -91,9 +81,7 @@ def test_every_ascii_symbol_is_punctuation():
 
 
 def test_word_pieces_by_brute_force():
-    """The longest piece is taken first; if no piece continues the word, it is unknown, even if other
-    pieces would have covered it.
-    """
+    """The longest piece is taken first; if then none continues the word, it is unknown, even if others would cover it."""
     vocabulary = {"a", "ab", "##b", "##ba", "##bab", "b", "##a", "aab", "##c"}
 
     def greedy(word, mark=""):
@@ -107,24 +95,22 @@ def test_word_pieces_by_brute_force():
             want = greedy("".join(letters))
             want = ["[UNK]"] if "stuck" in want else want
             assert word_pieces("".join(letters), vocabulary) == want
-    assert word_pieces("cab", vocabulary) == ["[UNK]"]
-    assert word_pieces("ab", {"a", "ab"}) == ["ab"]
-    assert word_pieces("abc", {"a", "ab", "##bc"}) == ["[UNK]"]
     assert word_pieces("a" * 100, {"a", "##a"}) == ["a"] + ["##a"] * 99
     assert word_pieces("a" * 101, {"a", "##a"}) == ["[UNK]"]
 
 
 # ------------------------------------------------------------------------------------- the interface
-def test_layout(wordpiece, tokenizer):
+def test_bytes_tell_the_kind_and_the_layout(wordpiece):
+    lines = VOCAB.decode().splitlines()
     for lower, made in wordpiece.items():
-        lines = VOCAB.decode().splitlines()
-        ids = {piece: lines.index(piece) for piece in SPECIALS}
-        assert made.vocab_size == len(lines) and made.lower is lower
-        assert (made.pad_id, made.mask_id) == (ids["[PAD]"], ids["[MASK]"])
-        assert made.typed and len(made.sha256) == 64
-    assert wordpiece[True].sha256 != wordpiece[False].sha256
-    assert (tokenizer.typed, tokenizer.pad_id) == (False, 1)
-    assert (WordTokenizer.typed, WordTokenizer.pad_id) == (False, 1)
+        again = load_tokenizer(made.bytes)
+        assert isinstance(again, WordPieceTokenizer) and again.sha256 == made.sha256 and again.lower is lower
+        assert again.encode("Él reads") == made.encode("Él reads")
+        assert made.vocab_size == len(lines) and made.typed
+        assert (made.pad_id, made.mask_id) == (lines.index("[PAD]"), lines.index("[MASK]"))
+        assert made.bytes == f"{WORDPIECE_MAGIC} {'lower' if lower else 'cased'}\n".encode() + VOCAB
+    for same in (VOCAB.rstrip(b"\n"), VOCAB.replace(b"\n", b"\r\n")):
+        assert WordPieceTokenizer.from_vocab(same, True).bytes == wordpiece[True].bytes
 
 
 def test_pairs_and_their_types(wordpiece):
@@ -139,11 +125,7 @@ def test_pairs_and_their_types(wordpiece):
     rows, begins = made.encode_typed([])
     assert rows == [] and begins.shape == (0,)
     assert made.encode_batch(["The girl"], ["x"])[0].tolist() == made.encode("The girl", "x")
-    with pytest.raises(UserError, match="no room"):
-        made.encode("a", "b", 2)
     assert made.encode("a", "b", 3) == [cls, sep, sep]
-    with pytest.raises(ValueError, match="2 first texts and 1 second"):
-        made.encode_batch(["a", "b"], ["c"])
 
 
 def test_words_are_encoded_by_themselves(wordpiece):
@@ -159,22 +141,6 @@ def test_words_are_encoded_by_themselves(wordpiece):
         made.encode_words(sentences, 4)
 
 
-def test_bytes_tell_the_kind_of_tokenizer(wordpiece):
-    for made in wordpiece.values():
-        again = load_tokenizer(made.bytes)
-        assert isinstance(again, WordPieceTokenizer) and again.sha256 == made.sha256
-        assert again.encode("Él reads") == made.encode("Él reads")
-        payload = {"tokenizer": torch.frombuffer(bytearray(made.bytes), dtype=torch.uint8)}
-        found = Tokenizer.from_payload(payload, "model.pt", made.vocab_size)
-        assert isinstance(found, WordPieceTokenizer) and found.lower == made.lower
-        with pytest.raises(UserError, match="its tokenizer has .* its model 5"):
-            Tokenizer.from_payload(payload, "model.pt", 5)
-    assert wordpiece[True].bytes == b"sdq-wordpiece-1 lower\n" + VOCAB
-    assert wordpiece[False].bytes == b"sdq-wordpiece-1 cased\n" + VOCAB
-    for same in (VOCAB.rstrip(b"\n"), VOCAB.replace(b"\n", b"\r\n")):
-        assert WordPieceTokenizer.from_vocab(same, True).bytes == wordpiece[True].bytes
-
-
 LOWER = f"{WORDPIECE_MAGIC} lower\n".encode()
 FIVE = "".join(f"{special}\n" for special in SPECIALS).encode()
 
@@ -182,30 +148,18 @@ FIVE = "".join(f"{special}\n" for special in SPECIALS).encode()
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"sdq-wordpiece-1", "is not a WordPiece"),
-        (LOWER + FIVE + b"cut", "is not a whole WordPiece"),
-        (b"sdq-wordpiece-1 upper\n" + FIVE, "is not a whole WordPiece"),
-        (b"sdq-wordpiece-12 lower\n" + FIVE, "is not a whole WordPiece"),
         (LOWER + FIVE + b"\xff\n", "is not a WordPiece"),
-        (LOWER, r"has no \[PAD\]"),
+        (b"sdq-wordpiece-1 upper\n" + FIVE, "is not a whole WordPiece"),
         (LOWER + FIVE.replace(b"[MASK]\n", b"a\n"), r"has no \[MASK\]"),
         (LOWER + FIVE + b"a\nb\na\n", "lists 'a' twice"),
         (LOWER + FIVE + b"a\n\nb\n", "line 7, '', is not a piece"),
         (LOWER + FIVE + b"a b\n", "line 6, 'a b', is not a piece"),
-        (LOWER + FIVE + b"a\t1\n", "is not a piece"),
-        (LOWER + FIVE + b"a\r\n", "is not a piece"),
     ],
 )
 def test_damaged_vocabularies_raise(content, message):
     with pytest.raises(UserError, match=message) as error:
         load_tokenizer(content, "model.pt")
     assert "\n" not in str(error.value) and str(error.value).startswith("model.pt")
-
-
-def test_a_vocabulary_too_large_raises(monkeypatch):
-    monkeypatch.setattr("data.tokenizer.MAX_MODEL_BYTES", 10)
-    with pytest.raises(UserError, match="can't be a WordPiece vocabulary"):
-        WordPieceTokenizer.from_vocab(VOCAB, True)
 
 
 # ------------------------------------------------------------------------- with more files or libraries
@@ -230,19 +184,6 @@ def test_every_character_as_hugging_face():
     assert len(differing) < 600 and len(old) < 10, sorted(map(hex, map(ord, old)))
 
 
-def sample_lines():
-    """At most 2,000 lines of the committed samples and of what was fetched."""
-    lines = set()
-    for folder in (SAMPLE, os.path.join(ROOT, "data", "mini"), os.path.join(ROOT, "data", "raw")):
-        for path in sorted(os.path.join(p, f) for p, _, files in os.walk(folder) for f in files):
-            if path.endswith((".tsv", ".tsv.xz", ".in")):
-                open_file = lzma.open if path.endswith(".xz") else open
-                with open_file(path, "rt", encoding="utf-8", errors="replace") as file:
-                    lines.update(itertools.islice((line.rstrip("\n") for line in file), 5000))
-    lines = sorted(lines)
-    return random.Random(0).sample(lines, min(2000, len(lines)))
-
-
 @pytest.mark.parametrize("lower", [True, False])
 def test_a_real_vocabulary(lower):
     folder = os.environ.get("SDQ_MINILM")
@@ -254,10 +195,10 @@ def test_a_real_vocabulary(lower):
     with open(path, "rb") as file:
         made = WordPieceTokenizer.from_vocab(file.read(), lower)
     assert made.vocab_size == 30522
-    lines = [*sample_lines(), *ODD, *(f"{a}{b} {a}" for a in ODD for b in ODD)]
+    with open(os.path.join(SAMPLE, "XNLI-1.0", "xnli.test.tsv"), encoding="utf-8") as file:
+        lines = [*file.read().splitlines(), *ODD, *(f"{a}{b} {a}" for a in ODD for b in ODD)]
     words, rng = [*" ".join(lines).split(" "), *ODD], random.Random(0)
-    while len(lines) < 2000:  # mixed scripts
-        lines.append(" ".join(rng.choices(words, k=rng.randrange(1, 40))))
+    lines += [" ".join(rng.choices(words, k=rng.randrange(1, 40))) for _ in range(1000)]  # mixed scripts
     other = lines[1:] + lines[:1]
     for b, length in ((None, None), (other, 32)):
         options = {} if length is None else {"truncation": True, "max_length": length}
