@@ -25,8 +25,9 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,8 +61,7 @@ LAYER = {
 }
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """What differs between RoBERTa's and BERT's files; the encoder's names are the same."""
 
     prefix: str  # of the encoder's names in a model with a head
@@ -126,11 +126,11 @@ def read_bin(path: str) -> dict[str, Tensor]:
 def read_weights(folder: str) -> dict[str, Tensor]:
     """The tensors of a folder, from one file or from all the shards that an index names."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        index = os.path.join(folder, f"{name}.index.json")
-        with reading(index):
-            shards = sorted({os.path.basename(shard) for shard in read_json(index).get("weight_map", {}).values()})
-        tensors: dict[str, Tensor] = {}
-        for shard in [name] if os.path.isfile(os.path.join(folder, name)) else shards:
+        tensors, shards = {}, [name]
+        if not os.path.isfile(os.path.join(folder, name)):
+            with reading(index := os.path.join(folder, f"{name}.index.json")):
+                shards = sorted({os.path.basename(shard) for shard in read_json(index).get("weight_map", {}).values()})
+        for shard in shards:
             path = os.path.join(folder, shard)
             part = read_bin(path) if name.endswith(".bin") else map_tensors(path, "fetch it again")[0]
             if twice := tensors.keys() & part.keys():
@@ -167,9 +167,8 @@ def encoder_folder(folder: str) -> str:
         if not modules:
             return folder
         encoder = os.path.normpath(os.path.join(folder, modules[0]["path"]))
-        more = read_json(f"{encoder}/sentence_bert_config.json") | read_json(
-            f"{folder}/config_sentence_transformers.json"
-        )
+        more = read_json(f"{encoder}/sentence_bert_config.json")
+        more |= read_json(f"{folder}/config_sentence_transformers.json")
         left_out = [each["type"].rpartition(".")[2] for each in modules[1:]]
         left_out += [f"{key} {more[key]}" for key in ("max_seq_length", "prompts") if more.get(key)]
         print(f"sentence-transformers: the encoder is {encoder}; not converted: {', '.join(left_out) or 'nothing'}")
@@ -205,8 +204,8 @@ def config_from_json(settings: dict) -> ModelConfig:
         values = {}
         for ours, theirs in {**CONFIG_NAMES, "max_tokens": "max_position_embeddings"}.items():
             values[ours] = settings.get(theirs)
-            if not isinstance(values[ours], (int, type(getattr(ModelConfig, ours)))):
-                raise UserError(f"config.json: {theirs} is missing, or is no number")
+            if not isinstance(values[ours], (int, type(getattr(ModelConfig, ours)))) or values[ours] < 0:
+                raise UserError(f"config.json: {theirs} should be a number from 0, not {values[ours]!r:.99}")
         # RoBERTa counts positions from pad_id + 1, in a table that much longer; BERT from 0.
         offset = 0 if bert else values["pad_id"] + 1
         values["max_tokens"] -= offset
@@ -237,10 +236,8 @@ def convert_tensors(name: str, tensors: dict[str, Tensor], settings: dict, token
     ours = {}
     for source, target in key_table(config):
         tensor = tensors.get(source)
-        if tensor is None:
-            raise UserError(f"the source has no tensor {source}")
-        if not tensor.is_floating_point() or tensor.itemsize < 2:
-            raise UserError(f"tensor {source} is {tensor.dtype}, not a float of 16 bits or more: convert the original")
+        if tensor is None or not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise UserError(f"the source has no tensor {source} in floats of 16 bits or more")
         ours[target] = tensor.float()
     table = dict(key_table(config))
     if extra := [key for key in tensors if key not in table and not key.startswith(family.skipped)]:
@@ -290,11 +287,9 @@ def find_head(tensors: dict[str, Tensor], family: Family, settings: dict) -> dic
     count, names = sum(tensors[last].shape[:1]), settings.get("id2label")
     if names and (not isinstance(names, dict) or set(names) != {str(i) for i in range(count)}):
         raise UserError(f"config.json: id2label does not name the {count} classes of the head")
-    known = {  # None: one of several classes, as here
-        "architectures": (None, [], *([kind + CLASSES[head]] for kind in ("XLMRoberta", "Roberta", "Bert"))),
-        "problem_type": (None, "regression" if count == 1 else "single_label_classification"),
-    }
-    check_settings("config.json", settings, known)
+    problem = "regression" if count == 1 else "single_label_classification"
+    known = (None, [], *([kind + CLASSES[head]] for kind in ("XLMRoberta", "Roberta", "Bert")))
+    check_settings("config.json", settings, {"architectures": known, "problem_type": (None, problem)})
     return {"head": head, "num_labels": count}
 
 
@@ -302,8 +297,7 @@ def find_head(tensors: dict[str, Tensor], family: Family, settings: dict) -> dic
 def export(path: str, folder: str) -> None:
     """A student -> a Hugging Face folder: float32 tensors that lie on the student's grid, config.json, tokenizer.
 
-    transformers' logits are those of the student with float activations. Raises UserError for a model that Hugging Face
-    has no class for.
+    transformers' logits are those of the student with float activations.
     """
     student = read_student(path)
     config, labels = student.config, student.notes.get("labels", "").split("\t")
@@ -347,10 +341,7 @@ def export(path: str, folder: str) -> None:
 
 # ------------------------------------------------------------------------------- the command line
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Turn a published checkpoint into weights/NAME.safetensors, or a student into a Hugging Face folder.",
-        epilog="example: python convert.py xlmr-base --from ~/models/xlm-roberta-base",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help=f"{', '.join(sorted(MODELS))}; with --from also any name of your own")
     parser.add_argument("--from", dest="folder", metavar="DIR", help="a local Hugging Face folder; default: download")
     parser.add_argument("--out", metavar="FILE", help="default: weights/NAME.safetensors")

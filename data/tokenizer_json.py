@@ -61,8 +61,7 @@ def check_settings(path: str, settings: dict, known: dict[str, tuple]) -> None:
     """Raises UserError for a setting with a value that this code does not implement."""
     for key, values in known.items():
         if key in settings and settings[key] not in values:
-            supported = " or ".join(map(repr, values))
-            raise UserError(f"{path}: {key} is {settings[key]!r:.99}; supported: {supported}")
+            raise UserError(f"{path}: {key} is {settings[key]!r:.99}; supported: {' or '.join(map(repr, values))}")
 
 
 def read_tokenizer(folder: str) -> Encoder:
@@ -87,9 +86,9 @@ def read_tokenizer(folder: str) -> Encoder:
         raise UserError(f"no tokenizer in {folder}: no sentencepiece.bpe.model, vocab.txt or tokenizer.json")
     if isinstance(tokenizer, WordPieceTokenizer):
         check_settings(at, settings, wordpiece_rules(tokenizer.lower))
-    for token in added:
-        if not tokenizer.has_piece(token):
-            raise UserError(f"{path}: {token[:50]!r} was added to its vocabulary, which is not implemented")
+    with reading(path):
+        if later := [token for token in added if not tokenizer.has_piece(token)]:
+            raise UserError(f"{path}: {later[0][:50]!r} was added to its vocabulary, which is not implemented")
     return tokenizer
 
 

@@ -103,7 +103,7 @@ SMALL, KEY = torch.zeros(2), "encoder.layer.1.attention.self.key.weight"
         ("bert.pooler.dense.bias", None, "no tensor pooler.dense.bias"),
         ("bert.roberta.x", SMALL, "no place in the key table: roberta.x"),
         ("bert.embeddings.LayerNorm.gamma", SMALL, "two tensors that mean embeddings.LayerNorm.weight"),
-        *((f"bert.{KEY}", SMALL.to(kind), f"is {kind}, not a float") for kind in (torch.int64, torch.float8_e4m3fn)),
+        *((f"bert.{KEY}", SMALL.to(kind), f"no tensor {KEY} in floats") for kind in (torch.int64, torch.float8_e4m3fn)),
         *(
             (f"bert.{KEY}", torch.zeros(16, 16, dtype=torch.float64).fill_diagonal_(value), "not finite")
             for value in (float("nan"), float("inf"), 1e300)  # the last is not finite in float32
@@ -143,8 +143,8 @@ RULES |= {"tokenizer_class": "BertJapaneseTokenizer"}
         *(("config.json", {name: value}, f"{name} is {value!r}; supported: ") for name, value in OTHERS.items()),
         *(("tokenizer_config.json", {name: value}, f"{name} is {value!r}; supp") for name, value in RULES.items()),
         ("config.json", {"num_hidden_layers": 10**6}, "000"),
-        ("config.json", {"num_hidden_layers": "2"}, "num_hidden_layers is missing, or is no number"),
-        ("config.json", {"hidden_size": None}, "hidden_size is missing"),
+        ("config.json", {"num_hidden_layers": "2"}, "num_hidden_layers should be a number from 0, not '2'"),
+        ("config.json", {"hidden_size": None}, "hidden_size should be a number from 0, not None"),
         ("config.json", {"pad_token_id": 1}, "pad with 0 and 1"),
         ("config.json", {"type_vocab_size": 1}, "tells two texts apart by token types"),
         ("config.json", {"vocab_size": 779}, "the tokenizer has 780 ids, the model 779"),
