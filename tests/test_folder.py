@@ -177,14 +177,15 @@ def test_an_encoder_of_sentence_transformers(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["sentence_bert_config.json", "sentence_xlm-roberta_config.json"])
-def test_texts_in_lower_case_for_sentence_transformers(folder, tmp_path, capsys, name):
-    write(folder / name, do_lower_case=True)
-    assert f"{name}: do_lower_case is true, but the tokenizer keeps capitals" in error_of(folder, capsys)
+@pytest.mark.parametrize("lower", [True, False])
+def test_texts_in_lower_case_for_sentence_transformers(tmp_path, capsys, name, lower):
     bert = shutil.copytree(BERT, tmp_path / "bert")
     write(bert / name, do_lower_case=True)
-    converted(bert)  # an uncased model: nothing changes
-    write(bert / "tokenizer_config.json", do_lower_case=False)
-    assert "keeps capitals" in error_of(bert, capsys)
+    write(bert / "tokenizer_config.json", do_lower_case=lower)
+    if lower:  # an uncased model: nothing changes
+        converted(bert)
+    else:
+        assert f"{name}: do_lower_case is true, but the tokenizer keeps capitals" in error_of(bert, capsys)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -195,17 +196,18 @@ def test_an_adapter_is_named(folder, capsys, name):
 
 # ------------------------------------------------------------------------- fine-tuned classifiers
 def test_labels_are_matched_by_name():
-    labels = ("not_entailment", "entailment")
-    assert match_labels(["ENTAILMENT", "Not entailment"], labels) == [1, 0]
-    assert match_labels(["LABEL_0", "LABEL_1"], labels) == [0, 1]  # says nothing: by position
-    assert match_labels(["negative", "positive"], ("0", "1")) == [0, 1]
-    assert match_labels(["1", "0"], ("0", "1")) == [1, 0]
-    assert match_labels(["negative", "positive"], labels) is None
-    assert match_labels(["a", "b", "c"], labels) is None
-    assert match_labels(["нет", "да"], ("да", "нет")) == [1, 0]
-    assert match_labels(["-1", "0", "1"], ("0", "1", "-1")) == [1, 2, 0]
-    assert match_labels(["C++", "C"], ("C", "C++")) == [1, 0]
-    assert match_labels(["-1", "0", "1"], ("a", "b", "c")) is None
+    for names, labels, order in (
+        (["ENTAILMENT", "Not entailment"], ("not_entailment", "entailment"), [1, 0]),
+        (["LABEL_0", "LABEL_1"], ("not_entailment", "entailment"), [0, 1]),  # says nothing: by position
+        (["negative", "positive"], ("0", "1"), [0, 1]),
+        (["1", "0"], ("0", "1"), [1, 0]),
+        (["-1", "0", "1"], ("0", "1", "-1"), [1, 2, 0]),
+        (["C++", "C"], ("C", "C++"), [1, 0]),
+        (["нет", "да"], ("да", "нет"), [1, 0]),
+        (["negative", "positive"], ("not_entailment", "entailment"), None),
+        (["-1", "0", "1"], ("a", "b", "c"), None),
+    ):
+        assert match_labels(names, labels) == order
 
 
 def train_on(folder, task, *options):
@@ -310,9 +312,8 @@ def pairs():
 def test_an_exported_student_comes_back(exported, pairs, tmp_path, capsys):
     kind, student, folder = exported
     vocabulary = "vocab.txt" if kind in ("wordpiece", "cased") else "tokenizer.json"
-    assert {path.name for path in folder.iterdir()} == {
-        *("config.json", "model.safetensors", "tokenizer_config.json", vocabulary)
-    }
+    names = ["config.json", "model.safetensors", "tokenizer_config.json", vocabulary]
+    assert sorted(os.listdir(folder)) == sorted(names)
     names = json.loads((folder / "config.json").read_text())["id2label"]
     assert names == {str(i): name for i, name in enumerate(NLI_LABELS)}
     read, (tensors, after) = read_student(student), contents(converted(shutil.copytree(folder, tmp_path / "hf")))
@@ -345,13 +346,3 @@ def test_transformers_gives_the_ids_and_logits_of_an_exported_student(exported, 
         with torch.no_grad():
             logits, _ = model(inputs["input_ids"], types=inputs.get("token_type_ids"))
             torch.testing.assert_close(logits, reference(**inputs).logits, atol=1e-4, rtol=1e-4)
-
-
-def test_an_export_that_fails_writes_nothing(exported, tmp_path, capsys, monkeypatch):
-    def fails(tokenizer):
-        raise UserError("ids differ")
-
-    if exported[0] == "built in":
-        monkeypatch.setattr(convert, "tokenizer_json", fails)
-        assert convert.main(["--export", exported[1], str(tmp_path / "hf")]) == 2
-        assert capsys.readouterr().err == "error: ids differ\n" and not (tmp_path / "hf").exists()
