@@ -32,12 +32,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint import WEIGHTS_DIR, check_config, check_tensors, fake_quantized, read_student, save_model, tokenizer_of
+from checkpoint import check_config, fake_quantized, read_student, save_model, tokenizer_of
 from data.fetch import MODELS, fetch_model
+from data.tasks import WEIGHTS_DIR
 from data.tokenizer import BOS, EOS, Encoder, WordPieceTokenizer, WordTokenizer
 from data.tokenizer_json import check_settings, read_json, read_tokenizer, reading, tokenizer_json
 from kit.common import UserError, exit_status
-from kit.files import map_tensors, write_json, write_tensors, write_text
+from kit.files import check_tensors, map_tensors, write_json, write_tensors, write_text
 from model import PRESETS, Model, ModelConfig
 
 # --------------------------------------------------------------------------------- the key tables
@@ -248,7 +249,7 @@ def convert_tensors(name: str, tensors: dict[str, Tensor], settings: dict, token
 
     with reading("config.json"), torch.device("meta"):
         model = Model(config)
-    check_tensors("the source", {key: tensor.shape for key, tensor in model.state_dict().items()}, ours)
+    check_tensors("the source", model.state_dict(), ours)
     model.load_state_dict(ours, assign=True)  # a meta model has no storage to copy into
     names = settings.get("id2label") or {}  # where there are none, LABEL_0, LABEL_1, ... as Hugging Face has it
     return model, [" ".join(str(names.get(str(i), f"LABEL_{i}")).split()) for i in range(config.num_labels)]
@@ -340,7 +341,8 @@ def export(path: str, folder: str) -> None:
 
 
 # ------------------------------------------------------------------------------- the command line
-def main(argv: list[str] | None = None) -> int:
+@exit_status("; run the same command again to continue")
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help=f"{', '.join(sorted(MODELS))}; with --from also any name of your own")
     parser.add_argument("--from", dest="folder", metavar="DIR", help="a local Hugging Face folder; default: download")
@@ -350,8 +352,9 @@ def main(argv: list[str] | None = None) -> int:
     if bool(args.export) == bool(args.name):
         parser.error("give the name of a model, or --export STUDENT DIR alone")
     if args.export:
-        return exit_status(lambda: export(*args.export))
-    return exit_status(lambda: run(args.name, args.folder, args.out), "; run the same command again to continue")
+        export(*args.export)
+    else:
+        run(args.name, args.folder, args.out)
 
 
 def run(name: str, folder: str | None, out: str | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from conftest import GOLDEN, ROOT, TOKENIZER
 
 import convert
-from checkpoint import load_checkpoint
+from checkpoint import load_model
 from data.tokenizer import load_tokenizer
 from kit.files import map_tensors
 from model import PRESETS
@@ -186,7 +186,7 @@ def test_other_heads_of_roberta(roberta, capsys):
     change(roberta, **dict.fromkeys(name for name in weights(roberta) if name.startswith("lm_head")))
     out = converted(roberta)
     assert "none head, " in capsys.readouterr().out
-    assert load_checkpoint(out)(torch.zeros(1, 3, dtype=torch.long))[0].shape == (1, 3, 32)
+    assert load_model(out)(torch.zeros(1, 3, dtype=torch.long))[0].shape == (1, 3, 32)
     change(roberta, **{"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)})
     for wrong in ("XLMRobertaForMultipleChoice", "XLMRobertaForSequenceClassification"):
         write(roberta / "config.json", architectures=[wrong])
@@ -265,7 +265,7 @@ def test_bert_equals_hugging_face(bert, capsys, kind):
     out = converted(bert)
     output = capsys.readouterr().out
     assert f"{head} head" in output and output.endswith(f"next: python train.py --task rte --model {out}\n")
-    model = load_checkpoint(out)
+    model = load_model(out)
     config = model.config
     assert (config.head, config.position_offset, config.max_tokens, config.type_vocab_size) == (head, 0, 32, 2)
     assert (config.pad_id, config.norm_eps, config.num_labels) == (0, 1e-12, 3 if head in ("sequence", "token") else 0)
@@ -300,7 +300,7 @@ def test_real_minilm(capsys, tmp_path):
     out = str(tmp_path / "minilm.safetensors")
     assert convert.main(["minilm", "--from", folder, "--out", out]) == 0
     assert "pooler head, 22,713,216 parameters" in capsys.readouterr().out
-    model, (_, tokenizer) = load_checkpoint(out), contents(out)
+    model, (_, tokenizer) = load_model(out), contents(out)
     assert {**vars(model.config), "head": "mlm"} == vars(PRESETS["minilm"])
     first = ["A man plays a guitar.", "The café was closed; we walked home in the rain.", "Hi"]
     second = ["Someone makes music on an instrument.", "Nobody went out.", "Where is the station?"]

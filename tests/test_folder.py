@@ -17,7 +17,7 @@ from test_convert import BERT, contents, converted, error_of, write
 
 import convert
 import train
-from checkpoint import fake_quantized, load_checkpoint, read_student, save_model
+from checkpoint import fake_quantized, load_model, read_student, save_model
 from data.tasks import NLI_LABELS, XNLI_LANGUAGES, find_task, load, match_labels, own_labels, read_own
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import read_tokenizer, read_tokenizer_json
@@ -41,7 +41,7 @@ def same_tensors(one, other):
 # ------------------------------------------------------------------- what transformers 5 writes
 def test_hidden_states_and_logits_are_those_of_transformers(folder):
     """Shards, tokenizer.json alone, reserved rows, a BERT that pads with 1."""
-    model = load_checkpoint(converted(folder))
+    model = load_model(converted(folder))
     assert (model.config.vocab_size, model.config.pad_id, model.config.position_offset) == (416, 1, 0)
     expected = np.load(os.path.join(FOLDER, "expected.npz"))
     mask = torch.from_numpy(expected["mask"])
@@ -152,7 +152,7 @@ def test_shards_are_checked(folder, capsys):
     shard.write_bytes(shard.read_bytes()[:-1])
     assert f"{shard} is damaged" in error_of(folder, capsys)
     shard.unlink()
-    assert f"there is no {shard}: fetch it again" in error_of(folder, capsys)
+    assert f"cannot read {shard} (No such file or directory): fetch it again" in error_of(folder, capsys)
 
 
 def test_an_encoder_of_sentence_transformers(folder, tmp_path, capsys):
@@ -230,7 +230,7 @@ def test_a_fine_tuned_classifier_is_the_teacher(folder, tmp_path, capsys, order)
         row = json.load(file)["methods"]["fp32"]
     assert read_student(str(tmp_path / "run" / STUDENT)).notes["labels"].split("\t") == list(NLI_LABELS)
     # Against the model as it stands, whose labels are compared by name.
-    plain, tokenizer, correct = load_checkpoint(model), contents(model)[1], 0
+    plain, tokenizer, correct = load_model(model), contents(model)[1], 0
     with open(os.path.join(SAMPLE, "XNLI-1.0", "xnli.test.tsv"), encoding="utf-8") as file:
         rows = [line.split("\t") for line in file.read().splitlines()[1:]]
     for _, gold, first, second, _ in rows:
@@ -255,7 +255,7 @@ def test_names_decide_which_class_is_which(folder, tmp_path, capsys, labels, by_
 def test_other_heads_are_replaced_with_a_word(folder, tmp_path, capsys):
     write(folder / "config.json", id2label={"0": "bad", "1": "fair", "2": "good"})
     model, old = converted(folder), str(tmp_path / "old.safetensors")
-    save_model(old, load_checkpoint(model), contents(model)[1].bytes, {"name": "old"})
+    save_model(old, load_model(model), contents(model)[1].bytes, {"name": "old"})
     assert train_on(tmp_path, "xnli", "--model", model, "--methods", "fp32", "--epochs", "0") == 2
     assert "has no head of classes for xnli" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert train_on(tmp_path, "xnli", "--model", old, "--methods", "fp32", "--epochs", "0") == 2

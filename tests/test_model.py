@@ -10,7 +10,7 @@ import torch
 from conftest import DEVICES, GOLDEN, TOKENIZER, random_ids
 
 import convert
-from checkpoint import load_checkpoint, meta_model
+from checkpoint import load_model, meta_model
 from model import PRESETS, TAPS, Model, build_model, initialize, set_dropout, with_head
 from tt import TTConfig
 
@@ -38,7 +38,7 @@ def converted(tmp_path_factory):
 @pytest.mark.parametrize("explicit", [False, True], ids=["fused", "explicit"])
 @pytest.mark.parametrize("name", ["st", "bin", "seq"])
 def test_equals_hugging_face(name, explicit, device, expected, converted):
-    model = load_checkpoint(converted[name]).to(device)
+    model = load_model(converted[name]).to(device)
     ids, mask = expected["ids"].to(device), expected["mask"].to(device)
     with torch.no_grad():
         logits, taps = model(ids, mask, ("hidden", "map") if explicit else ("hidden",))

@@ -207,7 +207,7 @@ def write_hugging_face(model: Model, folder: str, names: tuple[str, ...]) -> Non
     )
     reference = transformers.XLMRobertaForSequenceClassification(shape).eval()
     ours, theirs = model.state_dict(), {}
-    for source, target in key_table(config).items():
+    for source, target in key_table(config):
         prefix = "" if source.startswith("classifier") else "roberta."
         theirs[prefix + source] = ours[target]
     reference.load_state_dict(theirs)
