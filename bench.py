@@ -178,7 +178,7 @@ def bench_model(args: Namespace, device: torch.device) -> dict:
         rows = measure_models(runners, sizes, args, device)
         for row in rows:
             name = row["name"]
-            size = os.path.getsize(os.path.join(folder, backends.FILES[name]))
+            size = os.path.getsize(backends.path_of(name, folder))
             row |= {"size_bytes": size, "peak_bytes": peaks[name], "error": errors[name]}
     return {"rows": rows}
 

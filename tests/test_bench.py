@@ -94,7 +94,7 @@ MODELS = ["dense fp32", "TT fp32", "TT fp32, merged", *backends.TT_INTEGER]
 
 
 def test_tt_benchmark(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(backends, "has_tltorch", lambda: False)
+    monkeypatch.setattr(backends, "is_installed", lambda package: False)
     monkeypatch.setattr(backends, "has_compiler", lambda device: False)  # compiling takes long
     result = bench_to_json(tmp_path, "tt --layers 1 --vocab 100 --tokens 9 --rank 3 --sizes 40")
     assert result["tltorch"] is None

@@ -3,7 +3,7 @@
 `write_files` saves one model with random weights in the file of each backend, and `load_backend` loads a backend from
 its file alone, as its user would. So a process of its own can measure memory:
 
-    python tools/backends.py BACKEND FOLDER ROWS TOKENS    # prints the peak in bytes (Linux, macOS)
+    python tools/backends.py BACKEND FOLDER ROWS TOKENS    # prints the peak in bytes (Linux)
 
 int8 is "dynamic" if activation ranges are found at run time, "static" if calibration set them.
 """
@@ -45,27 +45,20 @@ from tt import TTConfig, TTLinear, TTMEmbedding
 
 Runner = Callable[[Tensor, Tensor | None], Tensor]  # (ids, mask) -> logits
 
-FILES = {  # backend -> its file. The first one that is available is the baseline.
-    "Hugging Face fp32": "hugging-face/model.safetensors",
-    "Hugging Face bf16": "hugging-face/model.safetensors",
-    "fp32": "fp32.pt",
-    "fake-quantized": "dynamic.pt",
-    "int8 dynamic": "dynamic.pt",
-    "int8 static": "static.pt",
-    "int8 dynamic compiled": "dynamic.pt",
-    "int8 static compiled": "static.pt",
-    "torch.ao int8 dynamic": "hugging-face/torch-ao.pt",
-    "ONNX Runtime int8 dynamic": "int8.onnx",
-    "OpenVINO": "openvino.bin",
-    "OpenVINO int8 static": "openvino-int8.bin",
-}
-NEEDS = {  # backend of another library -> the packages that it needs
-    "Hugging Face fp32": ("transformers", "safetensors"),
-    "Hugging Face bf16": ("transformers", "safetensors"),
-    "torch.ao int8 dynamic": ("transformers", "safetensors"),
-    "ONNX Runtime int8 dynamic": ("onnx", "onnxruntime"),
-    "OpenVINO": ("openvino",),
-    "OpenVINO int8 static": ("openvino", "nncf"),
+HUGGING_FACE = ("transformers", "safetensors")
+BACKENDS = {  # name -> (its file, the packages that it needs). The first one that is available is the baseline.
+    "Hugging Face fp32": ("hugging-face/model.safetensors", HUGGING_FACE),
+    "Hugging Face bf16": ("hugging-face/model.safetensors", HUGGING_FACE),
+    "fp32": ("fp32.pt", ()),
+    "fake-quantized": ("dynamic.pt", ()),
+    "int8 dynamic": ("dynamic.pt", ()),
+    "int8 static": ("static.pt", ()),
+    "int8 dynamic compiled": ("dynamic.pt", ()),
+    "int8 static compiled": ("static.pt", ()),
+    "torch.ao int8 dynamic": ("hugging-face/torch-ao.pt", HUGGING_FACE),
+    "ONNX Runtime int8 dynamic": ("int8.onnx", ("onnx", "onnxruntime")),
+    "OpenVINO": ("openvino.bin", ("openvino",)),
+    "OpenVINO int8 static": ("openvino-int8.bin", ("openvino", "nncf")),
 }
 ATIS_INTENTS, ATIS_SLOTS, ATIS_SENTENCES = 21, 120, 4478  # of the training set
 NO_TOKENIZER = b"x"  # these models never see text
@@ -83,9 +76,9 @@ def available_backends(device: torch.device) -> tuple[str, ...]:
     kernels.
     """
     names = []
-    for name in FILES:
-        missing = [m for m in NEEDS.get(name, ()) if not is_installed(m)]
-        cpu_only = name in NEEDS and not name.startswith("Hugging Face")
+    for name, (_, packages) in BACKENDS.items():
+        missing = [package for package in packages if not is_installed(package)]
+        cpu_only = packages and not name.startswith("Hugging Face")
         if name.startswith("torch.ao") and not has_torch_ao():
             print(f"{name}: not measured, this PyTorch has no kernels for it")
         elif name.endswith("compiled") and not has_compiler(device):
@@ -99,6 +92,10 @@ def available_backends(device: torch.device) -> tuple[str, ...]:
 
 def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def path_of(name: str, folder: str) -> str:
+    return os.path.join(folder, BACKENDS[name][0])
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -172,20 +169,20 @@ def write_files(config: ModelConfig, folder: str, names: tuple[str, ...]) -> Non
     """Save one model with random weights as our backends' files and the others' in `names`."""
     torch.manual_seed(0)
     model = build_model(config).eval()
-    checkpoint.save_atomically(checkpoint.checkpoint_payload(model, NO_TOKENIZER), os.path.join(folder, FILES["fp32"]))
+    checkpoint.save_atomically(checkpoint.checkpoint_payload(model, NO_TOKENIZER), path_of("fp32", folder))
     if "Hugging Face fp32" in names:
         write_hugging_face(model, folder, names)
     if "ONNX Runtime int8 dynamic" in names:
-        write_onnx(model, os.path.join(folder, FILES["ONNX Runtime int8 dynamic"]))
+        write_onnx(model, path_of("ONNX Runtime int8 dynamic", folder))
     ids = random_sequences(8, min(128, config.max_tokens), config.vocab_size)  # for calibration
     texts = [Batch(row[None], None, torch.zeros(1), len(row)) for row in ids]
     for name, batches in {"OpenVINO": None, "OpenVINO int8 static": texts}.items():
         if name in names:
-            write_openvino(model, xml_of(os.path.join(folder, FILES[name])), batches)
+            write_openvino(model, path_of(name, folder), batches)
     for act_range in ("dynamic", "static"):
         quant = QuantConfig(act_range=act_range)
         payload = checkpoint.student_payload(quantized_copy(model, quant, ids), quant, NO_TOKENIZER)
-        checkpoint.save_atomically(payload, os.path.join(folder, FILES[f"int8 {act_range}"]))
+        checkpoint.save_atomically(payload, path_of(f"int8 {act_range}", folder))
 
 
 def write_hugging_face(model: Model, folder: str, names: tuple[str, ...]) -> None:
@@ -213,8 +210,7 @@ def write_hugging_face(model: Model, folder: str, names: tuple[str, ...]) -> Non
     reference.load_state_dict(theirs)
     reference.save_pretrained(os.path.join(folder, "hugging-face"))
     if "torch.ao int8 dynamic" in names:
-        state = torch_ao(reference).state_dict()
-        torch.save(state, os.path.join(folder, FILES["torch.ao int8 dynamic"]))
+        torch.save(torch_ao(reference).state_dict(), path_of("torch.ao int8 dynamic", folder))
 
 
 class Exportable(nn.Module):
@@ -249,14 +245,11 @@ def write_onnx(model: Model, path: str) -> None:
     os.unlink(whole)
 
 
-def xml_of(path: str) -> str:
-    """The description of the model whose weights are in a .bin file."""
-    return path.removesuffix(".bin") + ".xml"
-
-
 def write_openvino(model: Model, path: str, calibration: Iterable[Batch] | None) -> None:
     """Convert to OpenVINO and quantize after training (NNCF, its settings for Transformers): weights per channel,
     activations per tensor with ranges from the calibration batches, which have no padding. None: floats.
+
+    path: of the weights, NAME.bin. The description of the model is NAME.xml.
     """
     import openvino
 
@@ -267,7 +260,7 @@ def write_openvino(model: Model, path: str, calibration: Iterable[Batch] | None)
 
         dataset = nncf.Dataset([arrays(batch.ids, batch.mask) for batch in calibration])
         converted = nncf.quantize(converted, dataset, model_type=nncf.ModelType.TRANSFORMER)
-    openvino.save_model(converted, path)
+    openvino.save_model(converted, path.removesuffix(".bin") + ".xml")
 
 
 def has_torch_ao() -> bool:
@@ -285,12 +278,12 @@ def torch_ao(reference: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------------------------------- loading
 def load_backend(name: str, folder: str, device: torch.device) -> Runner:
     """A backend, loaded from its file and ready to run."""
-    path = os.path.join(folder, FILES[name])
+    path = path_of(name, folder)
     if name == "ONNX Runtime int8 dynamic":
         return load_onnx(path)
     if name.startswith("OpenVINO"):
-        return load_openvino(xml_of(path))
-    if name in NEEDS:
+        return load_openvino(path)
+    if BACKENDS[name][1]:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
@@ -344,7 +337,7 @@ def load_openvino(path: str) -> Runner:
     import openvino
 
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    program = openvino.compile_model(path, "CPU", options)
+    program = openvino.compile_model(path.removesuffix(".bin") + ".xml", "CPU", options)
     return lambda ids, mask: torch.from_numpy(program(arrays(ids, mask))[0])
 
 
@@ -366,16 +359,12 @@ def peak_memory(name: str, folder: str, rows: int, tokens: int, device: torch.de
 
 
 def peak_of_this_process() -> int | None:
-    try:  # on Linux ru_maxrss starts at the peak of the parent process
+    """On Linux; getrusage would start at the peak of the parent process."""
+    try:
         with open("/proc/self/status", encoding="ascii") as file:
             return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
     except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def saved_bytes(model: nn.Module, step: Callable[[], object]) -> int:
@@ -426,11 +415,8 @@ def tt_models(
             return checkpoint.save_atomically(payload, os.path.join(folder, "model.pt"))
 
         size = size_of(checkpoint.checkpoint_payload(model, TT_TOKENIZER))
-        models = {
-            "dense fp32": (dense_model, size_of(checkpoint.checkpoint_payload(dense_model, TT_TOKENIZER))),
-            "TT fp32": (model, size),
-            "TT fp32, merged": (merge_cores(model), size),  # after loading: the file is the same
-        }
+        models = {"dense fp32": (dense_model, size_of(checkpoint.checkpoint_payload(dense_model, TT_TOKENIZER)))}
+        models |= {"TT fp32": (model, size), "TT fp32, merged": (merge_cores(model), size)}  # merged after loading
         for name, (bits, act_range) in TT_INTEGER.items():
             quant = QuantConfig(weight_bits=bits, act_range=act_range, keep=())
             student = quantized_copy(model, quant, ids)
@@ -476,11 +462,9 @@ def linear_layers(M: int, K: int, N: int, device: torch.device) -> tuple[dict[st
     generator = torch.Generator().manual_seed(M + K + N)
     x, weight, bias = (torch.randn(*size, generator=generator).to(device) for size in ((M, K), (N, K), (N,)))
     layers = {"fp32": partial(F.linear, x, weight, bias)}
-    half = {"bf16": torch.bfloat16}
-    if device.type == "cuda":
-        half["fp16"] = torch.float16
-    for name, dtype in half.items():
-        layers[name] = partial(F.linear, *(tensor.to(dtype) for tensor in (x, weight, bias)))
+    for name, dtype in {"bf16": torch.bfloat16, "fp16": torch.float16}.items():
+        if name == "bf16" or device.type == "cuda":
+            layers[name] = partial(F.linear, *(tensor.to(dtype) for tensor in (x, weight, bias)))
     for act_range in ("dynamic", "static"):
         layer = integer_layer(x, weight, bias, act_range)
         layers[f"int8 {act_range}"] = partial(layer, x)
@@ -508,7 +492,7 @@ def tt_layers(K: int, N: int, rank: int, device: torch.device) -> dict[str, nn.M
     """name -> a layer K -> N with random weights: dense, and tensor trains."""
     dense = nn.Linear(K, N)
     layers = {"dense": dense, "TTLinear": TTLinear.like(dense, TTConfig(rank))}
-    if has_tltorch():
+    if is_installed("tltorch"):
         layers |= tltorch_layers(layers["TTLinear"])
     return {name: layer.to(device) for name, layer in layers.items()}
 
@@ -522,16 +506,11 @@ def forward_flops(layer: nn.Module, tokens: int) -> int | None:
     return counter.get_total_flops()
 
 
-def has_tltorch() -> bool:
-    """Whether TensorLy-Torch is installed: pip install tensorly tensorly-torch scipy opt_einsum."""
-    return is_installed("tltorch")
-
-
 def tltorch_version() -> dict | None:
-    """The version of TensorLy-Torch, None if it is not installed; its einsum finds a better contraction path where
-    opt_einsum is installed.
+    """The version of TensorLy-Torch (pip install tensorly tensorly-torch scipy opt_einsum), None if it is not
+    installed; its einsum finds a better contraction path where opt_einsum is installed.
     """
-    if not has_tltorch():
+    if not is_installed("tltorch"):
         print("tltorch: not measured, it is not installed")
         return None
     return {"version": version("tensorly-torch"), "opt_einsum": opt_einsum.is_available()}

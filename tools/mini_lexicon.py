@@ -4,7 +4,7 @@
 
 The parent of "apple" is "fruit", and the parent of "fruit" is "thing"; "-" means none. The parent of a verb is its
 opposite, the parent of a synonym ("same") is the verb it stands for. To add a concept, add a line. A class needs at
-least two members and a verb has at most one synonym; tests/test_make_mini.py checks this.
+least two members and a verb has at most one synonym.
 
 The grammar is restricted so that each word needs only one or two forms. Verbs are in the future tense and all persons
 are masculine, so no verb agrees with anything. Objects are plural (Turkish: the bare singular) and in the object's

@@ -77,7 +77,7 @@ def add_peers(out: str) -> None:
 
     peers: dict[str, tuple[Callable, Callable, str]] = {
         "onnxruntime": (write_onnx, load_onnx, ".onnx"),
-        "openvino": (calibrated, load_openvino, ".xml"),
+        "openvino": (calibrated, load_openvino, ".bin"),
     }
     for name, (write, load, suffix) in peers.items():
         if missing := [package for package in NEEDS[name] if not is_installed(package)]:
