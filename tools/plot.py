@@ -17,6 +17,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -169,13 +170,11 @@ def draw_errors(axes, run: dict) -> None:
         for name, row in run["methods"].items():
             for kind, style in (("accumulated", "-"), ("local", ":")) if "errors" in row else ():
                 values = [100 * layer["relative"] for layer in row["errors"][kind][place]]
-                label = f"{name}, {kind}"
                 layers = range(1, len(values) + 1)
-                panel.plot(layers, values, style, color=COLORS[name], marker=".", label=label)
+                panel.plot(layers, values, style, color=COLORS[name], marker=".", label=f"{name}, {kind}")
         panel.set(title=place, xlabel="layer", xticks=layers[:: 1 + len(layers) // 9])
     axes[0].set_ylabel("relative error, %")
-    title = f"{run['model']}, {width_of(run['config'])}, against its float32 self"
-    axes[0].figure.suptitle(title)
+    axes[0].figure.suptitle(f"{run['model']}, {width_of(run['config'])}, against its float32 self")
 
 
 RECOVERY = {"ranking": "ranking loss: flipped pairs, %", "cover": "cover length ratio, %"}
@@ -387,12 +386,10 @@ BENCHMARKS = {  # name -> (how to draw it, panels, size in inches)
 
 def read_benchmark(path: str) -> dict | None:
     """The JSON of bench.py, or None if the file is something else."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+    with suppress(OSError, ValueError, LookupError, TypeError), open(path, encoding="utf-8") as file:
+        value = json.load(file)
         return value if value["benchmark"] in BENCHMARKS else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    return None
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -421,16 +418,15 @@ def choose_figure(files: list[str], kind: str | None) -> Figure:
     return Figure(draw_bits, runs)
 
 
-def save_figure(files: list[str], out: str, kind: str | None) -> None:
+def draw_figure(files: list[str], kind: str | None):
+    """A figure of matplotlib."""
     chosen = choose_figure(files, kind)
     try:
-        import matplotlib
+        from matplotlib.figure import Figure as Canvas
     except ImportError:
         raise UserError("figures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")  # no window
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, chosen.panels, figsize=chosen.size, sharey=chosen.sharey, layout="constrained")
+    figure = Canvas(figsize=chosen.size, layout="constrained")
+    axes = figure.subplots(1, chosen.panels, sharey=chosen.sharey)
     chosen.draw(axes, chosen.data)
     handles, labels = figure.axes[0].get_legend_handles_labels()  # those of all panels
     if labels and chosen.panels > 1:
@@ -442,12 +438,15 @@ def save_figure(files: list[str], out: str, kind: str | None) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         if panel.get_ylabel().endswith("%") and kind != "errors":  # a relative error may be larger
             panel.set_ylim(top=min(100, panel.get_ylim()[1]))
+    return figure
+
+
+def save_figure(files: list[str], out: str, kind: str | None) -> None:
+    figure = draw_figure(files, kind)
     try:
         figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write --out {out}: {error}") from None
-    finally:
-        pyplot.close(figure)
+    except ValueError as error:  # another ending
+        raise UserError(f"--out {out}: {error}") from None
     print(f"wrote {out}")
 
 
