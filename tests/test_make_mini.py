@@ -61,12 +61,6 @@ def test_splits_share_no_premise():
 
 # --------------------------------------------------------------------------------------- sentences
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_no_two_concepts_share_a_form(language):
-    counts = Counter(concept.forms[language][0] for concept in LEXICON.values())
-    assert [form for form, count in counts.items() if count > 1] == []
-
-
-@pytest.mark.parametrize("language", LANGUAGES)
 def test_different_meanings_are_different_sentences(language, pairs):
     meanings = set(mini.random_meanings(random.Random(2), 2000))
     meanings |= {meaning for row in pairs for meaning in row[:2]}

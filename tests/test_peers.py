@@ -56,31 +56,24 @@ def test_rows_are_added(finished, monkeypatch, capsys):
     assert train.main([*OPTIONS.split(), "--out", str(finished), "--resume"]) == 0  # not in the way of --analyze
 
 
-@pytest.mark.parametrize("typed", [False, True])
-def test_layout_of_bert(typed, tokenizer_bytes, tmp_path, monkeypatch, capsys):
-    """multilingual-e5-small has a table of token types, and XLM-R's tokenizer, which uses only one of them."""
+def test_what_is_refused(finished, tmp_path, capsys):
+    config = json.loads((finished / "config.json").read_text())
+    for change, message in ({"task": "atis"}, "one label a text"), ({"nonsense": 1}, "holds no run of train.py"):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        assert peers.main([str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_token_types_are_refused(tmp_path, capsys):
+    """Other libraries' models are called without them."""
     wordpiece = "\n".join([f"{WORDPIECE_MAGIC} lower", *SPECIALS, *"abcd", ""]).encode()
     small = dict(vocab_size=450, hidden_size=32, num_layers=1, num_heads=4, ffn_size=64)
     model = build_model(replace(PRESETS["multilingual-e5-small"], **small))
-    payload = checkpoint.checkpoint_payload(model, wordpiece if typed else tokenizer_bytes)
-    checkpoint.save_atomically(payload, tmp_path / "bert.pt")
+    checkpoint.save_atomically(checkpoint.checkpoint_payload(model, wordpiece), tmp_path / "bert.pt")
     options = ["--model", str(tmp_path / "bert.pt"), *"--steps 1 --methods fp32 --languages de".split()]
     out = str(tmp_path / "run")
     assert train.main([*options, "--data-dir", SAMPLE, "--device", "cpu", "--out", out]) == 0
-    monkeypatch.setattr(peers, "is_installed", lambda name: False)
-    assert peers.main([out]) == 2 * typed
-    assert ("has token types" in capsys.readouterr().err) == typed
-
-
-def test_what_is_no_finished_run(finished, tmp_path, capsys):
-    assert peers.main([str(tmp_path)]) == 2
-    assert "holds no run of train.py" in capsys.readouterr().err
-    config = json.loads((finished / "config.json").read_text())
-    for change, message in ({"task": "atis"}, "one label a text"), ({"nonsense": 1}, "holds no run"):
-        (tmp_path / "config.json").write_text(json.dumps(config | change))
-        assert peers.main([str(tmp_path)]) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
+    assert peers.main([out]) == 2 and "has token types" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", peers.NEEDS)

@@ -35,7 +35,7 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import checkpoint
-from convert import key_table
+from convert import CONFIG_NAMES, key_table
 from data.batches import IGNORE, Batch
 from int8 import IntLinear, MergedTable, choose_kernel, compiled, integer_model, to_integer
 from model import Model, ModelConfig, build_model, initialize
@@ -190,18 +190,9 @@ def write_hugging_face(model: Model, folder: str, names: tuple[str, ...]) -> Non
     import transformers
 
     config = model.config
-    shape = transformers.XLMRobertaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.ffn_size,
-        max_position_embeddings=config.max_tokens + config.position_offset,
-        type_vocab_size=config.type_vocab_size,
-        num_labels=config.num_labels,
-        pad_token_id=config.pad_id,
-        layer_norm_eps=config.norm_eps,
-    )
+    settings = {theirs: getattr(config, our) for our, theirs in CONFIG_NAMES.items()}
+    settings |= {"max_position_embeddings": config.max_tokens + config.position_offset}
+    shape = transformers.XLMRobertaConfig(**settings, num_labels=config.num_labels)
     reference = transformers.XLMRobertaForSequenceClassification(shape).eval()
     ours, theirs = model.state_dict(), {}
     for source, target in key_table(config):

@@ -52,10 +52,9 @@ def read_config(out: str) -> TrainConfig:
     try:
         with open(os.path.join(out, "config.json"), encoding="utf-8") as file:
             options = json.load(file)
-        config = TrainConfig(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k != "contents"}
-        )
-    except (OSError, ValueError, TypeError, AttributeError):
+        del options["contents"]
+        config = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"{out} holds no run of train.py: name the --out of one") from None
     if config.row.head != "sequence":
         raise UserError(f"{out}: peers are measured for tasks with one label a text")
