@@ -1,20 +1,15 @@
-"""Checkpoints: float32 models (weights/NAME.safetensors, teachers) and packed students (student.safetensors).
+"""Checkpoints: float models (weights/NAME.safetensors, teachers, data/mini) and packed students.
 
-Both are files of tensors with settings (kit/files.py), which the safetensors package opens, too:
+Both are files of tensors (kit/files.py). Their settings are "config", the fields of ModelConfig, and "notes", where it
+came from; a student also has "quant", the fields of QuantConfig. The tensors:
 
-    format     "sdq-model-2", or "sdq-student-7" of a student
-    config     the fields of ModelConfig
-    notes      strings: where it came from, the names of its classes
-    NAME       a parameter, float32 (or float16, to save space)
-    tokenizer  the bytes of the tokenizer's file, uint8
+    model      every parameter, float32 (or float16, to save space)
+    student    NAME.codes and NAME.scale for each quantized weight, and all other parameters, float32
+    both       "tokenizer", the bytes of the tokenizer's file
 
-A student also has "quant", the fields of QuantConfig, and in place of each quantized weight NAME.codes, integers of b
-bits, and NAME.scale, float32, one per row, or one for a core of a tensor train. Fake quantization trains in float32, and
-a checkpoint of that would be full-size. Packed, 8 bits take one byte per weight, 4 bits two weights per byte, 2 bits four
-(3, 5, 6 and 7 bits likewise without gaps). Product quantization has NAME.assignments, a byte per block, and
-NAME.centroids, float16, instead (pq.py).
-
-Every tensor is compared with the shape that the config requires before a model is filled with it.
+Fake quantization trains in float32. Packed, 8 bits take one byte per weight, 4 bits two weights per byte, 2 bits four
+(3, 5, 6 and 7 bits likewise without gaps). A scale is a float32 per row, or one for a core of a tensor train. Product
+quantization has NAME.assignments, a byte per block, and float16 NAME.centroids instead (pq.py).
 """
 
 import os
@@ -28,59 +23,98 @@ from torch import Tensor, nn
 from config import TrainConfig, scratch_shape, tt_config
 from data.fetch import MODELS
 from data.tasks import RAW_DIR, WEIGHTS_DIR, Task, class_names, load, match_labels
-from data.tokenizer import Tokenizer, WordTokenizer
+from data.tokenizer import Encoder, Tokenizer, WordTokenizer, load_tokenizer
 from kit.common import UserError
 from kit.files import check_tensors, read_tensors, write_tensors
 from kit.run import TEACHERS
 from model import HEADS, PRESETS, Model, ModelConfig, initialize, with_head
-from pq import ProductQuantizer
+from pq import CENTROIDS, ProductQuantizer
 from prepare import prepare
 from quant import FixedQuantizer, QuantConfig, WeightQuantizer, check_codes, dequantize
-from tt import TensorTrain, TTConfig, tensorize
+from tt import TTConfig, tensorize
 
 MINI = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "mini", "mini.safetensors")
 MODEL_FORMAT, STUDENT_FORMAT = "sdq-model-2", "sdq-student-7"
 WORDS = "encoder.embeddings.word.weight"
-CHUNK = 1 << 22  # weights packed at a time: XLM-R's embedding table alone has 192 million
-LIMITS = {  # of the numbers in a ModelConfig
-    **dict(vocab_size=(1, 10**7), hidden_size=(1, 2**14), num_layers=(1, 200), num_heads=(1, 2**10)),
-    **dict(ffn_size=(1, 2**17), max_tokens=(1, 2**17), type_vocab_size=(1, 16), position_offset=(0, 16)),
-    **dict(pad_id=(0, 10**7), num_labels=(0, 10**5), num_slots=(0, 10**5), norm_eps=(0.0, 0.1), dropout=(0.0, 0.99)),
-}
+CHUNK = 1 << 22  # codes made or unpacked at a time, a multiple of 8: XLM-R's embedding table alone has 192 million
+LIMITS = {"vocab_size": (1, 10**7), "hidden_size": (1, 2**14), "num_layers": (1, 200), "num_heads": (1, 2**10)}
+LIMITS |= {"ffn_size": (1, 2**17), "max_tokens": (1, 2**17), "type_vocab_size": (1, 16), "position_offset": (0, 16)}
+LIMITS |= {"pad_id": (0, 10**7), "num_labels": (0, 10**5), "num_slots": (0, 10**5)}
+LIMITS |= {"norm_eps": (0.0, 0.1), "dropout": (0.0, 0.99)}
 
 
-# --------------------------------------------------------------------------------- float32 models
+# ----------------------------------------------------------------------------------- float models
 class Checkpoint(NamedTuple):
-    """The parts of a float32 model, its tensors mapped from disk.  vocabulary: the bytes of its tokenizer."""
+    """The parts of a float model's file. Tensors are mapped from disk, vocabulary is the bytes of its tokenizer."""
 
     config: ModelConfig
     tensors: dict[str, Tensor]
     notes: dict[str, str]
-    vocabulary: Tensor | None
+    vocabulary: Tensor
+
+
+def meta_model(config: ModelConfig, quant: QuantConfig | None = None) -> Model:
+    """A model without storage: with tensor trains if the config says so, fake-quantized if quant is given."""
+    with torch.device("meta"):
+        model = Model(config)
+        if config.tt:
+            tensorize(model, config.tt)
+        if quant:
+            prepare(model, quant)
+    return model
+
+
+def check_config(config: ModelConfig) -> ModelConfig:
+    """Raises UserError for a shape that can't be built, or is larger than any of ours: it may come from a file."""
+    for name, (least, most) in LIMITS.items():
+        value = getattr(config, name)
+        if type(value) not in (int, type(most)) or not least <= value <= most:
+            raise UserError(f"model config: {name} is {value!r}, not a number from {least} to {most}")
+    for is_wrong, message in (
+        (config.hidden_size % config.num_heads, "hidden_size is not divisible by num_heads"),
+        (config.pad_id >= config.vocab_size, f"pad_id {config.pad_id} is outside the vocabulary"),
+        (config.head not in HEADS, f"unknown head {config.head!r}; known: {', '.join(HEADS)}"),
+        (config.head in ("sequence", "token", "joint") and not config.num_labels, "the head needs num_labels"),
+        (config.head == "joint" and not config.num_slots, "the head needs num_slots"),
+    ):
+        if is_wrong:
+            raise UserError(f"model config: {message}")
+    return config
 
 
 def save_model(path: str, model: Model, tokenizer: bytes, notes: dict[str, str], temporary: str | None = None) -> int:
-    """Write a float32 model. Returns the bytes of the file."""
-    tensors = model.state_dict() | {"tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)}
-    settings = {"config": asdict(model.config), "notes": notes}
-    return write_tensors(path, tensors, MODEL_FORMAT, settings, temporary)
+    """Write a model's file. Returns its bytes.  temporary: see kit.files.atomic_write."""
+    tensors = {**model.state_dict(), "tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)}
+    return write_tensors(path, tensors, MODEL_FORMAT, {"config": asdict(model.config), "notes": notes}, temporary)
 
 
 def read_model(path: str) -> Checkpoint:
-    """The parts of a float32 checkpoint (also of one in float16). Every tensor is accounted for.
+    """The parts of a model's file. Raises UserError if it is missing, damaged or foreign, saying how to make it."""
+    is_teacher = os.path.basename(os.path.dirname(os.path.abspath(path))) == TEACHERS
+    advice = "delete it, and it is trained again" if is_teacher else "make one: python convert.py NAME --from DIR"
+    empty, _, tensors, notes, vocabulary = read_file(path, MODEL_FORMAT, advice)
+    check_tensors(path, empty.state_dict(), tensors, torch.float32, torch.float16)
+    return Checkpoint(empty.config, tensors, notes, vocabulary)
 
-    Raises UserError for a missing, damaged or foreign file.
-    """
-    teacher = os.path.basename(os.path.dirname(os.path.abspath(path))) == TEACHERS
-    advice = "delete it, and the next run trains it again" if teacher else "make it with 'python convert.py NAME'"
-    tensors, settings = read_tensors(path, MODEL_FORMAT, advice)
-    config, vocabulary = config_of(settings, path), tensors.pop("tokenizer", None)
-    check_tensors(path, meta_model(config).state_dict(), tensors, torch.float32, torch.float16)
-    return Checkpoint(config, tensors, settings.get("notes", {}), vocabulary)
+
+def read_file(path: str, format: str, advice: str) -> tuple:
+    """(model without storage, QuantConfig or None, tensors, notes, bytes of the tokenizer) of either kind of file."""
+    tensors, settings = read_tensors(path, format, advice)
+    try:
+        config, quant = settings["config"], settings.get("quant")
+        if config["tt"]:
+            config["tt"] = TTConfig(**{**config["tt"], "keep": tuple(config["tt"]["keep"])})
+        if quant:
+            quant = QuantConfig(**{**quant, "keep": tuple(quant["keep"])})
+        empty = meta_model(check_config(ModelConfig(**config)), quant)
+        notes = {name: str(note) for name, note in settings["notes"].items()}
+        return empty, quant, tensors, notes, tensors.pop("tokenizer").view(torch.uint8)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged or of another version ({str(error)[:200]}): {advice}") from None
 
 
 def teacher_model(read: Checkpoint) -> Model:
-    """The float32 model of a checkpoint's parts, on CPU, in eval mode."""
+    """The float32 model of a file (also of one in float16), on CPU, in eval mode."""
     model = meta_model(read.config).to_empty(device="cpu")
     model.load_state_dict(read.tensors)
     return model.eval()
@@ -90,53 +124,9 @@ def load_model(path: str) -> Model:
     return teacher_model(read_model(path))
 
 
-def meta_model(config: ModelConfig) -> Model:
-    """A model without storage, its layers replaced by tensor trains if the config says so."""
-    with torch.device("meta"):
-        model = Model(config)
-        if config.tt:
-            tensorize(model, config.tt)
-    return model
-
-
-def config_of(settings: dict, path: str) -> ModelConfig:
-    """The model config of a file's settings. Raises UserError for one of another version, or that can't be built."""
-    try:
-        values = dict(settings["config"])
-        if values.get("tt") is not None:
-            values["tt"] = TTConfig(**{**values["tt"], "keep": tuple(values["tt"]["keep"])})
-        config = ModelConfig(**values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: the model config is of another version ({error}): make the file again") from None
-    return check_config(config)
-
-
-def check_config(config: ModelConfig) -> ModelConfig:
-    """Raises UserError for a shape that can't be built: configs may come from strangers' files."""
-    for name, (least, most) in LIMITS.items():
-        value, kinds = getattr(config, name), (int, float) if isinstance(most, float) else int
-        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-            kind = "a number" if isinstance(most, float) else "an integer"
-            raise UserError(f"model config: {name} is {value!r}, not {kind} from {least} to {most}")
-    needs_labels = config.head in ("sequence", "token", "joint")
-    undivided = f"hidden size {config.hidden_size} is not divisible by {config.num_heads} heads"
-    for is_wrong, message in (
-        (config.hidden_size % config.num_heads, undivided),
-        (config.pad_id >= config.vocab_size, f"pad_id {config.pad_id} is outside the vocabulary"),
-        (config.head not in HEADS, f"unknown head {config.head!r}; known: {', '.join(HEADS)}"),
-        (needs_labels and config.num_labels < 1, f"a {config.head} head needs num_labels >= 1"),
-        (config.head == "joint" and config.num_slots < 1, "a joint head needs num_slots >= 1"),
-        (config.head == "mlm" and config.tt, "an mlm head needs the whole embedding table, not its cores"),
-    ):
-        if is_wrong:
-            raise UserError(f"model config: {message}")
-    return config
-
-
 # ---------------------------------------------------------------------------------------- packing
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Integers -2^(b-1) .. 2^(b-1) - 1 -> bytes, b bits each, the first one in the lowest bits
-    (uint8, flat).
+    """Integers -2^(b-1) .. 2^(b-1) - 1 -> bytes (uint8, flat), b bits each, the first one in the lowest bits.
 
     >>> pack(torch.tensor([-1, 0, 1, 1]), bits=2)      # + 2: 1, 2, 3, 3 = 0b11_11_10_01
     tensor([249], dtype=torch.uint8)
@@ -149,12 +139,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of pack: `count` integers, int16."""
-    unsigned = packed.numpy()
-    if bits != 8:
-        planes = np.unpackbits(unsigned, count=count * bits, bitorder="little").reshape(count, bits)
-        unsigned = planes @ (1 << np.arange(bits)).astype(np.uint8)
-    return torch.from_numpy(unsigned.astype(np.int16)) - 2 ** (bits - 1)
+    """The inverse of pack: `count` integers, int8, a piece at a time, to bound the memory."""
+    codes = torch.empty(count, dtype=torch.int8)
+    for start in range(0, count, CHUNK):
+        part, unsigned = codes[start : start + CHUNK], packed[start * bits // 8 : (start + CHUNK) * bits // 8].numpy()
+        if bits != 8:
+            planes = np.unpackbits(unsigned, count=len(part) * bits, bitorder="little").reshape(-1, bits)
+            unsigned = planes @ (1 << np.arange(bits)).astype(np.uint8)
+        part.copy_(torch.from_numpy(unsigned.astype(np.int16)) - 2 ** (bits - 1))
+    return codes
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -165,13 +158,11 @@ def packed_bytes(count: int, bits: int) -> int:
 def quantized_weights(student: Model) -> dict[str, str]:
     """Name of each quantized weight -> name of the quantizer that it goes through."""
     found = {}
-    for name, module in student.named_modules():
-        for attribute in ("weight_quantizer", "row_quantizer"):
-            if isinstance(getattr(module, attribute, None), WeightQuantizer):
-                found[f"{name}.weight"] = f"{name}.{attribute}"
-        if isinstance(module, TensorTrain) and module.core_quantizers is not None:
-            for k in range(len(module.cores)):
-                found[f"{name}.cores.{k}"] = f"{name}.core_quantizers.{k}"
+    for at, module in student.named_modules():
+        name = at.replace("row_quantizer", "weight").replace("weight_quantizer", "weight")
+        name = name.replace("core_quantizers", "cores")
+        if name != at and isinstance(module, WeightQuantizer):
+            found[name] = at
     return found
 
 
@@ -187,13 +178,11 @@ class Weight(NamedTuple):
     scale: Tensor
 
 
-def weight_of(quantizer: WeightQuantizer, weight: Tensor) -> Weight:
-    codes, scale = quantizer.codes(weight)
-    return Weight(check_codes(quantizer, codes).to(torch.int8), scale)
-
-
-def table_of(quantizer: WeightQuantizer, weight: Tensor) -> Weight:
-    """weight_of for a table, each row of which has its own scale: in pieces, to bound the memory."""
+def weight_of(quantizer: WeightQuantizer, weight: Tensor, name: str = "") -> Weight:
+    """The integers of a weight; in pieces for the word table, whose rows have their own scales, to bound the memory."""
+    if name != WORDS:
+        codes, scale = quantizer.codes(weight)
+        return Weight(check_codes(quantizer, codes).to(torch.int8), scale)
     codes, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), 1)
     step, decodes = max(1, CHUNK // weight.shape[1]), isinstance(quantizer, ProductQuantizer)
     for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
@@ -205,59 +194,50 @@ def table_of(quantizer: WeightQuantizer, weight: Tensor) -> Weight:
 @torch.no_grad()
 def weight_codes(student: Model) -> dict[str, Weight]:
     """The integers of every quantized weight of a fake-quantized student, on CPU."""
-    found, parameters = {}, dict(student.named_parameters())
-    for name, quantizer_name in quantized_weights(student).items():
-        weight, quantizer = parameters[name].detach(), student.get_submodule(quantizer_name)
-        make = table_of if name == WORDS else weight_of
-        found[name] = Weight(*(part.cpu() for part in make(quantizer, weight)))
-    return found
+    places = quantized_weights(student)
+    weights = (weight_of(student.get_submodule(at), student.get_parameter(name), name) for name, at in places.items())
+    return {name: Weight(codes.cpu(), scale.cpu()) for name, (codes, scale) in zip(places, weights, strict=True)}
 
 
 def float_tensors(student: Model) -> dict[str, Tensor]:
-    """All tensors of a student that are not quantized, on CPU."""
+    """All tensors of a student that are not quantized, on its device."""
     quantized = quantized_weights(student)
-    return {
-        name: tensor.detach().cpu()
-        for name, tensor in student.state_dict().items()
-        if name not in quantized and not is_quantizer_state(name)
-    }
+    tensors = student.state_dict().items()
+    return {name: tensor for name, tensor in tensors if name not in quantized and not is_quantizer_state(name)}
 
 
-def save_student(path: str, student: Model, config: QuantConfig, tokenizer: bytes, notes: dict[str, str]) -> int:
-    """Write a student: packed integers and scales, or blocks and centroids, and float32 tensors. Returns the bytes."""
-    tensors = float_tensors(student) | {"tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)}
-    if config.weights == "pq":
+def save_student(path: str, student: Model, quant: QuantConfig, tokenizer: bytes, notes: dict[str, str]) -> int:
+    """Pack a fake-quantized student into a file. Returns its bytes.  quant: what it was prepared with."""
+    tensors = {**float_tensors(student), "tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)}
+    if quant.weights == "pq":
         for name, at in quantized_weights(student).items():
             quantizer = student.get_submodule(at)
-            assert not quantizer.waiting, f"{name} has no centroids before its stage"
+            assert not quantizer.waiting, f"{name} waits for its stage: see pq.begin_stage"
+            quantizer.assign(student.get_parameter(name))  # as its first use would
             tensors[f"{name}.assignments"] = quantizer.assignments
             tensors[f"{name}.centroids"] = quantizer.centroids.half()
     else:
-        for name, (codes, scale) in weight_codes(student).items():
-            tensors |= {f"{name}.codes": pack(codes, config.weight_bits), f"{name}.scale": scale}
-    settings = {"config": asdict(student.config), "quant": asdict(config), "notes": notes}
-    return write_tensors(path, tensors, STUDENT_FORMAT, settings)
+        for name, weight in weight_codes(student).items():
+            tensors[f"{name}.codes"] = pack(weight.codes, quant.weight_bits)
+            tensors[f"{name}.scale"] = weight.scale
+    fields = {"config": asdict(student.config), "quant": asdict(quant), "notes": notes}
+    return write_tensors(path, tensors, STUDENT_FORMAT, fields)
 
 
 class Student(NamedTuple):
-    """The parts of a student, as they are on disk and as the integer model needs them.
-
-    weights: all quantized ones.  tensors: all others.  notes: of train.run_student.  vocabulary: the bytes of its
-    tokenizer.
-    """
+    """The parts of a student, as the integer model needs them."""
 
     config: ModelConfig
     quant: QuantConfig
-    weights: dict[str, Weight]
-    tensors: dict[str, Tensor]
-    notes: dict[str, str]
-    vocabulary: Tensor | None
+    weights: dict[str, Weight]  # all quantized ones
+    tensors: dict[str, Tensor]  # all others
+    notes: dict[str, str]  # of train.run_student
+    vocabulary: Tensor | None  # the bytes of its tokenizer
 
     @property
     def max_length(self) -> int:
         """Maximum sequence length in tokens, as in training."""
-        length, most = self.notes.get("max_length", ""), self.config.max_tokens
-        return min(int(length), most) if length.isdecimal() else most
+        return min(int(self.notes.get("max_length", self.config.max_tokens)), self.config.max_tokens)
 
     @property
     def classes(self) -> list[tuple[str, ...]]:
@@ -266,86 +246,56 @@ class Student(NamedTuple):
 
 
 def read_student(path: str) -> Student:
-    """The parts of a student's file. Raises UserError for a missing, damaged or foreign one."""
-    tensors, settings = read_tensors(path, STUDENT_FORMAT, "train.py writes it, run it again")
-    config, vocabulary = config_of(settings, path), tensors.pop("tokenizer", None)
-    try:
-        quant = QuantConfig(**{**settings["quant"], "keep": tuple(settings["quant"]["keep"])})
-        empty = meta_model(config)
-        prepare(empty, quant)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: the student is of another version ({str(error)[:200]}): train it again") from None
+    """The parts of a student's file. Raises UserError if it is missing, damaged or foreign, saying how to make it."""
+    empty, quant, tensors, notes, vocabulary = read_file(path, STUDENT_FORMAT, "run train.py again, which writes it")
+    expected, weights = float_tensors(empty), {}
     quantizers = {name: empty.get_submodule(at) for name, at in quantized_weights(empty).items()}
-    whole = {name: tensor for name, tensor in empty.state_dict().items() if not is_quantizer_state(name)}
-    expected = {name: tensor for name, tensor in whole.items() if name not in quantizers}
     for name, quantizer in quantizers.items():
-        if isinstance(quantizer, ProductQuantizer):
-            expected |= {f"{name}.assignments": quantizer.assignments, f"{name}.centroids": quantizer.centroids.half()}
-        else:
-            size, rows = packed_bytes(whole[name].numel(), quantizer.bits), (len(whole[name]), 1)
-            expected[f"{name}.codes"] = torch.empty(size, dtype=torch.uint8, device="meta")
-            expected[f"{name}.scale"] = torch.empty(rows if quantizer.per_row else (), device="meta")
+        expected |= stored_parts(name, empty.get_parameter(name), quantizer)
     check_tensors(path, expected, tensors)
-    weights = {}
     for name, quantizer in quantizers.items():
+        weight = empty.get_parameter(name)
+        first, second = (tensors.pop(part) for part in stored_parts(name, weight, quantizer))
         if isinstance(quantizer, ProductQuantizer):
-            assignments, centroids = (tensors.pop(f"{name}.{part}") for part in ("assignments", "centroids"))
-            weights[name] = unpack_blocks(name, assignments, centroids, whole[name].shape, quantizer)
+            state = {"assignments": first, "centroids": second.float(), "counts": torch.ones(CENTROIDS)}
+            quantizer.load_state_dict(state, strict=False, assign=True)
+            weights[name] = weight_of(quantizer, weight, name)
         else:
-            codes, scale = (tensors.pop(f"{name}.{part}") for part in ("codes", "scale"))
-            weights[name] = Weight(unpack_weight(codes, quantizer.bits, whole[name].shape), scale)
-    return Student(config, quant, weights, tensors, settings.get("notes", {}), vocabulary)
+            weights[name] = Weight(unpack(first, quantizer.bits, weight.numel()).view(weight.shape), second)
+    return Student(empty.config, quant, weights, tensors, notes, vocabulary)
 
 
-def unpack_weight(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
-    """The integers of a packed weight, int8 of the given shape."""
-    codes = torch.empty(shape, dtype=torch.int8)
-    flat, step = codes.view(-1), CHUNK // 8 * 8  # a multiple of 8 codes fills whole bytes
-    for start in range(0, flat.numel(), step):
-        count = min(step, flat.numel() - start)
-        piece = packed[start * bits // 8 : start * bits // 8 + packed_bytes(count, bits)]
-        flat[start : start + count] = unpack(piece, bits, count)
-    return codes
-
-
-@torch.no_grad()
-def unpack_blocks(
-    name: str, assignments: Tensor, centroids: Tensor, shape: torch.Size, quantizer: ProductQuantizer
-) -> Weight:
-    """The integers of a weight that was stored as blocks."""
-    quantizer.to_empty(device="cpu")
-    quantizer.centroids.copy_(centroids)
-    quantizer.assignments.copy_(assignments)
-    quantizer.counts.fill_(1)
-    return (table_of if name == WORDS else weight_of)(quantizer, torch.empty(shape, device="meta"))
+def stored_parts(name: str, weight: Tensor, quantizer: WeightQuantizer) -> dict[str, Tensor]:
+    """The two tensors of a quantized weight in a file, as empty as the weight."""
+    if isinstance(quantizer, ProductQuantizer):
+        return {f"{name}.assignments": quantizer.assignments, f"{name}.centroids": quantizer.centroids.half()}
+    codes = weight.new_empty(packed_bytes(weight.numel(), quantizer.bits), dtype=torch.uint8)
+    return {f"{name}.codes": codes, f"{name}.scale": weight.new_empty((len(weight), 1) if quantizer.per_row else ())}
 
 
 def fake_quantized(read: Student) -> Model:
-    """The fake-quantized model of a student's parts, as it was trained, on CPU, in eval mode."""
-    with torch.device("meta"):
-        student = meta_model(read.config)
-        prepare(student, read.quant)
-    student.to_empty(device="cpu")
-    tensors = dict(read.tensors)
+    """The student of a file, fake-quantized as it was trained, on CPU."""
+    student, tensors = meta_model(read.config, read.quant).to_empty(device="cpu"), dict(read.tensors)
     for name, quantizer in quantized_weights(student).items():
-        codes, scale = read.weights[name]
-        tensors[name] = dequantize(codes, scale, torch.zeros(()))
-        fixed = FixedQuantizer(student.get_submodule(quantizer), scale)
-        # The word table lies on its grid and is only looked up.
-        student.set_submodule(quantizer, nn.Identity() if name == WORDS else fixed)
-    # Not strict: read_student has checked the names except those of is_quantizer_state(), which are not used.
-    student.load_state_dict(tensors, strict=False)
+        tensors[name] = dequantize(*read.weights[name], torch.zeros(()))
+        fixed = FixedQuantizer(student.get_submodule(quantizer), read.weights[name].scale)
+        student.set_submodule(quantizer, nn.Identity() if name == WORDS else fixed)  # a table is only looked up
+    student.load_state_dict(tensors, strict=False)  # of read_student, which has no is_quantizer_state()
     return student.eval()
 
 
-def load_student(path: str) -> tuple[Model, Tokenizer]:
-    """A packed student, fake-quantized as it was trained, on CPU; and its tokenizer."""
+def load_student(path: str) -> tuple[Model, Encoder]:
+    """A student, fake-quantized, and its tokenizer."""
     read = read_student(path)
     return fake_quantized(read), tokenizer_of(path, read)
 
 
-def tokenizer_of(path: str, read: Student | Checkpoint) -> Tokenizer:
-    return Tokenizer.from_payload({"tokenizer": read.vocabulary}, path, read.config.vocab_size)
+def tokenizer_of(path: str, read: Checkpoint | Student) -> Encoder:
+    """The tokenizer (of any kind) of a file. Raises UserError unless its ids fit into the model's table."""
+    tokenizer = load_tokenizer(read.vocabulary.numpy().tobytes(), path)
+    if tokenizer.vocab_size > read.config.vocab_size:  # a table may have reserved rows
+        raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its model {read.config.vocab_size:,}")
+    return tokenizer
 
 
 # ------------------------------------------------------------------------------ before fine-tuning

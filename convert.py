@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint import check_config, fake_quantized, read_student, save_model, tokenizer_of
+from checkpoint import check_config, fake_quantized, meta_model, read_student, save_model, tokenizer_of
 from data.fetch import MODELS, fetch_model
 from data.tasks import WEIGHTS_DIR
 from data.tokenizer import BOS, EOS, Encoder, WordPieceTokenizer, WordTokenizer
@@ -202,14 +202,10 @@ def config_from_json(settings: dict) -> ModelConfig:
         bert = settings.get("model_type") == "bert"
         if bert:  # BERT's first files lack these two; Hugging Face assumes the same
             settings = {"pad_token_id": 0, "layer_norm_eps": 1e-12} | settings
-        values = {}
-        for ours, theirs in {**CONFIG_NAMES, "max_tokens": "max_position_embeddings"}.items():
-            values[ours] = settings.get(theirs)
-            if not isinstance(values[ours], (int, type(getattr(ModelConfig, ours)))) or values[ours] < 0:
-                raise UserError(f"config.json: {theirs} should be a number from 0, not {values[ours]!r:.99}")
+        values = {ours: settings.get(theirs) for ours, theirs in CONFIG_NAMES.items()}
         # RoBERTa counts positions from pad_id + 1, in a table that much longer; BERT from 0.
         offset = 0 if bert else values["pad_id"] + 1
-        values["max_tokens"] -= offset
+        values["max_tokens"] = settings["max_position_embeddings"] - offset
         return check_config(ModelConfig(position_offset=offset, **values))
 
 
@@ -247,8 +243,7 @@ def convert_tensors(name: str, tensors: dict[str, Tensor], settings: dict, token
     if not torch.equal(tied, tensors[WORDS].to(tied.dtype)):
         raise UserError("lm_head.decoder.weight differs from the word embeddings: untied models are not supported")
 
-    with reading("config.json"), torch.device("meta"):
-        model = Model(config)
+    model = meta_model(config)
     check_tensors("the source", model.state_dict(), ours)
     model.load_state_dict(ours, assign=True)  # a meta model has no storage to copy into
     names = settings.get("id2label") or {}  # where there are none, LABEL_0, LABEL_1, ... as Hugging Face has it

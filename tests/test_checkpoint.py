@@ -193,8 +193,8 @@ def test_models_that_do_not_fit_their_config(tiny_config, tmp_path):
         (dict(tensors={name: tensor / 0}), "has values that are not finite"),
         (dict(settings={"config": {**asdict(tiny_config), "num_layers": 10**6}}), "num_layers is 1000000"),
         (dict(settings={"config": {**asdict(tiny_config), "hidden_size": "x"}}), "hidden_size is 'x'"),
-        (dict(settings={"config": {**asdict(tiny_config), "spare": 1}}), "the model config is of another version"),
-        (dict(settings={"config": {**asdict(tiny_config), "tt": {"rank": 4}}}), "config is of another version"),
+        (dict(settings={"config": {**asdict(tiny_config), "spare": 1}}), "is damaged or of another version"),
+        (dict(settings={"config": {**asdict(tiny_config), "tt": {"rank": 4}}}), "is damaged or of another version"),
     ):
         refused(load_model, rewritten(saved(model, path), **changes), message)
 
@@ -204,7 +204,7 @@ def test_model_configs_are_checked():
     for values, message in (
         ({"hidden_size": 30, "num_heads": 4}, "not divisible"),
         ({"head": "lm"}, "unknown head"),
-        ({"head": "token"}, "num_labels"),
+        ({"head": "token"}, "the head needs num_labels"),
         ({"head": "joint", "num_labels": 2}, "num_slots"),
         ({"head": "mlm", "tt": TTConfig()}, "whole embedding table"),
         ({"pad_id": 250002}, "outside the vocabulary"),
@@ -380,10 +380,10 @@ def test_students_that_do_not_fit_their_config(tiny_config, tokenizer_bytes, tmp
         (dict(tensors={name + ".scale": torch.ones(3)}), "has shape"),
         (dict(drop=[name + ".scale"]), f"tensor {name}.scale is missing"),
         (dict(tensors={"x.codes": codes}), "unexpected tensor x.codes"),
-        (dict(settings={"quant": {"bits": 8}}), "the student is of another version"),
+        (dict(settings={"quant": {"bits": 8}}), "is damaged or of another version"),
         (dict(settings={"quant": {**quant, "weight_bits": 9}}), "weight_bits=9: choose 2 to 8"),
         (dict(settings={"quant": {**quant, "weights": "ternary"}}), "weights=ternary has 2 bits"),
-        (dict(settings={"config": {}}), "has shape"),
+        (dict(settings={"config": {}}), "is damaged or of another version"),
         (dict(tensors={"tokenizer": torch.zeros(9, dtype=torch.uint8)}), "SentencePiece"),
     ):
         _, path = save(model, config, tmp_path, tokenizer_bytes)

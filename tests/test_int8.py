@@ -9,7 +9,7 @@ from conftest import DEVICES, random_ids
 from test_checkpoint import make_bert_student, make_student, make_train_student
 
 import int8
-from checkpoint import float_model, read_student, save_atomically, student_payload
+from checkpoint import fake_quantized, read_student, save_student
 from int8 import (
     KERNELS,
     FloatKernel,
@@ -117,8 +117,8 @@ CONFIGS += [  # every row of WEIGHTS, also a new one
 
 def through_file(model, config, tokenizer_bytes, tmp_path):
     """The parts of a student, saved and read again."""
-    path = str(tmp_path / "student.pt")
-    save_atomically(student_payload(model, config, tokenizer_bytes), path)
+    path = str(tmp_path / "student.safetensors")
+    save_student(path, model, config, tokenizer_bytes, {})
     return read_student(path)
 
 
@@ -190,7 +190,7 @@ def test_students_that_have_no_integer_model(values, message, make, tiny_config,
     """They can be saved and used as they were trained."""
     model, config = make(tiny_config, **values)
     read, batch = through_file(model, config, tokenizer_bytes, tmp_path), random_ids([9, 4], tiny_config.vocab_size)
-    assert same_logits(logits_of(float_model(read), *batch), logits_of(model, *batch))
+    assert same_logits(logits_of(fake_quantized(read), *batch), logits_of(model, *batch))
     with pytest.raises(UserError, match=message):
         integer_model(read, "cpu")
 
@@ -225,7 +225,7 @@ def test_integer_logits_equal_the_students(values, tiny_config, tokenizer_bytes,
     assert (logits_of(model, batch["ids"], batch["mask"])[0] - expected[0]).abs().max() > 1e-3  # types matter
     read = through_file(model, config, tokenizer_bytes, tmp_path)
     assert read.config == model.config and read.quant == config
-    assert same_logits(logits_of(float_model(read), **batch), expected)
+    assert same_logits(logits_of(fake_quantized(read), **batch), expected)
     assert same_logits(logits_of(to_integer(model, config), **batch), expected)
     one = {name: tensor[:1, :1] for name, tensor in batch.items()}  # a single token
     for kernel in ["auto", *KERNEL_NAMES]:
@@ -268,9 +268,9 @@ def test_tensor_trains_give_the_same_logits(values, tiny_config, tokenizer_bytes
     assert all(logits.std() > 1e-4 for logits in expected)
     read = through_file(model, config, tokenizer_bytes, tmp_path)
     assert read.config == model.config and read.quant == config
-    again = float_model(read)
+    again = fake_quantized(read)
     assert same_logits(logits_of(again, *batch), expected)
-    monkeypatch.setattr("int8.float_model", lambda read: copy.deepcopy(again))  # build it once
+    monkeypatch.setattr("int8.fake_quantized", lambda read: copy.deepcopy(again))  # build it once
     assert same_logits(logits_of(integer_model(read), *batch), expected)  # with the kernel that it chooses, few tokens
     monkeypatch.setattr("int8.IntLinear.FEW", 0)
     for kernel in ["auto", *KERNEL_NAMES]:
@@ -329,7 +329,7 @@ def test_dense_layers_beside_tensor_trains(kept, tiny_config, tokenizer_bytes, t
     read, batch = through_file(model, config, tokenizer_bytes, tmp_path), random_ids([9, 5], tiny_config.vocab_size)
     assert read.config.tt.keep == (kept,)
     found = integer_model(read)
-    for each in (found, float_model(read)):
+    for each in (found, fake_quantized(read)):
         assert same_logits(logits_of(each, *batch), logits_of(model, *batch))
     up, dense = found.encoder.layers[0].ffn.up, found.head.dense
     assert type(up) is (IntLinear if kept == "encoder.layers.0" else IntTTLinear)

@@ -9,7 +9,7 @@ from conftest import SAMPLE
 
 import checkpoint
 import train
-from checkpoint import load_checkpoint
+from checkpoint import load_model
 from data.tokenizer import SPECIALS, WORDPIECE_MAGIC
 from model import PRESETS, build_model
 from tools import peers
@@ -69,8 +69,8 @@ def test_token_types_are_refused(tmp_path, capsys):
     wordpiece = "\n".join([f"{WORDPIECE_MAGIC} lower", *SPECIALS, *"abcd", ""]).encode()
     small = dict(vocab_size=450, hidden_size=32, num_layers=1, num_heads=4, ffn_size=64)
     model = build_model(replace(PRESETS["multilingual-e5-small"], **small))
-    checkpoint.save_atomically(checkpoint.checkpoint_payload(model, wordpiece), tmp_path / "bert.pt")
-    options = ["--model", str(tmp_path / "bert.pt"), *"--steps 1 --methods fp32 --languages de".split()]
+    checkpoint.save_model(str(tmp_path / "bert.safetensors"), model, wordpiece, {})
+    options = ["--model", str(tmp_path / "bert.safetensors"), *"--steps 1 --methods fp32 --languages de".split()]
     out = str(tmp_path / "run")
     assert train.main([*options, "--data-dir", SAMPLE, "--device", "cpu", "--out", out]) == 0
     assert peers.main([out]) == 2 and "has token types" in capsys.readouterr().err
@@ -81,7 +81,7 @@ def test_libraries_lose_little(name, finished, monkeypatch):
     for package in peers.NEEDS[name]:
         pytest.importorskip(package)
     (teacher,) = (finished.parent / "teachers").iterdir()
-    exact, ids = load_checkpoint(str(teacher)), random_sequences(8, 20, 1000)
+    exact, ids = load_model(str(teacher)), random_sequences(8, 20, 1000)
     errors, evaluate = [], peers.evaluate_languages
 
     def measured(method, model, *rest):

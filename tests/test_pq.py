@@ -10,6 +10,8 @@ import checkpoint
 import pq
 import train
 from int8 import integer_model
+from kit.files import map_tensors
+from kit.run import STUDENT
 from model import ModelConfig, build_model
 from pq import CENTROIDS, STAGES, ProductQuantizer, begin_stage, kmeans, means, nearest, product_quantizers
 from prepare import prepare
@@ -213,14 +215,13 @@ def saved(tmp_path):
     with torch.no_grad():  # as after training: no longer float16
         for quantizer, _ in product_quantizers(model):
             quantizer.centroids.add_(1e-4 * torch.randn_like(quantizer.centroids))
-    payload = checkpoint.student_payload(model, CONFIG, b"x")
-    path = str(tmp_path / "student.pt")
-    checkpoint.save_atomically(payload, path)
-    return model, payload, path
+    path = str(tmp_path / "student.safetensors")
+    checkpoint.save_student(path, model, CONFIG, b"x", {})
+    return model, path
 
 
 def test_integer_model_has_the_logits_of_the_student(saved, monkeypatch):
-    model, _, path = saved
+    model, path = saved
     monkeypatch.setattr(checkpoint, "tokenizer_of", lambda *_: None)
     ids = torch.randint(4, 600, (5, 17))
     expected = model.eval()(ids)[0]
@@ -231,14 +232,15 @@ def test_integer_model_has_the_logits_of_the_student(saved, monkeypatch):
 
 def test_bytes_follow_the_formula(saved):
     """A byte a block, 256 x b float16 numbers a matrix; the rest float32."""
-    model, payload, path = saved
+    model, path = saved
     size = 0
     for quantizer, weight in product_quantizers(model):
         size += weight.numel() // quantizer.block + 2 * CENTROIDS * quantizer.block
-    floats = sum(4 * tensor.numel() for tensor in payload["tensors"].values())
-    stored = sum(t.nbytes for entry in payload["packed"].values() for t in entry.values() if torch.is_tensor(t))
-    assert stored == size
-    assert 0 <= os.path.getsize(path) - size - floats < 300 * (len(payload["tensors"]) + 2 * len(payload["packed"]) + 8)
+    tensors = map_tensors(path, "")[0]
+    packed = {name for name in tensors if name.endswith((".assignments", ".centroids"))}
+    assert sum(tensors[name].nbytes for name in packed) == size
+    floats = sum(tensor.nbytes for name, tensor in tensors.items() if name not in packed)
+    assert 0 <= os.path.getsize(path) - size - floats < 200 * (len(tensors) + 8)
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -247,7 +249,7 @@ RUN = ["--weights", "pq", "--max-train", "64", "--student-lr", "1e-3"]
 
 def test_a_stopped_run_goes_on_in_its_stage(tmp_path, monkeypatch):
     """Stopped in the second of three stages: the same tensors as without a stop."""
-    monkeypatch.setattr("run.SAVE_EVERY", 1)
+    monkeypatch.setattr("kit.run.SAVE_EVERY", 1)
     options = [*RUN, *"--student-epochs 3 --steps 6 --methods sdq".split()]
     assert run(tmp_path, *options, out="whole") == 0
 
@@ -260,9 +262,8 @@ def test_a_stopped_run_goes_on_in_its_stage(tmp_path, monkeypatch):
     assert run(tmp_path, *options, out="stopped") == 130
     monkeypatch.setattr(train, "begin_stage", begin_stage)
     assert run(tmp_path, *options, "--resume", out="stopped") == 0
-    found = [torch.load(tmp_path / name / "student.pt")["packed"] for name in ("whole", "stopped")]
-    for name, entry in found[0].items():
-        assert all(torch.equal(entry[k], found[1][name][k]) for k in ("assignments", "centroids")), name
+    whole, stopped = (map_tensors(str(tmp_path / name / STUDENT), "")[0] for name in ("whole", "stopped"))
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
     rates = [
         [r["lr"] for r in log_of(tmp_path, name) if r["method"] == "sdq" and "lr" in r] for name in ("whole", "stopped")
     ]

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, read_checkpoint
-from data.tokenizer import BOS, EOS, PAD, Tokenizer
+from checkpoint import load_model, read_model, tokenizer_of
+from data.tokenizer import BOS, EOS, PAD
 from tools import pretrain_mini
 from tools.make_mini import LANGUAGES
 from tools.pretrain_mini import SHARES, Corpus, sample_batches
@@ -56,11 +56,11 @@ def test_program_writes_a_model_that_loads(tmp_path, capsys):
     arguments += ["--layers", "1", "--steps", "6", "--batch-size", "8"]
     assert pretrain_mini.main(arguments) == 0
     assert "in 15 languages" in capsys.readouterr().out
-    path = str(tmp_path / "mini.pt")
-    model = load_checkpoint(path)
-    payload = read_checkpoint(path)
-    assert all(t.dtype == torch.float16 for t in payload["tensors"].values())
-    tokenizer = Tokenizer.from_payload(payload, path, model.config.vocab_size)
+    path = str(tmp_path / "mini.safetensors")
+    model = load_model(path)
+    read = read_model(path)
+    assert all(t.dtype == torch.float16 for t in read.tensors.values())
+    tokenizer = tokenizer_of(path, read)
     ids = torch.tensor([tokenizer.encode("Kim will buy 5 red apples.")])
     assert model(ids)[0].shape == (1, ids.shape[1], tokenizer.vocab_size)
     with open(tmp_path / "pretrain.json", encoding="utf-8") as file:

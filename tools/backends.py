@@ -169,7 +169,7 @@ def write_files(config: ModelConfig, folder: str, names: tuple[str, ...]) -> Non
     """Save one model with random weights as our backends' files and the others' in `names`."""
     torch.manual_seed(0)
     model = build_model(config).eval()
-    checkpoint.save_atomically(checkpoint.checkpoint_payload(model, NO_TOKENIZER), path_of("fp32", folder))
+    checkpoint.save_model(path_of("fp32", folder), model, NO_TOKENIZER, {})
     if "Hugging Face fp32" in names:
         write_hugging_face(model, folder, names)
     if "ONNX Runtime int8 dynamic" in names:
@@ -181,8 +181,8 @@ def write_files(config: ModelConfig, folder: str, names: tuple[str, ...]) -> Non
             write_openvino(model, path_of(name, folder), batches)
     for act_range in ("dynamic", "static"):
         quant = QuantConfig(act_range=act_range)
-        payload = checkpoint.student_payload(quantized_copy(model, quant, ids), quant, NO_TOKENIZER)
-        checkpoint.save_atomically(payload, path_of(f"int8 {act_range}", folder))
+        student = quantized_copy(model, quant, ids)
+        checkpoint.save_student(path_of(f"int8 {act_range}", folder), student, quant, NO_TOKENIZER, {})
 
 
 def write_hugging_face(model: Model, folder: str, names: tuple[str, ...]) -> None:
@@ -286,9 +286,9 @@ def load_backend(name: str, folder: str, device: torch.device) -> Runner:
             reference = reference.bfloat16()
         return lambda ids, mask: reference(ids, attention_mask=mask).logits
     if name == "fp32":
-        model = checkpoint.load_checkpoint(path).to(device)
+        model = checkpoint.load_model(path).to(device)
     elif name == "fake-quantized":
-        model = checkpoint.float_model(checkpoint.read_student(path)).to(device)
+        model = checkpoint.fake_quantized(checkpoint.read_student(path)).to(device)
     else:
         model = integer_model(checkpoint.read_student(path), device)
     run = compiled(model) if name.endswith("compiled") else model
@@ -401,17 +401,14 @@ def tt_models(
     dense_model, model = (initialize(checkpoint.meta_model(config)).eval() for config in (dense, trains))
     ids = random_sequences(32, tokens, dense.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
-
-        def size_of(payload: dict) -> int:
-            return checkpoint.save_atomically(payload, os.path.join(folder, "model.pt"))
-
-        size = size_of(checkpoint.checkpoint_payload(model, TT_TOKENIZER))
-        models = {"dense fp32": (dense_model, size_of(checkpoint.checkpoint_payload(dense_model, TT_TOKENIZER)))}
+        path = os.path.join(folder, "model.safetensors")
+        size = checkpoint.save_model(path, model, TT_TOKENIZER, {})
+        models = {"dense fp32": (dense_model, checkpoint.save_model(path, dense_model, TT_TOKENIZER, {}))}
         models |= {"TT fp32": (model, size), "TT fp32, merged": (merge_cores(model), size)}  # merged after loading
         for name, (bits, act_range) in TT_INTEGER.items():
             quant = QuantConfig(weight_bits=bits, act_range=act_range, keep=())
             student = quantized_copy(model, quant, ids)
-            size = size_of(checkpoint.student_payload(student, quant, TT_TOKENIZER))
+            size = checkpoint.save_student(path, student, quant, TT_TOKENIZER, {})
             models[name] = to_integer(student, quant, device), size
     models = {name: (model.to(device), size) for name, (model, size) in models.items()}
     if has_compiler(device):

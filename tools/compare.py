@@ -27,7 +27,7 @@ import numpy as np
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from config import METHODS, NOT_COMPARED, TrainConfig
+from config import METHODS, SAME_RUN, TrainConfig
 from data.metrics import spearman
 from data.tasks import TASKS, Task, find_task
 from kit.common import UserError, exit_status, flag, markdown_table
@@ -36,7 +36,7 @@ from kit.report import compared_score, recovered_percent, worst_language
 PEERS = ("onnxruntime", "openvino")  # added by tools/peers.py
 METHOD_ORDER = (*METHODS, *PEERS)
 # Options that a table has rows for or averages over, and those that do not change the result.
-MAY_DIFFER = {"seed", "bits", "act_bits", "distill", "methods", "recipe", "name", *NOT_COMPARED}
+MAY_DIFFER = {"seed", "bits", "act_bits", "distill", "methods", "recipe", "name", *SAME_RUN}
 # Dense models and tensor trains learn at rates of their own, and where only the teacher was trained the options of
 # students have their defaults.
 MAY_DIFFER_JOINT = {"tt_rank", "tt_embedding_rank", "lr", "epochs", "weight_range", "act_range"}
@@ -385,7 +385,8 @@ def compare(args: argparse.Namespace) -> str:
     return scores_table(runs)
 
 
-def main(argv: list[str] | None = None) -> int:
+@exit_status()
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="One table over the seeds of several runs.")
     parser.add_argument("files", nargs="+", metavar="[NAME=]RESULTS.json", help="NAME: a label for its rows")
     parser.add_argument("--languages", action="store_true", help="a column per language instead")
@@ -394,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--latency", metavar="JSON", help="joint tasks: add times from bench.py tt --json")
     args = parser.parse_args(argv)
-    return exit_status(lambda: print(compare(args)))
+    print(compare(args))
 
 
 if __name__ == "__main__":

@@ -432,7 +432,8 @@ def write_lines(path: str, lines: list[str]) -> None:
         file.write(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
-def main(argv: list[str] | None = None) -> int:
+@exit_status()
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Write mini-XNLI: synthetic inference pairs in 15 languages, in XNLI's layout.",
         epilog="example: python tools/make_mini.py --out data/mini",
@@ -442,12 +443,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     args = parser.parse_args(argv)
 
-    def job() -> None:
-        check_writable(args.out)
-        generate(args.out, args.seed)
-        print(f"wrote mini-XNLI to {args.out}")
-
-    return exit_status(job)
+    check_writable(args.out)
+    generate(args.out, args.seed)
+    print(f"wrote mini-XNLI to {args.out}")
 
 
 if __name__ == "__main__":

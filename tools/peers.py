@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
 from config import TrainConfig
 from data.batches import unpadded_batches
 from data.tasks import selection_splits
-from kit.common import UserError, status_of
+from kit.common import UserError, exit_status
 from kit.files import write_text
 from kit.report import report, report_table
 from tools.backends import Runner, is_installed, load_onnx, load_openvino, write_onnx, write_openvino
@@ -93,11 +93,12 @@ def add_peers(out: str) -> None:
     print(f"\n{report_table(run.results, task)}\n\nwrote {out}/results.json, report.md")
 
 
-def main(argv: list[str] | None = None) -> int:
+@exit_status()
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Other libraries' int8 of a run's teacher, on the same rows.")
     parser.add_argument("out", metavar="out/NAME", help="folder of a finished run")
     args = parser.parse_args(argv)
-    return status_of(lambda: add_peers(args.out))
+    add_peers(args.out)
 
 
 if __name__ == "__main__":

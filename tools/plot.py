@@ -26,7 +26,7 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from data.tasks import TASKS, Task
-from kit.common import UserError, flag, status_of
+from kit.common import UserError, exit_status, flag
 from tools.compare import VARIANTS, check_comparable, group_runs, read_runs, tt_rank, width_of
 
 GREEN, ORANGE, PURPLE, GRAY = "#1b9e77", "#d95f02", "#7570b3", "#555555"
@@ -466,9 +466,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+@exit_status()
+def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    return status_of(lambda: save_figure(args.files, args.out, args.kind))
+    save_figure(args.files, args.out, args.kind)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python tools/pretrain_mini.py --out data/mini        # 35 minutes on 2 CPU cores
 
-Writes mini.pt (float16 weights with the tokenizer) and pretrain.json (settings, learning curve).
+Writes mini.safetensors (float16 weights with the tokenizer) and pretrain.json (settings, learning curve).
 
 The sentences are those of tools/make_mini.py, realized from random meanings; no label of mini-XNLI is used. As in real
 corpora, some languages have less text: Arabic has a quarter of the sentences that English has, Swahili an eighth. One
@@ -21,6 +21,7 @@ why TRTD and small batches.
 """
 
 import argparse
+import copy
 import io
 import os
 import random
@@ -39,9 +40,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import checkpoint_payload, save_atomically
+from checkpoint import save_model
 from data.tokenizer import BOS, EOS, PAD, Tokenizer
-from kit.common import Progress, hardware, status_of
+from kit.common import Progress, exit_status, hardware
 from kit.files import check_writable, write_json
 from model import PRESETS, Model, build_model
 from tools.make_mini import near_miss, random_meanings, realize
@@ -261,10 +262,9 @@ def pretrain(args: argparse.Namespace) -> None:
             curve.append({"step": step, **means})
             recent = {}
     progress.clear()
-    payload = checkpoint_payload(model, tokenizer.bytes, made_by="tools/pretrain_mini.py")
     # float16 halves the file; its rounding is small beside the changes of fine-tuning.
-    payload["tensors"] = {name: tensor.half() for name, tensor in payload["tensors"].items()}
-    size = save_atomically(payload, os.path.join(args.out, "mini.pt"))
+    path, notes = os.path.join(args.out, "mini.safetensors"), {"made_by": "tools/pretrain_mini.py"}
+    size = save_model(path, copy.deepcopy(model).half(), tokenizer.bytes, notes)
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     results = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -276,16 +276,17 @@ def pretrain(args: argparse.Namespace) -> None:
         "curve": curve,
     }
     write_json(os.path.join(args.out, "pretrain.json"), settings | results)
-    print(f"wrote {args.out}/mini.pt ({size:,} bytes) and pretrain.json")
+    print(f"wrote {args.out}/mini.safetensors ({size:,} bytes) and pretrain.json")
 
 
-def main(argv: list[str] | None = None) -> int:
+@exit_status()
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Pretrain the built-in model from random weights, on synthetic text.",
         epilog="example: python tools/pretrain_mini.py --out data/mini",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", required=True, help="folder for mini.pt and pretrain.json")
+    parser.add_argument("--out", required=True, help="folder for mini.safetensors and pretrain.json")
     parser.add_argument("--seed", type=int, default=0, help="of sentences, weights and batches")
     parser.add_argument("--meanings", type=int, default=30000, help="sentences in English")
     parser.add_argument("--pieces", type=int, default=5000, help="size of the SentencePiece model")
@@ -295,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=32, help="pairs or sentences per step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     args = parser.parse_args(argv)
-    return status_of(lambda: pretrain(args))
+    pretrain(args)
 
 
 if __name__ == "__main__":
