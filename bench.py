@@ -19,7 +19,7 @@ import os
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -87,9 +87,10 @@ def medians(times: dict[str, list[float]]) -> dict[str, dict]:
     return rows
 
 
-def layer_shapes(hidden: int, sizes: list[int]) -> list[tuple[int, int, int]]:
+def layer_shapes(args: Namespace) -> list[tuple[int, int, int]]:
     """(M, K, N) of the encoder's three kinds of Linear layers, for each number of tokens M."""
-    return [(M, K, N) for K, N in ((hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)) for M in sizes]
+    C = args.hidden
+    return [(M, K, N) for K, N in ((C, C), (C, 4 * C), (4 * C, C)) for M in args.sizes]
 
 
 def measure_layers(variants: Variants, M: int, K: int, N: int, rounds: int) -> dict:
@@ -138,7 +139,7 @@ def bench_matmul(args: Namespace, device: torch.device) -> dict:
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
     seconds = min(interleave({"peak": lambda: a @ b}, 10)["peak"])
     peak, rows = 2e-9 * size**3 / seconds, []
-    for M, K, N in layer_shapes(args.hidden, args.sizes):
+    for M, K, N in layer_shapes(args):
         variants, exact = backends.linear_layers(M, K, N, device)
         for name, row in measure_layers(variants, M, K, N, args.rounds).items():
             gops = 2e-6 * M * K * N / row["median_ms"]
@@ -240,11 +241,10 @@ def bench_train(args: Namespace, device: torch.device) -> dict:
 
 
 def train_table(result: dict) -> str:
-    lines = [
-        [name, f"{row['median_ms']:,.1f}", quartiles_cell(row)]
-        + [f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}x"]
-        for name, row in result["rows"].items()
-    ]
+    lines = []
+    for name, row in result["rows"].items():
+        figures = [f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}x"]
+        lines.append([name, f"{row['median_ms']:,.1f}", quartiles_cell(row), *figures])
     return markdown_table(["step", "median ms", "quartiles ms", "tokens/s", "to fp32"], lines)
 
 
@@ -263,19 +263,18 @@ def bench_tt(args: Namespace, device: torch.device) -> dict:
 def bench_tt_layers(args: Namespace, device: torch.device) -> list[dict]:
     """One layer: the forward pass alone, and with the gradients of the input and all parameters."""
     rows = []
-    for M, K, N in layer_shapes(args.hidden, args.sizes):
+    for M, K, N in layer_shapes(args):
         layers = backends.tt_layers(K, N, args.rank, device)
         x, upstream = (torch.randn(M, size, device=device) for size in (K, N))
         with torch.no_grad():
-            variants = {name: partial(layer, x) for name, layer in layers.items()}
-            forward = measure_layers(variants, M, K, N, args.rounds)
-        variants = {n: partial(forward_and_backward, f, x, upstream) for n, f in layers.items()}
-        with_backward = measure_layers(variants, M, K, N, args.rounds)
+            forward = measure_layers({n: partial(layer, x) for n, layer in layers.items()}, M, K, N, args.rounds)
+        both = {n: partial(forward_and_backward, layer, x, upstream) for n, layer in layers.items()}
+        both = measure_layers(both, M, K, N, args.rounds)
         for name, layer in layers.items():
-            row = {"name": name, "M": M, "K": K, "N": N}
-            row["parameters"] = sum(parameter.numel() for parameter in layer.parameters())
+            parameters = sum(parameter.numel() for parameter in layer.parameters())
+            row = {"name": name, "M": M, "K": K, "N": N, "parameters": parameters}
             row["flops"] = backends.forward_flops(layer, M)
-            rows.append(row | {"forward": forward[name], "with_backward": with_backward[name]})
+            rows.append(row | {"forward": forward[name], "with_backward": both[name]})
     return rows
 
 
@@ -348,36 +347,26 @@ def at_least(least: int, text: str) -> int:
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="bench.py", description="Print the table of a benchmark, write its numbers to --json.")
     kinds = parser.add_subparsers(dest="what", required=True, metavar="BENCHMARK")
+    positive = partial(at_least, 1)
     for name, (_, _, text) in BENCHMARKS.items():
-        add = partial(
-            kinds.add_parser(name, help=text, description=text).add_argument, type=partial(at_least, 1), metavar="N"
-        )
+        kind = kinds.add_parser(name, help=text, description=text, formatter_class=ArgumentDefaultsHelpFormatter)
+        add = partial(kind.add_argument, type=positive, metavar="N")
         layers, vocab, tokens, batch_size = 12, 250002, 128, 16  # XLM-R base
         if name == "tt":  # ATIS has few words; its sentences have 14 tokens on average, with <s> and </s>
             layers, vocab, tokens, batch_size = 2, 614, 14, 32
-            add("--rank", default=20, help="rank of the tensor trains (default: %(default)s)")
-        add(
-            "--hidden",
-            type=partial(at_least, 64),
-            default=768,
-            help="hidden size, a multiple of 64 (default: %(default)s)",
-        )
+            add("--rank", default=20, help="rank of the tensor trains")
+        add("--hidden", default=768, help="hidden size; of a model, a multiple of 64")
         if name != "matmul":
-            add("--layers", default=layers, help="number of layers (default: %(default)s)")
-            add(
-                "--vocab",
-                type=partial(at_least, 8),
-                default=vocab,
-                help="rows of the embedding table (default: %(default)s)",
-            )
-            add("--tokens", default=tokens, help="tokens per sequence (default: %(default)s)")
+            add("--layers", default=layers, help="number of layers")
+            add("--vocab", type=partial(at_least, 8), default=vocab, help="rows of the embedding table")
+            add("--tokens", default=tokens, help="tokens per sequence")
         if name in ("train", "tt"):
-            add("--batch-size", default=batch_size, help="sequences per training step (default: %(default)s)")
+            add("--batch-size", default=batch_size, help="sequences per training step")
         if name != "train":
-            help = "model: batch sizes, after a short text; else: tokens of one layer (default: %(default)s)"
+            help = "batch sizes, after one short text" if name == "model" else "tokens of one layer"
             add("--sizes", nargs="+", default=SIZES[name], help=help)
-        add("--rounds", default=20, help="measured rounds, after two of warm-up (default: %(default)s)")
-        add("--threads", help="CPU threads (default: all cores)")
+        add("--rounds", default=20, help="measured rounds, after two of warm-up")
+        add("--threads", help="CPU threads; None: all cores")
         add("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], metavar="D", help="auto, cpu, cuda")
         add("--json", type=str, metavar="FILE", help="also write the numbers to this file")
     return parser
@@ -386,13 +375,12 @@ def build_parser() -> ArgumentParser:
 def run_benchmark(args: Namespace) -> None:
     device = choose_device(args.device, args.threads)
     benchmark, show_table, _ = BENCHMARKS[args.what]
+    shape = {name: getattr(args, name) for name in SHAPE if hasattr(args, name)}
     result = {"benchmark": args.what, "hardware": hardware(device), "instructions": instructions(device)}
-    result |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "rounds": args.rounds}
-    result |= {"shape": {name: getattr(args, name) for name in SHAPE if hasattr(args, name)}}
+    result |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "rounds": args.rounds, "shape": shape}
     result |= benchmark(args, device)
-    shape = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in result["shape"].items())
-    has = " ".join(result["instructions"]) or "-"
-    print(f"{result['hardware']} ({has}), {result['threads']} threads, torch {result['torch']}; {shape}")
+    words, has = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in shape.items()), " ".join(result["instructions"])
+    print(f"{result['hardware']} ({has or '-'}), {result['threads']} threads, torch {result['torch']}; {words}")
     print(show_table(result))
     if args.json:
         write_json(args.json, result)

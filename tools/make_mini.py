@@ -434,15 +434,10 @@ def write_lines(path: str, lines: list[str]) -> None:
 
 @exit_status()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Write mini-XNLI: synthetic inference pairs in 15 languages, in XNLI's layout.",
-        epilog="example: python tools/make_mini.py --out data/mini",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description="Write mini-XNLI: synthetic pairs in 15 languages, in XNLI's layout.")
     parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     args = parser.parse_args(argv)
-
     check_writable(args.out)
     generate(args.out, args.seed)
     print(f"wrote mini-XNLI to {args.out}")

@@ -86,10 +86,11 @@ def draw_bits(axes, runs: list[dict]) -> None:
         looks = {"color": COLORS[name], "marker": "o", "capsize": 3}
         axes.errorbar(shifted, *zip(*points, strict=True), label=name, **looks)
     run, task = runs[0], runs[0]["task"]
-    is_mean = any(row["zero_shot_mean"] is not None for row in run["methods"].values())
+    is_mean = task.zero_shot and any(row["zero_shot_mean"] is not None for row in run["methods"].values())
     axes.set_xticks(range(len(widths)), widths)
-    axes.set(xlabel="bits of weights and activations")
-    axes.set(ylabel=("zero-shot mean " if task.zero_shot and is_mean else "") + metric_name(task))
+    axes.set(
+        xlabel="bits of weights and activations", ylabel=("zero-shot mean " if is_mean else "") + metric_name(task)
+    )
     seeds = count_seeds(max(map(len, scores.values())))
     axes.set_title(f"{task.name} {run['config']['eval_split']}, {run['model']}, {seeds}")
     axes.grid(axis="y", alpha=0.3)
@@ -133,8 +134,7 @@ def read_curves(runs: list[dict]) -> tuple[dict, dict[str, list[list]]]:
     check_same(runs, ("task", "eval_split"))
     curves = {}
     for run in runs:
-        curve = run["methods"].get("sdq", {}).get("dev_curve")
-        if not curve:
+        if not (curve := run["methods"].get("sdq", {}).get("dev_curve")):
             raise UserError(f"{run['path']}: no sdq row with evaluations on dev")
         curves.setdefault(run["config"]["distill"], []).append(curve)
     return runs[0], curves
@@ -191,21 +191,19 @@ def read_recovery(runs: list[dict]) -> tuple[dict, dict[str, dict[str, list[list
     found = {}  # (label, seed) -> task -> recovery
     for run in runs:
         config = run["config"]
-        measured = {name: row for name, row in run["methods"].items() if "recovery" in row}
+        measured = {name: row["recovery"] for name, row in run["methods"].items() if "recovery" in row}
         if not measured:
             raise UserError(f"{run['path']}: no recovery in this file: run train.py with --analyze")
-        for name, row in measured.items():
-            # PTQ and QAT do not depend on the loss: the runs of all losses have the same ones
+        for name, recovery in measured.items():  # PTQ and QAT do not depend on the loss: all runs have the same ones
             label = config["distill"] if name == "sdq" else name.upper()
-            by_task = found.setdefault((label, config["seed"]), {})
-            by_task.setdefault(config["task"], row["recovery"])
-    tasks, depths, curves = sorted({run["task"].name for run in runs}), set(), {}
+            found.setdefault((label, config["seed"]), {}).setdefault(config["task"], recovery)
+    tasks, curves = sorted({run["task"].name for run in runs}), {}
+    depths = {len(each["ranking"]) for by_task in found.values() for each in by_task.values()}
+    if len(depths) > 1:
+        raise UserError(f"these models have {sorted(depths)} layers: draw one of them")
     for (label, seed), by_task in found.items():
         if missing := [task for task in tasks if task not in by_task]:
             raise UserError(f"no run of {label} on {missing[0]}, seed {seed}: leave out a task")
-        depths |= {len(recovery[kind]) for recovery in by_task.values() for kind in RECOVERY}
-        if len(depths) > 1:
-            raise UserError(f"these models have {sorted(depths)} layers: draw one of them")
         for kind in RECOVERY:
             means = np.mean([recovery[kind] for recovery in by_task.values()], axis=0)
             curves.setdefault(label, {}).setdefault(kind, []).append(means.tolist())
@@ -286,8 +284,7 @@ def draw_sweep(axes, data: tuple[dict, dict]) -> None:
         axes[i].set(xscale="log", xlabel="MB on disk", ylabel=f"{title}, %")
         axes[i].grid(axis="y", alpha=0.3)
     config, seeds = run["config"], count_seeds(max(map(len, points.values())))
-    title = f"{config['task']} {config['eval_split']}, {seeds}; points are labeled with the rank"
-    axes[0].figure.suptitle(title)
+    axes[0].figure.suptitle(f"{config['task']} {config['eval_split']}, {seeds}; points are labeled with the rank")
 
 
 # ------------------------------------------------------------------------------------- benchmarks
