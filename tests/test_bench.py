@@ -135,13 +135,6 @@ def test_forward_and_backward_gives_all_gradients():
 
 
 # ----------------------------------------------------------------------------------- command line
-def test_defaults():
-    for what, expected in (("tt", (2, 614, 32, 14, [4096])), ("train", (12, 250002, 16, 128))):
-        args = vars(bench.build_parser().parse_args([what]))
-        names = ("layers", "vocab", "batch_size", "tokens", "sizes")[: len(expected)]
-        assert tuple(args[name] for name in names) == expected
-
-
 @pytest.mark.parametrize("option", ["--rounds 0", "--threads -1", "--vocab 7"])
 def test_invalid_options(option, capsys):
     with pytest.raises(SystemExit):

@@ -69,21 +69,6 @@ def test_different_meanings_are_different_sentences(language, pairs):
     assert not any("None" in text or "  " in text for text in texts)
 
 
-def test_the_example_in_the_docstring():
-    premise = Meaning("teacher", "buy", "apple", number=5, place="garden")
-    wider = replace(premise, action="purchase", object="fruit", number=None, fronted="place")
-    examples = [realize(premise, language) for language in ("en", "tr", "zh")]
-    for hypothesis, label in (
-        (wider, "entailment"),
-        (replace(premise, colour="red", place=None), "neutral"),
-        (replace(premise, place="school"), "contradiction"),
-    ):
-        examples.append(f"{label:<15}{realize(hypothesis, 'en')}")
-        assert oracle(premise, hypothesis) == label
-    for example in examples:
-        assert example in mini.__doc__
-
-
 # ---------------------------------------------------------------------------------------- labels
 # The oracle enumerates the events that could have happened and evaluates both sentences in each. It
 # shares the lexicon with the generator, but no code.
