@@ -105,7 +105,7 @@ def batch(lengths):
 
 
 # ----------------------------------------------------------------------------- train.py on a sample
-SCRATCH = f"--model scratch --layers 1 --hidden 32 --tokenizer {TOKENIZER}".split()
+SCRATCH = f"--model scratch-1x32 --tokenizer {TOKENIZER}".split()
 SMALL = [*SCRATCH, "--data-dir", SAMPLE, *"--max-length 32 --languages de zh --device cpu --precision float32".split()]
 
 
