@@ -1,0 +1,146 @@
+"""kit/report.py: the tables of one run and the notes under them."""
+
+import pytest
+
+from config import resolve
+from data.tasks import TASKS, find_task
+from kit.report import caveats, compared_score, recovered, recovered_percent, report, report_table, summarize_languages
+
+XNLI = find_task("xnli")
+
+
+def row(english, others, size=1e6):
+    scores = {"en": english, **others}
+    languages = {name: {"accuracy": value, "score": value} for name, value in scores.items()}
+    return {**summarize_languages(languages, "en"), "size_bytes": size, "train_seconds": 1.0}
+
+
+def results_of(**rows):
+    return {"methods": rows, "languages": ["en", "de", "sw"]}
+
+
+def cells_of(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")]
+
+
+def test_zero_shot_mean_leaves_the_training_language_out():
+    found = row(90.0, {"de": 80.0, "sw": 70.0})
+    assert (found["score"], found["zero_shot_mean"]) == (90.0, 75.0)
+    assert row(90.0, {})["zero_shot_mean"] is None
+    found = summarize_languages(found["languages"], "de")
+    assert (found["score"], found["zero_shot_mean"]) == (80.0, 80.0)
+
+
+def test_recovered():
+    rows = {"fp32": row(90, {"de": 80.0}), "ptq": row(60, {"de": 40.0}), "sdq": row(80, {"de": 70.0})}
+    assert recovered(rows, "sdq", XNLI) == pytest.approx(75.0)
+    assert recovered(rows, "ptq", XNLI) is None and recovered(rows, "fp32", XNLI) is None
+    assert recovered({"sdq": rows["sdq"]}, "sdq", XNLI) is None
+    rows["ptq"] = row(90, {"de": 79.5})  # nothing worth recovering
+    assert recovered(rows, "sdq", XNLI) is None
+    english = {"fp32": row(90, {}), "ptq": row(60, {}), "qat": row(75, {})}
+    assert recovered(english, "qat", XNLI) == pytest.approx(50.0)
+    assert recovered_percent(70.0, 60.0, 62.0) == pytest.approx(500.0)
+    assert recovered_percent(70.0, 60.0, 61.9) is None is recovered_percent(70.0, 70.0, 60.0)
+
+
+def test_recovered_counts_both_test_sets_of_mnli():
+    def tests(matched, mismatched):
+        both = {"matched": {"score": matched}, "mismatched": {"score": mismatched}}
+        return {"score": matched, "zero_shot_mean": mismatched, "languages": both}
+
+    rows = {"fp32": tests(80.0, 80.0), "ptq": tests(40.0, 70.0), "sdq": tests(60.0, 79.0)}
+    found = recovered(rows, "sdq", find_task("mnli"))
+    assert found == pytest.approx(100 * (69.5 - 55) / 25)
+    assert compared_score(rows["sdq"], find_task("mnli")) == 69.5
+    assert compared_score(row(60, {"de": 50.0, "sw": 30.0}), XNLI) == 40.0
+
+
+def test_table_has_every_row_and_language():
+    rows = {"fp32": row(90, {"de": 80.0, "sw": 70.0}), "ptq": row(60, {"de": 40.0, "sw": 30.0})}
+    table = report_table(results_of(**rows), XNLI)
+    assert len({len(line) for line in table.split("\n")}) == 1
+    header, _, _, ptq = cells_of(table)
+    assert header == ["", "en", "zero-shot", "worst", "recovered", "MB", "train s", "de", "sw"]
+    assert ptq == ["ptq", "60.00", "35.00", "sw 30.0", "-", "1.0", "1", "40.0", "30.0"]
+    rows["ptq"]["student"] = row(61, {"de": 42.0, "sw": 30.0})
+    header, _, fp32, ptq = cells_of(report_table(results_of(**rows), XNLI))
+    assert (header[5], fp32[5], ptq[5]) == ("student", "-", "61.00, 36.00, sw 30.0")
+
+
+def test_table_without_the_training_language():
+    tests = {"de": {"score": 80.0, "accuracy": 80.0, "f1": 60.0}, "nl": {"score": 70.0, "accuracy": 90.0, "f1": 70.0}}
+    rows = {"fp32": {**summarize_languages(tests, "en"), "size_bytes": 1e6, "train_seconds": 1}}
+    assert rows["fp32"]["score"] is None and rows["fp32"]["zero_shot_mean"] == 75.0
+    header, _, fp32 = cells_of(report_table({"methods": rows, "languages": ["de", "nl"]}, TASKS["ner"]))
+    assert header[:5] == ["", "en", "zero-shot", "worst", "accuracy"]  # a metric beside that of the score: the mean
+    assert fp32[:5] == ["fp32", "-", "75.00", "nl 70.0", "85.00"]
+
+
+def test_table_of_one_language():
+    table = report_table({**results_of(fp32=row(90, {}, size=12345)), "languages": ["en"]}, XNLI)
+    header, _, fp32 = cells_of(table)
+    assert header == ["", "accuracy", "recovered", "MB", "train s"]
+    assert fp32 == ["fp32", "90.00", "-", "0.012", "1"]
+
+
+@pytest.mark.parametrize("task", ["stsb", "mnli", "mrpc", "atis"])
+def test_table_has_the_columns_of_the_task(task):
+    """A cell holds each test set's value of one metric."""
+    keys, names = TASKS[task].columns, TASKS[task].languages
+    tests = {
+        name: {"score": 1.0, **{key: 10.0 * i + j for j, key in enumerate(keys.values())}}
+        for i, name in enumerate(names)
+    }
+    found = {**summarize_languages(tests, names[0]), "size_bytes": 1e6, "train_seconds": 0.0}
+    header, _, fp32 = cells_of(report_table({"methods": {"fp32": found}, "languages": list(names)}, TASKS[task]))
+    assert header == ["", *keys, "recovered", "MB", "train s"]
+    values = [" / ".join(f"{tests[name][key]:.2f}" for name in names) for key in keys.values()]
+    assert fp32[1:-3] == values and values[0].count("/") == len(names) - 1
+
+
+def test_report_says_what_was_run():
+    made = {**results_of(fp32=row(90, {"de": 80.0, "sw": 70.0})), "model": "mini", "train_examples": 1234}
+    made["environment"] = {"hardware": "a processor", "threads": 3, "torch": "2.0"}
+    made |= {"test_examples": {"en": 750, "de": 751, "sw": 752}, "steps": {"teacher": 77, "students": 39}}
+    made["config"] = usual = vars(resolve({"model": "mini", "bits": 2}))
+
+    def text(selected="dev", **options):
+        return report({**made, "config": usual | options}, XNLI, selected)
+
+    assert text().startswith(report_table(made, XNLI)) and text().endswith("\n")
+    for part in ("xnli, model mini, seed 0", "on test (en 750, de 751, sw 752 rows)", "1,234 examples", "3 threads"):
+        assert part in text()
+    assert "teacher 77 steps, students 39, of 32" in text()
+    assert "qat: noise 0.5. sdq: noise 0.5, logits+context." in text()
+    assert "W2A8: uniform weights, one scale per channel, ranges minmax; activations" in text()
+    for option, words in (
+        ({"per_tensor": True}, "one scale per tensor, ranges minmax; activations with ranges at run time, per tensor."),
+        ({"act_range": "static"}, "activations with ranges static."),
+        ({"attention_bits": 4}, "inside attention 4 bits."),
+        ({"weights": "lsq", "weight_range": "mse"}, "lsq weights, one scale per channel, ranges mse;"),
+    ):
+        assert words in text(**option)
+    alone = text(methods=("fp32",))
+    assert "W2A8" not in alone and "noise" not in alone  # nothing is quantized
+    assert "flatter" not in text() and "selected on dev, in" in text()
+    held_out = text("held-out", eval_split="dev")
+    assert "selected on held-out, in" in held_out and "flatter" not in held_out
+    assert "selected on dev, which flatters" in text(eval_split="dev")
+
+
+def test_caveats_name_guessing_and_rows_that_do_nothing_else():
+    """95 % of one class: a row with 95 % accuracy that predicts nothing else is named."""
+    guess, learned = dict(score=95.0, classes=1, majority=95.0), dict(score=97.0, classes=2, majority=95.0)
+    results = {"methods": {"fp32": {"languages": {"all": learned}}}}
+    assert caveats(results, TASKS["tsv"]) == ["Always predicting the most frequent class of the test rows gives 95.0."]
+    results["methods"]["ptq"] = {"languages": {"all": guess, "de": learned | {"majority": 50.0}}}
+    assert caveats(results, TASKS["tsv"])[1:] == ["WARNING: one class is predicted for all rows by ptq (all)."]
+    results["methods"] = dict(reversed(results["methods"].items()))
+    assert "gives all 95.0, de 50.0." in caveats(results, TASKS["tsv"])[0]
+    # a test set of one class is no sign of it; metrics that are 0 for a guess need no comparison
+    one = {"languages": {"en": guess | {"majority": 100.0}}}
+    assert len(caveats({"methods": {"fp32": one}}, TASKS["tsv"])) == 1
+    cola = {"methods": {"qat": {"languages": {"en": guess}}}}
+    assert caveats(cola, TASKS["cola"]) == ["WARNING: one class is predicted for all rows by qat."]
+    assert caveats({"methods": {"fp32": {"languages": {"en": {"score": 1.0}}}}}, TASKS["stsb"]) == []
