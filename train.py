@@ -406,6 +406,7 @@ def run_student(run: Run, start: Start, teacher: Model, method: str, data: Data)
     seconds = 0.0
     if method in TRAINED:
         seconds = train(student, teacher if method == "sdq" else None, data, run, method)
+    begin_stage(student, len(STAGES) - 1)  # nothing waits any more, even if a resumed training had no step left
     quant = quant_config(config, method)
     notes = dict(task=config.task, model=start.name, method=method, data=start.data)
     notes |= {"train_language": task.train_language, "max_length": str(config.max_length)}
