@@ -199,6 +199,14 @@ def test_resume_is_bit_exact(kind, tmp_path, monkeypatch, capsys):
     """A run that is stopped several times, also before the first state, and at the border of a stage."""
     options, stops = RESUMED[kind][0].split(), [each.split() for each in RESUMED[kind][1].split(", ")]
     monkeypatch.setattr(kit.run, "SAVE_EVERY", 2)
+    real, logits = train.evaluate_languages, []
+
+    def evaluated(method, model, *rest):
+        with torch.no_grad():
+            logits.append(model(torch.arange(40).view(4, 10))[0])
+        return real(method, model, *rest)
+
+    monkeypatch.setattr(train, "evaluate_languages", evaluated)
     assert run(tmp_path, *options, out="whole/run") == 0
     capsys.readouterr()
     for i, (method, step) in enumerate(stops):
@@ -208,6 +216,7 @@ def test_resume_is_bit_exact(kind, tmp_path, monkeypatch, capsys):
                 run(tmp_path, *options, *["--resume"][:i], out="cut/run")
     assert run(tmp_path, *options, "--resume", out="cut/run") == 0
     assert f"{method}: continues after step" in capsys.readouterr().out
+    assert len(logits) % 2 == 0 and all(map(torch.equal, logits[: len(logits) // 2], logits[len(logits) // 2 :]))
     whole, cut = ([r | {"ms": 0} for r in log_of(tmp_path, f"{name}/run")] for name in ("whole", "cut"))
     assert whole == cut
     whole, cut = (results(tmp_path, f"{name}/run")["methods"] for name in ("whole", "cut"))
