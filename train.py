@@ -487,6 +487,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             row = run_student(run, start, teacher, method, data)
         run.finish_row(method, row)
+    run.forget_state()  # of a run that was killed right after its last row
     results, task = run.results, start.task
     write_text(run.path("report.md"), report(results, task, selection_splits(task, config.eval_split)[1]))
     if any("errors" in row for row in results["methods"].values()):
