@@ -99,56 +99,37 @@ def kills(request):
     return request.config.getoption("--kills")
 
 
-@pytest.fixture
-def folders(tmp_path):
-    """Endlessly new folders."""
-    return map(tmp_path.joinpath, map(str, itertools.count()))
-
-
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_at_random_moments(sent, whole, kills, folders):
-    rng, folder = random.Random(0), next(folders)
+def test_killed_at_random_moments(sent, whole, kills, tmp_path):
+    rng, folder = random.Random(0), tmp_path / "0"
     for left in reversed(range(kills)):
         child = start(folder)
         time.sleep(rng.uniform(0, whole[1]))
         os.kill(child, sent)
         if end(child) != [-sent] or not left or rng.random() < 0.3:  # else once more in the same folder
             assert outcome(folder) == whole[0]
-            folder = next(folders)
+            folder = tmp_path / str(left)
 
 
-def test_killed_at_every_write(whole, kills, folders):
+def test_killed_at_every_write(whole, kills, tmp_path):
     """At a few of them with few --kills."""
-    for number, folder in zip(range(1, 1000, max(1, 60 // kills)), folders, strict=False):
-        killed = end(start(folder, kill_at=number)) == [-signal.SIGKILL]
-        assert outcome(folder) == whole[0], f"write {number}"
+    for number in range(1, 1000, max(1, 60 // kills)):
+        killed = end(start(tmp_path / str(number), kill_at=number)) == [-signal.SIGKILL]
+        assert outcome(tmp_path / str(number)) == whole[0], f"write {number}"
         if not killed:
             break
     assert number > 40
 
 
 @needs_gloo
-def test_one_of_two_processes_is_killed(whole, kills, folders):
+def test_one_of_two_processes_is_killed(whole, kills, tmp_path):
     """torchrun ends the other."""
     rng, started = random.Random(0), time.monotonic()
-    expected, seconds = outcome(next(folders), start_two), time.monotonic() - started
-    for folder, _ in zip(folders, range(kills // 3), strict=False):
-        children = start_two(folder)
+    expected, seconds = outcome(tmp_path / "whole", start_two), time.monotonic() - started
+    for number in range(kills // 3):
+        children = start_two(tmp_path / str(number))
         time.sleep(rng.uniform(0, seconds))
         for child, sent in zip(rng.sample(children, 2), (signal.SIGKILL, signal.SIGTERM), strict=True):
             os.kill(child, sent)
         end(*children)
-        assert outcome(folder, start_two) == expected
-
-
-def test_second_run_in_a_folder_is_refused(whole, tmp_path, monkeypatch, capsys):
-    command, statuses, real = [*OPTIONS, "--out", str(tmp_path / "run")], [], train.sdq_loss
-
-    def loss(*inputs):  # in the middle of the first run
-        if not statuses:
-            statuses.append(train.main([*command, "--resume"]))
-        return real(*inputs)
-
-    monkeypatch.setattr(train, "sdq_loss", loss)
-    assert train.main(command) == 0 and statuses == [2]
-    assert "another run is writing to" in capsys.readouterr().err
+        assert outcome(tmp_path / str(number), start_two) == expected

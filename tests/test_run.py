@@ -43,7 +43,10 @@ def test_a_folder_holds_one_run(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(UserError, match="no run to resume in .*: drop --resume"):
         small_run(tmp_path, resume=True)
-    small_run(tmp_path)
+    first = small_run(tmp_path)
+    with pytest.raises(UserError, match="another run is writing to .* now: wait for it"):
+        small_run(tmp_path)
+    del first
     for resume, advice in ((False, "choose another --out"), (True, "resume with the same options")):
         with pytest.raises(UserError, match=rf"holds a run with --lr 0.0005, not 0.1: {advice}, or delete it"):
             small_run(tmp_path, "--lr", "0.1", resume=resume)
@@ -73,7 +76,8 @@ def test_a_mistake_touches_no_earlier_run(tmp_path, capsys):
     assert run(tmp_path, "--data-dir", "nowhere", out="new") == 2 and not (tmp_path / "new").exists()
     assert run(tmp_path, out="run/log.jsonl/run") == 2
     assert "cannot write to" in capsys.readouterr().err.splitlines()[-1]
-    assert run(tmp_path, *options, "--resume") == 0  # nothing is left to do
+    (tmp_path / "run" / STATE).write_bytes(b"of a run that was killed right after its last row")
+    assert run(tmp_path, *options, "--resume") == 0 and not (tmp_path / "run" / STATE).exists()
 
 
 def test_damaged_files(tmp_path):
