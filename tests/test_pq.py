@@ -274,7 +274,6 @@ def test_a_stopped_run_goes_on_in_its_stage(tmp_path, monkeypatch):
 def test_options_that_do_not_fit(tmp_path, capsys):
     for options, message in (
         ("--steps 2", "--weights pq needs 3 steps or more, not 2"),
-        ("--noise 1", "--noise 1 sets all blocks"),
         ("--bits 4", "--weights pq has 8 bits"),
         ("--distill layerwise", "--weights pq has stages of its own"),
         ("--tt-rank 4", "--weights pq is for matrices"),

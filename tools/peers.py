@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
 
 from config import TrainConfig
 from data.batches import unpadded_batches
-from data.tasks import selection_splits
+from data.tasks import find_task, selection_splits
 from kit.common import UserError, exit_status
 from kit.files import write_text
 from kit.report import report, report_table
@@ -56,7 +56,7 @@ def read_config(out: str) -> TrainConfig:
         config = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"{out} holds no run of train.py: name the --out of one") from None
-    if config.row.head != "sequence":
+    if find_task(config.task).head != "sequence":
         raise UserError(f"{out}: peers are measured for tasks with one label a text")
     return replace(config, out=out)
 
@@ -64,12 +64,12 @@ def read_config(out: str) -> TrainConfig:
 def add_peers(out: str) -> None:
     config, path = read_config(out), os.path.join(out, "results.json")
     (before,) = read_runs([path])
-    run, source, data = open_run(config, resume=True)
-    if source.tokenizer.typed:
-        raise UserError(f"{source.name} has token types: peers are measured for XLM-R's tokenizer")
+    run, start, data = open_run(config, resume=True)
+    if start.tokenizer.typed:
+        raise UserError(f"{start.name} has token types: peers are measured for XLM-R's tokenizer")
     run.results["environment"] = before["environment"]  # of the training
-    teacher, cpu = get_teacher(run, source, data)[0].cpu(), torch.device("cpu")
-    config, task = run.config, run.config.row
+    teacher, cpu = get_teacher(run, start, data)[0].cpu(), torch.device("cpu")
+    config, task = run.config, start.task
 
     def calibrated(model: torch.nn.Module, path: str) -> None:
         write_openvino(model, path, unpadded_batches(data.train, CALIBRATION, 1, config.seed))
