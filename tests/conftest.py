@@ -2,18 +2,26 @@ import copy
 import json
 import os
 import random
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 
+import train
+from checkpoint import save_model
+from data.batches import Batch
+from data.tokenizer import Tokenizer, WordPieceTokenizer
+from model import ModelConfig, build_model
+from prepare import prepare
+from quant import QuantConfig
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SAMPLE = os.path.join(ROOT, "tests", "sample")
 FLIGHTS = os.path.join(ROOT, "data", "atis-sample")
 GOLDEN = os.path.join(ROOT, "tests", "golden")
 TOKENIZER = os.path.join(SAMPLE, "sentencepiece.bpe.model")
-sys.path.insert(0, ROOT)
 
 # The tensors of the tests are tiny: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start
@@ -40,14 +48,12 @@ def nothing_downloaded(tmp_path, monkeypatch):
     """A fresh checkout: no weights/ and no data/raw."""
     for module in ("config", "checkpoint"):
         monkeypatch.setattr(f"{module}.WEIGHTS_DIR", str(tmp_path / "weights"))
-    for module in ("config", "train", "data.tasks"):
+    for module in ("config", "train", "checkpoint", "data.tasks"):
         monkeypatch.setattr(f"{module}.RAW_DIR", str(tmp_path / "raw"))
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from data.tokenizer import Tokenizer
-
     return Tokenizer.from_file(TOKENIZER)
 
 
@@ -59,27 +65,13 @@ def tokenizer_bytes():
 
 @pytest.fixture
 def tiny_config():
-    from model import ModelConfig
-
-    return ModelConfig(
-        vocab_size=442,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        ffn_size=64,
-        max_tokens=64,
-        head="sequence",
-        num_labels=3,
-    )
+    sizes = dict(vocab_size=442, hidden_size=32, num_layers=2, num_heads=4, ffn_size=64, max_tokens=64)
+    return ModelConfig(**sizes, head="sequence", num_labels=3)
 
 
 @pytest.fixture
 def models(tiny_config):
     """(teacher, student): a model that is far from its initialization, and its copy in 3 bits."""
-    from model import build_model
-    from prepare import prepare
-    from quant import QuantConfig
-
     teacher = build_model(tiny_config).eval()
     with torch.no_grad():
         for parameter in teacher.parameters():
@@ -98,8 +90,6 @@ def random_ids(lengths, vocab, device="cpu"):
 
 def batch(lengths):
     """A Batch of rows with the given lengths for tiny_config, without a mask if none is padded."""
-    from data.batches import Batch
-
     ids, mask = random_ids(lengths, 442)
     return Batch(ids, None if mask.all() else mask, torch.zeros(len(lengths)), sum(lengths))
 
@@ -111,26 +101,20 @@ SMALL = [*SCRATCH, "--data-dir", SAMPLE, *"--max-length 32 --languages de zh --d
 
 def run(tmp_path, *options, out="run"):
     """train.main in this process, with a small model on the sample, in tmp_path/out."""
-    import train
-
     return train.main([*SMALL, "--epochs", "1", "--out", str(tmp_path / out), *options])
 
 
 def results(tmp_path, out="run"):
-    with open(tmp_path / out / "results.json", encoding="utf-8") as file:
-        return json.load(file)
+    return json.loads((tmp_path / out / "results.json").read_text(encoding="utf-8"))
 
 
 def log_of(tmp_path, out="run"):
     """The records of log.jsonl."""
-    with open(tmp_path / out / "log.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return [json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def answer(capsys, *command):
     """(status, the error line) of a train.main that must end with one line; argparse exits itself."""
-    import train
-
     try:
         status = train.main(list(command))
     except SystemExit as stop:
@@ -138,3 +122,44 @@ def answer(capsys, *command):
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: "), captured.err
     return status, captured.err
+
+
+# ------------------------------------------------------------------- made once; tests only read it
+def user_run(folder, options):
+    """(folder, output) of train.py in a process of its own, as a user would start it, in folder/run."""
+    command = [sys.executable, os.path.join(ROOT, "train.py"), *options.split(), "--device", "cpu", "--out", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=170)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="session")
+def xnli_run(tmp_path_factory):
+    """Every method, in 15 languages, analyzed."""
+    options = "--model scratch-2x32 --epochs 2 --max-length 32 --analyze --methods fp32 ptq ptq-static qat sdq"
+    return user_run(tmp_path_factory.mktemp("xnli"), f"{options} --tokenizer {TOKENIZER} --data-dir {SAMPLE}")
+
+
+@pytest.fixture(scope="session")
+def flights_run(tmp_path_factory):
+    """Words, intents and slots in quantized tensor trains, of a model that has learned some of them; analyzed."""
+    options = "--task atis --model scratch-1x128 --tt-rank 8 --bits 4 --act-range static --weight-range mse --analyze"
+    options += " --epochs 6 --student-epochs 1 --batch-size 8 --lr 1e-2 --dropout 0 --label-smoothing 0 --data-dir"
+    return user_run(tmp_path_factory.mktemp("flights"), f"{options} {FLIGHTS}")
+
+
+WORDS = "the my cat dog bird sees eats likes red blue small big house tree runs sleeps".split()
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """The file of a BERT with random weights: token types, words in pieces."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *("##" + c for c in letters)]
+    tokenizer = WordPieceTokenizer.from_vocab("".join(f"{word}\n" for word in vocabulary).encode(), lower=True)
+    kind = dict(position_offset=0, type_vocab_size=2, pad_id=0, head="pooler", max_tokens=128)
+    sizes = dict(vocab_size=len(vocabulary), hidden_size=32, num_layers=2, num_heads=4, ffn_size=64)
+    path = str(tmp_path_factory.mktemp("bert") / "tiny.safetensors")
+    torch.manual_seed(0)
+    save_model(path, build_model(ModelConfig(**sizes, **kind)), tokenizer.bytes, {})
+    return path
