@@ -48,7 +48,7 @@ def nothing_downloaded(tmp_path, monkeypatch):
     """A fresh checkout: no weights/ and no data/raw."""
     for module in ("config", "checkpoint"):
         monkeypatch.setattr(f"{module}.WEIGHTS_DIR", str(tmp_path / "weights"))
-    for module in ("config", "train", "checkpoint", "data.tasks"):
+    for module in ("config", "checkpoint", "data.tasks"):
         monkeypatch.setattr(f"{module}.RAW_DIR", str(tmp_path / "raw"))
 
 

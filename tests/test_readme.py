@@ -212,14 +212,13 @@ def test_the_new_quantizer(extended, tmp_path):
 
 @pytest.fixture
 def fork(tmp_path):
-    """A copy of the code, changed as the diff of docs/extending.md says."""
+    """A copy of the code, changed as the diffs of docs/extending.md say."""
     folder = tmp_path / "fork"
     for name in ("", "data", "kit", "tools"):
         (folder / name).mkdir()
         for path in glob.glob(os.path.join(ROOT, name, "*.py")):
             shutil.copy(path, folder / name)
-    (diff,) = blocks("docs/extending.md", "diff")
-    for file in re.split(r"^--- ", diff, flags=re.M)[1:]:
+    for file in re.split(r"^--- ", "".join(blocks("docs/extending.md", "diff")), flags=re.M)[1:]:
         name, _, hunks = file.partition("\n")
         text = (folder / name).read_text(encoding="utf-8")
         for hunk in re.split(r"^@@.*\n", hunks, flags=re.M)[1:]:
