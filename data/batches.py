@@ -13,7 +13,7 @@ the second text begins. XLM-R has no types.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.slots import Names, Sentence
-from data.tasks import Task, load
+from data.files import Sentence
+from data.slots import Names
+from data.tasks import Task, languages_of, load, names_of
 from data.tokenizer import PAD, Encoder
 from kit.common import Progress
 
@@ -115,20 +116,19 @@ def encode_split(
     examples = load(task, split, language, folder)
     if limit is not None and limit < len(examples):
         examples = draw(examples, limit, 1 if split == "train" else task.together)
-    if task.names is not None:
-        names = task.names(folder)
+    if task.head == "sequence":
+        first, second, labels = zip(*examples, strict=True)
+        labels = np.array(labels, dtype=np.float32 if isinstance(labels[0], float) else np.int64)
+        dataset = encode_texts(tokenizer, first, None if second[0] is None else second, max_length, labels)
+    else:
+        names = names_of(task, folder)
         dataset = encode_sentences(examples, names, tokenizer, max_length, task.head == "token")
         dataset.slots = names.slots
-    else:
-        first = [example.text_a for example in examples]
-        second = None if examples[0].text_b is None else [example.text_b for example in examples]
-        labels = np.array([example.label for example in examples], dtype=np.float32 if task.regression else np.int64)
-        dataset = encode_texts(tokenizer, first, second, max_length, labels)
     return replace(dataset, pad=tokenizer.pad_id, metrics=task.metrics)
 
 
 def encode_texts(
-    tokenizer: Encoder, first: list[str], second: list[str] | None, max_length: int, labels: np.ndarray
+    tokenizer: Encoder, first: Sequence[str], second: Sequence[str] | None, max_length: int, labels: np.ndarray
 ) -> Dataset:
     """Texts or pairs -> Dataset, with token types if the tokenizer has them. In parts: Python's lists of ids take ten
     times the memory of arrays.
@@ -304,9 +304,9 @@ def facts(
         folded = Counter(name.casefold() for name in names)
         if alike := [name for name in names if folded[name.casefold()] > 1]:
             lines.append(f"NOTE: {', '.join(alike[:12])} differ only in capitals, and are different classes")
-    aside = task.read(folder, "train") if task.languages is None else {}
-    others = ", ".join(f"{name} {len(found):,}" for name, found in aside.items() if name != task.train_language)
-    if others:
+    known = languages_of(task, folder, "train") if task.languages is None else ()
+    aside = {name: len(load(task, "train", name, folder)) for name in known if name != task.train_language}
+    if others := ", ".join(f"{name} {count:,}" for name, count in aside.items()):
         lines.append(f"trained on {task.train_language} (--train-language); rows of train left aside: {others}")
     splits = {"train": [train], "dev": [dev], "test": [*tests.values()]}
     notes = [cut_note(sets, f"{name} texts", length) for name, sets in splits.items()]

@@ -30,28 +30,18 @@ RTE occur in several pairs, so dev may be easier than test.
 """
 
 import os
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from data.files import read_tsv
+from data.files import Example, again, read_examples
 from kit.common import UserError
 
-HELD_OUT = 10  # one row in ten of train.tsv is dev
-MOST_HELD_OUT = 1000  # rows
-MALFORMED = 100  # QQP: one row in a hundred may have missing columns
+DEV_SHARE = 10  # one row in ten of train.tsv is dev
+MOST_DEV_ROWS = 1000
 
 
-class Example(NamedTuple):
-    """One or two texts and a label: the id of its class, or a number in a regression."""
-
-    text_a: str
-    text_b: str | None
-    label: int | float
-
-
-class Layout(NamedTuple):
+class GlueTask(NamedTuple):
     """The layout of a GLUE task. labels: by id.  in_file: their spelling in the file, () for a number."""
 
     folder: str
@@ -65,35 +55,18 @@ class Layout(NamedTuple):
     tolerant: bool = False  # leave out rows with columns missing
 
 
+_PAIR = ("sentence1", "sentence2")
 _NLI = ("entailment", "neutral", "contradiction")
 _RTE = ("entailment", "not_entailment")
+_SAME = ("not_equivalent", "equivalent")
+_COLA = ("source", "label", "star", "sentence")
 _MNLI_TESTS = {"matched": "dev_matched.tsv", "mismatched": "dev_mismatched.tsv"}
 GLUE = {
-    "cola": Layout(
-        folder="CoLA",
-        texts=("sentence",),
-        label="label",
-        labels=("unacceptable", "acceptable"),
-        metrics=("matthews",),
-        header=("source", "label", "star", "sentence"),
-    ),
-    "sst2": Layout("SST-2", ("sentence",), "label", ("negative", "positive")),
-    "mrpc": Layout(
-        folder="MRPC",
-        texts=("#1 String", "#2 String"),
-        label="Quality",
-        labels=("not_equivalent", "equivalent"),
-        metrics=("accuracy", "f1"),
-    ),
-    "stsb": Layout(
-        folder="STS-B",
-        texts=("sentence1", "sentence2"),
-        label="score",
-        labels=("score",),
-        metrics=("pearson", "spearman"),
-        in_file=(),
-    ),
-    "qqp": Layout(
+    "cola": GlueTask("CoLA", _COLA[3:], "label", ("unacceptable", "acceptable"), ("matthews",), header=_COLA),
+    "sst2": GlueTask("SST-2", ("sentence",), "label", ("negative", "positive")),
+    "mrpc": GlueTask("MRPC", ("#1 String", "#2 String"), "Quality", _SAME, ("accuracy", "f1")),
+    "stsb": GlueTask("STS-B", _PAIR, "score", ("score",), ("pearson", "spearman"), in_file=()),
+    "qqp": GlueTask(
         folder="QQP",
         texts=("question1", "question2"),
         label="is_duplicate",
@@ -101,88 +74,41 @@ GLUE = {
         metrics=("accuracy", "f1"),
         tolerant=True,
     ),
-    "mnli": Layout(
-        folder="MNLI",
-        texts=("sentence1", "sentence2"),
-        label="gold_label",
-        labels=_NLI,
-        in_file=_NLI,
-        tests=_MNLI_TESTS,
-    ),
-    "qnli": Layout("QNLI", ("question", "sentence"), "label", _RTE, in_file=_RTE),
-    "rte": Layout("RTE", ("sentence1", "sentence2"), "label", _RTE, in_file=_RTE),
+    "mnli": GlueTask("MNLI", _PAIR, "gold_label", _NLI, in_file=_NLI, tests=_MNLI_TESTS),
+    "qnli": GlueTask("QNLI", ("question", "sentence"), "label", _RTE, in_file=_RTE),
+    "rte": GlueTask("RTE", _PAIR, "label", _RTE, in_file=_RTE),
 }
 
 
-# ---------------------------------------------------------------------------------------- examples
-@lru_cache(maxsize=4)
-def read_file(task: str, path: str, fetch: str) -> list[Example]:
-    """All examples of a file of a GLUE task."""
-    layout = GLUE[task]
-    ids = {name: i for i, name in enumerate(layout.in_file)}
-    malformed: list[int] | None = [] if layout.tolerant else None
-    examples = []
-    rows = read_tsv(path, (*layout.texts, layout.label), fetch, layout.header, malformed)
-    for number, (*texts, label) in rows:
-        a = texts[0].strip(" ")
-        b = texts[1].strip(" ") if len(texts) > 1 else None
-        where = f"{path}, line {number}"
-        if not layout.in_file:
-            examples.append(Example(a, b, similarity(label, where)))
-        elif label in ids:
-            examples.append(Example(a, b, ids[label]))
-        else:
-            known = " ".join(layout.in_file)
-            raise UserError(f"{where}: unknown label {label[:50]!r}; known: {known}")
-    again = f"fetch it again with '{fetch}'"
-    if malformed and len(malformed) * MALFORMED > len(malformed) + len(examples):
-        raise UserError(
-            f"{path}, line {malformed[0]} and {len(malformed) - 1:,} more have too few or too many "
-            f"columns, which is over {100 // MALFORMED} % of the file: {again}"
-        )
-    if not examples:
-        raise UserError(f"{path} has no rows: {again}")
-    return examples
-
-
-def similarity(text: str, where: str) -> float:
-    """STS-B's label: a number from 0 (unrelated) to 5 (equivalent)."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 5:
-        raise UserError(f"{where}: the score {text[:50]!r} is not a number from 0 to 5")
-    return value
-
-
-def held_out(count: int) -> np.ndarray:
+def dev_rows(count: int) -> np.ndarray:
     """Which of `count` rows of train.tsv are dev, sorted; always the same.
 
-    >>> held_out(30).tolist()
+    >>> dev_rows(30).tolist()
     [2, 11, 26]
     """
-    chosen = min(max(count // HELD_OUT, 1), MOST_HELD_OUT)
+    chosen = min(max(count // DEV_SHARE, 1), MOST_DEV_ROWS)
     return np.sort(np.random.default_rng(0).permutation(count)[:chosen])
 
 
-def read_glue(task: str, folder: str, split: str, fetch: str) -> dict[str, list[Example]]:
+def read_glue(layout: GlueTask, fetch: str, folder: str, split: str) -> dict[str, list[Example]]:
     """The examples of a split by test set. folder: the one that holds train.tsv.
 
     Raises UserError for a missing file, or one that does not have the layout.
     """
-    layout = GLUE[task]
+
+    def read(name: str) -> list[Example]:
+        path, options = os.path.join(folder, name), dict(header=layout.header, tolerant=layout.tolerant)
+        rows = read_examples(path, layout.texts, layout.in_file, fetch, layout.label, **options)["all"]
+        return [Example(a.strip(" "), b and b.strip(" "), label) for a, b, label in rows]
+
     if split == "test":
-        return {language: read_file(task, os.path.join(folder, name), fetch) for language, name in layout.tests.items()}
-    path = os.path.join(folder, "train.tsv")
-    examples = read_file(task, path, fetch)
-    dev = [examples[i] for i in held_out(len(examples))]
+        return {language: read(name) for language, name in layout.tests.items()}
+    examples = read("train.tsv")
+    dev = [examples[i] for i in dev_rows(len(examples))]
     # By text, not by row: the files repeat some rows.
     held = {(example.text_a, example.text_b) for example in dev}
     train = [example for example in examples if (example.text_a, example.text_b) not in held]
     if not train:
-        raise UserError(
-            f"{path}: {len(examples)} rows are too few to hold one out for dev: fetch it again with '{fetch}'"
-        )
+        raise UserError(f"{folder}/train.tsv: {len(examples)} rows are too few to hold one out for dev{again(fetch)}")
     first = next(iter(layout.tests))  # English, or MNLI's "matched"
     return {first: train if split == "train" else dev}

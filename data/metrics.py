@@ -1,6 +1,6 @@
-"""Metrics of predictions: the five in which GLUE's tasks are reported, and the macro-F1.
+"""Metrics of predictions: the five in which GLUE's tasks are reported, the macro-F1, and scores of tagged words.
 
-Each takes arrays of N predictions and N labels and returns a float. Where a metric is not defined (a constant
+Each metric takes arrays of N predictions and N labels and returns a float. Where a metric is not defined (a constant
 prediction has no correlation) it is 0.0, never NaN, so that one collapsed run does not spoil a mean over tasks or
 seeds.
 
@@ -13,6 +13,7 @@ for two classes, of which class 1 is the positive one:
 """
 
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -122,6 +123,8 @@ def has_spread(values: np.ndarray) -> bool:
 
 METRICS = {each.__name__: each for each in (accuracy, f1, macro_f1, matthews, pearson, spearman)}
 REGRESSION = ("pearson", "spearman")
+# The marks of IOBES, BILOU and BMES as those of IOB2: a span of one word, the end of a span, its middle.
+IOB2 = {"S-": "B-", "U-": "B-", "E-": "I-", "L-": "I-", "M-": "I-"}
 
 
 def scores(metrics: tuple[str, ...], predictions: np.ndarray, labels: np.ndarray) -> dict:
@@ -147,3 +150,109 @@ def scores(metrics: tuple[str, ...], predictions: np.ndarray, labels: np.ndarray
         found["classes"] = len(np.unique(predictions))
         found["majority"] = 100 * int(np.bincount(labels, minlength=1).max()) / max(len(labels), 1)
     return found
+
+
+def score_sequences(metrics: tuple[str, ...], predictions: np.ndarray, labels: np.ndarray) -> dict:
+    """scores() of the rows of a file in their order, and of classes also "correct_rows": which rows are right, bits in
+    hexadecimal, for paired differences.
+    """
+    found = scores(metrics, predictions, labels)
+    if "correct" in found:
+        found["correct_rows"] = np.packbits(predictions == labels).tobytes().hex()
+    return found
+
+
+# ----------------------------------------------------------------------------------- tags of words
+def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """The slots of a sentence: (type, first word, word after the last).
+
+    As in conlleval, an I-x that continues no x begins a new slot.
+
+    >>> sorted(spans(["B-from", "I-from", "O", "I-to"]))
+    [('from', 0, 2), ('to', 3, 4)]
+    """
+    found = set()
+    kind, begin = None, 0  # of the span that is open at this word
+    for i, tag in enumerate((*tags, "O")):
+        if kind is not None and tag == f"I-{kind}":
+            continue
+        if kind is not None:
+            found.add((kind, begin, i))
+        kind, begin = (None if tag == "O" else tag[2:]), i
+    return found
+
+
+def are_spans(tags: Iterable[str]) -> bool:
+    """Whether all tags are O or those of spans, such as B-x, I-x and S-x."""
+    return all(tag == "O" or (tag[:2] in ("B-", "I-", *IOB2) and len(tag) > 2) for tag in tags)
+
+
+def slot_scores(predictions: list[Sequence[str]], labels: list[Sequence[str]]) -> dict:
+    """Scores of the tags of many sentences.
+
+    slot_f1          F1 in % over all slots of all sentences (conlleval's; 0 if nothing is right)
+    slot_correct, slot_gold, slot_predicted     the counts behind it: of slots in both, in labels, in predictions
+    slot_token_f1    micro-averaged F1 in % over the tags of single words, O included. Every wrong word is one false
+                     positive and one false negative, so this is the accuracy of the tags. Work on ATIS with
+                     tensor-compressed Transformers reports it as "F1"; it is higher than slot_f1, since most words
+                     are O.
+    """
+    found, true = ({(i, *span) for i, row in enumerate(rows) for span in spans(row)} for rows in (predictions, labels))
+    words = [a == b for rows in zip(predictions, labels, strict=True) for a, b in zip(*rows, strict=True)]
+    return {
+        "slot_f1": 100 * 2 * len(true & found) / max(len(true) + len(found), 1),
+        "slot_correct": len(true & found),
+        "slot_gold": len(true),
+        "slot_predicted": len(found),
+        "slot_token_f1": 100 * sum(words) / max(len(words), 1),
+    }
+
+
+def runs(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Runs of equal tags as spans. XGLUE's script gives tags of parts of speech to a scorer of IOB spans, which reads
+    them like this; it takes the S of SCONJ and SYM for the mark of a span of one word.
+    """
+    found, begin = set(), 0
+    for i, tag in enumerate(tags, start=1):
+        if i == len(tags) or tags[i] != tag or tag[0] == "S":
+            found.add((tag, begin, i))
+            begin = i
+    return found
+
+
+def token_scores(
+    slots: list[np.ndarray], tags: list[np.ndarray], names: tuple[str, ...], metrics: tuple[str, ...]
+) -> dict:
+    """The evaluation of a task with a tag per word: what scores() returns for the words, and in %
+
+    f1          of the spans, if the tags are spans (O, B-x, I-x); else macro_f1
+    precision   if they are none: what XGLUE's script calls accuracy of parts of speech: correct runs of equal tags, of
+                all predicted ones
+    score       the mean of `metrics`
+    """
+    found = scores(("accuracy",), np.concatenate(slots), np.concatenate(tags))
+    predicted, true = ([[names[i] for i in row] for row in rows] for rows in (slots, tags))
+    if are_spans(names):
+        spanned = slot_scores(predicted, true)
+        found |= {key: spanned[f"slot_{key}"] for key in ("f1", "gold", "predicted")}
+    else:
+        both = sum(len(runs(a) & runs(b)) for a, b in zip(predicted, true, strict=True))
+        found["precision"] = 100 * both / max(sum(len(runs(row)) for row in predicted), 1)
+        found["f1"] = found["macro_f1"]
+    return found | {"score": sum(found[name] for name in metrics) / len(metrics)}
+
+
+def joint_scores(
+    predictions: np.ndarray, labels: np.ndarray, slots: list[np.ndarray], tags: list[np.ndarray], names: tuple[str, ...]
+) -> dict:
+    """The evaluation of a joint task: accuracy of the intents, slot_scores(), "exact" (sentences with everything
+    correct, in %), and "score", the mean of accuracy and slot_f1.
+
+    slots, tags: predicted and true ids of the words of each sentence.  names: of the tags.
+    """
+    found = scores(("accuracy",), predictions, labels)
+    found |= slot_scores(*([[names[i] for i in row] for row in rows] for rows in (slots, tags)))
+    whole = (np.array_equal(a, b) for a, b in zip(tags, slots, strict=True))
+    exact = sum(bool(a and b) for a, b in zip(predictions == labels, whole, strict=True))
+    found |= {"exact": 100 * exact / len(labels), "exact_correct": exact}
+    return found | {"score": (found["accuracy"] + found["slot_f1"]) / 2}

@@ -18,16 +18,17 @@ A row holds all that differs between tasks. docs/extending.md adds one.
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import numpy as np
 
-from data.files import existing, read_tsv
-from data.glue import GLUE, Example, read_glue
-from data.slots import FILES, SPLITS, Names, Sentence, are_spans, read_names, read_sentences
-from data.xglue import FETCH, XGLUE, find_files, read_tokens, read_xglue
+from data.files import Example, Sentence, existing, read_examples, read_tsv
+from data.glue import GLUE, read_glue
+from data.metrics import are_spans
+from data.slots import FILES, SPLITS, Names, read_names, read_sentences, read_tokens
+from data.xglue import FETCH, XGLUE, find_files, read_xglue
 from kit.common import UserError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -38,18 +39,16 @@ WEIGHTS_DIR = os.path.join(os.path.dirname(HERE), "weights")  # where convert.py
 
 @dataclass(frozen=True)
 class Task:
-    """A row of TASKS."""
+    """A row of TASKS. Its functions are given task_folder()."""
 
     name: str
     head: str  # a key of model.HEADS
     # (folder, split) -> {language: examples}, split being "train", "dev" or "test"
     read: Callable[[str, str], dict[str, list[Example]] | dict[str, list[Sentence]]]
-    files: dict[str, tuple[str, ...]]  # split -> the files it is read from, under task_folder()
+    files: dict[str, tuple[str, ...]]  # split -> the files it is read from
     fetch: str  # the command that brings the files, or tells where they come from; "" of the user's own
-    labels: tuple[str, ...] = ()  # names of the classes by id; of a regression: of the number
-    labels_of: Callable[[str], tuple[str, ...]] | None = None  # in place of `labels`, if only the files know
-    # The names of tags; those of a joint task, which only its files know.
-    names: Callable[[str], Names] | None = None
+    # Names of the classes by id (of a regression: of the number), or a function of the folder if only the files know.
+    labels: tuple[str, ...] | Callable[[str], tuple[str, ...] | Names] = ()
     # (folder, split) -> {language: file}, in place of `files`, if each language has a file.
     find: Callable[[str, str], dict[str, str]] | None = None
     languages: tuple[str, ...] | None = ("en",)  # the test sets; None: those in the test files
@@ -58,14 +57,16 @@ class Task:
     zero_shot: bool = False  # whether reports give the mean over all but the train language
     metrics: tuple[str, ...] = ("accuracy",)  # keys of an evaluation; their mean is its "score"
     columns: dict[str, str] = field(default_factory=dict)  # of reports: title -> key of an evaluation
-    regression: bool = False
     subfolder: str = ""  # of the data folder, where the files usually are
     models: tuple[str, ...] = ("xlmr-base", "mini")  # the default --model: the first that is there
-    # Model, or "*" for any -> defaults of options (config.py). "sample": where the sample is used.
-    defaults: dict[str, dict] = field(default_factory=dict)
-    sample: str | None = None  # folder under data/ to use instead of the official files with the model:
-    sample_model: str | None = None
-    real_thing: str = ""  # how to get the official files and a published model instead
+    sample: str | None = None  # folder under data/ to use instead of the official files with the last of `models`
+
+
+def find_task(name: str, train_language: str | None = None) -> Task:
+    """The row of a task.  train_language: of a task whose files decide it."""
+    if name not in TASKS:
+        raise UserError(f"unknown task {name!r}; known: {' '.join(TASKS)}")
+    return replace(TASKS[name], train_language=train_language) if train_language else TASKS[name]
 
 
 def load(task: Task, split: str, language: str, folder: str) -> list[Example] | list[Sentence]:
@@ -77,7 +78,7 @@ def load(task: Task, split: str, language: str, folder: str) -> list[Example] | 
         raise UserError(f"{task.name} has no language {language!r}; it has: {' '.join(task.languages)}")
     if split in ("held-out", "rest"):
         return hold_out(load(task, "train", language, folder), split)
-    found = task.read(folder, split)
+    found = task.read(task_folder(task, folder), split)
     if not found.get(language):
         there = " ".join(name for name in found if found[name]) or "none"
         raise UserError(f"{task.name}: no {split} row in language {language!r} under {folder}, only in: {there}")
@@ -101,6 +102,14 @@ def hold_out(examples: list, split: str) -> list:
     return [example for i, example in enumerate(examples) if (i in rows) == (split == "held-out")]
 
 
+def names_of(task: Task, folder: str) -> Names:
+    """The names of the classes of texts or sentences, and of words."""
+    found = task.labels(task_folder(task, folder)) if callable(task.labels) else task.labels
+    if isinstance(found, Names):
+        return found
+    return Names(("",), found, 1, len(found)) if task.head == "token" else Names(found, (), len(found), 0)
+
+
 def selection_splits(task: Task, eval_split: str) -> tuple[str, str]:
     """The splits to train on and to select the epoch on: never the rows that are reported, unless the task's dev is a
     part of train.tsv anyway (GLUE).
@@ -108,13 +117,6 @@ def selection_splits(task: Task, eval_split: str) -> tuple[str, str]:
     if eval_split == "dev" and task.files["dev"] != task.files["train"]:
         return "rest", "held-out"
     return "train", "dev"
-
-
-def find_task(name: str, train_language: str | None = None) -> Task:
-    """The row of a task.  train_language: of a task whose files decide it."""
-    if name not in TASKS:
-        raise UserError(f"unknown task {name!r}; known: {' '.join(TASKS)}")
-    return replace(TASKS[name], train_language=train_language) if train_language else TASKS[name]
 
 
 def match_labels(own: list[str], labels: tuple[str, ...]) -> list[int] | None:
@@ -136,24 +138,23 @@ def match_labels(own: list[str], labels: tuple[str, ...]) -> list[int] | None:
 
 def class_names(task: Task, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The classes that a model of this task can predict: of a sequence, and of a word (slots)."""
-    if task.labels or task.labels_of:
-        return task.labels or task.labels_of(folder), ()
-    names = task.names(folder)
+    names = names_of(task, folder)
+    if task.head == "token":
+        return names.slots, ()
     return names.intents[: names.known_intents], names.slots[: names.known_slots]
 
 
 def languages_of(task: Task, folder: str, split: str) -> tuple[str, ...]:
     """The test sets of a task: those of its row, or those in its files, the train language first."""
-    if task.languages is not None:
-        return task.languages
-    return tuple(sorted(task.read(folder, split), key=lambda name: name != task.train_language))
+    found = task.languages or task.read(task_folder(task, folder), split)
+    return task.languages or tuple(sorted(found, key=lambda name: name != task.train_language))
 
 
 def task_folder(task: Task, folder: str) -> str:
     """The folder of a task's files: its own below the data folder (data/raw/glue/RTE), or what is left of that path if
     the data folder is named further down (--data-dir glue, or glue/RTE).
     """
-    parts = task.subfolder.split("/")
+    parts = task.subfolder.split("/") if task.subfolder else []
     for i in range(len(parts)):
         below = os.path.join(folder, *parts[i:])
         if os.path.isdir(below):
@@ -166,11 +167,9 @@ def task_folder(task: Task, folder: str) -> str:
 
 def file_paths(task: Task, folder: str, split: str) -> list[str]:
     """The files of a split, compressed or not; as they should be named where there is none."""
-    if task.find:
-        return [existing(path) or path for path in task.find(folder, split).values()]
     place = task_folder(task, folder)
-    paths = [os.path.join(place, *name.split("/")) for name in task.files.get(split, task.files["train"])]
-    return [existing(path) or path for path in paths]
+    paths = (os.path.join(place, *name.split("/")) for name in task.files.get(split, task.files["train"]))
+    return [existing(path) or path for path in (task.find(place, split).values() if task.find else paths)]
 
 
 def find_data(task: Task, data_dir: str | None, model: str) -> str:
@@ -182,7 +181,7 @@ def find_data(task: Task, data_dir: str | None, model: str) -> str:
     if data_dir:
         return data_dir
     there = all(map(os.path.isfile, file_paths(task, RAW_DIR, "train")))
-    is_sample_model = bool(task.sample_model and re.fullmatch(rf"{task.sample_model}(-\d+x\d+)?", model))
+    is_sample_model = task.sample and re.fullmatch(rf"{task.models[-1]}(-\d+x\d+)?", model)
     if is_sample_model and (model == "mini" or not there):
         return os.path.join(HERE, task.sample)
     return RAW_DIR
@@ -199,92 +198,55 @@ XNLI_FILES = {
 XNLI_FETCH = "python data/fetch.py xnli"
 
 
-@lru_cache(maxsize=4)
 def read_xnli(folder: str, split: str) -> dict[str, list[Example]]:
-    """XNLI as published. Dev and test hold 15 languages in one file; the training file is English
-    (MultiNLI).
+    """XNLI as published. Dev and test hold 15 languages in one file; the training file is English (MultiNLI), and spells
+    the third label "contradictory".
     """
     path = os.path.join(folder, *XNLI_FILES[split].split("/"))
-    if split == "train":
-        columns = ("premise", "hypo", "label")  # the third label is spelled "contradictory" here
-        label_ids = {"entailment": 0, "neutral": 1, "contradictory": 2, "contradiction": 2}
-    else:
-        columns = ("sentence1", "sentence2", "gold_label", "language")
-        label_ids = {name: i for i, name in enumerate(NLI_LABELS)}
-    found: dict[str, list[Example]] = {}
-    for number, row in read_tsv(path, columns, XNLI_FETCH):
-        premise, hypothesis, label = row[:3]
-        language = row[3] if len(row) > 3 else "en"
-        if label not in label_ids:
-            raise UserError(f"{path}, line {number}: unknown label {label!r}; known: {' '.join(label_ids)}")
-        if language not in XNLI_LANGUAGES:
-            raise UserError(f"{path}, line {number}: unknown language {language!r}")
-        found.setdefault(language, []).append(Example(premise, hypothesis, label_ids[label]))
-    return found
+    labels = (*NLI_LABELS[:2], ("contradiction", "contradictory"))
+    if split != "train":
+        return read_examples(path, ("sentence1", "sentence2"), labels, XNLI_FETCH, "gold_label", "language")
+    return {"en": read_examples(path, ("premise", "hypo"), labels, XNLI_FETCH)["all"]}
 
 
 # ------------------------------------------------------------------------------------------- GLUE
 def glue_task(name: str) -> Task:
     """A row of the table in data/glue.py."""
-    layout = GLUE[name]
+    layout, fetch = GLUE[name], f"python data/fetch.py {name}"
     languages = tuple(layout.tests)
     return Task(
         name=name,
         head="sequence",
-        read=partial(read_glue_split, name),
+        read=partial(read_glue, layout, fetch),
         files={"train": ("train.tsv",), "dev": ("train.tsv",), "test": tuple(layout.tests.values())},
-        fetch=f"python data/fetch.py {name}",
+        fetch=fetch,
         labels=layout.labels,
         languages=languages,
         train_language=languages[0],
         metrics=layout.metrics,
         columns={metric: metric for metric in layout.metrics},
-        regression=not layout.in_file,
         subfolder=f"glue/{layout.folder}",
         models=("minilm",),
-        # Chosen for MiniLM on rows of STS-B's train.tsv that were held out (docs/log.md).
-        defaults={"*": dict(epochs=3, student_epochs=2, lr=1e-4, dropout=0.1, beta=600.0, student_lr_at={2: 3e-4})},
     )
-
-
-def read_glue_split(name: str, folder: str, split: str) -> dict[str, list[Example]]:
-    task = find_task(name)
-    return read_glue(name, task_folder(task, folder), split, task.fetch)
 
 
 # --------------------------------------------------------------------------------- ATIS and SNIPS
 def joint_task(name: str, sample: str | None = None) -> Task:
     """A data set of intents and slots in the layout of data/slots.py."""
+    fetch = f"python data/fetch.py {name}"
     return Task(
         name=name,
         head="joint",
-        read=partial(read_joint, name),
+        read=lambda folder, split: {"en": read_sentences(folder, split, fetch)},
         files={split: tuple(f"{split}/{each}" for each in FILES) for split in SPLITS},
-        fetch=f"python data/fetch.py {name}",
-        names=partial(joint_names, name),
+        fetch=fetch,
+        labels=partial(read_names, fetch=fetch),
         metrics=("accuracy", "slot_f1"),
         columns={"intent": "accuracy", "slot F1": "slot_f1", "words": "slot_token_f1", "sentences": "exact"},
         subfolder=name,
         models=("scratch",),
-        defaults={
-            "scratch": dict(layers=2, hidden=768, epochs=25, student_epochs=6, lr=1e-3, student_lr=5e-4, dropout=0.2)
-            | {"label_smoothing": 0.1},
-            "sample": dict(hidden=128, epochs=20, batch_size=8, lr=2e-3),
-        },
         sample=sample,
-        sample_model="scratch" if sample else None,
-        real_thing=f"python data/fetch.py {name}",
     )
-
-
-def read_joint(name: str, folder: str, split: str) -> dict[str, list[Sentence]]:
-    task = find_task(name)
-    return {task.train_language: read_sentences(task_folder(task, folder), split, task.fetch)}
-
-
-def joint_names(name: str, folder: str) -> Names:
-    task = find_task(name)
-    return read_names(task_folder(task, folder), task.fetch)
 
 
 # ------------------------------------------------------------------------------------------ XGLUE
@@ -295,46 +257,28 @@ def xglue_task(name: str) -> Task:
     return Task(
         name=name,
         head="token" if tagged else "sequence",
-        read=partial(read_xglue, name),
+        read=partial(read_xglue, layout),
         files={split: (f"a file for each language: {split}",) for split in SPLITS},
-        find=partial(find_files, name),
+        find=partial(find_files, layout),
         fetch=FETCH,
         labels=layout.labels,
-        names=(lambda folder: Names(("",), layout.labels, 1, len(layout.labels))) if tagged else None,
         languages=None,
         zero_shot=True,
         metrics=layout.metrics,
         columns={metric: metric for metric in (*layout.metrics, *layout.reported)},
         models=("xlmr-base",),
-        defaults={"*": dict(max_length=256)} if tagged else {},
     )
 
 
 # ------------------------------------------------------------------------------------ your own rows
-OWN_COLUMNS = ("text", "label")
 MOST_CLASSES = 1000
-
-
-def own_rows(folder: str, split: str) -> Iterator[tuple[str, str, str, str | None, str]]:
-    """(file and line, text, label, second text or None, language) of DIR/train.tsv, dev.tsv or test.tsv, whose first
-    line names its columns: text, label, and optionally text2 and language.
-    """
-    path = os.path.join(folder, f"{split}.tsv")
-    for number, (text, label, second, language) in read_tsv(path, OWN_COLUMNS, "", optional=("text2", "language")):
-        where = f"{path}, line {number}"
-        label, language = label.strip(), "all" if language is None else language.strip()
-        for name, cell in (("text", text.strip()), ("label", label), ("language", language)):
-            if not cell:
-                raise UserError(f"{where}: the {name} is empty")
-            if name != "text" and re.search(r"[\t\r\n]", cell):
-                raise UserError(f"{where}: the {name} {cell[:50]!r} holds a tab or a line end")
-        yield where, text, label, second, language
 
 
 @lru_cache(maxsize=4)
 def own_labels(folder: str) -> tuple[str, ...]:
     """The classes of train.tsv."""
-    return in_order({label for _, _, label, _, _ in own_rows(folder, "train")}, f"{folder}/train.tsv")
+    path = os.path.join(folder, "train.tsv")
+    return in_order({label.strip() for _, (_, label) in read_tsv(path, ("text", "label"), "")}, path)
 
 
 def in_order(found: set[str], path: str) -> tuple[str, ...]:
@@ -352,21 +296,17 @@ def in_order(found: set[str], path: str) -> tuple[str, ...]:
     return tuple(sorted(found, key=order))
 
 
-@lru_cache(maxsize=4)
 def read_own(folder: str, split: str, labels: tuple[str, ...] | None = None) -> dict[str, list[Example]]:
-    """labels: those of a student, instead of the classes of train.tsv, which need not be there then."""
-    ids = {label: i for i, label in enumerate(labels or own_labels(folder))}
-    *_, pairs, _ = next(own_rows(folder, split if labels else "train"), (None,) * 5)
-    found: dict[str, list[Example]] = {}
-    for where, text, label, second, language in own_rows(folder, split):
-        if label not in ids:
-            raise UserError(f"{where}: unknown label {label[:50]!r}; known: {', '.join(ids)[:200]}")
-        if (second is None) != (pairs is None):
-            raise UserError(f"{folder}: only one of train.tsv and {split}.tsv has a column text2")
-        found.setdefault(language, []).append(Example(text, second, ids[label]))
-    if not found:
-        raise UserError(f"{folder}/{split}.tsv has no rows")
-    return found
+    """Rows of DIR/train.tsv, dev.tsv or test.tsv, whose first line names its columns: text, label, and optionally text2
+    and language.  labels: those of a student, instead of the classes of train.tsv, which need not be there then.
+    """
+    known = labels or own_labels(folder)
+    splits = (split,) if labels else ("train", split)
+    files = [os.path.join(folder, f"{each}.tsv") for each in splits]
+    found = [read_examples(path, ("text", "text2"), known, "", language="language") for path in files]
+    if len({next(iter(each.values()))[0].text_b is None for each in found}) > 1:
+        raise UserError(f"{folder}: only one of train.tsv and {split}.tsv has a column text2")
+    return found[-1]
 
 
 def find_tags(folder: str, split: str) -> dict[str, str]:
@@ -398,7 +338,7 @@ def read_tags(folder: str, split: str, labels: tuple[str, ...] | None = None) ->
 
 def own_language(task: Task, folder: str, wanted: str | None) -> str:
     """The language to train on: as wanted, the only one of the training files, or English."""
-    known = list(task.read(folder, "train"))
+    known = languages_of(task, folder, "train")
     chosen = wanted or (known[0] if len(known) == 1 else "en")
     if chosen not in known:
         there = " ".join(known)[:200]
@@ -408,8 +348,7 @@ def own_language(task: Task, folder: str, wanted: str | None) -> str:
 
 def with_classes(task: Task, labels: tuple[str, ...]) -> Task:
     """A task of the user's own with the classes of a student."""
-    names = task.names and (lambda folder: Names(("",), labels, 1, len(labels)))
-    return replace(task, read=partial(task.read, labels=labels), labels=labels, names=names)
+    return replace(task, read=partial(task.read, labels=labels), labels=labels)
 
 
 TASKS = {
@@ -425,8 +364,6 @@ TASKS = {
         zero_shot=True,
         columns={"accuracy": "accuracy"},
         sample="mini",
-        sample_model="mini",
-        real_thing="python convert.py xlmr-base, then python data/fetch.py xnli",
     ),
     "atis": joint_task("atis", sample="atis-sample"),
     "snips": joint_task("snips"),
@@ -438,7 +375,7 @@ TASKS = {
         read=read_own,
         files={split: (f"{split}.tsv",) for split in SPLITS},
         fetch="",
-        labels_of=own_labels,
+        labels=own_labels,
         languages=None,
         train_language="",
         zero_shot=True,
@@ -452,9 +389,7 @@ TASKS = {
         files={split: (f"{split}.txt",) for split in SPLITS},
         find=find_tags,
         fetch="",
-        labels=(),
-        labels_of=own_tags,
-        names=lambda folder: Names(("",), own_tags(folder), 1, len(own_tags(folder))),
+        labels=own_tags,
         train_language="",
     ),
 }
