@@ -413,7 +413,8 @@ def introduction(config: TrainConfig, task: Task, folder: str) -> str:
     shown = folder if os.name == "nt" else os.path.relpath(folder)  # on Windows it may be on another drive
     text = f"model {config.model}, data {shown}"
     if folder != RAW_DIR and not config.data_dir:
-        text += f": built in. For the real thing: {task.real_thing}"
+        model = f"python convert.py {task.models[0]}, then " if config.model == "mini" else ""
+        text += f": built in. For the real thing: {model}{task.fetch}"
     if (config.bits, config.weights, config.weight_range) == (2, "uniform", "minmax") and config.methods != ("fp32",):
         better = "--weight-range mse" if config.tt_rank else "--weights lsq"
         text += f"\n2 bits: most weights round to 0; {better} keeps far more"

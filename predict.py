@@ -41,9 +41,9 @@ from data.batches import (
     evaluation_batches,
     evaluation_order,
 )
-from data.files import no_file, refuse_utf16
-from data.metrics import scores
-from data.slots import Names, Sentence, joint_scores, token_scores
+from data.files import Sentence, no_file, refuse_utf16
+from data.metrics import joint_scores, score_sequences, token_scores
+from data.slots import Names
 from data.tasks import Task, class_names, file_paths, find_data, find_task, languages_of, with_classes
 from data.tokenizer import Encoder
 from int8 import integer_model
@@ -220,11 +220,7 @@ def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
     if tags:
         return joint_scores(predictions, labels, slots, tags, dataset.slots)
     in_file_order = np.argsort(evaluation_order(dataset))
-    predictions, labels = predictions[in_file_order], labels[in_file_order]
-    found = scores(dataset.metrics, predictions, labels)
-    if "correct" in found:  # which rows, for paired differences
-        found["correct_rows"] = np.packbits(predictions == labels).tobytes().hex()
-    return found
+    return score_sequences(dataset.metrics, predictions[in_file_order], labels[in_file_order])
 
 
 def in_words(evaluation: dict, dataset: Dataset) -> str:
@@ -271,7 +267,7 @@ def evaluate_student(path: str, args: argparse.Namespace) -> None:
     task = find_task(notes.get("task", ""), notes.get("train_language"))
     if task.name in ("tsv", "tags"):  # its classes are in its training file, and in the student
         task = with_classes(task, read.classes[0])
-    folder = find_data(task, args.data_dir, task.sample_model if notes.get("data") == "built in" else "")
+    folder = find_data(task, args.data_dir, task.models[-1] if notes.get("data") == "built in" else "")
     tests = load_tests(
         task, args.eval_split, tuple(args.languages), folder, tokenizer_of(path, read), read.max_length, args.max_eval
     )
