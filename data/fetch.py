@@ -259,10 +259,11 @@ def unpack(archive: str, members: tuple[str, ...], folder: str, optional: tuple[
     there, or none. Returns their paths.
     """
     name, is_zip = os.path.basename(archive), archive.endswith(".zip")
+    os.makedirs(folder, exist_ok=True)
     try:
         with (
             zipfile.ZipFile(archive) if is_zip else tarfile.open(archive, "r:gz") as file,
-            tempfile.TemporaryDirectory(prefix=".unpacked-", dir=os.path.dirname(archive)) as temporary,
+            tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder) as temporary,
         ):
             present = dict.fromkeys(file.namelist() if is_zip else file.getnames())
             if missing := set(members) - set(present):

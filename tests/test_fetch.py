@@ -5,21 +5,18 @@ import http.server
 import io
 import os
 import re
-import resource
 import shutil
-import stat
 import tarfile
 import threading
 import zipfile
 
 import pytest
-from conftest import ROOT
+from conftest import FLIGHTS
 
-import convert
 from data import fetch
 from data.fetch import Remote, download, unpack
 from data.glue import GLUE
-from data.tasks import find_task
+from data.tasks import find_task, load
 from kit.common import UserError
 from model import PRESETS
 
@@ -27,9 +24,7 @@ CONTENT = bytes(range(256)) * 4096  # 1 MiB
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT by the name of the path: /good, /cut (drops the line), /norange, /short,
-    /long, /missing.
-    """
+    """Serves CONTENT by the name of the path: /good, /cut (drops the line), /norange, /short, /long, /missing."""
 
     protocol_version = "HTTP/1.1"
     requests: list = []
@@ -102,36 +97,29 @@ def get(file, folder):
     return download(file, str(folder), tries=3, pause=0.01)
 
 
-def one_line(error):
-    return "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("size", [1_048_576, None])
+@pytest.mark.parametrize("size", [SIZE, None])
 @pytest.mark.parametrize("path", ["good/f.bin", "nolength/f.bin"])
 def test_good_download_and_no_second_one(server, tmp_path, path, size):
     file = remote(server, path, size)
     found = get(file, tmp_path)
-    with open(found, "rb") as handle:
-        assert handle.read() == CONTENT
-    assert os.listdir(tmp_path) == ["f.bin"]
+    assert (tmp_path / "f.bin").read_bytes() == CONTENT and os.listdir(tmp_path) == ["f.bin"]
     before = len(Handler.requests)
     assert get(file, tmp_path) == found and len(Handler.requests) == before
 
 
-@pytest.mark.parametrize("size", [1_048_576, None])
+@pytest.mark.parametrize("size", [SIZE, None])
 def test_cut_connection_is_resumed(server, tmp_path, size):
     Handler.cuts, Handler.requests[:] = 2, []
     get(remote(server, "cut/f.bin", size), tmp_path)
     assert [asked for _, asked in Handler.requests] == [None, "bytes=300000-", "bytes=600000-"]
-    assert (tmp_path / "f.bin").read_bytes() == CONTENT
-    assert os.listdir(tmp_path) == ["f.bin"]
+    assert (tmp_path / "f.bin").read_bytes() == CONTENT and os.listdir(tmp_path) == ["f.bin"]
 
 
 def test_connection_cut_too_often_keeps_only_the_part(server, tmp_path):
     Handler.cuts = 3
-    with pytest.raises(UserError, match="cut at 900,000 bytes, 3 times .*; run this again") as error:
+    with pytest.raises(UserError, match="the server hung up, 3 times; 900,000 bytes are kept: run this again"):
         get(remote(server, "cut/f.bin"), tmp_path)
-    assert one_line(error) and os.listdir(tmp_path) == ["f.bin.part"]
+    assert os.listdir(tmp_path) == ["f.bin.part"]
     Handler.cuts = 0
     get(remote(server, "cut/f.bin"), tmp_path)  # the next call continues it
     assert Handler.requests[-1][1] == "bytes=900000-" and os.listdir(tmp_path) == ["f.bin"]
@@ -143,77 +131,42 @@ def test_server_without_ranges_starts_over(server, tmp_path):
     assert (tmp_path / "f.bin").read_bytes() == CONTENT
 
 
-def test_damaged_part_has_another_hash(server, tmp_path):
-    (tmp_path / "f.bin.part").write_bytes(b"x" * 5000)
+@pytest.mark.parametrize(
+    ("path", "part", "size", "content"),
+    [
+        ("good", b"x" * 5000, SIZE, CONTENT),  # a damaged part
+        ("good", b"", SIZE, b"another file"),
+        ("short", b"", SIZE, CONTENT),
+        ("short", CONTENT[:2000], SIZE, CONTENT),  # shorter than the part
+        ("short", b"", None, CONTENT),
+        ("long", b"", SIZE, CONTENT),
+    ],
+)
+def test_wrong_files_are_deleted(server, tmp_path, path, part, size, content):
+    if part:
+        (tmp_path / "f.bin.part").write_bytes(part)
     with pytest.raises(UserError, match="SHA-256 is .* the file was deleted"):
-        get(remote(server, "good/f.bin"), tmp_path)
+        get(remote(server, f"{path}/f.bin", size, content), tmp_path)
     assert os.listdir(tmp_path) == []
 
 
-def test_wrong_hash(server, tmp_path):
-    with pytest.raises(UserError, match="SHA-256 is") as error:
-        get(remote(server, "good/f.bin", content=b"other"), tmp_path)
-    assert one_line(error) and os.listdir(tmp_path) == []
-
-
-def test_not_found(server, tmp_path):
-    with pytest.raises(UserError, match="missing/f.bin answered 404") as error:
+def test_no_server_and_no_file(server, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="missing/f.bin answered 404"):
         get(remote(server, "missing/f.bin"), tmp_path)
-    assert one_line(error) and os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("kind", ["short", "long"])
-def test_file_of_another_size(server, tmp_path, kind):
-    with pytest.raises(UserError, match="published are 1,048,576; nothing was kept") as error:
-        get(remote(server, f"{kind}/f.bin"), tmp_path)
-    assert one_line(error) and os.listdir(tmp_path) == []
-
-
-def test_file_shorter_than_the_part(server, tmp_path):
-    (tmp_path / "f.bin.part").write_bytes(CONTENT[:2000])
-    with pytest.raises(UserError, match="nothing was kept"):
-        get(remote(server, "short/f.bin"), tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9/")
+    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match="cannot download http://127.0.0.1:9/FacebookAI/.* --from DIR"):
+        fetch.fetch_model("multilingual-e5-small", str(tmp_path))
     assert os.listdir(tmp_path) == []
-
-
-def test_truncated_file_of_unpublished_size(server, tmp_path):
-    with pytest.raises(UserError, match="SHA-256"):
-        get(remote(server, "short/f.bin", size=None), tmp_path)
-    assert os.listdir(tmp_path) == []
-
-
-def test_no_server(tmp_path):
-    with pytest.raises(UserError, match="cannot reach http://127.0.0.1:9/f.bin") as error:
-        get(Remote("http://127.0.0.1:9/f.bin", 10, "0" * 64), tmp_path)
-    assert one_line(error) and os.listdir(tmp_path) == []
 
 
 def test_mirror(server, tmp_path, monkeypatch):
-    file = Remote(f"{fetch.HUB}/good/f.bin", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+    (file,) = fetch.hub("good", ("f.bin", SIZE, hashlib.sha256(CONTENT).hexdigest()))
     monkeypatch.setenv("HF_ENDPOINT", server + "/")
-    assert file.address.startswith("http://127.0.0.1") and get(file, tmp_path) and (tmp_path / "f.bin").exists()
+    assert file.address == f"{server}/good/f.bin" and get(file, tmp_path) and (tmp_path / "f.bin").exists()
     monkeypatch.setenv("HF_ENDPOINT", "mirror.org")
     assert file.address == "https://mirror.org/good/f.bin"
     assert Remote("https://elsewhere.org/f.bin", 1, "0" * 64).address == "https://elsewhere.org/f.bin"
-
-
-def test_unreachable_model_can_be_given_as_a_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9/")
-    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
-    assert convert.main(["multilingual-e5-small", "--out", str(tmp_path / "w.pt")]) == 2
-    error = capsys.readouterr().err
-    assert "cannot reach http://127.0.0.1:9/intfloat/" in error and "--from DIR" in error and error.count("\n") == 1
-
-
-def test_full_disk_is_not_tried_again(server, tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        with pytest.raises(UserError, match="cannot write .*f.bin.part: File too large") as error:
-            get(remote(server, "good/f.bin"), tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert one_line(error)
 
 
 def test_existing_file_with_other_content_is_not_overwritten(server, tmp_path):
@@ -223,31 +176,20 @@ def test_existing_file_with_other_content_is_not_overwritten(server, tmp_path):
     assert (tmp_path / "f.bin").read_bytes() == b"mine"
 
 
-def test_unwritable_folder(server, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to"):
-        get(remote(server, "good/f.bin"), tmp_path / "file" / "below")
-
-
 # --------------------------------------------------------------------------------------- archives
-def tarred(members: dict, links: tuple[str, ...] = ()) -> bytes:
+def tarred(members: dict) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as file:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
-            content = content if isinstance(content, bytes) else content.encode()
             info.size = len(content)
             file.addfile(info, io.BytesIO(content))
-        for name in links:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            file.addfile(info)
     return buffer.getvalue()
 
 
 @pytest.fixture(params=["zip", "tar.gz"])
 def archive(request, tmp_path):
-    """Writes an archive of {name: content}."""
+    """Writes an archive of {name: bytes}."""
 
     def write(members):
         path = tmp_path / f"a.{request.param}"
@@ -257,59 +199,26 @@ def archive(request, tmp_path):
     return write
 
 
+def files_in(folder):
+    return {f: open(os.path.join(d, f), "rb").read() for d, _, files in os.walk(folder) for f in files}
+
+
 def test_unpack_writes_only_the_named_members(archive, tmp_path):
-    path = archive({"a/wanted.tsv": "1", "a/other.tsv": "2", "a/more.tsv": "3"})
+    path = archive({"a/wanted.tsv": b"1", "a/other.tsv": b"2", "../evil": b"2", "/evil": b"2", "a/more.tsv": b"3"})
     assert unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"), ("a/more.tsv", "a/absent.tsv"))
-    found = {f: (tmp_path / "out" / "a" / f).read_text() for _, _, files in os.walk(tmp_path / "out") for f in files}
-    assert found == {"wanted.tsv": "1", "more.tsv": "3"}
-
-
-@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "..\\evil", "C:/evil", "\\\\server\\evil"])
-def test_archives_with_members_outside_their_folder_raise(archive, tmp_path, name):
-    path = archive({"a/wanted.tsv": "1", name: "2"})
-    with pytest.raises(UserError, match="points outside its folder") as error:
-        unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"))
-    assert one_line(error) and not (tmp_path / "out").exists()
-
-
-def test_archives_with_links_raise(tmp_path):
-    info = zipfile.ZipInfo("a/link")
-    info.external_attr = (stat.S_IFLNK | 0o777) << 16
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
-        file.writestr("a/wanted.tsv", "1")
-        file.writestr(info, "/etc/passwd")
-    (tmp_path / "a.tar.gz").write_bytes(tarred({"a/wanted.tsv": "1"}, ("a/link",)))
-    for name in ("a.zip", "a.tar.gz"):
-        with pytest.raises(UserError, match="points outside"):
-            unpack(str(tmp_path / name), ("a/wanted.tsv",), str(tmp_path / "out"))
+    assert files_in(tmp_path / "out") == {"wanted.tsv": b"1", "more.tsv": b"3"}
+    assert sorted(os.listdir(tmp_path)) == [os.path.basename(path), "out"]
 
 
 def test_missing_member_and_damaged_archives(archive, tmp_path):
-    path = archive({"a/first.tsv": "1" * 10_000, "a/second.tsv": os.urandom(10_000)})
+    path = archive({"a/first.tsv": b"1" * 10_000, "a/second.tsv": os.urandom(10_000)})
     with pytest.raises(UserError, match="has no file a/third.tsv"):
         unpack(path, ("a/first.tsv", "a/third.tsv"), str(tmp_path / "out"))
-    with open(path, "r+b") as file:  # damage the second member: its checksum fails while unpacking
-        file.seek(5000)
-        file.write(b"spoiled!")
-    with pytest.raises(UserError, match="not a sound archive"):
+    with open(path, "r+b") as file:  # the second member: half of it is missing
+        file.truncate(5000)
+    with pytest.raises(UserError, match="cannot unpack a[.]"):
         unpack(path, ("a/first.tsv", "a/second.tsv"), str(tmp_path / "out"))
-    assert [f for _, _, files in os.walk(tmp_path / "out") for f in files] == []
-    for size in (100, 0):
-        with open(path, "r+b") as file:
-            file.truncate(size)
-        with pytest.raises(UserError, match="not a sound archive"):
-            unpack(path, ("a/first.tsv",), str(tmp_path / "out"))
-    with open(path, "w") as file:
-        file.write("no archive at all")
-    with pytest.raises(UserError, match="not a sound archive"):
-        unpack(path, ("a/first.tsv",), str(tmp_path / "out"))
-
-
-def test_archive_that_unpacks_to_too_much(archive, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "MAX_UNPACKED", 1000)
-    path = archive({"a/wanted.tsv": "0" * 2000})
-    with pytest.raises(UserError, match="unpacks to more than"):
-        unpack(path, ("a/wanted.tsv",), str(tmp_path / "out"))
+    assert os.listdir(tmp_path / "out") == []
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -330,20 +239,15 @@ def test_command(server, tmp_path, capsys, monkeypatch):
 
 def test_data_sets_that_are_not_downloaded(tmp_path, capsys):
     """The command says where they come from and which files are there; its exit status is always 0."""
-    for name, licence in (("atis", "Linguistic Data Consortium"), ("snips", "CC0"), ("mrpc", "Microsoft's")):
+    shutil.copytree(FLIGHTS, tmp_path / "atis")
+    os.unlink(tmp_path / "atis" / "dev" / "label")
+    facts = {"atis": ("Linguistic Data Consortium", 1), "snips": ("CC0", 9), "mrpc": ("Microsoft's", 2)}
+    for name, (licence, missing) in (facts | {"glue": ("gluebenchmark.com", 8 * 2 + 1)}).items():  # two tests of MNLI
         assert fetch.main([name, "--data-dir", str(tmp_path)]) == 0
         text = capsys.readouterr().out
         assert licence in text and "https://" in text and "Nothing is downloaded" in text
-        assert text.count(": missing\n") == (2 if name == "mrpc" else 9)
-    assert os.listdir(tmp_path) == []
-    shutil.copytree(os.path.join(ROOT, "data", "atis-sample"), tmp_path / "atis")
-    os.unlink(tmp_path / "atis" / "dev" / "label")
-    assert fetch.main(["atis", "--data-dir", str(tmp_path)]) == 0
-    text = capsys.readouterr().out
-    assert text.count(": there\n") == 8 and f"{tmp_path / 'atis' / 'dev' / 'label'}: missing\n" in text
-    assert fetch.main(["glue", "--data-dir", str(tmp_path)]) == 0
-    text = capsys.readouterr().out
-    assert "https://gluebenchmark.com/tasks" in text and text.count(": missing\n") == 8 * 2 + 1  # two tests of MNLI
+        assert text.count(": missing\n") == missing and text.count(": there\n") == (8 if name == "atis" else 0)
+    assert os.listdir(tmp_path) == ["atis"]
 
 
 def test_a_task_of_glue_is_unpacked_where_it_is_read(tmp_path, capsys, monkeypatch):
@@ -364,7 +268,7 @@ def test_a_task_of_glue_is_unpacked_where_it_is_read(tmp_path, capsys, monkeypat
     assert fetch.main(["rte", "--data-dir", str(tmp_path / "raw")]) == 0
     assert sorted(os.listdir(tmp_path / "raw" / "glue" / "RTE")) == ["dev.tsv", "train.tsv"]
     task = find_task("rte")
-    assert len(task.read(str(tmp_path / "raw"), "test")["en"]) == 30
+    assert len(load(task, "test", "en", str(tmp_path / "raw"))) == 30
     assert fetch.main(["rte", "--data-dir", str(tmp_path / "raw")]) == 0
     assert "already there" in capsys.readouterr().out
 
