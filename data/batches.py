@@ -137,19 +137,16 @@ def encode_texts(
     for begin in range(0, len(first), ENCODED):
         part = slice(begin, begin + ENCODED)
         pair = first[part], None if second is None else second[part]
-        if tokenizer.typed:
-            encoded, of_second = tokenizer.encode_typed(*pair, max_length)
-            begins.append(of_second)
-        else:
-            encoded = tokenizer.encode_batch(*pair, max_length)
+        encoded, of_second = tokenizer.encode_typed(*pair, max_length)
         full = [i for i, row in enumerate(encoded) if len(row) == max_length]  # encoded again, whole
         whole = tokenizer.encode_batch(*(each and [each[i] for i in full] for each in pair)) if full else []
         lost += [len(row) - max_length for row in whole if len(row) > max_length]
         rows += encoded
+        begins.append(of_second)
         progress.update(begin + len(encoded))
     progress.clear()
     dataset = replace(dataset_of(rows, labels), cut=len(lost), lost=sum(lost), pairs=second is not None)
-    return replace(dataset, second=np.concatenate(begins) if begins else None)
+    return replace(dataset, second=np.concatenate(begins) if tokenizer.typed else None)
 
 
 def cut_note(datasets: list[Dataset], of: str, max_length: int) -> str:

@@ -19,8 +19,7 @@ and a *token type* says to which text a token belongs:
     types          0   0   0   1   1               (encode_typed: the index of the first 1)
 
 WordTokenizer has XLM-R's four special ids, then one id for each frequent word of a training set: for small tasks
-without a pretrained model, such as ATIS. All of them encode single words, so that each can carry a tag
-(encode_words); load_tokenizer finds out which of them some bytes are.
+without a pretrained model, such as ATIS. load_tokenizer finds out which of them some bytes are.
 """
 
 import hashlib
@@ -28,6 +27,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 
 import numpy as np
 import sentencepiece
@@ -36,7 +36,6 @@ from data.wordpiece import basic_tokens, word_pieces
 from kit.common import UserError
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
-MAX_MODEL_BYTES = 64 << 20  # XLM-R's file has 5 MB
 WORDS_MAGIC = "sdq-words-1"
 WORDPIECE_MAGIC = "sdq-wordpiece-1"  # then " lower" or " cased"
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # those that BERT's vocab.txt must have
@@ -44,11 +43,76 @@ MAX_CACHED = 1 << 18  # words whose pieces are remembered, some 70 MB
 
 
 class Encoder:
-    """What the three tokenizers share. Subclasses define encode_batch and encode_words."""
+    """What the three tokenizers share. A subclass defines text_ids(), the ids of many texts without special tokens, and
+    word_ids(), those of many words, at least one each.
+
+    contents: the bytes that load_tokenizer reads.  vocab_size: the number of ids.
+    """
+
+    typed = False  # whether a second text has token type 1
+    separators = 2  # between two texts
+    cls_id, pad_id, sep_id = BOS, PAD, EOS
+
+    def __init__(self, contents: bytes, vocab_size: int):
+        self.bytes, self.vocab_size = contents, vocab_size
+        self.sha256 = hashlib.sha256(contents).hexdigest()
 
     def encode(self, a: str, b: str | None = None, max_length: int | None = None) -> list[int]:
         """One text or a pair -> ids with the special tokens, cut to max_length if given."""
         return self.encode_batch([a], None if b is None else [b], max_length)[0].tolist()
+
+    def encode_batch(
+        self, a: Sequence[str], b: Sequence[str] | None = None, max_length: int | None = None
+    ) -> list[np.ndarray]:
+        """Many texts or pairs at once. Returns one int32 array each (not padded).
+
+        A pair that is too long loses tokens from its longer text first ("longest first"), as in Hugging Face
+        tokenizers.
+        """
+        return self.encode_typed(a, b, max_length)[0]
+
+    def encode_typed(
+        self, a: Sequence[str], b: Sequence[str] | None = None, max_length: int | None = None
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """encode_batch(), and where token type 1 begins in each row, int64 (N,): at the second text's first token, or
+        behind the row where there is none. It means nothing if the tokenizer is not `typed`.
+        """
+        if b is not None and len(a) != len(b):
+            raise ValueError(f"{len(a)} first texts and {len(b)} second texts")
+        specials = 2 if b is None else 2 + self.separators
+        if max_length is not None and max_length < specials:
+            raise UserError(f"a maximum of {max_length} tokens leaves no room for the {specials} special ones")
+        rows, begins = [], []
+        for left, right in zip(self.text_ids(a), [[]] * len(a) if b is None else self.text_ids(b), strict=True):
+            if max_length is not None:
+                kept_left, kept_right = longest_first(len(left), len(right), max_length - specials)
+                left, right = left[:kept_left], right[:kept_right]
+            end = [] if b is None else [*[self.sep_id] * (self.separators - 1), *right, self.sep_id]
+            rows.append(np.array([self.cls_id, *left, self.sep_id, *end], dtype=np.int32))
+            begins.append(len(left) + 2)
+        return rows, np.array(begins, dtype=np.int64)
+
+    def encode_words(
+        self, sentences: Sequence[Sequence[str]], max_length: int | None = None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Sentences of words -> (ids with the special tokens, int32; the index of each word's first piece, int64).
+
+        Each word is encoded by itself, so that it can carry a tag, which belongs to its first piece. A word without a
+        piece (such as a control character) becomes the unknown token. Raises UserError for a sentence that would be
+        cut: the tags of words cut off could not be predicted.
+        """
+        every, rows = iter(self.word_ids([word for words in sentences for word in words])), []
+        for words in sentences:
+            own = list(islice(every, len(words)))
+            first = np.cumsum([1, *map(len, own)], dtype=np.int64)[:-1]
+            rows.append((np.array([self.cls_id, *chain(*own), self.sep_id], dtype=np.int32), first))
+        longest = max((len(ids) for ids, _ in rows), default=0)
+        if max_length is not None and longest > max_length:
+            raise UserError(
+                f"a sentence has {longest} tokens with the special ones; cut to --max-length {max_length} "
+                f"its words would lose their tags: use --max-length {longest}"
+            )
+        return rows
 
 
 class Tokenizer(Encoder):
@@ -57,27 +121,20 @@ class Tokenizer(Encoder):
     model: the bytes of a .model file.  source: its name in error messages.
     """
 
-    typed = False  # no token types
-    pad_id = PAD
-
     def __init__(self, model: bytes, source: str = "tokenizer"):
-        if not model or len(model) > MAX_MODEL_BYTES:
-            raise UserError(f"{source}: {len(model):,} bytes can't be a SentencePiece model")
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+            layout = (self.pieces.unk_id(), self.pieces.bos_id(), self.pieces.eos_id(), self.pieces.pad_id())
         except Exception:  # the library raises RuntimeError, and others for some damaged files
-            raise UserError(
-                f"{source} is not a SentencePiece model; XLM-R's is named sentencepiece.bpe.model"
-            ) from None
-        layout = (self.pieces.unk_id(), self.pieces.bos_id(), self.pieces.eos_id(), self.pieces.pad_id())
+            layout = None
+        if not model or layout is None:
+            raise UserError(f"{source} is not a SentencePiece model; XLM-R's is named sentencepiece.bpe.model")
         if layout != (0, 1, 2, -1):
             raise UserError(
                 f"{source}: <unk> <s> </s> <pad> have the SentencePiece ids {layout}; XLM-R's layout is (0, 1, 2, -1)"
             )
-        self.bytes = model
-        self.vocab_size = self.pieces.get_piece_size() + 2
+        super().__init__(model, self.pieces.get_piece_size() + 2)
         self.mask_id = self.vocab_size - 1
-        self.sha256 = hashlib.sha256(model).hexdigest()
 
     @classmethod
     def from_file(cls, path: str) -> "Tokenizer":
@@ -89,67 +146,21 @@ class Tokenizer(Encoder):
     @staticmethod
     def from_payload(payload: dict, path: str, vocab_size: int) -> Encoder:
         """The tokenizer (of any kind) of a checkpoint's dictionary, whose ids must fit into the model's table."""
-        stored = payload.get("tokenizer")
-        try:
-            tokenizer = load_tokenizer(stored.numpy().tobytes(), path)
-        except (AttributeError, TypeError):
-            raise UserError(f"{path} holds no tokenizer: convert it again") from None
+        if payload.get("tokenizer") is None:
+            raise UserError(f"{path} holds no tokenizer: convert it again")
+        tokenizer = load_tokenizer(payload["tokenizer"].numpy().tobytes(), path)
         if tokenizer.vocab_size > vocab_size:  # a table may have reserved rows
             raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its model {vocab_size:,}")
         return tokenizer
 
-    def encode_batch(self, a: list[str], b: list[str] | None = None, max_length: int | None = None) -> list[np.ndarray]:
-        """Many texts or pairs at once. Returns one int32 array each (not padded).
+    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[i + 1 if i else UNK for i in ids] for ids in self.pieces.encode(list(texts))]
 
-        A pair that is too long loses tokens from its longer text first ("longest first"), as in Hugging Face
-        tokenizers.
-        """
-        refuse_unequal(a, b)
-        room_for = 2 if b is None else 4  # special tokens
-        refuse_short(max_length, room_for)
-        first = [self._to_xlmr(ids) for ids in self.pieces.encode(list(a))]
-        if b is None:
-            keep = None if max_length is None else max_length - room_for
-            return [np.concatenate(([BOS], ids[:keep], [EOS])).astype(np.int32) for ids in first]
-        second = [self._to_xlmr(ids) for ids in self.pieces.encode(list(b))]
-        rows = []
-        for left, right in zip(first, second, strict=True):
-            if max_length is not None:
-                keep_left, keep_right = longest_first(len(left), len(right), max_length - room_for)
-                left, right = left[:keep_left], right[:keep_right]
-            rows.append(np.concatenate(([BOS], left, [EOS, EOS], right, [EOS])).astype(np.int32))
-        return rows
-
-    def encode_words(
-        self, sentences: Sequence[Sequence[str]], max_length: int | None = None
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Sentences of words -> (ids with <s> and </s>, int32; the index of each word's first piece, int64).
-
-        Each word is encoded by itself, and its tag belongs to its first piece. A word without a piece
-        (such as a control character) becomes <unk>, so that its tag has a place.
-        """
-        pieces = self.pieces.encode([word for words in sentences for word in words])
-        pieces = [self._to_xlmr(ids or [0]) for ids in pieces]
-        rows, begin = [], 0
-        for words in sentences:
-            own = pieces[begin : begin + len(words)]
-            begin += len(words)
-            first = np.cumsum([1, *(len(ids) for ids in own)], dtype=np.int64)[:-1]
-            rows.append((np.concatenate(([BOS], *own, [EOS])).astype(np.int32), first))
-        return refuse_long(rows, max_length)
+    def word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        return [ids or [UNK] for ids in self.text_ids(words)]
 
     def has_piece(self, token: str) -> bool:
         return self.pieces.piece_to_id(token) != 0 or token in ("<unk>", "<pad>", "<mask>")
-
-    @staticmethod
-    def _to_xlmr(ids: list[int]) -> np.ndarray:
-        ids = np.asarray(ids, dtype=np.int32)
-        return np.where(ids == 0, UNK, ids + 1)
-
-    def decode(self, ids: list[int]) -> str:
-        """Ids -> text; special tokens are dropped."""
-        last = self.mask_id
-        return self.pieces.decode([0 if i == UNK else int(i) - 1 for i in ids if UNK <= i < last])
 
 
 class WordPieceTokenizer(Encoder):
@@ -161,34 +172,19 @@ class WordPieceTokenizer(Encoder):
     As in Hugging Face's, "[SEP]" and the other special tokens inside a text become their ids.
     """
 
-    typed = True  # a second text has token type 1
+    typed = True
+    separators = 1
 
     def __init__(self, vocabulary: bytes, source: str = "tokenizer"):
-        if len(vocabulary) > MAX_MODEL_BYTES:
-            raise UserError(f"{source}: {len(vocabulary):,} bytes can't be a WordPiece vocabulary")
-        try:
-            first, *pieces, rest = vocabulary.decode("utf-8").split("\n")
-        except ValueError:  # not UTF-8, or not even two lines
-            raise UserError(f"{source} is not a WordPiece vocabulary: convert it again") from None
         kinds = {f"{WORDPIECE_MAGIC} lower": True, f"{WORDPIECE_MAGIC} cased": False}
-        if first not in kinds or rest:
-            raise UserError(f"{source} is not a whole WordPiece vocabulary: convert it again")
-        # Words have no spaces, so such a piece could never be found: the file is something else.
-        bad = next((i for i, piece in enumerate(pieces) if not piece or set(piece) & set(" \t\r")), -1)
-        if bad >= 0:
-            raise UserError(f"{source}: line {bad + 1}, {pieces[bad][:40]!r}, is not a piece of a word")
-        self.ids = {piece: i for i, piece in enumerate(pieces)}
-        if len(self.ids) != len(pieces):
-            twice = next(piece for piece, count in Counter(pieces).items() if count > 1)
-            raise UserError(f"{source} lists {twice[:40]!r} twice: its ids would be ambiguous")
+        first, self.pieces = lines_of(vocabulary, source, "WordPiece vocabulary", tuple(kinds))
+        self.lower = kinds[first]
+        self.ids = {piece: i for i, piece in enumerate(self.pieces)}
         missing = [special for special in SPECIALS if special not in self.ids]
         if missing:
             raise UserError(f"{source} has no {missing[0]}: it is not the vocab.txt of a BERT")
-        self.pieces, self.lower = pieces, kinds[first]
+        super().__init__(vocabulary, len(self.pieces))
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (self.ids[special] for special in SPECIALS)
-        self.bytes = vocabulary
-        self.vocab_size = len(pieces)
-        self.sha256 = hashlib.sha256(vocabulary).hexdigest()
         self._borders = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
         self._known: dict[str, list[int]] = {}
 
@@ -199,48 +195,17 @@ class WordPieceTokenizer(Encoder):
         lines = vocab.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").removesuffix(b"\n")
         return cls(first + lines + b"\n", source)
 
-    def encode_batch(self, a: list[str], b: list[str] | None = None, max_length: int | None = None) -> list[np.ndarray]:
-        """As Tokenizer.encode_batch, with BERT's special tokens."""
-        return self.encode_typed(a, b, max_length)[0]
+    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return list(map(self._text, texts))
 
-    def encode_typed(
-        self, a: list[str], b: list[str] | None = None, max_length: int | None = None
-    ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Many texts, or N pairs -> (int32 arrays, int64 (N,): where in each row type 1 begins).
-
-        Type 1 begins at the second text's first token, or behind the row where there is none.
-        """
-        refuse_unequal(a, b)
-        room_for = 2 if b is None else 3  # special tokens
-        refuse_short(max_length, room_for)
-        rows, begins = [], []
-        for i, text in enumerate(a):
-            left, right = self._text(text), [] if b is None else self._text(b[i])
-            if max_length is not None:
-                kept, kept_right = longest_first(len(left), len(right), max_length - room_for)
-                left, right = left[:kept], right[:kept_right]
-            end = [] if b is None else [*right, self.sep_id]
-            rows.append(np.array([self.cls_id, *left, self.sep_id, *end], dtype=np.int32))
-            begins.append(len(left) + 2)
-        return rows, np.array(begins, dtype=np.int64)
-
-    def encode_words(
-        self, sentences: Sequence[Sequence[str]], max_length: int | None = None
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """As Tokenizer.encode_words: [UNK] for a word without a piece."""
-        rows = []
-        for words in sentences:
-            own = [self._text(word) or [self.unk_id] for word in words]
-            first = np.cumsum([1, *(len(ids) for ids in own)], dtype=np.int64)[:-1]
-            inner = [i for ids in own for i in ids]
-            rows.append((np.array([self.cls_id, *inner, self.sep_id], dtype=np.int32), first))
-        return refuse_long(rows, max_length)
+    def word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        return [self._text(word) or [self.unk_id] for word in words]
 
     def has_piece(self, token: str) -> bool:
         return token in self.ids
 
     def _text(self, text: str) -> list[int]:
-        """The ids of a text, without [CLS] and [SEP].
+        """The ids of a text.
 
         No token spans a plain space (data/wordpiece.py), so what stands between two spaces is encoded by itself and
         remembered: most words of a text have occurred before.
@@ -273,27 +238,10 @@ class WordTokenizer(Encoder):
     error messages.
     """
 
-    typed = False
-    pad_id = PAD
-
     def __init__(self, vocabulary: bytes, source: str = "tokenizer"):
-        if len(vocabulary) > MAX_MODEL_BYTES:
-            raise UserError(f"{source}: {len(vocabulary):,} bytes can't be a list of words")
-        try:
-            magic, *words, rest = vocabulary.decode("utf-8").split("\n")
-        except ValueError:  # not UTF-8, or not even two lines
-            raise UserError(f"{source} is not a list of words: train the model again") from None
-        if magic != WORDS_MAGIC or rest or not words:
-            raise UserError(f"{source} is not a whole list of words: train the model again")
-        bad = next((word for word in words if word.split() != [word]), None)
-        if bad is not None:
-            raise UserError(f"{source}: {bad[:40]!r} is not one word: train the model again")
+        _, words = lines_of(vocabulary, source, "list of words", (WORDS_MAGIC,))
         self.ids = {word: UNK + 1 + i for i, word in enumerate(words)}
-        if len(self.ids) != len(words):
-            raise UserError(f"{source} lists a word twice: train the model again")
-        self.bytes = vocabulary
-        self.vocab_size = UNK + 1 + len(words)
-        self.sha256 = hashlib.sha256(vocabulary).hexdigest()
+        super().__init__(vocabulary, UNK + 1 + len(words))
 
     @classmethod
     def build(cls, sentences: Iterable[Sequence[str]], min_count: int = 2) -> "WordTokenizer":
@@ -308,23 +256,11 @@ class WordTokenizer(Encoder):
         kept.sort(key=lambda word: (-counts[word], word))
         return cls("".join(f"{line}\n" for line in (WORDS_MAGIC, *kept)).encode("utf-8"))
 
-    def encode_batch(self, a: list[str], b: list[str] | None = None, max_length: int | None = None) -> list[np.ndarray]:
-        """Many texts at once. Returns one int32 array each (not padded)."""
-        if b is not None:
-            raise UserError("a tokenizer of words takes no pairs of texts: give single texts")
-        refuse_short(max_length, 2)
-        keep = None if max_length is None else max_length - 2
-        return [self._with_specials(text.split()[:keep]) for text in a]
+    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[self.ids.get(word, UNK) for word in text.split()] for text in texts]
 
-    def encode_words(
-        self, sentences: Sequence[Sequence[str]], max_length: int | None = None
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """As Tokenizer.encode_words: here each word is one id."""
-        rows = [(self._with_specials(words), np.arange(1, len(words) + 1, dtype=np.int64)) for words in sentences]
-        return refuse_long(rows, max_length)
-
-    def _with_specials(self, words: Sequence[str]) -> np.ndarray:
-        return np.array([BOS, *(self.ids.get(word, UNK) for word in words), EOS], dtype=np.int32)
+    def word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        return [[self.ids.get(word, UNK)] for word in words]
 
 
 def load_tokenizer(model: bytes, source: str = "tokenizer") -> Encoder:
@@ -336,27 +272,23 @@ def load_tokenizer(model: bytes, source: str = "tokenizer") -> Encoder:
     return Tokenizer(model, source)
 
 
-def refuse_short(max_length: int | None, specials: int) -> None:
-    if max_length is not None and max_length < specials:
-        raise UserError(f"a maximum of {max_length} tokens leaves no room for the {specials} special ones")
+def lines_of(vocabulary: bytes, source: str, what: str, kinds: tuple[str, ...]) -> tuple[str, list[str]]:
+    """The first line of a vocabulary, one of `kinds`, and the pieces in the others.
 
-
-def refuse_unequal(a: list[str], b: list[str] | None) -> None:
-    if b is not None and len(a) != len(b):
-        raise ValueError(f"{len(a)} first texts and {len(b)} second texts")
-
-
-def refuse_long(
-    rows: list[tuple[np.ndarray, np.ndarray]], max_length: int | None
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Sentences with tags are never cut: the tags of words cut off could not be predicted."""
-    longest = max((len(ids) for ids, _ in rows), default=0)
-    if max_length is not None and longest > max_length:
-        raise UserError(
-            f"a sentence has {longest} tokens with the special ones; cut to --max-length {max_length} "
-            f"its words would lose their tags: use --max-length {longest}"
-        )
-    return rows
+    Raises UserError unless every piece can occur in a word and has one id. what, source: for its message.
+    """
+    try:
+        first, *pieces, rest = vocabulary.decode("utf-8").split("\n")
+    except ValueError:  # not UTF-8, or not even two lines
+        raise UserError(f"{source} is not a {what}: make it again") from None
+    if first not in kinds or rest or not pieces:
+        raise UserError(f"{source} is not a whole {what}: make it again")
+    bad = next((i for i, piece in enumerate(pieces) if not piece or set(piece) & set(" \t\r")), -1)
+    if bad >= 0:
+        raise UserError(f"{source}: line {bad + 1}, {pieces[bad][:40]!r}, is not a piece of a word")
+    if len({*pieces}) < len(pieces):
+        raise UserError(f"{source} lists {Counter(pieces).most_common(1)[0][0][:40]!r} twice: its ids are ambiguous")
+    return first, pieces
 
 
 def longest_first(left: int, right: int, room: int) -> tuple[int, int]:
