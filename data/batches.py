@@ -85,18 +85,11 @@ class Batch:
 
     def rows(self, rows: slice) -> "Batch":
         """Some rows, without the columns that only others need."""
-        mask = None if self.mask is None else self.mask[rows]
-        length = self.ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
-        whole = mask is None or bool(mask[:, :length].all())
-        return replace(
-            self,
-            ids=self.ids[rows, :length],
-            mask=None if whole else mask[:, :length],
-            labels=self.labels[rows],
-            tokens=len(self.ids[rows]) * length if whole else int(mask.sum()),
-            tags=None if self.tags is None else self.tags[rows, :length],
-            types=None if self.types is None else self.types[rows, :length],
-        )
+        real = (torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask)[rows]
+        length, tokens = int(real.sum(dim=1).max()), int(real.sum())
+        mask = None if tokens == len(real) * length else real[:, :length]
+        ids, tags, types = (x if x is None else x[rows, :length] for x in (self.ids, self.tags, self.types))
+        return Batch(ids, mask, self.labels[rows], tokens, tags, types)
 
     def sizes(self) -> dict[str, int]:
         """The number of rows, tagged words, tokens, and pairs of tokens of one row: what losses are means over."""
@@ -184,7 +177,7 @@ def encode_sentences(
         row[first] = [slots[tag] for tag in sentence.tags]
         tags.append(row)
     labels = [intents[sentence.intent] for sentence in sentences]
-    return dataset_of([ids for ids, _ in encoded], labels, tags)
+    return dataset_of([ids for ids, _ in encoded], labels, np.concatenate(tags))
 
 
 def cut_long(
@@ -204,17 +197,10 @@ def cut_long(
     return rows, parts
 
 
-def dataset_of(
-    encoded: list[np.ndarray], labels: list[int] | np.ndarray, tags: list[np.ndarray] | None = None
-) -> Dataset:
-    """Rows of ids -> Dataset. Labels in a list are ids; an array keeps its type."""
-    starts = np.concatenate(([0], np.cumsum([len(row) for row in encoded]))).astype(np.int64)
-    return Dataset(
-        np.concatenate(encoded),
-        starts,
-        labels if isinstance(labels, np.ndarray) else np.array(labels, dtype=np.int64),
-        None if tags is None else np.concatenate(tags),
-    )
+def dataset_of(encoded: list[np.ndarray], labels: Sequence[int], tags: np.ndarray | None = None) -> Dataset:
+    """Rows of ids -> Dataset."""
+    starts = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return Dataset(np.concatenate(encoded), starts, np.asarray(labels), tags)
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -231,9 +217,7 @@ def collate(dataset: Dataset, rows: np.ndarray) -> Batch:
     ids = np.where(real, dataset.ids[where], dataset.pad).astype(np.int64)
     mask = None if real.all() else torch.from_numpy(real)
     labels = torch.from_numpy(dataset.labels[rows])
-    tags = None
-    if dataset.tags is not None:
-        tags = torch.from_numpy(np.where(real, dataset.tags[where], IGNORE))
+    tags = None if dataset.tags is None else torch.from_numpy(np.where(real, dataset.tags[where], IGNORE))
     types = None
     if dataset.second is not None:  # padding has type 0
         types = torch.from_numpy((real & (columns >= dataset.second[rows][:, None])).astype(np.int64))
@@ -293,18 +277,20 @@ def facts(
     """
     rows = sum(map(len, tests.values()))
     lines = [f"{len(train):,} training examples, {rows:,} test examples in {len(tests)} sets"]
-    labels = train.labels if task.head != "token" else train.tags[train.tags != IGNORE]
     if len(names) > 1:
+        labels = train.labels if task.head != "token" else train.tags[train.tags != IGNORE]
         counts = sorted(zip(np.bincount(labels, minlength=len(names)).tolist(), names, strict=True), reverse=True)
         more = f", and {len(counts) - 12} more" if counts[12:] else ""
         lines.append("classes: " + ", ".join(f"{name} {count:,}" for count, name in counts[:12]) + more)
         folded = Counter(name.casefold() for name in names)
         if alike := [name for name in names if folded[name.casefold()] > 1]:
             lines.append(f"NOTE: {', '.join(alike[:12])} differ only in capitals, and are different classes")
-    known = languages_of(task, folder, "train") if task.languages is None else ()
-    aside = {name: len(load(task, "train", name, folder)) for name in known if name != task.train_language}
-    if others := ", ".join(f"{name} {count:,}" for name, count in aside.items()):
-        lines.append(f"trained on {task.train_language} (--train-language); rows of train left aside: {others}")
+    others = languages_of(task, folder, "train") if task.languages is None else ()
+    aside = [f"{name} {len(load(task, 'train', name, folder)):,}" for name in others if name != task.train_language]
+    if aside:
+        lines.append(
+            f"trained on {task.train_language} (--train-language); rows of train left aside: {', '.join(aside)}"
+        )
     splits = {"train": [train], "dev": [dev], "test": [*tests.values()]}
     notes = [cut_note(sets, f"{name} texts", length) for name, sets in splits.items()]
     return lines + [f"NOTE: {note} (--max-length)" for note in notes if note]

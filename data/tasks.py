@@ -96,18 +96,9 @@ def hold_out(examples: list, split: str) -> list:
     members = list(groups.values()) if len(groups) > 1 else [[i] for i in range(len(examples))]
     rows, most = set(), min(HELD_OUT, max(1, len(examples) // 10))
     for k in np.random.default_rng(0).permutation(len(members)):
-        if len(rows) >= most:
-            break
-        rows.update(members[k])
+        if len(rows) < most:
+            rows.update(members[k])
     return [example for i, example in enumerate(examples) if (i in rows) == (split == "held-out")]
-
-
-def names_of(task: Task, folder: str) -> Names:
-    """The names of the classes of texts or sentences, and of words."""
-    found = task.labels(task_folder(task, folder)) if callable(task.labels) else task.labels
-    if isinstance(found, Names):
-        return found
-    return Names(("",), found, 1, len(found)) if task.head == "token" else Names(found, (), len(found), 0)
 
 
 def selection_splits(task: Task, eval_split: str) -> tuple[str, str]:
@@ -136,8 +127,16 @@ def match_labels(own: list[str], labels: tuple[str, ...]) -> list[int] | None:
     return list(range(len(own))) if nameless or len(own) == 1 else None
 
 
+def names_of(task: Task, folder: str) -> Names:
+    """The names of the classes of texts or sentences, and of words."""
+    found = task.labels(task_folder(task, folder)) if callable(task.labels) else task.labels
+    if isinstance(found, Names):
+        return found
+    return Names(("",), found, 1, len(found)) if task.head == "token" else Names(found, (), len(found), 0)
+
+
 def class_names(task: Task, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The classes that a model of this task can predict: of a sequence, and of a word (slots)."""
+    """The classes that a model of this task can predict: of a sequence, and of a word beside it (slots)."""
     names = names_of(task, folder)
     if task.head == "token":
         return names.slots, ()
@@ -190,11 +189,8 @@ def find_data(task: Task, data_dir: str | None, model: str) -> str:
 # ------------------------------------------------------------------------------------------- XNLI
 NLI_LABELS = ("entailment", "neutral", "contradiction")
 XNLI_LANGUAGES = tuple("ar bg de el en es fr hi ru sw th tr ur vi zh".split())
-XNLI_FILES = {
-    "train": "XNLI-MT-1.0/multinli/multinli.train.en.tsv",
-    "dev": "XNLI-1.0/xnli.dev.tsv",
-    "test": "XNLI-1.0/xnli.test.tsv",
-}
+XNLI_FILES = {"train": "XNLI-MT-1.0/multinli/multinli.train.en.tsv"}
+XNLI_FILES |= {"dev": "XNLI-1.0/xnli.dev.tsv", "test": "XNLI-1.0/xnli.test.tsv"}
 XNLI_FETCH = "python data/fetch.py xnli"
 
 
@@ -213,7 +209,6 @@ def read_xnli(folder: str, split: str) -> dict[str, list[Example]]:
 def glue_task(name: str) -> Task:
     """A row of the table in data/glue.py."""
     layout, fetch = GLUE[name], f"python data/fetch.py {name}"
-    languages = tuple(layout.tests)
     return Task(
         name=name,
         head="sequence",
@@ -221,8 +216,8 @@ def glue_task(name: str) -> Task:
         files={"train": ("train.tsv",), "dev": ("train.tsv",), "test": tuple(layout.tests.values())},
         fetch=fetch,
         labels=layout.labels,
-        languages=languages,
-        train_language=languages[0],
+        languages=tuple(layout.tests),
+        train_language=next(iter(layout.tests)),
         metrics=layout.metrics,
         columns={metric: metric for metric in layout.metrics},
         subfolder=f"glue/{layout.folder}",
@@ -253,10 +248,9 @@ def joint_task(name: str, sample: str | None = None) -> Task:
 def xglue_task(name: str) -> Task:
     """A row of the table in data/xglue.py."""
     layout = XGLUE[name]
-    tagged = not layout.texts
     return Task(
         name=name,
-        head="token" if tagged else "sequence",
+        head="sequence" if layout.texts else "token",
         read=partial(read_xglue, layout),
         files={split: (f"a file for each language: {split}",) for split in SPLITS},
         find=partial(find_files, layout),
@@ -286,14 +280,9 @@ def in_order(found: set[str], path: str) -> tuple[str, ...]:
     if len(found) < 2:
         raise UserError(f"{path} has {'one class' if found else 'no rows'}: there is nothing to learn")
     if len(found) > MOST_CLASSES:
-        raise UserError(
-            f"{path} has {len(found):,} classes: are its labels numbers to predict? Only classes are learned"
-        )
-
-    def order(name: str) -> tuple[float, str]:
-        return float(name) if re.fullmatch(r"-?\d+(\.\d+)?", name) else math.inf, name
-
-    return tuple(sorted(found, key=order))
+        raise UserError(f"{path} has {len(found):,} classes: are its labels numbers? Only classes are learned")
+    number = re.compile(r"-?\d+(\.\d+)?")
+    return tuple(sorted(found, key=lambda name: (float(name) if number.fullmatch(name) else math.inf, name)))
 
 
 def read_own(folder: str, split: str, labels: tuple[str, ...] | None = None) -> dict[str, list[Example]]:

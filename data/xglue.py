@@ -44,12 +44,10 @@ class XglueTask(NamedTuple):
     reported: tuple[str, ...] = ()  # further ones
     splits: dict[str, str] = {}  # the spelling of splits
 
-    def path(self, place: str, split: str, language: str) -> str:
-        """The file of a split in one language."""
-        return place.format(split=self.splits.get(split, split), language=language)
-
-    def languages_of(self, split: str) -> tuple[str, ...]:
-        return ("en",) if split == "train" else self.languages
+    def files(self, place: str, split: str) -> dict[str, str]:
+        """Language -> file of a split."""
+        languages = ("en",) if split == "train" else self.languages
+        return {each: place.format(split=self.splits.get(split, split), language=each) for each in languages}
 
 
 XGLUE = {
@@ -104,22 +102,18 @@ def find_files(layout: XglueTask, folder: str, split: str) -> dict[str, str]:
     """Language -> file of a split, for those that are there, from the first place that has a training file; English
     also if it is missing, for the message.
     """
-
-    def path(place: str, split: str, language: str) -> str:
-        return os.path.join(folder, *layout.path(place, split, language).split("/"))
-
     places = (f"{ARCHIVE}/{layout.places[0]}", *layout.places)
-    chosen = next((each for each in places if existing(path(each, "train", "en"))), places[0])
-    found = {language: path(chosen, split, language) for language in layout.languages_of(split)}
-    return {language: file for language, file in found.items() if language == "en" or existing(file)}
+    chosen = next((p for p in places if existing(os.path.join(folder, layout.files(p, "train")["en"]))), places[0])
+    found = {language: os.path.join(folder, *path.split("/")) for language, path in layout.files(chosen, split).items()}
+    return {language: path for language, path in found.items() if language == "en" or existing(path)}
 
 
 def official_files(layout: XglueTask, place: int, languages: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The files of a task as published, of all its languages if none is named."""
     return tuple(
-        layout.path(layout.places[place], split, language)
+        path
         for split in ("train", "dev", "test")
-        for language in layout.languages_of(split)
+        for language, path in layout.files(layout.places[place], split).items()
         if language in (languages or layout.languages)
     )
 
