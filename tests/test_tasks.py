@@ -2,46 +2,45 @@
 
 import os
 import shutil
-from dataclasses import replace
 
 import pytest
 from conftest import FLIGHTS, ROOT, SAMPLE
 from test_glue import write_all
 
 from data import tasks
-from data.glue import Example
-from data.metrics import METRICS
-from data.slots import Names, Sentence, slot_scores
+from data.files import Example, Sentence, read_examples
+from data.metrics import METRICS, slot_scores
+from data.slots import Names, read_tokens
 from data.tasks import (
     NLI_LABELS,
-    RAW_DIR,
     TASKS,
+    XNLI_FETCH,
     XNLI_LANGUAGES,
     Task,
+    class_names,
     file_paths,
     find_data,
     find_task,
     languages_of,
     load,
+    names_of,
     own_labels,
     own_language,
     own_tags,
     read_own,
-    read_xnli,
     selection_splits,
     task_folder,
 )
-from data.xglue import XGLUE, read_tokens
+from data.xglue import XGLUE
 from kit.common import UserError
 from model import HEADS
 
+XNLI, ATIS, RTE, TSV, TAGS = map(find_task, ("xnli", "atis", "rte", "tsv", "tags"))
 
-@pytest.fixture
-def folder(tmp_path):
-    target = tmp_path / "data"
-    shutil.copytree(SAMPLE, target)
-    read_xnli.cache_clear()
-    return target
+
+def forget():
+    for each in (read_examples, read_tokens, own_labels, own_tags):
+        each.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -50,142 +49,87 @@ def test_every_row_is_complete(name):
     task = find_task(name)
     assert task.name == name and task.head in HEADS and set(task.files) == {"train", "dev", "test"}
     languages = task.languages or (task.train_language,)  # None: those in its files
-    assert task.train_language in languages and len(set(languages)) == len(languages)
-    assert bool(task.labels or task.labels_of) + bool(task.names) == 1 + (task.head == "token")
+    assert task.train_language in languages and len(set(languages)) == len(languages) and task.labels
     joint = {"accuracy", "exact", *slot_scores([["O"]], [["O"]])}
     keys = joint if task.head == "joint" else {"accuracy", "precision", *METRICS}
     assert {*task.metrics, *task.columns.values()} <= keys and task.columns
-    assert task.zero_shot == (
-        name in ("xnli", "tsv", "tags", *XGLUE)
-    )  # of mnli, both tests are in the training language
+    # of mnli, both tests are in the training language
+    assert task.zero_shot == (name in ("xnli", "tsv", "tags", *XGLUE))
     if task.sample:
-        assert os.path.isdir(os.path.join(ROOT, "data", task.sample)) and task.real_thing
+        assert os.path.isdir(os.path.join(ROOT, "data", task.sample)) and task.fetch
 
 
-def test_labels_of_xnli():
-    assert find_task("xnli").labels == NLI_LABELS == ("entailment", "neutral", "contradiction")
+def test_classes_of_tasks():
+    assert class_names(XNLI, SAMPLE) == (NLI_LABELS, ()) == (("entailment", "neutral", "contradiction"), ())
+    names = names_of(ATIS, FLIGHTS)
+    assert class_names(ATIS, FLIGHTS) == (names.intents[: names.known_intents], names.slots[: names.known_slots])
+    assert class_names(find_task("ner"), "") == (XGLUE["ner"].labels, ())
     with pytest.raises(UserError, match="unknown task 'xnil'; known: xnli atis snips"):
         find_task("xnil")
 
 
 # ------------------------------------------------------------------------------------- XNLI's files
-def test_reads_the_official_layout(folder):
+def test_reads_the_official_layout():
     for language in XNLI_LANGUAGES:
         for split in ("dev", "test"):
-            examples = load(find_task("xnli"), split, language, str(folder))
-            assert [e.label for e in examples] == [0, 1, 2]
-    train = load(find_task("xnli"), "train", "en", str(folder))
+            assert [e.label for e in load(XNLI, split, language, SAMPLE)] == [0, 1, 2]
+    train = load(XNLI, "train", "en", SAMPLE)
     assert len(train) == 180 and sorted({e.label for e in train}) == [0, 1, 2]
     # the training file spells it "contradictory"
     assert all(("does not" in e.text_b) == (e.label == 2) for e in train)
 
 
-def rewrite(folder, split, change):
-    path = folder.joinpath(*find_task("xnli").files[split][0].split("/"))
-    lines = path.read_text(encoding="utf-8").split("\n")
-    change(lines)
-    path.write_text("\n".join(lines), encoding="utf-8")
-
-
-def set_line(number, text):
-    def change(lines):
-        lines[number - 1] = text
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("en\tentailment\tonly three", "line 3: 3 columns, the header has 5"),
-        ("en\tmaybe\ta\tb\t1", "line 3: unknown label 'maybe'"),
-        ("xx\tneutral\ta\tb\t1", "line 3: unknown language 'xx'"),
-        ("en\tneutral\ta\tb\t1\tmore", "line 3: 6 columns"),
-    ],
-)
-def test_malformed_rows_are_named(folder, line, message):
-    rewrite(folder, "dev", set_line(3, line))
-    with pytest.raises(UserError) as error:
-        load(find_task("xnli"), "dev", "en", str(folder))
-    assert message in str(error.value) and "xnli.dev.tsv" in str(error.value)
-
-
-def test_missing_columns_files_and_languages(folder):
-    rewrite(folder, "dev", set_line(1, "language\tlabel\tsentence1\tsentence2\tpromptID"))
-    with pytest.raises(UserError, match="no column 'gold_label'"):
-        load(find_task("xnli"), "dev", "en", str(folder))
-    rewrite(folder, "test", lambda lines: lines.__setitem__(slice(1, None), lines[1:4]))
-    with pytest.raises(UserError, match="no test row in language 'sw'"):
-        load(find_task("xnli"), "test", "sw", str(folder))
+def test_texts_stay_as_they_are(tmp_path):
+    """An empty text is a text, and only newlines end lines."""
+    path = tmp_path / "XNLI-1.0" / "xnli.dev.tsv"
+    path.parent.mkdir()
+    rows = ["language\tgold_label\tsentence1\tsentence2\tpromptID", 'en\tneutral\tone\u2028still one "quote\x85\tb\t1']
+    path.write_text("\n".join([*rows, "en\tneutral\t\tb \t1\n"]), encoding="utf-8")
+    found = load(XNLI, "dev", "en", str(tmp_path))
+    assert found == [('one\u2028still one "quote\x85', "b", 1), ("", "b ", 1)]
+    with pytest.raises(UserError, match="no dev row in language 'sw'"):
+        load(XNLI, "dev", "sw", str(tmp_path))
     with pytest.raises(UserError, match="no language 'xx'"):
-        load(find_task("xnli"), "test", "xx", str(folder))
-    with pytest.raises(UserError, match="fetch it with 'python data/fetch.py xnli'"):
-        load(find_task("xnli"), "train", "en", str(folder / "nowhere"))
-    with pytest.raises(UserError, match="unknown task 'xnil'; known: xnli atis snips"):
-        load(find_task("xnil"), "train", "en", str(folder))
-
-
-def test_an_empty_text_is_a_text(folder):
-    """A published file with an empty cell must stay usable."""
-    rewrite(folder, "dev", set_line(3, "en\tneutral\t\tb\t1"))
-    assert "" in [e.text_a for e in load(find_task("xnli"), "dev", "en", str(folder))]
-
-
-def test_only_newlines_end_lines(folder):
-    line = 'en\tneutral\tone\u2028still one "quote\x85\tb\t1'
-    rewrite(folder, "dev", set_line(2, line))
-    assert 'one\u2028still one "quote\x85' in [e.text_a for e in load(find_task("xnli"), "dev", "en", str(folder))]
+        load(XNLI, "dev", "xx", str(tmp_path))
+    with pytest.raises(UserError, match=f"fetch it with '{XNLI_FETCH}'"):
+        load(XNLI, "train", "en", str(tmp_path))
 
 
 # ------------------------------------------------------------------------------ where the files are
 def test_folders_of_glue(tmp_path):
-    task = find_task("rte")
     place = write_all(tmp_path / "glue", "rte")
     for folder in (tmp_path, tmp_path / "glue", place):
-        assert os.path.samefile(task_folder(task, str(folder)), place)
-        assert len(load(find_task("rte"), "test", "en", str(folder))) == 6
+        assert os.path.samefile(task_folder(RTE, str(folder)), place)
+        assert len(load(RTE, "test", "en", str(folder))) == 6
     missing = tmp_path / "glue" / "MNLI"  # the message names where it should be
     for folder in (tmp_path, tmp_path / "glue", missing):
         assert task_folder(find_task("mnli"), str(folder)) == str(missing)
-
-
-def test_folders_of_joint_tasks(tmp_path):
-    folder = tmp_path / "data"
-    shutil.copytree(FLIGHTS, folder)
-    task = find_task("atis")
-    assert task_folder(task, str(folder)) == str(folder)
-    assert task_folder(task, str(folder.parent)) == str(folder.parent / "atis")  # to be named
-    shutil.move(folder, folder.parent / "atis")
-    assert task_folder(task, str(folder.parent)) == str(folder.parent / "atis")
-    assert len(load(find_task("atis"), "dev", "en", str(folder.parent))) == 30
-    assert os.path.samefile(task_folder(find_task("xnli"), str(folder.parent)), folder.parent)
+    assert task_folder(ATIS, FLIGHTS) == FLIGHTS and task_folder(ATIS, str(tmp_path)) == str(tmp_path / "atis")
+    assert task_folder(XNLI, str(tmp_path)) == str(tmp_path)
 
 
 def test_file_paths_name_the_file_that_is_there(tmp_path):
-    task = find_task("xnli")
     plain = os.path.join(tmp_path, "XNLI-1.0", "xnli.dev.tsv")
-    assert file_paths(task, str(tmp_path), "dev") == [plain]
+    assert file_paths(XNLI, str(tmp_path), "dev") == [plain]
     os.mkdir(tmp_path / "XNLI-1.0")
     for path in (plain + ".xz", plain):  # with both, the plain one is read
         with open(path, "wb"):
             pass
-        assert file_paths(task, str(tmp_path), "dev") == [path]
+        assert file_paths(XNLI, str(tmp_path), "dev") == [path]
 
 
 def test_default_data(nothing_downloaded, tmp_path):
-    xnli, atis, rte = map(find_task, ("xnli", "atis", "rte"))
-    raw, sample = str(tmp_path / "raw"), os.path.join(ROOT, "data", "atis-sample")
-    assert find_data(xnli, None, "mini") == os.path.join(ROOT, "data", "mini")
-    assert find_data(atis, None, "scratch") == sample
-    for task, model in ((xnli, "xlmr-base"), (xnli, "scratch"), (atis, "mini"), (rte, "minilm")):
+    raw, mini = str(tmp_path / "raw"), os.path.join(ROOT, "data", "mini")
+    assert find_data(XNLI, None, "mini") == mini
+    assert find_data(ATIS, None, "scratch") == find_data(ATIS, None, "scratch-2x128") == FLIGHTS
+    for task, model in ((XNLI, "xlmr-base"), (XNLI, "scratch"), (ATIS, "mini"), (RTE, "minilm")):
         assert find_data(task, None, model) == raw
-    for task in (xnli, atis, rte):
+    for task in (XNLI, ATIS, RTE):
         assert find_data(task, "mine", "mini") == "mine"
     shutil.copytree(FLIGHTS, tmp_path / "raw" / "atis")
-    assert find_data(atis, None, "scratch") == raw  # the official files are there
+    assert find_data(ATIS, None, "scratch") == raw  # the official files are there
     shutil.copytree(SAMPLE, raw, dirs_exist_ok=True)
-    assert find_data(xnli, None, "mini") == os.path.join(ROOT, "data", "mini")
-    assert RAW_DIR == os.path.join(ROOT, "data", "raw") != raw
+    assert find_data(XNLI, None, "mini") == mini
 
 
 # ------------------------------------------------------------------------------ a task of one's own
@@ -196,8 +140,8 @@ def test_languages_come_from_the_files(monkeypatch):
     def read(folder, split):
         return {language: [Example("a", None, i % 2) for i in range(count)] for language, count in found[split].items()}
 
-    task = Task("news", "sequence", read, {}, "see its page", labels=("no", "yes"))
-    task = replace(task, languages=None, train_language="de")
+    files = {"train": ("train",)}
+    task = Task("news", "sequence", read, files, "", ("no", "yes"), languages=None, train_language="de")
     monkeypatch.setitem(tasks.TASKS, "news", task)
     assert languages_of(task, "folder", "test") == ("de", "am", "pt/br")
     assert len(load(find_task("news"), "test", "pt/br", "folder")) == 1
@@ -207,16 +151,16 @@ def test_languages_come_from_the_files(monkeypatch):
 
 
 def test_held_out_rows_share_no_premise_with_the_rest():
-    train = load(find_task("xnli"), "train", "en", SAMPLE)
-    held, rest = (load(find_task("xnli"), split, "en", SAMPLE) for split in ("held-out", "rest"))
+    train = load(XNLI, "train", "en", SAMPLE)
+    held, rest = (load(XNLI, split, "en", SAMPLE) for split in ("held-out", "rest"))
     assert sorted(held + rest) == sorted(train) and len(held) >= len(train) // 10
     assert not {example.text_a for example in held} & {example.text_a for example in rest}
-    assert held == load(find_task("xnli"), "held-out", "en", SAMPLE)
+    assert held == load(XNLI, "held-out", "en", SAMPLE)
 
 
 def test_reported_rows_do_not_select_the_epoch():
-    assert selection_splits(find_task("xnli"), "test") == ("train", "dev")
-    assert selection_splits(find_task("xnli"), "dev") == ("rest", "held-out")
+    assert selection_splits(XNLI, "test") == ("train", "dev")
+    assert selection_splits(XNLI, "dev") == ("rest", "held-out")
     assert selection_splits(find_task("stsb"), "dev") == ("train", "dev")  # dev is a part of train.tsv there
 
 
@@ -228,9 +172,6 @@ OWN = {
 }
 
 
-TSV, TAGS = find_task("tsv"), find_task("tags")
-
-
 @pytest.fixture
 def own(tmp_path):
     """A folder of train.tsv, dev.tsv and test.tsv in two languages, and a function that writes one of them."""
@@ -238,86 +179,81 @@ def own(tmp_path):
     def write(split, rows, header=("text", "label", "language")):
         text = "".join("\t".join(row) + "\n" for row in [header, *rows])
         (tmp_path / f"{split}.tsv").write_text(text, encoding="utf-8")
-        own_labels.cache_clear()
-        read_own.cache_clear()
+        forget()
 
     for split, rows in OWN.items():
         write(split, rows)
-    return tmp_path, write
+    return str(tmp_path), write
 
 
 def test_own_rows(own):
     folder, write = own
-    assert own_labels(str(folder)) == ("bad", "very good") and own_language(TSV, str(folder), None) == "de"
-    assert load(find_task("tsv"), "test", "fr", str(folder)) == [Example("nul", None, 0), Example("bon", None, 1)]
-    assert languages_of(find_task("tsv", "de"), str(folder), "test") == ("de", "fr")
+    assert own_labels(folder) == ("bad", "very good") and own_language(TSV, folder, None) == "de"
+    assert load(TSV, "test", "fr", folder) == [Example("nul", None, 0), Example("bon", None, 1)]
+    assert languages_of(find_task("tsv", "de"), folder, "test") == ("de", "fr")
     # numbers in their order, a second text, no language
-    write("train", [("2", "10", "b"), ("a", "9", "")], ("text", "label", "text2"))
-    assert own_labels(str(folder)) == ("9", "10") and own_language(TSV, str(folder), None) == "all"
-    assert [len(load(find_task("tsv"), split, "all", str(folder))) for split in ("held-out", "rest")] == [1, 1]
-    assert load(find_task("tsv"), "train", "all", str(folder)) == [Example("2", "b", 1), Example("a", "", 0)]
+    write("train", [("2", "10", "b"), ("a", "9", "")], ("\ufefftext", "label", "text2"))
+    assert own_labels(folder) == ("9", "10") and own_language(TSV, folder, None) == "all"
+    assert [len(load(TSV, split, "all", folder)) for split in ("held-out", "rest")] == [1, 1]
+    assert load(TSV, "train", "all", folder) == [Example("2", "b", 1), Example("a", "", 0)]
     write("train", [("q", name, str(i)) for i, name in enumerate(("x", "-1", "9" * 5000, "0.5", "nan"))])
-    assert own_labels(str(folder)) == ("-1", "0.5", "9" * 5000, "nan", "x")
+    assert own_labels(folder) == ("-1", "0.5", "9" * 5000, "nan", "x")
     write("train", [("a", "x", "de"), ("b", "y", "en"), ("c", "y", "fr")])
-    assert own_language(TSV, str(folder), None) == "en" and own_language(TSV, str(folder), "fr") == "fr"
+    assert own_language(TSV, folder, None) == "en" and own_language(TSV, folder, "fr") == "fr"
 
 
 def test_own_rows_of_a_spreadsheet(own):
     """Quoted labels are those without quotes, and a text may have several lines."""
     folder, write = own
     write("train", [('"He said ""gut"""', '"very good"', "de"), ('"two\r\nlines"', "bad", '"de"'), ("", "", "")])
-    assert own_labels(str(folder)) == ("bad", "very good")
-    assert load(find_task("tsv"), "train", "de", str(folder)) == [
-        Example('He said "gut"', None, 1),
-        Example("two\r\nlines", None, 0),
-    ]
+    assert own_labels(folder) == ("bad", "very good")
+    assert load(TSV, "train", "de", folder) == [Example('He said "gut"', None, 1), Example("two\r\nlines", None, 0)]
 
 
-def test_mistakes_in_own_rows_name_file_and_line(own):
+COLUMNS = ("text", "label", "language")
+
+
+@pytest.mark.parametrize(
+    ("split", "rows", "header", "message"),
+    [
+        (
+            "dev",
+            [("a", "bad", "de"), ("b", "worse", "de")],
+            COLUMNS,
+            "dev.tsv, line 3: unknown label 'worse'; known: bad",
+        ),
+        ("test", [("a", "bad", "de"), (" ", "bad", "de")], COLUMNS, "test.tsv, line 3: the text is empty"),
+        ("test", [("a", "", "de")], COLUMNS, "test.tsv, line 2: the label is empty"),
+        (
+            "test",
+            [("a", "bad", "b")],
+            ("text", "label", "text2"),
+            "only one of train.tsv and test.tsv has a column text2",
+        ),
+        ("test", [], COLUMNS, "test.tsv has no rows"),
+        ("test", [('"two\nlines"', "bad", "de"), ("a", "no", "de")], COLUMNS, "test.tsv, line 4: unknown label 'no'"),
+        ("test", [("a", '"bad\tone"', "de")], COLUMNS, r"line 2: the label 'bad\\tone' holds a tab or a line end"),
+        ("train", [("a", "x", "de")] * 3, COLUMNS, "train.tsv has one class"),
+        (
+            "train",
+            [(f"a {i}", f"{i}.5", "de") for i in range(1001)],
+            COLUMNS,
+            "has 1,001 classes: are its labels numbers",
+        ),
+        (
+            "train",
+            [("a", "x", "de"), ("b", "y", "fr")],
+            COLUMNS,
+            "no language 'en': choose --train-language from de fr",
+        ),
+    ],
+)
+def test_mistakes_in_own_rows_name_file_and_line(own, split, rows, header, message):
     folder, write = own
-
-    def error(split="train"):
-        with pytest.raises(UserError) as info:
-            read_own(str(folder), split)
-        return str(info.value)
-
-    write("dev", [("a", "bad", "de"), ("b", "worse", "de")])
-    assert f"{folder}/dev.tsv, line 3: unknown label 'worse'; known: bad, very good" in error("dev")
-    write("test", [("a", "bad", "de"), (" ", "bad", "de")])
-    assert "test.tsv, line 3: the text is empty" in error("test")
-    write("test", [("a", "bad ", "de"), ("",), ("b", "bad", "de")])
-    assert "test.tsv, line 3 is empty" in error("test")
-    write("test", [("a", "bad", "b")], ("text", "label", "text2"))
-    assert "only one of train.tsv and test.tsv has a column text2" in error("test")
-    write("test", [("a", "bad", "de", "x")])
-    assert "test.tsv, line 2: 4 columns, the header has 3" in error("test")
-    write("test", [])
-    assert "test.tsv has no rows" in error("test")
-    write("test", [('"two\nlines"', "bad", "de"), ("a", "no", "de")])  # the line, not the row
-    assert "test.tsv, line 4: unknown label 'no'" in error("test")
-    write("test", [("a", '"bad\tone"', "de")])
-    assert r"test.tsv, line 2: the label 'bad\tone' holds a tab or a line end" in error("test")
-    write("test", [("a", "bad", '"de\nfr"')])
-    assert r"test.tsv, line 2: the language 'de\nfr' holds a tab or a line end" in error("test")
-    write("test", [('"\n\t"', "bad", "de")])
-    assert "test.tsv, line 2: the text is empty" in error("test")
-    write("train", OWN["train"], ("\ufefftext", "label", "language"))  # a byte order mark
-    assert own_labels(str(folder)) == ("bad", "very good")
-    write("train", OWN["train"], ("text", "class", "language"))
-    assert "train.tsv, line 1: no column 'label'; it has: text class language" in error()
-    write("train", [("a", "x", "de")] * 3)
-    assert "train.tsv has one class" in error()
-    write("train", [(f"a {i}", f"{i}.5", "de") for i in range(1001)])
-    assert "train.tsv has 1,001 classes: are its labels numbers to predict?" in error()
-    (folder / "train.tsv").write_text("")
-    assert "train.tsv, line 1: no column 'text'" in error()
-    (folder / "train.tsv").write_bytes(b"text\tlabel\n\xff\tbad\n")
-    assert "train.tsv is not UTF-8 text" in error() and "fetch" not in error()
-    (folder / "train.tsv").unlink()
-    assert error() == f"no file {folder}/train.tsv: name its folder with --data-dir"
-    write("train", [("a", "x", "de"), ("b", "y", "fr")])
-    with pytest.raises(UserError, match="no language 'en': choose --train-language from de fr"):
-        own_language(TSV, str(folder), None)
+    write(split, rows, header)
+    with pytest.raises(UserError, match=message):
+        read_own(folder, split)
+        own_language(TSV, folder, None)
 
 
 # ------------------------------------------------------------------------------------ your own tags
@@ -326,8 +262,7 @@ def write_tags(folder, **files):
     for name, text in files.items():
         lines = text.replace("|", "\n\n").replace(" ", "\n").replace("/", "\t") + "\n"
         (folder / (name.replace("_", "-") + ".txt")).write_text(lines, encoding="utf-8")
-    own_tags.cache_clear()
-    read_tokens.cache_clear()
+    forget()
     return str(folder)
 
 
@@ -335,14 +270,14 @@ def test_own_tags(tmp_path):
     folder = write_tags(tmp_path, train="Anna/B-who ran/O|Go/O home/B-to", dev="a/I-to", test="b/O c/S-who|d/E-who")
     assert own_tags(folder) == ("O", "B-to", "B-who", "I-to", "I-who")
     assert own_language(TAGS, folder, None) == "all" and languages_of(TAGS, folder, "test") == ("all",)
-    assert TAGS.names(folder) == Names(("",), own_tags(folder), 1, 5)
-    assert load(find_task("tags"), "dev", "all", folder) == [Sentence(("a",), ("I-to",), "")]
-    assert [row.tags for row in load(find_task("tags"), "test", "all", folder)] == [("O", "B-who"), ("I-who",)]
+    assert names_of(TAGS, folder) == Names(("",), own_tags(folder), 1, 5)
+    assert load(TAGS, "dev", "all", folder) == [Sentence(("a",), ("I-to",), "")]
+    assert [row.tags for row in load(TAGS, "test", "all", folder)] == [("O", "B-who"), ("I-who",)]
     folder = write_tags(tmp_path, train="a/S-x b/B-y c/E-y")  # without O
     assert own_tags(folder) == ("B-x", "B-y", "I-x", "I-y")
     folder = write_tags(tmp_path, train="a/S-x b/NN|c/O d/10 e/9", dev="a/S-x")  # no spans: as they stand
     assert own_tags(folder) == ("O", "9", "10", "NN", "S-x")
-    assert load(find_task("tags"), "dev", "all", folder)[0].tags == ("S-x",)
+    assert load(TAGS, "dev", "all", folder)[0].tags == ("S-x",)
 
 
 def test_own_tags_in_several_languages(tmp_path):
@@ -354,26 +289,24 @@ def test_own_tags_in_several_languages(tmp_path):
         own_language(TAGS, folder, "fr")
     os.rename(tmp_path / "train-en.txt", tmp_path / "train-en.conll")
     os.rename(tmp_path / "test-en.txt", tmp_path / "test-en.tsv")
-    own_tags.cache_clear()
+    forget()
     assert file_paths(TAGS, folder, "train") == [f"{folder}/{name}" for name in ("train-de.txt", "train-en.conll")]
-    assert load(find_task("tags"), "test", "en", folder)[0].tags == ("Z",)
+    assert load(TAGS, "test", "en", folder)[0].tags == ("Z",)
     shutil.copy(tmp_path / "test-en.tsv", tmp_path / "test-en.txt")  # which of the two?
     with pytest.raises(UserError, match="test-en.tsv and .*test-en.txt are the same split: keep one"):
-        load(find_task("tags"), "test", "en", folder)
+        load(TAGS, "test", "en", folder)
 
 
-def test_mistakes_in_own_tags_name_file_and_line(tmp_path):
-    def error(split, **files):
-        with pytest.raises(UserError) as info:
-            load(find_task("tags"), split, "all", write_tags(tmp_path, **files))
-        assert "fetch" not in str(info.value)
-        return str(info.value)
-
-    assert error("train") == f"no file {tmp_path}/train.txt: name its folder with --data-dir"
-    assert "dev.txt, line 3: unknown tag 'Z'; known: X Y" in error("dev", train="a/X b/Y", dev="a/X|b/Z")
-    assert "dev.txt, line 1: unknown tag 'B-no'; known: O B-to I-to" in error("dev", train="a/O b/B-to", dev="a/U-no")
-    assert "train.txt, line 2: 'b' is not a word and its tag" in error("train", train="a/X b")
-    assert r"line 2: 'b\t' is not a word and its tag" in error("train", train="a/X b/")
-    assert "train.txt has one class" in error("train", train="a/O b/O")
-    assert error("train", train="|").endswith("train.txt has no rows")
-    assert "has 1,001 classes" in error("train", train=" ".join(f"w/tag{i}" for i in range(1001)))
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no file .*/train.txt: name its folder with --data-dir"),
+        (dict(train="a/X b/Y", dev="a/X|b/Z"), "dev.txt, line 3: unknown tag 'Z'; known: X Y"),
+        (dict(train="a/O b/B-to", dev="a/U-no"), "dev.txt, line 1: unknown tag 'B-no'; known: O B-to I-to"),
+        (dict(train="a/O b/O"), "train.txt has one class"),
+        (dict(train="|"), "train.txt has no rows$"),
+    ],
+)
+def test_mistakes_in_own_tags_name_file_and_line(files, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load(TAGS, "dev", "all", write_tags(tmp_path, **files))
