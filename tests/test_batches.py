@@ -1,13 +1,12 @@
 """data/batches.py: encoding and batches. Tags and token types lie beside the ids."""
 
-import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import FLIGHTS, SAMPLE
-from test_glue import rows_of, write, write_all
+from test_glue import write_all
 from test_slots import write as write_sentences
 
 from data.batches import (
@@ -18,78 +17,43 @@ from data.batches import (
     encode_split,
     encode_texts,
     evaluation_batches,
+    training_batch,
     training_order,
     unpadded_batches,
 )
-from data.slots import read_sentences
-from data.tasks import XNLI_LANGUAGES, find_task, load, read_xnli
-from data.tokenizer import BOS, EOS, PAD, UNK, WordTokenizer
+from data.tasks import XNLI_LANGUAGES, find_task, load, names_of
+from data.tokenizer import BOS, EOS, PAD, UNK, WordPieceTokenizer, WordTokenizer
 from kit.common import UserError
 
-
-@pytest.fixture(autouse=True)
-def nothing_remembered():
-    read_sentences.cache_clear()
-    read_xnli.cache_clear()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    target = tmp_path / "data"
-    shutil.copytree(SAMPLE, target)
-    return target
-
-
-@pytest.fixture
-def flights(tmp_path):
-    target = tmp_path / "flights"
-    shutil.copytree(FLIGHTS, target)
-    return target
+XNLI, ATIS = find_task("xnli"), find_task("atis")
 
 
 @pytest.fixture(scope="module")
 def words():
-    return WordTokenizer.build(s.words for s in load(find_task("atis"), "train", "en", FLIGHTS))
+    return WordTokenizer.build(s.words for s in load(ATIS, "train", "en", FLIGHTS))
 
 
 # ----------------------------------------------------------------------------------------- encoding
-class TypedTokenizer:
-    """Letters are tokens: [CLS] a [SEP] b [SEP], as BERT has it."""
-
-    typed, pad_id, sha256, vocab_size = True, 7, "0" * 64, 1 << 20
-
-    def encode_typed(self, a, b, max_length):
-        rows = [
-            [101, *map(ord, left), 102, *([] if b is None else [*map(ord, b[i]), 102])][:max_length]
-            for i, left in enumerate(a)
-        ]
-        second = [min(len(left) + 2, len(row)) for left, row in zip(a, rows, strict=True)]
-        return [np.array(row, dtype=np.int32) for row in rows], np.array(second)
-
-
-def test_types_are_encoded(folder):
-    first = encode_split(find_task("xnli"), "dev", "en", str(folder), TypedTokenizer(), 200)
-    for i, example in enumerate(load(find_task("xnli"), "dev", "en", str(folder))):
-        row = first.ids[first.starts[i] : first.starts[i + 1]].tolist()
-        assert bytes(row[1 : first.second[i] - 1]).decode() == example.text_a
-        assert bytes(row[first.second[i] : -1]).decode() == example.text_b
-    assert first.pad == 7 and first.second.dtype == np.int64 and first.metrics == ("accuracy",) and first.pairs
+def test_types_are_encoded():
+    letters = [*map(chr, range(33, 127)), *(f"##{chr(i)}" for i in range(33, 127))]
+    vocab = "\n".join(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *letters])
+    typed = WordPieceTokenizer.from_vocab(vocab.encode(), lower=False)
+    dataset = encode_split(XNLI, "dev", "en", SAMPLE, typed, 200)
+    examples = load(XNLI, "dev", "en", SAMPLE)
+    assert dataset.second.dtype == np.int64
+    for row, second, example in zip(np.split(dataset.ids, dataset.starts[1:-1]), dataset.second, examples, strict=True):
+        assert row[:second].tolist() == typed.encode(example.text_a)
+        assert row[second:].tolist() == typed.encode(example.text_b)[1:]
+    assert dataset.pad == 3 and dataset.metrics == ("accuracy",) and dataset.pairs
 
 
 def test_labels_of_a_regression_are_numbers(tmp_path, tokenizer):
-    for name in ("stsb", "mnli"):
-        write_all(tmp_path, name)
-    dataset = encode_split(find_task("stsb"), "test", "en", str(tmp_path), tokenizer, 32)
+    task = find_task("stsb")
+    write_all(tmp_path, "stsb")
+    dataset = encode_split(task, "test", "en", str(tmp_path), tokenizer, 32)
     assert dataset.labels.dtype == np.float32 and dataset.metrics == ("pearson", "spearman")
-    expected = [e.label for e in load(find_task("stsb"), "test", "en", str(tmp_path))]
-    assert dataset.labels.tolist() == expected
-    encode_split(find_task("mnli"), "dev", "matched", str(tmp_path), tokenizer, 32)
-    first = encode_split(find_task("mnli"), "test", "mismatched", str(tmp_path), tokenizer, 32)
-    assert first.labels.dtype == np.int64 and first.metrics == ("accuracy",)
-    rows = rows_of("mnli", 9, start=1100)
-    write(tmp_path / "MNLI", "mnli", "dev_mismatched.tsv", rows)  # this file alone is another
-    assert len(first) == 6
-    assert len(encode_split(find_task("mnli"), "test", "mismatched", str(tmp_path), tokenizer, 32)) == 9
+    assert dataset.labels.tolist() == [example.label for example in load(task, "test", "en", str(tmp_path))]
+    assert encode_split(XNLI, "dev", "en", SAMPLE, tokenizer, 32).labels.dtype == np.int64
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -118,20 +82,22 @@ def test_digest_of_a_dataset_is_that_of_all_that_is_read():
     assert len(set(digests)) == len(digests) and make().sha256 == make().sha256
 
 
-def test_limit_takes_the_same_rows_in_every_language(folder, tokenizer):
-    labels = {
-        tuple(encode_split(find_task("xnli"), "dev", x, str(folder), tokenizer, 32, 2).labels) for x in XNLI_LANGUAGES
-    }
-    assert len(labels) == 1
+def test_a_limit_takes_the_same_premises_in_every_language(tokenizer):
+    """XNLI's dev and test have three rows per premise, which stay together; train has no such groups."""
+    rows = load(XNLI, "dev", "de", SAMPLE)
+    assert all(len({example.text_a for example in rows[i : i + 3]}) == 1 for i in range(0, len(rows), 3))
+    for language in XNLI_LANGUAGES:
+        assert sorted(encode_split(XNLI, "dev", language, SAMPLE, tokenizer, 32, 2).labels.tolist()) == [0, 1, 2]
+    assert len(encode_split(XNLI, "train", "en", SAMPLE, tokenizer, 32, 7)) == 7
 
 
 @pytest.mark.parametrize("kind", ["words", "pieces"])
 def test_encoded_tags_are_those_of_the_words(kind, words, tokenizer):
     tokenizer = words if kind == "words" else tokenizer
-    names = find_task("atis").names(FLIGHTS)
+    names = names_of(ATIS, FLIGHTS)
     for split in ("train", "test"):
-        sentences = load(find_task("atis"), split, "en", FLIGHTS)
-        dataset = encode_split(find_task("atis"), split, "en", FLIGHTS, tokenizer, 128)
+        sentences = load(ATIS, split, "en", FLIGHTS)
+        dataset = encode_split(ATIS, split, "en", FLIGHTS, tokenizer, 128)
         assert dataset.tags.dtype == np.int64 and len(dataset) == len(sentences)
         for i, sentence in enumerate(sentences):
             part = slice(dataset.starts[i], dataset.starts[i + 1])
@@ -146,7 +112,7 @@ def test_encoded_tags_are_those_of_the_words(kind, words, tokenizer):
 
 def test_first_pieces_carry_the_tags(tmp_path, tokenizer):
     write_sentences(tmp_path, "train", ["the extraordinarily old"], ["O B-x I-x"], ["i"])
-    dataset = encode_split(find_task("atis"), "train", "en", str(tmp_path), tokenizer, 64)
+    dataset = encode_split(ATIS, "train", "en", str(tmp_path), tokenizer, 64)
     counts = [len(tokenizer.encode(word)) - 2 for word in ("the", "extraordinarily", "old")]
     assert counts[1] > 1
     expected = [IGNORE]
@@ -157,10 +123,10 @@ def test_first_pieces_carry_the_tags(tmp_path, tokenizer):
 
 def test_sentences_with_tags_are_never_cut(words, tokenizer):
     for each in (words, tokenizer):
-        longest = encode_split(find_task("atis"), "train", "en", FLIGHTS, each, 128).lengths.max()
-        assert encode_split(find_task("atis"), "train", "en", FLIGHTS, each, longest).lengths.max() == longest
+        longest = encode_split(ATIS, "train", "en", FLIGHTS, each, 128).lengths.max()
+        assert encode_split(ATIS, "train", "en", FLIGHTS, each, longest).lengths.max() == longest
         with pytest.raises(UserError, match=f"has {longest} tokens .* use --max-length {longest}"):
-            encode_split(find_task("atis"), "train", "en", FLIGHTS, each, longest - 1)
+            encode_split(ATIS, "train", "en", FLIGHTS, each, longest - 1)
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -172,55 +138,38 @@ def make_dataset(lengths, with_tags=False):
     return Dataset(ids, starts, rng.integers(0, 3, len(lengths)), tags)
 
 
-def test_collate_by_brute_force():
-    dataset = make_dataset([3, 7, 1, 5, 7])
-    for rows in ([0], [1, 4], [2, 0, 3], [4, 3, 2, 1, 0]):
-        batch = collate(dataset, np.array(rows))
-        longest = max(dataset.lengths[rows])
-        for i, row in enumerate(rows):
-            ids = dataset.ids[dataset.starts[row] : dataset.starts[row + 1]].tolist()
-            assert batch.ids[i].tolist() == ids + [1] * (longest - len(ids))
-            if batch.mask is not None:
-                assert batch.mask[i].tolist() == [True] * len(ids) + [False] * (longest - len(ids))
-        assert (batch.mask is None) == (len({dataset.lengths[r] for r in rows}) == 1)
-        assert batch.labels.tolist() == dataset.labels[rows].tolist()
-        assert batch.tokens == dataset.lengths[rows].sum()
-        assert batch.ids.dtype == torch.int64
-
-
-def test_tags_and_padding_by_brute_force():
-    dataset = make_dataset([3, 7, 2, 5, 7], with_tags=True)
-    for rows in ([0], [1, 4], [2, 0, 3], [4, 3, 2, 1, 0]):
-        batch = collate(dataset, np.array(rows))
-        longest = max(dataset.lengths[rows])
-        for i, row in enumerate(rows):
-            part = slice(dataset.starts[row], dataset.starts[row + 1])
-            ids, tags = dataset.ids[part].tolist(), dataset.tags[part].tolist()
-            assert batch.ids[i].tolist() == ids + [PAD] * (longest - len(ids))
-            assert batch.tags[i].tolist() == tags + [IGNORE] * (longest - len(ids))
-        assert batch.tags.dtype == torch.int64
+@pytest.mark.parametrize("rows", [[0], [1, 4], [2, 0, 3], [4, 3, 2, 1, 0]])
+def test_padding_by_brute_force(rows):
+    """Ids, mask, tags and token types; rows 0, 2 and 4 are one text. Parts of a batch are batches of their rows."""
+    dataset = make_dataset([3, 7, 1, 5, 7], with_tags=True)
+    dataset = replace(dataset, second=np.array([3, 4, 1, 2, 7]), pad=2)
+    batch = collate(dataset, np.array(rows))
+    longest = max(dataset.lengths[rows])
+    for i, row in enumerate(rows):
+        part, length = slice(dataset.starts[row], dataset.starts[row + 1]), dataset.lengths[row]
+        padding, second = longest - length, dataset.second[row]
+        assert batch.ids[i].tolist() == dataset.ids[part].tolist() + [2] * padding
+        assert batch.tags[i].tolist() == dataset.tags[part].tolist() + [IGNORE] * padding
+        assert batch.types[i].tolist() == [0] * second + [1] * (length - second) + [0] * padding
+        if batch.mask is not None:
+            assert batch.mask[i].tolist() == [True] * length + [False] * padding
+    assert (batch.mask is None) == (len({dataset.lengths[r] for r in rows}) == 1)
+    assert batch.labels.tolist() == dataset.labels[rows].tolist() and batch.tokens == dataset.lengths[rows].sum()
+    assert {x.dtype for x in (batch.ids, batch.tags, batch.types)} == {torch.int64}
+    lengths = dataset.lengths[rows]
+    assert batch.sizes() == {
+        **{"rows": len(rows), "words": int((batch.tags != IGNORE).sum())},
+        **{"tokens": lengths.sum(), "pairs": (lengths**2).sum()},
+    }
+    for part in (slice(0, 1), slice(1, 3), slice(0, 9)):
+        if rows[part]:
+            for name, value in vars(collate(dataset, np.array(rows[part]))).items():
+                found = getattr(batch.rows(part), name)
+                assert type(found) is type(value) and (value is None or (torch.as_tensor(found == value)).all()), name
     moved = batch.to(torch.device("cpu"))
-    assert (moved.tags == batch.tags).all() and (moved.ids == batch.ids).all()
-    assert collate(make_dataset([3, 4]), np.array([0, 1])).tags is None
-
-
-def test_types_and_padding_by_brute_force():
-    plain = make_dataset([3, 7, 1, 5, 7])
-    assert collate(plain, np.array([0, 1])).types is None
-    second = np.array([3, 4, 1, 2, 7])  # rows 0, 2 and 4 are one text
-    dataset = replace(plain, second=second, pad=0)
-    for rows in ([0], [1, 4], [2, 0, 3], [4, 3, 2, 1, 0]):
-        batch = collate(dataset, np.array(rows))
-        longest = max(dataset.lengths[rows])
-        for i, row in enumerate(rows):
-            length = dataset.lengths[row]
-            types = [0] * second[row] + [1] * (length - second[row]) + [0] * (longest - length)
-            assert batch.types[i].tolist() == types
-            ids = dataset.ids[dataset.starts[row] : dataset.starts[row + 1]].tolist()
-            assert batch.ids[i].tolist() == ids + [0] * (longest - length)
-        assert batch.types.dtype == torch.int64 and batch.types.shape == batch.ids.shape
-        moved = batch.to(torch.device("cpu"))
-        assert (moved.types == batch.types).all() and moved.tokens == batch.tokens
+    assert (moved.types == batch.types).all() and moved.tokens == batch.tokens
+    plain = collate(make_dataset([3, 4]), np.array([0, 1]))
+    assert plain.tags is None and plain.types is None
 
 
 def test_every_row_once_an_epoch_and_little_padding():
@@ -232,6 +181,8 @@ def test_every_row_once_an_epoch_and_little_padding():
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     other = training_order(dataset, 16, seed=0, epoch=1)
     assert any(len(a) != len(b) or (a != b).any() for a, b in zip(first, other, strict=False))
+    assert (training_batch(dataset, 16, 0, len(first) + 2).labels.numpy() == dataset.labels[other[2]]).all()
+    assert (training_batch(dataset, 16, 0, 5).labels.numpy() == dataset.labels[first[5]]).all()
     padded = sum(dataset.lengths[rows].max() * len(rows) for rows in first)
     assert dataset.lengths.sum() / padded > 0.9
     order = list(evaluation_batches(dataset, 512))
@@ -240,7 +191,7 @@ def test_every_row_once_an_epoch_and_little_padding():
 
 
 def test_every_tag_once_in_every_kind_of_batch(words):
-    dataset = encode_split(find_task("atis"), "train", "en", FLIGHTS, words, 64)
+    dataset = encode_split(ATIS, "train", "en", FLIGHTS, words, 64)
     total = np.sort(dataset.tags[dataset.tags != IGNORE])
     kinds = (
         evaluation_batches(dataset, 200),
@@ -254,12 +205,3 @@ def test_every_tag_once_in_every_kind_of_batch(words):
         special = (batch.ids == BOS) | (batch.ids == EOS) | (batch.ids == PAD)
         assert (special == (batch.tags == IGNORE)).all()
         assert (batch.ids == UNK).sum() < batch.tokens / 5
-
-
-def test_samples_keep_the_hypotheses_of_a_premise_together(folder, tokenizer):
-    """XNLI's dev and test have three rows per premise; every language gets the same rows."""
-    rows = load(find_task("xnli"), "dev", "de", str(folder))
-    assert all(len({example.text_a for example in rows[i : i + 3]}) == 1 for i in range(0, len(rows), 3))
-    for language in ("de", "zh"):
-        found = encode_split(find_task("xnli"), "dev", language, str(folder), tokenizer, 32, 3)
-        assert sorted(found.labels.tolist()) == [0, 1, 2]

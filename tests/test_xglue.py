@@ -8,12 +8,14 @@ import random
 import numpy as np
 import pytest
 
+import predict
 import train
 from data.batches import IGNORE, cut_long, encode_split
-from data.slots import Sentence, runs, spans, token_scores
-from data.tasks import TASKS, file_paths, find_task, languages_of, load
-from data.tokenizer import Tokenizer
-from data.xglue import ENTITIES, FETCH, UPOS, XGLUE, find_files, read_rows, read_tokens
+from data.files import Sentence
+from data.metrics import runs, spans, token_scores
+from data.slots import read_tokens
+from data.tasks import TASKS, file_paths, languages_of, load
+from data.xglue import ENTITIES, FETCH, UPOS, XGLUE, find_files, read_xglue
 from kit.common import UserError
 
 WORDS = {"en": "teacher red buys apples".split(), "de": "Lehrer rot kauft Apfel".split()}
@@ -22,24 +24,21 @@ WORDS = {"en": "teacher red buys apples".split(), "de": "Lehrer rot kauft Apfel"
 def write_task(root, name, rows=40):
     """A few rows of a task in every language, drawn with a fixed seed, under the first place of its layout."""
     layout, rng = XGLUE[name], random.Random(name)
-    for split, language in itertools.product(("train", "dev", "test"), layout.languages):
-        if split == "train" and language != "en":
-            continue
-        inside = layout.places[0].format(split=layout.splits.get(split, split), language=language)
-        path = os.path.join(root, *inside.split("/"))
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        words = WORDS.get(language, WORDS["en"])
-        lines = [] if layout.header or not layout.texts else ["\t".join(("id", "sentence1", "sentence2", "label"))]
-        for i in range(rows if split == "train" else 12):
-            text = [" ".join(rng.choices(words, k=rng.randint(1, 5))) for _ in range(4)]
-            if not layout.texts:
-                lines += [f"{word} {rng.choice(layout.labels)}" for word in text[0].split()] + [""]
-                continue
-            spelled = layout.in_file or layout.labels
-            columns = len(layout.header or range(4))
-            lines.append("\t".join([*text[: columns - 1], spelled[i % len(spelled)]]))
-        with open(path, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+    spelled, columns = layout.in_file or layout.labels, len(layout.header or range(4))
+    for split in ("train", "dev", "test"):
+        for language, inside in layout.files(layout.places[0], split).items():
+            words = WORDS.get(language, WORDS["en"])
+            lines = [] if layout.header or not layout.texts else ["id\tsentence1\tsentence2\tlabel"]
+            for i in range(rows if split == "train" else 12):
+                text = [" ".join(rng.choices(words, k=rng.randint(1, 5))) for _ in range(4)]
+                if layout.texts:
+                    lines.append("\t".join([*text[: columns - 1], spelled[i % len(spelled)]]))
+                else:
+                    lines += [f"{word} {rng.choice(layout.labels)}" for word in text[0].split()] + [""]
+            path = os.path.join(root, *inside.split("/"))
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
     return str(root)
 
 
@@ -50,7 +49,7 @@ def test_every_task_is_read(name, tmp_path):
     task, layout = TASKS[name], XGLUE[name]
     assert languages_of(task, folder, "test") == layout.languages
     for split, count in (("train", 40), ("dev", 12), ("test", 12)):
-        examples = load(find_task(name), split, "en", folder)
+        examples = load(task, split, "en", folder)
         assert len(examples) == count
         if not layout.texts:
             assert all(len(row.words) == len(row.tags) >= 1 and {*row.tags} <= {*layout.labels} for row in examples)
@@ -59,31 +58,34 @@ def test_every_task_is_read(name, tmp_path):
             assert all((row.text_b is None) == (len(layout.texts) == 1) for row in examples)
     os.rename(tmp_path / layout.places[0].split("/")[0], tmp_path / "moved")
     with pytest.raises(UserError, match="no file .*fetch it with 'python data/fetch.py xglue'"):
-        load(find_task(name), "train", "en", folder)
+        load(task, "train", "en", folder)
     os.makedirs(tmp_path / "xglue_full_dataset")
     os.rename(tmp_path / "moved", tmp_path / "xglue_full_dataset" / layout.places[0].split("/")[0])
-    assert len(load(find_task(name), "train", "en", folder)) == 40  # as the archive unpacks
+    assert len(load(task, "train", "en", folder)) == 40  # as the archive unpacks
 
 
 def test_texts_are_joined_as_published(tmp_path):
-    path = tmp_path / "rows"
-    path.write_text('buy "boots"\tBoots\tall sizes\tGood\n')
-    assert read_rows("qadsm", str(path)) == [('buy "boots"', "Boots all sizes", 1)]
-    path.write_text("A title\tIts body\tautos\n")
-    assert read_rows("nc", str(path)) == [("A title Its body", None, 9)]
+    for name, row, example in (
+        ("qadsm", 'buy "boots"\tBoots\tall sizes\tGood', ('buy "boots"', "Boots all sizes", 1)),
+        ("nc", "A title\tIts body\tautos", ("A title Its body", None, 9)),
+    ):
+        path = tmp_path / XGLUE[name].files(XGLUE[name].places[0], "train")["en"]
+        path.parent.mkdir()
+        path.write_text(row + "\n")
+        assert read_xglue(XGLUE[name], str(tmp_path), "train") == {"en": [example]}
 
 
 @pytest.mark.parametrize("place", range(2))
 @pytest.mark.parametrize("name", ["ner", "pos", "pawsx"])
 def test_other_places(name, place, tmp_path):
-    pattern = XGLUE[name].places[place]
+    layout = XGLUE[name]
     for split, language in (("train", "en"), ("dev", "en"), ("dev", "de")):
-        path = tmp_path / pattern.format(split=XGLUE[name].splits.get(split, split), language=language)
+        path = tmp_path / layout.files(layout.places[place], split)[language]
         os.makedirs(path.parent, exist_ok=True)
         path.write_text("x O\n")
-    found = find_files(name, str(tmp_path), "dev")
+    found = find_files(layout, str(tmp_path), "dev")
     assert list(found) == ["en", "de"] and all(map(os.path.isfile, found.values()))  # only what is there
-    assert file_paths(TASKS[name], str(tmp_path), "train") == [find_files(name, str(tmp_path), "train")["en"]]
+    assert file_paths(TASKS[name], str(tmp_path), "train") == [*find_files(layout, str(tmp_path), "train").values()]
 
 
 def test_token_files(tmp_path):
@@ -134,29 +136,18 @@ def tokens(name, path):
     "name, text, message",
     [
         ("ner", "EU B-ORG\nrejects\n", "line 2: 'rejects' is not a word and its tag"),
-        ("ner", "EU\n", "line 1: 'EU' is not a word and its tag in 2 columns"),
-        ("ner", "EU B-ORG\n\nNew York B-LOC\n", "line 3: 'New York B-LOC' is not a word and its tag in 2 columns"),
         ("ner", "EU NNP B-ORG\nJo B-PER\n", "line 2: 'Jo B-PER' is not a word and its tag in 3 columns"),
         ("ner", "EU\tB-ORG\nJo\tB-PER\t\n", r"line 2: 'Jo\\tB-PER\\t' is not a word"),
-        ("ner", "EU\tB-ORG\t\n", "line 1: .* is not a word and its tag in 3"),
-        ("ner", "EU B-ORG\n\tO\n", "line 2: .* is not a word"),
         ("ner", "EU B-ORG\n O\n", "line 2: .* is not a word"),
         ("ner", "EU B-ORG\nJo S-GPE\n", "line 2: unknown tag 'B-GPE'"),
-        ("ner", "\nEU B-GPE\n", "line 2: unknown tag 'B-GPE'"),
-        ("pos", "EU PROPN\nthe _\n", "line 2: unknown tag '_'"),
         ("pos", "\n\n", "has no rows"),
-        ("qam", "a\tb\t1\na\t1\n", "line 2: 2 columns, the layout has 3"),
-        ("qam", "a\tb\tyes\n", "line 1: unknown label 'yes'; known: 0 1"),
-        ("pawsx", "id\tsentence1\tsentence2\n", "line 1: no column 'label'"),
-        ("nc", "", "has no rows"),
     ],
 )
 def test_malformed_rows_are_refused(name, text, message, tmp_path):
     path = tmp_path / "file"
     path.write_text(text)
-    with pytest.raises(UserError, match=message) as error:
-        (read_rows if XGLUE[name].texts else tokens)(name, str(path))
-    assert str(path) in str(error.value)
+    with pytest.raises(UserError, match=f"{path}.*{message}"):
+        tokens(name, path)
 
 
 def test_words_of_unusual_spaces(tmp_path):
@@ -189,17 +180,12 @@ def test_long_sentences_are_cut_between_words(tokenizer):
     assert same == sentences and all(np.array_equal(a[0], b[0]) for a, b in zip(whole, encoded, strict=True))
 
 
-@pytest.fixture
-def tokenizer(tokenizer_bytes):
-    return Tokenizer(tokenizer_bytes)
-
-
 def test_encoded_tags(tmp_path, tokenizer):
     folder = write_task(tmp_path, "pos")
-    dataset = encode_split(find_task("pos"), "test", "de", folder, tokenizer, 64)
-    examples = load(find_task("pos"), "test", "de", folder)
+    dataset = encode_split(TASKS["pos"], "test", "de", folder, tokenizer, 64)
     tagged = [UPOS[i] for i in dataset.tags if i != IGNORE]
-    assert tagged == [tag for sentence in examples for tag in sentence.tags] and dataset.slots == UPOS
+    assert tagged == [tag for row in load(TASKS["pos"], "test", "de", folder) for tag in row.tags]
+    assert dataset.slots == UPOS
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -279,7 +265,7 @@ def test_every_task_is_trained_and_scored(name, tmp_path, capsys):
         for evaluation in row["languages"].values():
             assert {*TASKS[name].columns, "score", "total"} <= {*evaluation}
             assert evaluation["score"] == evaluation[XGLUE[name].metrics[0]]
-    assert train.main(f"--task {name} --eval {out}/student.pt --data-dir {folder} --threads 1".split()) == 0
+    assert predict.main(f"{out}/student.safetensors --evaluate --data-dir {folder} --threads 1".split()) == 0
     text = capsys.readouterr().out
     assert f"{methods['sdq']['score']:.2f}" in text and "worst" in text
 
@@ -307,4 +293,4 @@ def test_own_tags_are_trained_and_scored(tags, known, languages, tmp_path):
         assert found["total"] == 12 and found["score"] == found["f1"] and found["classes"] <= known
         assert found["majority"] == (50 if "NAME" in tags else 25)
         assert (found.get("gold") == 6) == ("NAME" not in tags)
-    assert train.main(f"--task tags --eval {out}/student.pt --data-dir {tmp_path} --threads 1".split()) == 0
+    assert predict.main(f"{out}/student.safetensors --evaluate --data-dir {tmp_path} --threads 1".split()) == 0
