@@ -165,14 +165,10 @@ PAWSX = Remote(
 )
 DATASETS = {"xnli": XNLI, "xglue": (XGLUE_ARCHIVE,), "pawsx": (PAWSX,)}
 DATASETS |= {task: (glue_archive(task),) for task in _GLUE}
-_JOINT = (
-    "https://github.com/monologg/JointBERT (data/{0}), https://github.com/MiuLab/SlotGated-SLU (data/{0}, valid is dev)"
-)
+_JOINT = "\nfiles:   https://github.com/monologg/JointBERT, https://github.com/MiuLab/SlotGated-SLU (rename its valid to dev)"
 BY_HAND = {  # licence, and who publishes the layout that is read here
-    "atis": "Linguistic Data Consortium user agreement, for LDC93S4B, LDC93S5, LDC94S19 and LDC95S26\nfiles:   "
-    + _JOINT.format("atis"),
-    "snips": "CC0 1.0, https://github.com/sonos/nlu-benchmark (2017-06-custom-intent-engines)\nfiles:   "
-    + _JOINT.format("snips"),
+    "atis": "Linguistic Data Consortium user agreement, for LDC93S4B, LDC93S5, LDC94S19 and LDC95S26" + _JOINT,
+    "snips": "CC0 1.0, https://github.com/sonos/nlu-benchmark (2017-06-custom-intent-engines)" + _JOINT,
     "mrpc": "Microsoft's, shown with the download\n"
     "files:   https://www.microsoft.com/en-us/download/details.aspx?id=52398, which becomes GLUE's train.tsv and "
     "dev.tsv by the list https://dl.fbaipublicfiles.com/glue/data/mrpc_dev_ids.tsv",
@@ -281,10 +277,14 @@ def unpack(archive: str, members: tuple[str, ...], folder: str, optional: tuple[
 
 
 def fetch_dataset(name: str, folder: str) -> None:
+    """Download and unpack a data set, or print where it comes from, where its files belong, and which are there."""
     if name in BY_HAND:
-        return explain(name, folder)
+        print(f"licence: {BY_HAND[name]}\nNothing is downloaded now. This is where the files belong:")
+        tasks = map(find_task, GLUE if name == "glue" else [name])
+        for path in dict.fromkeys(p for task in tasks for split in task.files for p in file_paths(task, folder, split)):
+            print(f"  {path}: {'there' if os.path.exists(path) else 'missing'}")
     folder = os.path.join(folder, "glue") if name in GLUE else folder
-    for remote in DATASETS[name]:
+    for remote in DATASETS.get(name, ()):
         targets = [os.path.join(folder, *member.split("/")) for member in remote.members]
         if all(os.path.exists(target) for target in targets):
             print(f"already there: {', '.join(targets)}")
@@ -292,14 +292,6 @@ def fetch_dataset(name: str, folder: str) -> None:
         archive = download(remote, os.path.join(folder, "downloads"))
         for target in unpack(archive, remote.members, folder, remote.optional):
             print(f"wrote {target}")
-
-
-def explain(name: str, folder: str) -> None:
-    """Print where a data set comes from, where its files belong, and which of them are there."""
-    print(f"licence: {BY_HAND[name]}\nNothing is downloaded now. This is where the files belong:")
-    for task in map(find_task, GLUE if name == "glue" else [name]):
-        for path in dict.fromkeys(path for split in task.files for path in file_paths(task, folder, split)):
-            print(f"  {path}: {'there' if os.path.exists(path) else 'missing'}")
 
 
 def fetch_model(name: str, folder: str) -> None:

@@ -85,7 +85,7 @@ def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
     0.9449
     """
     p, q = predictions.astype(np.float64), labels.astype(np.float64)
-    if not has_spread(p) or not has_spread(q):
+    if not all(len(x) and np.isfinite(x).all() and x.min() < x.max() for x in (p, q)):
         return 0.0
     # Scaled by the largest first: squares of very small or large numbers would be 0 or inf.
     p, q = p / np.abs(p).max(), q / np.abs(q).max()
@@ -115,10 +115,6 @@ def ranks(values: np.ndarray) -> np.ndarray:
     _, which, times = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(times)  # the highest rank among equal values
     return (last - (times - 1) / 2)[which]
-
-
-def has_spread(values: np.ndarray) -> bool:
-    return len(values) > 0 and bool(np.isfinite(values).all()) and values.min() < values.max()
 
 
 METRICS = {each.__name__: each for each in (accuracy, f1, macro_f1, matthews, pearson, spearman)}
@@ -171,14 +167,12 @@ def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     >>> sorted(spans(["B-from", "I-from", "O", "I-to"]))
     [('from', 0, 2), ('to', 3, 4)]
     """
-    found = set()
-    kind, begin = None, 0  # of the span that is open at this word
+    found, kind, begin = set(), None, 0  # of the span that is open at this word
     for i, tag in enumerate((*tags, "O")):
-        if kind is not None and tag == f"I-{kind}":
-            continue
-        if kind is not None:
-            found.add((kind, begin, i))
-        kind, begin = (None if tag == "O" else tag[2:]), i
+        if kind is None or tag != f"I-{kind}":
+            if kind is not None:
+                found.add((kind, begin, i))
+            kind, begin = (None if tag == "O" else tag[2:]), i
     return found
 
 

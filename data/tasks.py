@@ -8,9 +8,8 @@
     load(TASKS["tags"], "train", "de", folder)   -> list of Sentence, from your own train-de.txt
 
 XNLI's protocol is zero-shot transfer: train on English, choose the epoch on English dev, test on every language. It is
-also that of XGLUE's other tasks, which have a file for each language (data/xglue.py). The others are English: GLUE's
-eight, whose files and splits data/glue.py explains, and ATIS and SNIPS, which data/slots.py does. The two test sets of
-mnli take the place of languages.
+also that of XGLUE's other tasks (data/xglue.py). The others are English: GLUE's eight (data/glue.py), and ATIS and SNIPS
+(data/slots.py). The two test sets of mnli take the place of languages.
 
 A row holds all that differs between tasks. docs/extending.md adds one.
 """
@@ -154,10 +153,9 @@ def task_folder(task: Task, folder: str) -> str:
     the data folder is named further down (--data-dir glue, or glue/RTE).
     """
     parts = task.subfolder.split("/") if task.subfolder else []
-    for i in range(len(parts)):
-        below = os.path.join(folder, *parts[i:])
-        if os.path.isdir(below):
-            return below
+    places = (os.path.join(folder, *parts[i:]) for i in range(len(parts)))
+    if below := next(filter(os.path.isdir, places), None):
+        return below
     if existing(os.path.join(folder, task.files["train"][0])):
         return folder
     last = os.path.basename(os.path.abspath(folder))  # nothing there: say where it should be
@@ -167,7 +165,7 @@ def task_folder(task: Task, folder: str) -> str:
 def file_paths(task: Task, folder: str, split: str) -> list[str]:
     """The files of a split, compressed or not; as they should be named where there is none."""
     place = task_folder(task, folder)
-    paths = (os.path.join(place, *name.split("/")) for name in task.files.get(split, task.files["train"]))
+    paths = (os.path.join(place, *name.split("/")) for name in task.files[split])
     return [existing(path) or path for path in (task.find(place, split).values() if task.find else paths)]
 
 
