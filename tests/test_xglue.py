@@ -88,26 +88,19 @@ def test_other_places(name, place, tmp_path):
     assert file_paths(TASKS[name], str(tmp_path), "train") == [*find_files(layout, str(tmp_path), "train").values()]
 
 
-def test_token_files(tmp_path):
-    """A tab or a space, Windows line ends, -DOCSTART- lines, several empty lines, no empty line at the end."""
-    path = tmp_path / "tokens"
-    path.write_bytes(b"-DOCSTART- O\r\n\r\nEU B-ORG\r\nrejects\tO\r\n\r\n \r\nJo B-PER")
-    assert tokens("ner", path) == [Sentence(("EU", "rejects"), ("B-ORG", "O"), ""), Sentence(("Jo",), ("B-PER",), "")]
-
-
-@pytest.mark.parametrize("blank", ["", "\t", " ", " \t \r", "\n\n"])
+@pytest.mark.parametrize("blank", ["", "\t", " \t \r", "\n\n"])
 @pytest.mark.parametrize(
     "rows",
     [
-        "EU NNP B-NP B-ORG|rejects VBZ B-VP O||Jo NNP B-NP B-PER",
+        "EU NNP B-NP B-ORG|rejects VBZ B-VP O||Jo NNP B-NP B-PER",  # CoNLL-2003's four columns
         "EU\tNNP\tB-NP\tB-ORG|rejects\tVBZ\tB-VP\tO||Jo\tNNP\tB-NP\tB-PER",
         "-DOCSTART- -X- O O||EU NNP I-NP B-ORG|rejects VBZ I-VP O|-DOCSTART- -X- -X- O|Jo NNP I-NP B-PER",
-        "-DOCSTART-\tO||EU B-ORG|rejects O|-DOCSTART-|Jo B-PER",
+        "-DOCSTART- O\r||EU B-ORG\r|rejects\tO\r||Jo B-PER",
         "-DOCSTART- O O||EU x B-ORG|rejects  O||Jo x B-PER",  # the middle column may be empty
     ],
 )
 def test_published_columns(rows, blank, tmp_path):
-    """CoNLL-2003's four columns, and others: the word is the first, the tag the last."""
+    """The word is the first column, the tag the last: a tab or a space, Windows line ends, no empty line at the end."""
     path = tmp_path / "tokens"
     path.write_bytes(rows.replace("||", f"|{blank}|").replace("|", "\n").encode())
     assert tokens("ner", path) == [Sentence(("EU", "rejects"), ("B-ORG", "O"), ""), Sentence(("Jo",), ("B-PER",), "")]
@@ -252,8 +245,8 @@ def test_token_scores_by_hand():
 
 
 # ---------------------------------------------------------------------------------------- training
-@pytest.mark.parametrize("name", XGLUE)
-def test_every_task_is_trained_and_scored(name, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["ner", "pos", "qadsm"])
+def test_a_task_of_each_kind_is_trained_and_scored(name, tmp_path, capsys):
     folder = write_task(tmp_path / "data", name)
     out = tmp_path / "run"
     options = f"--task {name} --model mini --steps 2 --max-length 24 --threads 1 --data-dir {folder} --out {out}"
