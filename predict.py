@@ -73,7 +73,7 @@ class Student(NamedTuple):
 
 
 def load(path: str, device: str = "auto", threads: int | None = None) -> Student:
-    """A student.pt as an integer model. Worker processes must be spawned: PyTorch hangs in one that is forked after a
+    """A student as an integer model. Worker processes must be spawned: PyTorch hangs in one that is forked after a
     prediction with several threads.
 
     Raises UserError for a damaged file or one without integers.

@@ -81,7 +81,7 @@ def test_languages_over_seeds(tmp_path, capsys):
         ({"student_lr": 1e-5}, {"student_lr": 1e-3, "seed": 1}, "differ in --student-lr"),
         ({"gone": 1}, {"seed": 1}, None),  # a removed option counts where both files have it
         ({"gone": 1}, {"gone": 2, "seed": 1}, "differ in --gone"),
-        ({}, {"noise": 0.5, "recipe": "kd", "check_student": True, "seed": 1}, None),  # a newer one has its default
+        ({}, {"noise": 0.5, "recipe": "kd", "analyze": True, "seed": 1}, None),  # a newer one has its default
         ({}, {"noise": 1.0, "seed": 1}, "differ in --noise"),
     ],
 )
@@ -271,7 +271,7 @@ def joint_runs(*options):
     runs = []
     for rank, bits, methods, *more in options:
         for seed in (0, 1):
-            config = {"model": "scratch", "tt_rank": rank, "bits": bits, **dict(*more)}
+            config = {"model": "scratch-2x768", "tt_rank": rank, "bits": bits, **dict(*more)}
             runs.append(made_up("atis", seed, "logits", dict.fromkeys(methods, 90.0 + seed), **config))
             for name, each in runs[-1]["methods"].items():
                 each["size_bytes"] = 1e5 // (1 + rank) * (32 if name == "fp32" else bits)

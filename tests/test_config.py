@@ -229,7 +229,7 @@ def test_default_folders_tell_settings_apart(options, name, nothing_downloaded):
         ("--languages xx", "xx"),
         ("--epochs 0", "--epochs 0: mini has no head of classes for xnli"),
         ("--model scratch", "--model scratch needs --tokenizer"),
-        (f"--model scratch-300x64 --tokenizer {TOKENIZER}", "num_layers is 300, not an integer from 1 to 200"),
+        (f"--model scratch-300x64 --tokenizer {TOKENIZER}", "num_layers is 300, not a number from 1 to 200"),
         ("--model scratch-0x64", "no model 'scratch-0x64'"),
         ("--model xlmr-large", "python convert.py xlmr-large --from DIR"),
         (f"--task atis --data-dir {FLIGHTS} --max-length 8", "use --max-length"),

@@ -108,7 +108,7 @@ def test_percentages_end_at_100(kind, scores, tmp_path):
 def test_points_of_tensor_trains(tmp_path):
     """The teacher of a pretrained model is dense."""
     runs = [
-        made_up("atis", seed, "logits", {"fp32": 95.0, "sdq": 90.0}, model="scratch", tt_rank=rank, bits=bits)
+        made_up("atis", seed, "logits", {"fp32": 95.0, "sdq": 90.0}, model="scratch-2x768", tt_rank=rank, bits=bits)
         for rank, bits, seed in ((0, 8, 0), (5, 8, 0), (5, 8, 1), (20, 8, 0), (20, 2, 0), (5, 2, 0))
     ]
     _, points = plot.read_sweep(read_runs(write_runs(tmp_path, runs)))

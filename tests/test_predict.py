@@ -12,7 +12,7 @@ from conftest import FLIGHTS, SAMPLE, SCRATCH, results
 
 import predict
 import train
-from data.slots import slot_scores
+from data.metrics import slot_scores
 from data.tasks import NLI_LABELS, find_task, load, read_own
 from kit.common import UserError
 from kit.run import STUDENT

@@ -200,7 +200,7 @@ def test_the_new_loss(extended, tmp_path):
 
 
 def test_the_new_quantizer(extended, tmp_path):
-    options = "--steps 3 --methods fp32 ptq qat --bits 4 --weights pow2 --check-student".split()
+    options = "--steps 3 --methods fp32 ptq qat --bits 4 --weights pow2 --analyze".split()
     assert run(tmp_path, *options) == 0
     for method in ("ptq", "qat"):
         row = results(tmp_path)["methods"][method]
