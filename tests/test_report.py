@@ -9,62 +9,58 @@ from kit.report import caveats, compared_score, recovered, recovered_percent, re
 XNLI = find_task("xnli")
 
 
-def row(english, others, size=1e6):
-    scores = {"en": english, **others}
-    languages = {name: {"accuracy": value, "score": value} for name, value in scores.items()}
-    return {**summarize_languages(languages, "en"), "size_bytes": size, "train_seconds": 1.0}
+def row(size=1e6, **tests):
+    """A row of results.json.  tests: the score of each test set, or all its metrics."""
+    each = {name: test if isinstance(test, dict) else {"accuracy": test, "score": test} for name, test in tests.items()}
+    return {**summarize_languages(each, "en"), "size_bytes": size, "train_seconds": 1.0}
 
 
 def results_of(**rows):
-    return {"methods": rows, "languages": ["en", "de", "sw"]}
+    return {"methods": rows, "languages": list(rows["fp32"]["languages"])}
 
 
-def cells_of(table):
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")]
+def cells_of(task, **rows):
+    """The cells of a report's table, line by line, without its rule."""
+    lines = report_table(results_of(**rows), task).split("\n")
+    assert len({len(line) for line in lines}) == 1
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])]
 
 
 def test_zero_shot_mean_leaves_the_training_language_out():
-    found = row(90.0, {"de": 80.0, "sw": 70.0})
+    found = row(en=90.0, de=80.0, sw=70.0)
     assert (found["score"], found["zero_shot_mean"]) == (90.0, 75.0)
-    assert row(90.0, {})["zero_shot_mean"] is None
+    assert row(en=90.0)["zero_shot_mean"] is None
     found = summarize_languages(found["languages"], "de")
     assert (found["score"], found["zero_shot_mean"]) == (80.0, 80.0)
 
 
 def test_recovered():
     """Zero-shot means are compared, where there are any; of mnli the means of both test sets."""
-    rows = {"fp32": row(90, {"de": 80.0}), "ptq": row(60, {"de": 40.0}), "sdq": row(80, {"de": 70.0})}
+    rows = {"fp32": row(en=90, de=80.0), "ptq": row(en=60, de=40.0), "sdq": row(en=80, de=70.0)}
     assert recovered(rows, "sdq", XNLI) == pytest.approx(75.0)
     assert recovered(rows, "ptq", XNLI) is None and recovered(rows, "fp32", XNLI) is None
     assert recovered({"sdq": rows["sdq"]}, "sdq", XNLI) is None
-    english = {"fp32": row(90, {}), "ptq": row(60, {}), "qat": row(75, {})}
-    assert recovered(english, "qat", XNLI) == pytest.approx(50.0)
+    assert recovered({"fp32": row(en=90), "ptq": row(en=60), "qat": row(en=75)}, "qat", XNLI) == pytest.approx(50.0)
     assert recovered_percent(70.0, 60.0, 62.0) == pytest.approx(500.0)
     assert recovered_percent(70.0, 60.0, 61.9) is None is recovered_percent(70.0, 70.0, 60.0)  # nothing worth it
-    assert compared_score(row(60, {"de": 50.0, "sw": 30.0}), XNLI) == 40.0
-    assert compared_score(row(60, {"mismatched": 79.0}), find_task("mnli")) == 69.5
+    assert compared_score(row(en=60, de=50.0, sw=30.0), XNLI) == 40.0
+    assert compared_score(row(matched=60.0, mismatched=79.0), find_task("mnli")) == 69.5
 
 
 def test_table_has_every_row_and_language():
-    rows = {"fp32": row(90, {"de": 80.0, "sw": 70.0}), "ptq": row(60, {"de": 40.0, "sw": 30.0})}
-    table = report_table(results_of(**rows), XNLI)
-    assert len({len(line) for line in table.split("\n")}) == 1
-    header, _, _, ptq = cells_of(table)
+    rows = {"fp32": row(en=90, de=80.0, sw=70.0), "ptq": row(en=60, de=40.0, sw=30.0)}
+    header, _, ptq = cells_of(XNLI, **rows)
     assert header == ["", "en", "zero-shot", "worst", "recovered", "MB", "train s", "de", "sw"]
     assert ptq == ["ptq", "60.00", "35.00", "sw 30.0", "-", "1.0", "1", "40.0", "30.0"]
-    rows["ptq"]["student"] = row(61, {"de": 42.0, "sw": 30.0})
-    header, _, fp32, ptq = cells_of(report_table(results_of(**rows), XNLI))
+    rows["ptq"]["student"] = row(en=61, de=42.0, sw=30.0)
+    header, fp32, ptq = cells_of(XNLI, **rows)
     assert (header[5], fp32[5], ptq[5]) == ("student", "-", "61.00, 36.00, sw 30.0")
-    header, _, fp32 = cells_of(report_table({"methods": {"fp32": row(90, {}, size=12345)}, "languages": ["en"]}, XNLI))
+    header, fp32 = cells_of(XNLI, fp32=row(en=90, size=12345))
     assert (header, fp32) == (["", "accuracy", "recovered", "MB", "train s"], ["fp32", "90.00", "-", "0.012", "1"])
-
-
-def test_table_without_the_training_language():
-    tests = {"de": {"score": 80.0, "accuracy": 80.0, "f1": 60.0}, "nl": {"score": 70.0, "accuracy": 90.0, "f1": 70.0}}
-    rows = {"fp32": {**summarize_languages(tests, "en"), "size_bytes": 1e6, "train_seconds": 1}}
-    assert rows["fp32"]["score"] is None and rows["fp32"]["zero_shot_mean"] == 75.0
-    header, _, fp32 = cells_of(report_table({"methods": rows, "languages": ["de", "nl"]}, TASKS["ner"]))
-    assert header[:5] == ["", "en", "zero-shot", "worst", "accuracy"]  # a metric beside that of the score: the mean
+    # without the training language; of a metric beside that of the score the mean
+    tests = {"de": dict(score=80.0, accuracy=80.0, f1=60.0), "nl": dict(score=70.0, accuracy=90.0, f1=70.0)}
+    header, fp32 = cells_of(TASKS["ner"], fp32=row(**tests))
+    assert header[:5] == ["", "en", "zero-shot", "worst", "accuracy"]
     assert fp32[:5] == ["fp32", "-", "75.00", "nl 70.0", "85.00"]
 
 
@@ -76,15 +72,14 @@ def test_table_has_the_columns_of_the_task(task):
         name: {"score": 1.0, **{key: 10.0 * i + j for j, key in enumerate(keys.values())}}
         for i, name in enumerate(names)
     }
-    found = {**summarize_languages(tests, names[0]), "size_bytes": 1e6, "train_seconds": 0.0}
-    header, _, fp32 = cells_of(report_table({"methods": {"fp32": found}, "languages": list(names)}, TASKS[task]))
+    header, fp32 = cells_of(TASKS[task], fp32=row(**tests))
     assert header == ["", *keys, "recovered", "MB", "train s"]
     values = [" / ".join(f"{tests[name][key]:.2f}" for name in names) for key in keys.values()]
     assert fp32[1:-3] == values and values[0].count("/") == len(names) - 1
 
 
 def test_report_says_what_was_run():
-    made = {**results_of(fp32=row(90, {"de": 80.0, "sw": 70.0})), "model": "mini", "train_examples": 1234}
+    made = {**results_of(fp32=row(en=90, de=80.0, sw=70.0)), "model": "mini", "train_examples": 1234}
     made["environment"] = {"hardware": "a processor", "threads": 3, "torch": "2.0"}
     made |= {"test_examples": {"en": 750, "de": 751, "sw": 752}, "steps": {"teacher": 77, "students": 39}}
 
@@ -93,15 +88,9 @@ def test_report_says_what_was_run():
 
     assert text().startswith(report_table(made, XNLI)) and text().endswith("\n")
     for options, words in (
-        (
-            {},
-            "xnli, model mini, seed 0; metrics in % on test (en 750, de 751, sw 752 rows), trained on 1,234 examples: ",
-        ),
+        ({}, "xnli, model mini, seed 0; metrics in % on test (en 750, de 751, sw 752 rows), trained on 1,234 examples"),
         ({}, "teacher 77 steps, students 39, of 32."),
-        (
-            {},
-            "W2A8: uniform weights, one scale per channel, ranges minmax; activations with ranges at run time, per token",
-        ),
+        ({}, "W2A8: uniform weights, one scale per channel, ranges minmax; activations with ranges at run time, per t"),
         ({}, "qat: noise 0.5. sdq: noise 0.5, logits+context."),
         ({}, "a processor, 3 threads, torch 2.0."),
         ({}, "selected on dev, in"),
