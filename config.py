@@ -380,7 +380,7 @@ def check(config: TrainConfig, task: Task) -> None:
     for is_wrong, message in (
         (not (task.train_language or config.data_dir), f"--task {task.name} needs --data-dir DIR, which holds {files}"),
         (
-            scratch_shape(config.model) and not (config.tokenizer or task.names),
+            scratch_shape(config.model) and not (config.tokenizer or task.head != "sequence"),
             "--model scratch needs --tokenizer FILE, a SentencePiece model",
         ),
         (config.tt_embedding_rank and not config.tt_rank, "--tt-embedding-rank needs --tt-rank"),

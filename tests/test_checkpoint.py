@@ -207,7 +207,7 @@ def test_model_configs_are_checked():
         ({"head": "token"}, "the head needs num_labels"),
         ({"head": "joint", "num_labels": 2}, "num_slots"),
         ({"pad_id": 250002}, "outside the vocabulary"),
-        ({"vocab_size": 0}, "vocab_size is 0, not an integer from 1 to"),
+        ({"vocab_size": 0}, "vocab_size is 0, not a number from 1 to"),
         ({"dropout": 2.0}, "dropout is 2.0, not a number from"),
         ({"num_layers": True}, "num_layers"),
     ):

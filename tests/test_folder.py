@@ -18,7 +18,8 @@ from test_convert import BERT, contents, converted, error_of, write
 import convert
 import train
 from checkpoint import fake_quantized, load_model, read_student, save_model
-from data.tasks import NLI_LABELS, XNLI_LANGUAGES, find_task, load, match_labels, own_labels, read_own
+from data.files import read_examples
+from data.tasks import NLI_LABELS, XNLI_LANGUAGES, find_task, load, match_labels, own_labels
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import read_tokenizer, read_tokenizer_json
 from kit.common import UserError
@@ -247,7 +248,7 @@ def test_names_decide_which_class_is_which(folder, tmp_path, capsys, labels, by_
         rows = "".join(f"the girl {k}\t{labels[k % 3]}\n" for k in range(6))
         (tmp_path / f"{split}.tsv").write_text("text\tlabel\n" + rows)
     own_labels.cache_clear()
-    read_own.cache_clear()
+    read_examples.cache_clear()
     assert train_on(tmp_path, "tsv", "--model", converted(folder), "--epochs", "0", "--methods", "fp32") == 0
     assert ("contradiction is 0, entailment is 1, neutral is 2" in capsys.readouterr().out) == by_position
 

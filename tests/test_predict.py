@@ -12,8 +12,9 @@ from conftest import FLIGHTS, SAMPLE, SCRATCH, results
 
 import predict
 import train
+from data.files import read_examples
 from data.metrics import slot_scores
-from data.tasks import NLI_LABELS, find_task, load, read_own
+from data.tasks import NLI_LABELS, find_task, load
 from kit.common import UserError
 from kit.run import STUDENT
 
@@ -226,5 +227,5 @@ def test_a_student_of_own_rows_is_evaluated_again(tmp_path, capsys):
         ("text\tlabel\nb\telse\n", "test.tsv, line 2: unknown label 'else'"),
     ):
         (tmp_path / "test.tsv").write_text(rows, encoding="utf-8")
-        read_own.cache_clear()
+        read_examples.cache_clear()
         assert message in evaluate(capsys, path, f"--data-dir {tmp_path}", status=2)[0]

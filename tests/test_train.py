@@ -428,7 +428,7 @@ def test_bfloat16_training(tmp_path, monkeypatch):
 def test_auto_precision(hidden, hardware, precision, tmp_path, monkeypatch):
     """It asks the processor, and leaves small models in float32. The folder is the same in any case."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "multiplies_bf16", lambda device: hardware)
+    monkeypatch.setattr("config.multiplies_bf16", lambda device: hardware)
     config = parse_args([*SMALL, "--model", f"scratch-1x{hidden}", "--precision", "auto"])[0]
     opened, _, _ = train.open_run(config, False)
     assert opened.config.precision == precision and opened.out == default_out(config)

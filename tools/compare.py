@@ -163,7 +163,7 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
 
 def tt_rank(config: dict, method: str) -> int:
     """Rank of a model's tensor trains, 0 if it is dense, as the teacher of a pretrained model is."""
-    return 0 if method == "fp32" and not config["model"].startswith("scratch") else config["tt_rank"]
+    return 0 if method == "fp32" and not str(config["model"]).startswith("scratch") else config["tt_rank"]
 
 
 def width_of(config: dict, variants: Iterable[str] = ()) -> str:
