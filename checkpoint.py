@@ -146,7 +146,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         if bits != 8:
             planes = np.unpackbits(unsigned, count=len(part) * bits, bitorder="little").reshape(-1, bits)
             unsigned = planes @ (1 << np.arange(bits)).astype(np.uint8)
-        part.copy_(torch.from_numpy(unsigned.astype(np.int16)) - 2 ** (bits - 1))
+        part.copy_(torch.from_numpy(unsigned - np.uint8(2 ** (bits - 1))).view(torch.int8))
     return codes
 
 
