@@ -166,12 +166,12 @@ def read_examples(
     """
     spelled = {name: i for i, names in enumerate(labels) for name in ((names,) if isinstance(names, str) else names)}
     parts = [text.split(" + ") for text in texts]
-    columns = (*chain(*parts), label)
-    first, both = len(parts[0]), len(columns) - 1
-    columns += () if language is None else (language,)
+    columns, first = (*chain(*parts), label, *([language] if language else ())), len(parts[0])
+    optional = () if fetch else ("text2", "language")
     found: dict[str, list[Example]] = {}
-    for number, cells in read_tsv(path, columns, fetch, header, () if fetch else ("text2", "language"), tolerant):
-        name, group = cells[both], "all" if language is None or cells[-1] is None else cells[-1]
+    for number, cells in read_tsv(path, columns, fetch, header, optional, tolerant):
+        *cells, name, group = cells if language else (*cells, None)
+        group = "all" if group is None else group
         if not fetch:
             name, group = name.strip(), group.strip()
             check_own(f"{path}, line {number}", text=cells[0].strip(), label=name, language=group)
@@ -179,7 +179,7 @@ def read_examples(
         if value is None:
             known = ", ".join(spelled)[:200] or "a number from 0 to 5"
             raise UserError(f"{path}, line {number}: unknown label {name[:50]!r}; known: {known}")
-        second = None if both == first or cells[first] is None else " ".join(cells[first:both])
+        second = " ".join(cells[first:]) if cells[first:] not in ([], [None]) else None
         found.setdefault(group, []).append(Example(" ".join(cells[:first]), second, value))
     return not_empty(found, path, fetch)
 
