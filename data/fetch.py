@@ -73,17 +73,12 @@ def hub(revision: str, *files: tuple[str, int | None, str]) -> tuple[Remote, ...
 
 
 _XLMR = "FacebookAI/xlm-roberta-base/resolve/e73636d4f797dec63c3081bb6ed5c7b0bb3f2089"
-_XLMR_TOKENIZER = hub(
-    _XLMR, ("sentencepiece.bpe.model", 5_069_051, "cfc8146abe2a0488e9e2a0c56de7952f7c11ab059eca145a0a727afce0db2865")
-)
 MODELS = {
-    "xlmr-base": _XLMR_TOKENIZER
-    + hub(
+    "xlmr-base": hub(
         _XLMR, ("model.safetensors", 1_115_567_652, "6fd4797bc397c3b8b55d6bb5740366b57e6a3ce91c04c77f22aafc0c128e6feb")
     ),
-    # InfoXLM was trained from XLM-R with its vocabulary: the same tokenizer file serves.
-    "infoxlm-base": _XLMR_TOKENIZER
-    + hub(
+    # InfoXLM was trained from XLM-R with its vocabulary.
+    "infoxlm-base": hub(
         "microsoft/infoxlm-base/resolve/main",
         ("pytorch_model.bin", None, "2d90db785b5a6ebb57b70aa44f6182b9414c64fa302933c3bad68e97d4d82162"),
     ),
@@ -96,22 +91,24 @@ MODELS = {
         ("tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
     ),
     # BERT's architecture with XLM-R's tokenizer: 12 layers, 384 wide, 100 languages. MIT; MIT; Apache 2.0.
-    "multilingual-minilm": _XLMR_TOKENIZER
-    + hub(
+    "multilingual-minilm": hub(
         "microsoft/Multilingual-MiniLM-L12-H384/resolve/main",
         ("pytorch_model.bin", 470_657_952, "cce170910f4d4f3b45be025508f51ef1ad6a1de69f2d46dce7e4603ad31aaaeb"),
     ),
-    "multilingual-e5-small": _XLMR_TOKENIZER
-    + hub(
+    "multilingual-e5-small": hub(
         "intfloat/multilingual-e5-small/resolve/614241f622f53c4eeff9890bdc4f31cfecc418b3",
         ("model.safetensors", 470_641_600, "1a55775f53449dac10a2bcbc312469fac40b96d53198c407081a831f81c98477"),
     ),
-    "paraphrase-multilingual-minilm": _XLMR_TOKENIZER
-    + hub(
+    "paraphrase-multilingual-minilm": hub(
         "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2/resolve/e8f8c211226b894fcb81acc59f3b34ba3efd5f42",
         ("model.safetensors", 470_641_600, "eaa086f0ffee582aeb45b36e34cdd1fe2d6de2bef61f8a559a1bbc9bd955917b"),
     ),
 }
+for name in {*MODELS} - {"minilm"}:  # one tokenizer file serves all
+    MODELS[name] += hub(
+        _XLMR,
+        ("sentencepiece.bpe.model", 5_069_051, "cfc8146abe2a0488e9e2a0c56de7952f7c11ab059eca145a0a727afce0db2865"),
+    )
 
 # --------------------------------------------------------------------------------------- data sets
 XNLI = (

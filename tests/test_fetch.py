@@ -146,7 +146,7 @@ def test_no_server_and_no_file(server, tmp_path, monkeypatch):
         get(remote(server, "missing/f.bin"), tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9/")
     monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
-    with pytest.raises(UserError, match="cannot download http://127.0.0.1:9/FacebookAI/.* --from DIR"):
+    with pytest.raises(UserError, match="cannot download http://127.0.0.1:9/intfloat/.* --from DIR"):
         fetch.fetch_model("multilingual-e5-small", str(tmp_path))
     assert os.listdir(tmp_path) == []
 
