@@ -198,16 +198,9 @@ def test_own_rows(own):
     assert load(TSV, "train", "all", folder) == [Example("2", "b", 1), Example("a", "", 0)]
     write("train", [("q", name, str(i)) for i, name in enumerate(("x", "-1", "9" * 5000, "0.5", "nan"))])
     assert own_labels(folder) == ("-1", "0.5", "9" * 5000, "nan", "x")
-    write("train", [("a", "x", "de"), ("b", "y", "en"), ("c", "y", "fr")])
+    write("train", [('"two\r\nlines"', '"x"', '"de"'), ("b", "y ", "en"), ("c", "y", "fr"), ("", "", "")])
+    assert own_labels(folder) == ("x", "y") and load(TSV, "train", "de", folder) == [("two\r\nlines", None, 0)]
     assert own_language(TSV, folder, None) == "en" and own_language(TSV, folder, "fr") == "fr"
-
-
-def test_own_rows_of_a_spreadsheet(own):
-    """Quoted labels are those without quotes, and a text may have several lines."""
-    folder, write = own
-    write("train", [('"He said ""gut"""', '"very good"', "de"), ('"two\r\nlines"', "bad", '"de"'), ("", "", "")])
-    assert own_labels(folder) == ("bad", "very good")
-    assert load(TSV, "train", "de", folder) == [Example('He said "gut"', None, 1), Example("two\r\nlines", None, 0)]
 
 
 COLUMNS = ("text", "label", "language")
