@@ -100,11 +100,12 @@ def read_tsv(
             if names.count(name) > 1 or not (name in names or name in optional):
                 what = "several columns are named" if name in names else "no column"
                 raise UserError(f"{path}, line 1: {what} {name!r}; it has: {' '.join(names)[:200]}")
-        wanted = [names.index(name) if name in names else None for name in columns]
+        wanted = [names.index(name) if name in names else -1 for name in columns]
         for number, cells in rows:
             count += 1
             if len(cells) == len(names):
-                yield number, [None if i is None else cells[i] for i in wanted]
+                cells.append(None)  # of columns that are missing
+                yield number, [cells[i] for i in wanted]
                 continue
             malformed.append(number)
             if not tolerant:
@@ -170,8 +171,8 @@ def read_examples(
     optional = () if fetch else ("text2", "language")
     found: dict[str, list[Example]] = {}
     for number, cells in read_tsv(path, columns, fetch, header, optional, tolerant):
-        *cells, name, group = cells if language else (*cells, None)
-        group = "all" if group is None else group
+        group = cells.pop() if language else None
+        name, group = cells.pop(), "all" if group is None else group
         if not fetch:
             name, group = name.strip(), group.strip()
             check_own(f"{path}, line {number}", text=cells[0].strip(), label=name, language=group)
@@ -179,8 +180,9 @@ def read_examples(
         if value is None:
             known = ", ".join(spelled)[:200] or "a number from 0 to 5"
             raise UserError(f"{path}, line {number}: unknown label {name[:50]!r}; known: {known}")
-        second = " ".join(cells[first:]) if cells[first:] not in ([], [None]) else None
-        found.setdefault(group, []).append(Example(" ".join(cells[:first]), second, value))
+        second = cells[first:]
+        text_b = " ".join(second) if second and second[0] is not None else None
+        found.setdefault(group, []).append(Example(" ".join(cells[:first]), text_b, value))
     return not_empty(found, path, fetch)
 
 
