@@ -143,16 +143,6 @@ class Tokenizer(Encoder):
         with open(path, "rb") as file:
             return cls(file.read(), path)
 
-    @staticmethod
-    def from_payload(payload: dict, path: str, vocab_size: int) -> Encoder:
-        """The tokenizer (of any kind) of a checkpoint's dictionary, whose ids must fit into the model's table."""
-        if payload.get("tokenizer") is None:
-            raise UserError(f"{path} holds no tokenizer: convert it again")
-        tokenizer = load_tokenizer(payload["tokenizer"].numpy().tobytes(), path)
-        if tokenizer.vocab_size > vocab_size:  # a table may have reserved rows
-            raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its model {vocab_size:,}")
-        return tokenizer
-
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
         return [[i + 1 if i else UNK for i in ids] for ids in self.pieces.encode(list(texts))]
 

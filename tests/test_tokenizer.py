@@ -6,7 +6,6 @@ import os
 import numpy as np
 import pytest
 import sentencepiece
-import torch
 from conftest import GOLDEN, TOKENIZER
 
 from data.tokenizer import BOS, EOS, UNK, Tokenizer, WordTokenizer, load_tokenizer, longest_first
@@ -131,14 +130,9 @@ def test_limits_of_a_list_of_words(words):
 
 def test_bytes_tell_the_kind_of_tokenizer(words, tokenizer):
     for made in (words, tokenizer):
-        payload = {"tokenizer": torch.frombuffer(bytearray(made.bytes), dtype=torch.uint8)}
-        found = Tokenizer.from_payload(payload, "w.safetensors", made.vocab_size)
+        found = load_tokenizer(made.bytes)
         assert type(found) is type(made) and found.sha256 == made.sha256
         assert found.encode("c ñ what") == made.encode("c ñ what")
-        with pytest.raises(UserError, match="its tokenizer has .* its model 5"):
-            Tokenizer.from_payload(payload, "w.safetensors", 5)
-    with pytest.raises(UserError, match="holds no tokenizer"):
-        Tokenizer.from_payload({}, "w.safetensors", 5)
 
 
 @pytest.mark.parametrize(
