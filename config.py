@@ -5,14 +5,12 @@ that depend on the model, the task or the recipe stand in one table, DEFAULTS.
 """
 
 import argparse
-import math
 import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import chain
 
 import torch
 
@@ -64,9 +62,16 @@ GROUPS = {  # of --help, by the first option of each
 }
 
 
-def option(default, text: str, kind: Callable | tuple[str, ...] = str, metavar: str | None = None):
-    """kind: what parses the text, or what may be chosen."""
-    return field(default=default, metadata={"text": text, "kind": kind, "metavar": metavar})
+def option(default, text: str, kind: Callable | tuple[str, ...] = str, metavar: str = ""):
+    """A field of TrainConfig with what argparse needs.  kind: what parses the text, or what may be chosen."""
+    if default is False:
+        how: dict = {"action": "store_true"}
+    elif isinstance(kind, tuple):
+        how = {"choices": kind, "metavar": "X"}
+    else:
+        how = {"type": kind, "metavar": metavar or ("N" if kind.__name__ == "int" else "X")}
+    nargs = {"nargs": "+"} if isinstance(default, tuple) else {}
+    return field(default=default, metadata={"help": text, **how, **nargs})
 
 
 def between(kind: type, least: float, most: float) -> Callable[[str], float]:
@@ -81,7 +86,7 @@ def between(kind: type, least: float, most: float) -> Callable[[str], float]:
     return parse
 
 
-COUNT, INTEGER = between(int, 1, 10**9), between(int, 0, 2**31)
+COUNT, UINT = between(int, 1, 10**9), between(int, 0, 2**31)
 FACTOR, FRACTION, RATE = between(float, 0, 1e9), between(float, 0, 0.9), between(float, 1e-12, 1e38)
 
 
@@ -103,9 +108,8 @@ class TrainConfig:
 
     model: str | None = option(
         None,
-        "mini (built in), scratch (random weights; scratch-4x256: 4 layers, hidden size 256), NAME of "
-        "weights/NAME.safetensors, or a path (default: xlmr-base if it was converted, else mini; glue minilm; atis, "
-        "snips scratch)",
+        "mini (built in), scratch (random weights; scratch-4x256: 4 layers, hidden size 256), NAME of weights/NAME."
+        "safetensors, or a path (default: xlmr-base if it was converted, else mini; glue minilm; atis, snips scratch)",
         str,
         "M",
     )
@@ -113,12 +117,9 @@ class TrainConfig:
         None, "SentencePiece model for scratch (atis and snips: the words of the training set)", str, "FILE"
     )
     tt_rank: int = option(
-        0,
-        "rank of tensor trains instead of matrices (of a pretrained model: in its students); 0 for none",
-        INTEGER,
-        "R",
+        0, "rank of tensor trains instead of matrices (of a pretrained model: in its students); 0 for none", UINT, "R"
     )
-    tt_embedding_rank: int = option(0, "rank of the word embeddings; 0 keeps the table", INTEGER, "R")
+    tt_embedding_rank: int = option(0, "rank of the word embeddings; 0 keeps the table", UINT, "R")
 
     methods: tuple[str, ...] = option(("fp32", "ptq", "qat", "sdq"), "rows of the report, see below")
     bits: int = option(8, "bits of weights and word embeddings: 2 to 8, 32 for float32", int)
@@ -145,7 +146,7 @@ class TrainConfig:
     beta: float = option(100.0, "weight of every other loss that has none in --distill", FACTOR)
     temperature: float = option(1.0, "softens the logits of teacher and student", between(float, 1e-3, 1e3))
 
-    epochs: int = option(3, "passes over the training set; 0: the model is a teacher as it stands", INTEGER)
+    epochs: int = option(3, "passes over the training set; 0: the model is a teacher as it stands", UINT)
     student_epochs: int | None = option(None, "of qat and sdq (default: --epochs)", COUNT)
     steps: int | None = option(None, "stop every training after N steps", COUNT)
     student_steps: int | None = option(None, "of qat and sdq (default: --steps)", COUNT)
@@ -160,7 +161,7 @@ class TrainConfig:
     analyze: bool = option(
         False, "also measure each layer's error and attention on dev, and evaluate the fake-quantized student"
     )
-    seed: int = option(0, "of weights, batches, dropout and noise", INTEGER)
+    seed: int = option(0, "of weights, batches, dropout and noise", UINT)
     device: str = option("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
     threads: int | None = option(None, "CPU threads (default: all cores)", COUNT)
     precision: str = option(
@@ -173,10 +174,25 @@ class TrainConfig:
 
     @cached_property
     def loss_weights(self) -> dict[str, float]:
-        """Loss, "task" or a key of distill.LOSSES -> its weight: its own, alpha of the logits, or beta."""
-        usual = {"logits": self.alpha, "task": 1.0}
-        own = parse_distill(self.distill)
-        return {name: usual.get(name, self.beta) if weight is None else weight for name, weight in own.items()}
+        """The losses of --distill, "task" or keys of distill.LOSSES, and their weights: their own, alpha of the logits,
+        or beta; {} for none and layer-by-layer distillation.
+
+        Raises ValueError for an unknown or repeated loss and for a weight that is no number >= 0.
+        """
+        text, found, usual = self.distill, {}, {"logits": self.alpha, "task": 1.0}
+        for part in [] if text == "none" or text in LAYERWISE else text.split("+"):
+            weight, star, name = part.rpartition("*")
+            if name not in LOSSES and name != "task":
+                known = f"join any of {', '.join(LOSSES)} with '+', or use none or {', '.join(LAYERWISE)}"
+                raise ValueError(f"distill={text}: {name!r} is unknown: {known}")
+            if name in found:
+                raise ValueError(f"distill={text}: it names {name} twice")
+            try:
+                found[name] = FACTOR(weight) if star else usual.get(name, self.beta)
+            except (ValueError, argparse.ArgumentTypeError):
+                message = f"distill={text}: {weight!r} before {name} is not a weight, such as 150 or 0.5"
+                raise ValueError(message) from None
+        return found
 
 
 # Options that do not make it another run. NOTE: threads, device and parts change the last bits of a result, so resuming
@@ -184,34 +200,9 @@ class TrainConfig:
 SAME_RUN = ("device", "threads", "accumulate", "out", "analyze")
 
 
-def parse_distill(text: str) -> dict[str, float | None]:
-    """The losses of a --distill value, and their own weights; none for "none" and layer-by-layer distillation.
-
-    >>> parse_distill("logits+30*score"), parse_distill("none")
-    ({'logits': None, 'score': 30.0}, {})
-
-    Raises ValueError for an unknown or repeated loss and for a weight that is no number >= 0.
-    """
-    found: dict[str, float | None] = {}
-    for part in [] if text == "none" or text in LAYERWISE else text.split("+"):
-        weight, star, name = part.rpartition("*")
-        if name not in LOSSES and name != "task":
-            known = f"join any of {', '.join(LOSSES)} with '+', or use none or {', '.join(LAYERWISE)}"
-            raise ValueError(f"distill={text}: {name!r} is unknown: {known}")
-        if name in found:
-            raise ValueError(f"distill={text}: it names {name} twice")
-        try:
-            own = float(weight) if star else None
-        except ValueError:
-            own = -1.0
-        if own is not None and not 0 <= own < math.inf:
-            raise ValueError(f"distill={text}: {weight!r} before {name} is not a weight, such as 150 or 0.5")
-        found[name] = own
-    return found
-
-
 def tt_config(config: TrainConfig) -> TTConfig | None:
-    return TTConfig(config.tt_rank, config.tt_embedding_rank) if config.tt_rank else None
+    ranks = config.tt_rank, config.tt_embedding_rank
+    return TTConfig(*ranks) if any(ranks) else None
 
 
 def quant_config(config: TrainConfig, method: str) -> QuantConfig:
@@ -219,17 +210,11 @@ def quant_config(config: TrainConfig, method: str) -> QuantConfig:
     act_range = "static" if method == "ptq-static" else config.act_range
     if act_range == "learned" and method not in TRAINED:
         act_range = "static"  # where learning starts
+    same = {name: getattr(config, name) for name in ("act_bits", "attention_bits", "weights", "weight_range")}
+    fine, noise = not config.per_tensor, config.noise if method in TRAINED else 1.0
+    keep = default_keep(tt_config(config))
     return QuantConfig(
-        weight_bits=config.bits,
-        act_bits=config.act_bits,
-        per_channel=not config.per_tensor,
-        per_token=not config.per_tensor,
-        weights=config.weights,
-        weight_range=config.weight_range,
-        act_range=act_range,
-        attention_bits=config.attention_bits,
-        noise=config.noise if method in TRAINED else 1.0,
-        keep=default_keep(tt_config(config)),
+        config.bits, per_channel=fine, per_token=fine, act_range=act_range, noise=noise, keep=keep, **same
     )
 
 
@@ -242,8 +227,8 @@ def scratch_shape(model: str) -> tuple[int, int] | None:
 # --------------------------------------------------------------------------------------- defaults
 def resolve(given: dict) -> TrainConfig:
     """The options of a run with all defaults filled in. given: the options that were typed."""
-    recipe = given.get("recipe", "sdq")
-    task = find_task(given.get("task", DEFAULTS[recipe].get("task", "xnli")))
+    recipe = DEFAULTS[given.get("recipe", "sdq")]
+    task = find_task(given.get("task", recipe.get("task", "xnli")))
     there = (m for m in task.models if os.path.isfile(os.path.join(WEIGHTS_DIR, m + ".safetensors")))
     model = given.get("model") or next(there, task.models[-1])
     kind = "scratch" if model == "scratch" or scratch_shape(model) else model
@@ -251,31 +236,22 @@ def resolve(given: dict) -> TrainConfig:
     if task.head == "joint" and kind == "scratch":
         built_in = find_data(task, given.get("data_dir"), kind) not in (given.get("data_dir"), RAW_DIR)
         rows += ["joint", "joint, built-in sample"][: 1 + built_in]
-    values: dict = {}
-    for row in rows:
-        values |= DEFAULTS.get(row, {})
+    values = {name: value for row in rows for name, value in DEFAULTS.get(row, {}).items()}
     shape, rates = values.pop("shape", ""), values.pop("student_lr_at", {})
-    values |= DEFAULTS[recipe] | given
-    values |= {"task": task.name, "model": f"scratch-{shape}" if model == "scratch" else model}
+    values |= recipe | given
     width = "pq" if values.get("weights") == "pq" else values.get("bits", 8)
-    if "student_lr" not in given and width in rates:
-        values["student_lr"] = rates[width]
-    weights = WEIGHTS.get(values.get("weights", "uniform"), WEIGHTS["uniform"])
+    weights = WEIGHTS.get(values.get("weights"), WEIGHTS["uniform"])
     values = {"noise": weights.noise, "weight_range": weights.ranges[0]} | values
+    values |= {"task": task.name, "model": f"scratch-{shape}" if model == "scratch" else model}
+    values["student_lr"] = given.get("student_lr") or rates.get(width) or values.get("student_lr")
     if not task.train_language and values.get("data_dir"):
         values["train_language"] = own_language(task, values["data_dir"], values.get("train_language"))
     config = TrainConfig(**values)
-    follow = {"student_epochs": config.epochs or TrainConfig.epochs, "student_steps": config.steps}
-    follow["student_lr"] = config.lr
-    return TrainConfig(**values | {name: each for name, each in follow.items() if getattr(config, name) is None})
+    epochs, lr = config.student_epochs or config.epochs or TrainConfig.epochs, config.student_lr or config.lr
+    return replace(config, student_epochs=epochs, student_steps=config.student_steps or config.steps, student_lr=lr)
 
 
-NAMED = ("recipe", "task", "model", "bits", "act_bits")  # options in the name of a run; defaults depend on them
-
-
-def usual(config: TrainConfig) -> TrainConfig:
-    """The defaults of a run of this recipe, task, model and width."""
-    return resolve({name: getattr(config, name) for name in NAMED})
+NAMED = ("recipe", "task", "model", "bits", "act_bits")  # in the name of each run; other defaults depend on them
 
 
 def default_out(config: TrainConfig) -> str:
@@ -283,7 +259,7 @@ def default_out(config: TrainConfig) -> str:
     recipe = "" if config.recipe == "sdq" else f"-{config.recipe}"
     model = os.path.splitext(os.path.basename(config.model))[0]
     name = f"{config.task}-{model}{recipe}-w{config.bits}a{config.act_bits}-s{config.seed}"
-    defaults = usual(config)
+    defaults = resolve({name: getattr(config, name) for name in NAMED})
     for spec in fields(config):
         value = getattr(config, spec.name)
         if value != getattr(defaults, spec.name) and spec.name not in (*NAMED, "seed", *SAME_RUN):
@@ -330,18 +306,8 @@ def build_parser() -> argparse.ArgumentParser:
     for spec in fields(TrainConfig):
         if spec.name in GROUPS:
             group = parser.add_argument_group(GROUPS[spec.name])
-        kind, metavar = spec.metadata["kind"], spec.metadata["metavar"]
-        text = (spec.metadata["text"] + defaults_in_words(spec)).replace("%", "%%")
-        kwargs: dict = dict(default=argparse.SUPPRESS, help=text)
-        if spec.default is False:
-            kwargs["action"] = "store_true"
-        elif isinstance(kind, tuple):
-            kwargs |= dict(choices=kind, metavar="X")
-        else:
-            kwargs |= dict(type=kind, metavar=metavar or ("N" if kind.__name__ == "int" else "X"))
-        if isinstance(spec.default, tuple):
-            kwargs["nargs"] = "+"
-        group.add_argument(flag(spec.name), **kwargs)
+        text = (spec.metadata["help"] + defaults_in_words(spec)).replace("%", "%%")
+        group.add_argument(flag(spec.name), default=argparse.SUPPRESS, **spec.metadata | {"help": text})
     group.add_argument("--resume", action="store_true", help="continue a stopped run of the same options")
     return parser
 
@@ -351,7 +317,7 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, bool]:
     given = vars(build_parser().parse_args(argv))
     resume = given.pop("resume")
     for name in {"languages", "methods"} & set(given):  # "en de" and "en,de" both work
-        given[name] = tuple(part for text in given[name] for part in text.split(","))
+        given[name] = tuple(dict.fromkeys(part for text in given[name] for part in text.split(",")))
     config = resolve(given)
     check(config, find_task(config.task))
     return config, resume
@@ -368,39 +334,18 @@ def check(config: TrainConfig, task: Task) -> None:
         text = re.sub(r"\b(\w+)=", lambda m: flag(names.get(m[1], m[1])) + " ", str(error))
         raise UserError(text) from None
     unknown = [name for name in config.methods if name not in METHODS]
-    if unknown or len(set(config.methods)) < len(config.methods):
-        what = f"{unknown[0]!r} is unknown" if unknown else "a row is named twice"
-        raise UserError(f"--methods: {what}; choose from {' '.join(METHODS)}")
-    floats = config.act_bits == config.attention_bits == 32
-    same = config.bits == 32 and floats and not (config.tt_rank and not scratch_shape(config.model))
-    fixed = "ptq-static" in config.methods or config.act_range != "dynamic"
-    layerwise, sdq = config.distill in LAYERWISE, "sdq" in config.methods
+    no_words = scratch_shape(config.model) and task.head == "sequence" and not config.tokenizer
+    layerwise, weights = config.distill in LAYERWISE, f"--weights {config.weights}"
     distills = layerwise or any(weight for name, weight in losses.items() if name != "task")
-    files = ", ".join(chain(*task.files.values()))
+    nothing = f"--distill {config.distill} has no loss with a weight, so sdq would be qat: use --methods fp32 ptq qat"
+    cores = f"{weights} is for matrices: cores of tensor trains have learned scales"
+    stages = f"{weights} has stages of its own: not with --distill {config.distill}"
     for is_wrong, message in (
-        (not (task.train_language or config.data_dir), f"--task {task.name} needs --data-dir DIR, which holds {files}"),
-        (
-            scratch_shape(config.model) and not (config.tokenizer or task.head != "sequence"),
-            "--model scratch needs --tokenizer FILE, a SentencePiece model",
-        ),
-        (config.tt_embedding_rank and not config.tt_rank, "--tt-embedding-rank needs --tt-rank"),
-        (
-            config.tt_rank and config.weights != "uniform",
-            f"--weights {config.weights} is for matrices: cores of tensor trains have learned scales",
-        ),
-        (
-            config.weights == "pq" and layerwise,
-            f"--weights pq has stages of its own: not with --distill {config.distill}",
-        ),
-        (
-            same and config.methods != ("fp32",),
-            "--bits 32 --act-bits 32 quantizes nothing, so all rows would be fp32: use --methods fp32",
-        ),
-        (fixed and floats, "static ranges need quantized activations: --act-bits 2 to 8, or --act-range dynamic"),
-        (
-            sdq and not distills,
-            f"--distill {config.distill} has no loss with a weight, so sdq would be qat: use --methods fp32 ptq qat",
-        ),
+        (unknown, f"--methods: {', '.join(map(repr, unknown))} is unknown; choose from {' '.join(METHODS)}"),
+        (no_words, "--model scratch needs --tokenizer FILE, a SentencePiece model"),
+        (config.tt_rank and config.weights != "uniform", cores),
+        (config.weights == "pq" and layerwise, stages),
+        ("sdq" in config.methods and not distills, nothing),
     ):
         if is_wrong:
             raise UserError(message)
@@ -422,12 +367,9 @@ def introduction(config: TrainConfig, task: Task, folder: str) -> str:
 
 
 def fit(config: TrainConfig, model: str, positions: int, hidden_size: int, device: torch.device) -> TrainConfig:
-    """The options as a model and a processor allow them. Raises UserError for a typed --max-length that is too long."""
+    """The options as a model and a processor allow them."""
     if config.max_length > positions:
-        text = f"{config.max_length}: {model} has {positions} positions"
-        if config.max_length != usual(config).max_length:  # typed
-            raise UserError(f"--max-length {text}; use {positions} or less")
-        print(f"--max-length {positions} instead of {text}")
+        print(f"--max-length {positions} instead of {config.max_length}: {model} has {positions} positions")
         config = replace(config, max_length=positions)
     if config.precision == "auto":  # small models train in minutes: there the same bits on all CPUs are worth more
         bf16 = multiplies_bf16(device) and (device.type == "cuda" or hidden_size >= 256)
