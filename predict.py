@@ -21,15 +21,14 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, count, islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from checkpoint import Student as Packed
 from checkpoint import fake_quantized, read_student, tokenizer_of
 from data.batches import (
     IGNORE,
@@ -41,10 +40,10 @@ from data.batches import (
     evaluation_batches,
     evaluation_order,
 )
-from data.files import Sentence, no_file, refuse_utf16
+from data.files import Sentence, refuse_utf16
 from data.metrics import joint_scores, score_sequences, token_scores
 from data.slots import Names
-from data.tasks import Task, class_names, file_paths, find_data, find_task, languages_of, with_classes
+from data.tasks import Task, class_names, find_data, find_task, languages_of, with_classes
 from data.tokenizer import Encoder
 from int8 import integer_model
 from kit import parallel
@@ -60,8 +59,8 @@ TOKENS = 4096  # per batch, padding included
 class Student(NamedTuple):
     """A model that is ready to predict; it can be copied and pickled.
 
-    labels: of a text; slots: tags of words, () if the model has none.  max_length: where texts are cut, as in
-    training.  texts: 1 or 2, as in training; 0 if the file does not say.
+    labels: of a text; slots: tags of words, () if the model has none.  max_length: where texts are cut, and texts: 1
+    or 2, both as in training.
     """
 
     model: Model
@@ -82,10 +81,8 @@ def load(path: str, device: str = "auto", threads: int | None = None) -> Student
     labels, slots = read.classes
     if read.config.head == "token":  # its labels are those of words
         labels, slots = (), labels
-    elif read.config.head not in ("sequence", "joint"):
-        raise UserError(f"{path} has a {read.config.head} head, which predicts nothing")
-    texts = 1 if slots else {"1": 1, "2": 2}.get(read.notes.get("texts"), 0)
-    return Student(integer_model(read, device), tokenizer_of(path, read), labels, slots, read.max_length, texts)
+    texts, tokenizer = int(read.notes.get("texts", 1)), tokenizer_of(path, read)
+    return Student(integer_model(read, device), tokenizer, labels, slots, read.max_length, texts)
 
 
 def problem(student: Student, text: str | tuple[str, str]) -> str:
@@ -93,16 +90,11 @@ def problem(student: Student, text: str | tuple[str, str]) -> str:
     stand beside a label are never cut.
     """
     texts = (text,) if isinstance(text, str) else text
-    pair = isinstance(text, (tuple, list)) and len(text) > 1
-    if not (pair or isinstance(text, str)) or not all(isinstance(each, str) for each in texts):
-        return "is no text or pair of texts"
     if not texts[0].strip():
-        return "has an empty first text" if pair else "is empty"
-    if len(texts) > 2 or len(texts) != (student.texts or len(texts)):
-        wanted = {0: "one text or two", 1: "one text", 2: "two texts"}[student.texts]
-        return (
-            f"has {len(texts)} text{'s' if len(texts) > 1 else ''}, and this student reads {wanted}, separated by a tab"
-        )
+        return "has an empty first text"
+    if len(texts) != student.texts:
+        found = "1 text" if len(texts) == 1 else f"{len(texts)} texts"
+        return f"has {found}, and this student reads {('one text', 'two texts')[student.texts - 1]}, separated by a tab"
     if student.slots and student.labels:
         ((ids, _),), most = student.tokenizer.encode_words([words_of(text)]), student.model.config.max_tokens
         if len(ids) > most:
@@ -119,14 +111,12 @@ def predict(student: Student, texts: Iterable[str | tuple[str, str]]) -> Iterato
     """
     if isinstance(texts, str):
         raise UserError("predict takes a list of texts, not a string: [text]")
-    texts, kinds, done = iter(texts), set(), 0
-    while chunk := list(islice(texts, CHUNK)):
-        for number, text in enumerate(chunk, start=done + 1):
-            kinds.add(isinstance(text, str))
-            if wrong := problem(student, text) or ("is of another kind than those before" if len(kinds) > 1 else ""):
+    numbered = enumerate(texts, start=1)
+    while chunk := list(islice(numbered, CHUNK)):
+        for number, text in chunk:
+            if wrong := problem(student, text):
                 raise UserError(f"text {number} {wrong}")
-        done += len(chunk)
-        yield from predict_chunk(student, chunk)
+        yield from predict_chunk(student, [text for _, text in chunk])
 
 
 @torch.no_grad()
@@ -134,29 +124,27 @@ def predict_chunk(student: Student, texts: list[str | tuple[str, str]]) -> list[
     model, device = student.model, next(student.model.parameters()).device
     dataset = replace(encode(student, texts), pad=student.tokenizer.pad_id)
     rows, tags = [], []
-    for batch in evaluation_batches(dataset, TOKENS):
-        batch = batch.to(device)
+    for batch in batches_on(device, dataset, TOKENS):
         logits, _ = model(batch.ids, batch.mask, types=batch.types)
         logits, slots = logits if isinstance(logits, tuple) else (logits, logits)
-        rows += zip(*best(logits, student.labels), strict=True) if student.labels else [()] * len(batch.ids)
+        rows += best(logits, student.labels) if student.labels else ()
         if student.slots:
             words, found = (batch.tags != IGNORE).cpu(), slots.argmax(dim=-1).cpu()
             tags += [[student.slots[tag] for tag in found[i][words[i]].tolist()] for i in range(len(words))]
     order = np.argsort(evaluation_order(dataset))
-    rows = [rows[i] for i in order]
+    rows = [rows[i] for i in order] if student.labels else [()] * len(texts)
     if not student.slots:
         return rows
     every = (tag for i in order for tag in tags[i])  # a long sentence is several rows: its words follow each other
-    rows = rows if student.labels else [()] * len(texts)
     return [(*row, list(islice(every, len(words_of(text))))) for row, text in zip(rows, texts, strict=True)]
 
 
-def best(logits: torch.Tensor, labels: tuple[str, ...]) -> tuple[list, ...]:
-    """The likeliest label of each row and its probability; of a regression, the number."""
+def best(logits: torch.Tensor, labels: tuple[str, ...]) -> Iterable[tuple]:
+    """(the likeliest label, its probability) of each row; (the number,) of a regression."""
     if len(labels) == 1:
-        return (logits[:, 0].tolist(),)
+        return zip(logits[:, 0].tolist(), strict=True)
     probability, index = logits.float().softmax(dim=-1).max(dim=-1)
-    return [labels[i] for i in index.tolist()], probability.tolist()
+    return zip([labels[i] for i in index.tolist()], probability.tolist(), strict=True)
 
 
 def words_of(text: str) -> list[str]:
@@ -193,14 +181,18 @@ def lines_of(path: str) -> Iterator[tuple[str | tuple[str, str], str]]:
 
 
 # ------------------------------------------------------------------------------------- evaluation
+def batches_on(device: torch.device, dataset: Dataset, tokens: int = 0) -> Iterator:
+    """Batches of all rows once, longest first.  tokens: per batch, padding included; as in an evaluation if not given."""
+    return (batch.to(device) for batch in evaluation_batches(dataset, tokens or EVAL_TOKENS[device.type]))
+
+
 @torch.no_grad()
 def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
     """The metrics of the dataset in %, "score" (their mean) and the counts behind them."""
     model.eval()
     predictions, labels = [], []  # of sequences, one array per batch
     tags, slots = [], []  # labels and predictions of words, one list of arrays per batch, one array per sequence
-    for batch in parallel.mine(evaluation_batches(dataset, EVAL_TOKENS[device.type])):
-        batch = batch.to(device)
+    for batch in parallel.mine(batches_on(device, dataset)):
         logits, _ = model(batch.ids, batch.mask, types=batch.types)
         if batch.tags is not None:
             logits, slot_logits = logits if isinstance(logits, tuple) else (None, logits)
@@ -237,26 +229,16 @@ def evaluate_languages(name: str, model: Model, tests: dict[str, Dataset], task:
     return summarize_languages(found, task.train_language)
 
 
-def load_tests(
-    task: Task,
-    split: str,
-    languages: tuple[str, ...],
-    folder: str,
-    tokenizer: Encoder,
-    max_length: int,
-    limit: int | None,
-) -> dict[str, Dataset]:
-    """The encoded test set of each language: all, or the training language and the given ones."""
-    missing = [p for p in file_paths(task, folder, split) if not os.path.exists(p)]
-    if missing:
-        hint = "" if split == "dev" else ". --eval-split dev needs no test file"
-        raise UserError(no_file(missing[0], task.fetch) + hint)
+def load_tests(task: Task, split: str, languages: Sequence[str], folder: str, *how) -> dict[str, Dataset]:
+    """The encoded test set of each language: all, or the training language and the given ones.  how: the tokenizer, the
+    longest sequence and the limit of rows, as in encode_split.
+    """
     known = languages_of(task, folder, split)
     for language in languages:
         if language not in known:
             raise UserError(f"--languages {language!r}: {task.name} has {' '.join(known)}")
     chosen = [name for name in known if name in {task.train_language, *(languages or known)}]
-    return {name: encode_split(task, split, name, folder, tokenizer, max_length, limit) for name in chosen}
+    return {name: encode_split(task, split, name, folder, *how) for name in chosen}
 
 
 def evaluate_student(path: str, args: argparse.Namespace) -> None:
@@ -268,16 +250,17 @@ def evaluate_student(path: str, args: argparse.Namespace) -> None:
     if task.name in ("tsv", "tags"):  # its classes are in its training file, and in the student
         task = with_classes(task, read.classes[0])
     folder = find_data(task, args.data_dir, task.models[-1] if notes.get("data") == "built in" else "")
-    tests = load_tests(
-        task, args.eval_split, tuple(args.languages), folder, tokenizer_of(path, read), read.max_length, args.max_eval
-    )
-    if [notes.get("labels"), notes.get("slots")] != ["\t".join(each) for each in class_names(task, folder)]:
+    how = folder, tokenizer_of(path, read), read.max_length, args.max_eval
+    tests = load_tests(task, args.eval_split, args.languages, *how)
+    if read.classes != list(class_names(task, folder)):
         raise UserError(f"{path} has other labels than {folder}: name its --data-dir")
-    if any(notes.get("texts", texts) != texts for texts in (str(1 + each.pairs) for each in tests.values())):
+    if any(each.pairs != (notes.get("texts") == "2") for each in tests.values()):
         raise UserError(f"{path} reads {notes['texts']} text(s) per row, {folder} has others")
     if note := cut_note([*tests.values()], "texts", read.max_length):
         print(f"NOTE: {note}, as in training")
-    model, kind = predictor(read, device)
+    floats = 32 in (quant.weight_bits, quant.act_bits)  # there are no integers to multiply
+    model = fake_quantized(read).to(device) if floats else integer_model(read, device)
+    kind = "fake-quantized" if floats else f"integers, {type(model.encoder.layers[0].ffn.up.kernel).__name__}"
     row = evaluate_languages("student", model, tests, task, device)
     row |= {"size_bytes": os.path.getsize(path), "train_seconds": 0}
     name = f"{notes.get('method')} W{quant.weight_bits}A{quant.act_bits}"
@@ -287,35 +270,23 @@ def evaluate_student(path: str, args: argparse.Namespace) -> None:
     print(f"{clock(time.monotonic() - started)} in all")
 
 
-def predictor(read: Packed, device: torch.device) -> tuple[Model, str]:
-    """The integer model of a student; the fake-quantized one if there are no integers to multiply. And which it is."""
-    if 32 in (read.quant.weight_bits, read.quant.act_bits):
-        return fake_quantized(read).to(device), "fake-quantized"
-    model = integer_model(read, device)
-    return model, f"integers, {type(model.encoder.layers[0].ffn.up.kernel).__name__}"
-
-
 # ----------------------------------------------------------------------------------- command line
 def label_lines(student: Student, path: str) -> None:
     """Print one line per line of a file. Raises UserError if some have no label."""
-    source, lines, failed = "standard input" if path == "-" else path, lines_of(path), 0
-    for begin in count(1, CHUNK):
-        chunk, readable = list(islice(lines, CHUNK)), {}
-        for number, (text, wrong) in enumerate(chunk, start=begin):
+    source, lines, failed = "standard input" if path == "-" else path, enumerate(lines_of(path), start=1), 0
+    while chunk := list(islice(lines, CHUNK)):
+        readable = {}
+        for number, (text, wrong) in chunk:
             if wrong := wrong or (text and problem(student, text)):
                 print(f"error: {source}, line {number} {wrong}", file=sys.stderr)
                 failed += 1
             elif text:
                 readable[number] = text
         found = dict(zip(readable, predict(student, readable.values()), strict=True))
-        for number in range(begin, begin + len(chunk)):
+        for number, _ in chunk:
             row = found.get(number, ())
-            print(
-                *(f"{x:.4f}" if isinstance(x, float) else " ".join(x) if isinstance(x, list) else x for x in row),
-                sep="\t",
-            )
-        if not chunk:
-            break
+            cells = (f"{x:.4f}" if isinstance(x, float) else " ".join(x) if isinstance(x, list) else x for x in row)
+            print(*cells, sep="\t")
     if failed:
         raise UserError(f"lines without a label, see above: {failed:,}; in the output they are blank")
 

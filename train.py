@@ -32,16 +32,7 @@ import checkpoint
 from analyze import attention_recovery, layer_errors
 from checkpoint import Start
 from config import SAME_RUN, TRAINED, TrainConfig, default_out, fit, introduction, parse_args, quant_config, tt_config
-from data.batches import (
-    IGNORE,
-    Batch,
-    Dataset,
-    encode_split,
-    evaluation_batches,
-    facts,
-    training_batch,
-    unpadded_batches,
-)
+from data.batches import IGNORE, Batch, Dataset, encode_split, facts, training_batch, unpadded_batches
 from data.tasks import find_data, find_task, selection_splits
 from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_terms
 from int8 import to_integer
@@ -52,7 +43,7 @@ from kit.report import analysis_tables, caveats, report, report_table
 from kit.run import STUDENT, Run, Training
 from model import Model, set_dropout
 from pq import STAGES, begin_stage, product_quantizers
-from predict import EVAL_TOKENS, evaluate, evaluate_languages, in_words, load_tests
+from predict import batches_on, evaluate, evaluate_languages, in_words, load_tests
 from prepare import calibrate, prepare
 from tt import tensorize
 
@@ -223,7 +214,8 @@ class LayerwisePlan(Plan):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.schedule = layer_schedule(self.config, self.model.config.num_layers, self.steps)
+        layers = self.model.config.num_layers  # half of the steps for all their stages, half for the last one
+        self.schedule = LayerSchedule(layers, max(1, self.steps // 2 // layers), LAYERWISE[self.config.distill])
 
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         stage = self.schedule.active(step), self.schedule.is_last(step)
@@ -278,15 +270,6 @@ def total_steps(config: TrainConfig, examples: int, student: bool) -> int:
     return min(steps, limit or steps)
 
 
-def layer_schedule(config: TrainConfig, layers: int, total: int) -> LayerSchedule:
-    """Half of the steps for the stages, half for the last one. Raises UserError if they are too few."""
-    schedule = LayerSchedule(layers, max(1, total // 2 // layers), LAYERWISE[config.distill])
-    if schedule.last_stage_start >= total:
-        need = f"--distill {config.distill} needs more than {layers} steps for {layers} layers"
-        raise UserError(f"{need}, not {total}: raise --student-epochs or --student-steps")
-    return schedule
-
-
 def linear_rate(step: int, total: int, peak: float) -> float:
     """Linear warm-up to the peak, then linear decay to zero. step counts from 0."""
     rising = max(1, round(total * WARMUP))
@@ -322,14 +305,10 @@ def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Scale all gradients, sparse ones included, so that their common norm is at most `limit`. Returns the norm before."""
     gradients = []
-    for parameter in model.parameters():
-        if parameter.grad is None:
-            continue
+    for parameter in (p for p in model.parameters() if p.grad is not None):
         if parameter.grad.is_sparse:  # coalesced, its values can be scaled in place
             parameter.grad = parameter.grad.coalesce()
-            gradients.append(parameter.grad.values())
-        else:
-            gradients.append(parameter.grad)
+        gradients.append(parameter.grad.values() if parameter.grad.is_sparse else parameter.grad)
     norm = torch.nn.utils.get_total_norm(gradients)
     torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
@@ -403,25 +382,22 @@ def run_student(run: Run, start: Start, teacher: Model, method: str, data: Data)
     """One quantized row of the report. Writes student.safetensors."""
     config, task = run.config, start.task
     student = make_student(run, teacher, method, data)
-    seconds = 0.0
-    if method in TRAINED:
-        seconds = train(student, teacher if method == "sdq" else None, data, run, method)
+    distills_from = teacher if method == "sdq" else None
+    seconds = train(student, distills_from, data, run, method) if method in TRAINED else 0.0
     begin_stage(student, len(STAGES) - 1)  # nothing waits any more, even if a resumed training had no step left
     quant = quant_config(config, method)
     notes = dict(task=config.task, model=start.name, method=method, data=start.data)
     notes |= {"train_language": task.train_language, "max_length": str(config.max_length)}
-    notes |= {"labels": "\t".join(start.labels), "slots": "\t".join(start.slots)}
-    notes |= {"texts": "2" if data.train.pairs else "1"}
+    notes |= {"labels": "\t".join(start.labels), "slots": "\t".join(start.slots), "texts": str(1 + data.train.pairs)}
     size = checkpoint.save_student(run.path(STUDENT), student, quant, start.tokenizer.bytes, notes)
     floats = 32 in (config.bits, config.act_bits)  # there are no integers to multiply
     model = student if floats else to_integer(student, quant, run.device)
     row = {"size_bytes": size, "train_seconds": seconds}
     row |= evaluate_languages(method, model, data.tests, task, run.device)
     if not floats and (config.analyze or run.device.type == "cuda"):
-        name = f"{method}, fake-quantized"
-        row["student"] = evaluate_languages(name, student, data.tests, task, run.device)
+        row["student"] = evaluate_languages(f"{method}, fake-quantized", student, data.tests, task, run.device)
     if config.analyze:
-        batches = [b.to(run.device) for b in evaluation_batches(data.dev, EVAL_TOKENS[run.device.type])]
+        batches = list(batches_on(run.device, data.dev))
         row["errors"] = layer_errors(teacher, student, batches)
         row["recovery"] = attention_recovery(teacher, student, batches)
     return row
@@ -439,13 +415,9 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Start, Data]:
     print(f"{hardware(device)}, {many}{torch.get_num_threads()} threads, training in {config.precision}, out {run.out}")
 
     language, how = task.train_language, (folder, start.tokenizer, config.max_length)
-    for_training, for_selection = selection_splits(task, config.eval_split)
+    splits = zip(selection_splits(task, config.eval_split), (config.max_train, config.max_eval), strict=True)
     tests = load_tests(task, config.eval_split, config.languages, *how, config.max_eval)
-    data = Data(
-        encode_split(task, for_training, language, *how, config.max_train),
-        encode_split(task, for_selection, language, *how, config.max_eval),
-        tests,
-    )
+    data = Data(*(encode_split(task, split, language, *how, limit) for split, limit in splits), tests)
     steps = {name: total_steps(config, len(data.train), name == "students") for name in ("teacher", "students")}
     print(*facts(*data, task, folder, start.labels, config.max_length), sep="\n")
     print(f"steps of {config.batch_size}: " + ", ".join(f"{name} {count:,}" for name, count in steps.items()))
@@ -463,11 +435,12 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Start, Data]:
 
 
 def check_steps(config: TrainConfig, layers: int, steps: int) -> None:
-    """Raises UserError, before the teacher is trained, for too few steps of a student."""
+    """Raises UserError, before the teacher is trained, if a student has too few steps for its stages."""
+    option, least = "--weights pq", len(STAGES) if config.weights == "pq" and config.methods != ("fp32",) else 0
     if config.distill in LAYERWISE and "sdq" in config.methods:
-        layer_schedule(config, layers, steps)
-    if config.weights == "pq" and config.methods != ("fp32",) and steps < len(STAGES):
-        raise UserError(f"--weights pq needs {len(STAGES)} steps or more, not {steps}: raise --student-steps")
+        option, least = f"--distill {config.distill}", layers + 1
+    if steps < least:
+        raise UserError(f"{option} needs {least} steps or more, not {steps}: raise --student-epochs or --student-steps")
 
 
 @exit_status(": the same command with --resume continues")
