@@ -192,7 +192,8 @@ def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
     model.eval()
     predictions, labels = [], []  # of sequences, one array per batch
     tags, slots = [], []  # labels and predictions of words, one list of arrays per batch, one array per sequence
-    for batch in parallel.mine(batches_on(device, dataset)):
+    for batch in parallel.mine(evaluation_batches(dataset, EVAL_TOKENS[device.type])):
+        batch = batch.to(device)
         logits, _ = model(batch.ids, batch.mask, types=batch.types)
         if batch.tags is not None:
             logits, slot_logits = logits if isinstance(logits, tuple) else (None, logits)
