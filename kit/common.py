@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 
 import torch
 
@@ -30,36 +30,32 @@ def exit_status(after_interrupt: str = "") -> Callable[[Callable[..., None]], Ca
 
     def decorate(main: Callable[..., None]) -> Callable[..., int]:
         @wraps(main)
-        def told(*arguments, **named) -> int:
-            return status_of(partial(main, *arguments, **named), after_interrupt)
+        def told(*arguments) -> int:
+            status = 2
+            try:
+                main(*arguments)
+                sys.stdout.flush()
+                return 0
+            except BrokenPipeError:  # whoever read the output, such as head, has ended; told if work is left undone
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+                message, status = after_interrupt and f"the output was closed{after_interrupt}", 1
+            except UserError as error:
+                message = f"error: {error}"
+            except OSError as error:  # a full disk, a folder that can't be written
+                message = f"error: {error.filename or 'files'}: {error.strerror or error}"
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type
+                if "out of memory" not in str(error) and "allocate memory" not in str(error):
+                    raise
+                message = "error: out of memory: use smaller batches (--batch-size, --max-length, --accumulate)"
+            except KeyboardInterrupt:
+                message, status = f"\ninterrupted{after_interrupt}", 130
+            if message:
+                print(message, file=sys.stderr)
+            return status
 
         return told
 
     return decorate
-
-
-def status_of(job: Callable[[], None], after_interrupt: str = "") -> int:
-    try:
-        job()
-        sys.stdout.flush()
-        return 0
-    except BrokenPipeError:  # whoever read the output, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        if not after_interrupt:  # nothing is left undone
-            return 1
-        message, status = f"the output was closed{after_interrupt}", 1
-    except UserError as error:
-        message, status = f"error: {error}", 2
-    except OSError as error:  # a full disk, a folder that can't be written
-        message, status = f"error: {error.filename or 'files'}: {error.strerror or error}", 2
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
-            raise
-        message, status = "error: out of memory: use smaller batches (--batch-size, --max-length, --accumulate)", 2
-    except KeyboardInterrupt:
-        message, status = f"\ninterrupted{after_interrupt}", 130
-    print(message, file=sys.stderr)
-    return status
 
 
 writes = True  # False in processes that only compute (kit/parallel.py)
@@ -67,8 +63,7 @@ writes = True  # False in processes that only compute (kit/parallel.py)
 
 # ----------------------------------------------------------------------------------------- output
 class Progress:
-    """A progress line with the remaining time on stderr: kept up to date on a terminal, a new line every ten seconds
-    in a log.
+    """A progress line with the remaining time on stderr, kept up to date on a terminal; in a log, one every 10 seconds.
 
     total: in the unit that update() counts in; None if it is unknown.  done: where a resumed job starts.
     """
@@ -78,35 +73,25 @@ class Progress:
         self.started = self.shown = time.monotonic()
         self.live = sys.stderr.isatty()
 
-    def update(self, done: float, text: str | Callable[[], str] = "") -> None:
-        """done: how much is finished now.  text: shown beside it; a function is called only if the line is drawn."""
-        if not writes:
-            return
+    def update(self, done: float, text: str = "") -> None:
+        """done: how much is finished now.  text: shown beside it."""
         now = time.monotonic()
-        if now - self.shown < (0.2 if self.live else 10.0):
+        if not writes or now - self.shown < (0.2 if self.live else 10.0):
             return
         self.shown = now
         line = f"{self.name} {done:,.0f}"
         if self.total is not None:
             seconds = (now - self.started) / max(done - self.first, 1e-9) * (self.total - done)
             line += f"/{self.total:,.0f}, {clock(seconds)} left"
-        line += f"  {text() if callable(text) else text}"
-        start, end = ("\r\033[K", "") if self.live else ("", "\n")
+        line += f"  {text}"
         if self.live:  # a longer line would wrap, and \r comes back to its last part alone
-            line = line[: terminal_width() - 1]
-        print(start + line, end=end, file=sys.stderr, flush=True)
+            line = "\r\033[K" + line[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
+        print(line, end="" if self.live else "\n", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
         """Make room for other output."""
         if self.live:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def terminal_width() -> int:
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except OSError:  # none
-        return 80
 
 
 def clock(seconds: float) -> str:
@@ -118,16 +103,14 @@ def clock(seconds: float) -> str:
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table with aligned columns: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    first, *widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
-    def join(cells: list[str]) -> str:
+    def join(title: str, *cells: str) -> str:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-        padded[0] = cells[0].ljust(widths[0])
-        return "| " + " | ".join(padded) + " |"
+        return "| " + " | ".join([title.ljust(first), *padded]) + " |"
 
-    rules = ["-" * (width + 1) + ":" for width in widths]
-    rules[0] = "-" * (widths[0] + 2)
-    return "\n".join([join(header), "|" + "|".join(rules) + "|", *map(join, rows)])
+    rules = ["-" * (first + 2), *("-" * (width + 1) + ":" for width in widths)]
+    return "\n".join([join(*header), "|" + "|".join(rules) + "|", *(join(*row) for row in rows)])
 
 
 def choose_device(name: str, threads: int | None) -> torch.device:
@@ -164,7 +147,6 @@ def cpuinfo(field: str) -> str:
     """A field of the first processor in /proc/cpuinfo; "" where there is none."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = [line for line in file if line.startswith(field)]
-        return lines[0].split(":", 1)[1].strip()
-    except (OSError, IndexError):
+            return next((line.partition(":")[2].strip() for line in file if line.startswith(field)), "")
+    except OSError:
         return ""

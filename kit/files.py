@@ -39,8 +39,7 @@ def atomic_write(path: str, mode: str = "wb", temporary: str | None = None) -> I
 
     temporary: its name, where several processes may write `path` at once. What a killed one left is overwritten.
     """
-    path = os.fspath(path)
-    temporary = temporary or path + ".part"
+    temporary = temporary or f"{path}.part"
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     if not common.writes:
         with open(os.devnull, mode, **text) as file:
@@ -152,8 +151,6 @@ def parse(data: mmap.mmap) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError("the header is longer than the file")
     entries = json.loads(data[8:begin].decode())  # the bytes of a second entry of a name are a gap
     tensors, metadata, start = {}, entries.pop("__metadata__", {}), begin
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("metadata that are no strings")
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         if len(shape) > 8 or not all(type(n) is int and 0 <= n <= len(data) for n in shape):

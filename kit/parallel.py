@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from itertools import islice
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,6 @@ from torch import Tensor, nn
 
 from kit import common
 from kit.common import UserError
-
-T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -40,9 +38,7 @@ def rank() -> int:
 
 
 def start(device: str) -> None:
-    """Join the processes that torchrun started, if it did. All but the first neither write nor print; errors of all are
-    told.  device: --device.
-    """
+    """Join the processes that torchrun started, if it did. All but the first neither write nor print, except errors."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or not dist.is_available():
         return
     cuda, local = torch.cuda.is_available() and device != "cpu", int(os.environ.get("LOCAL_RANK", 0))
@@ -50,8 +46,7 @@ def start(device: str) -> None:
         raise UserError(f"process {local} has no GPU: start {torch.cuda.device_count()} with --nproc-per-node")
     if cuda:
         torch.cuda.set_device(local)
-    # Others wait while rank 0 writes.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # others wait while rank 0 writes
     if rank() > 0:
         common.writes = False
         sys.stdout = open(os.devnull, "w")
@@ -79,7 +74,7 @@ def wait() -> None:
         dist.barrier()
 
 
-def mine(items: Iterable[T]) -> Iterator[T]:
+def mine(items: Iterable) -> Iterator:
     """Every N-th item, from the rank's on."""
     return islice(items, rank(), None, world_size())
 
@@ -90,8 +85,7 @@ def gather(own: list) -> list:
         return own
     found = [own] * world_size()
     dist.all_gather_object(found, own)
-    longest = max(map(len, found))
-    return [each[i] for i in range(longest) for each in found if i < len(each)]
+    return [each[i] for i in range(max(map(len, found))) for each in found if i < len(each)]
 
 
 def anywhere(flag: bool) -> bool:
@@ -134,9 +128,7 @@ def backward(
 
 
 def parts(batch: Any, count: int) -> Iterator[tuple[Any, dict[str, float]]]:
-    """This process's parts of a batch, `count` of them, each with its shares of the means that losses are; {} of a
-    whole batch.
-    """
+    """This process's `count` parts of a batch, each with its shares of the means that losses are; {}: all of them."""
     of = world_size() * count
     if of == 1:
         yield batch, {}
@@ -152,20 +144,16 @@ def parts(batch: Any, count: int) -> Iterator[tuple[Any, dict[str, float]]]:
 
 def sum_gradients(model: nn.Module, ids: Tensor) -> None:
     """Add the gradients of all processes, in place.  ids: of the whole batch, whose words have gradients."""
-    dense = []
-    for parameter in model.parameters():
-        if parameter.grad is None:
-            continue
-        if not parameter.grad.is_sparse:
-            dense.append(parameter.grad)
-            continue
-        words, own = torch.unique(ids), parameter.grad.coalesce()  # sorted, as own's indices are
-        values = torch.zeros(len(words), parameter.shape[1], device=words.device, dtype=own.dtype)
-        values[torch.searchsorted(words, own.indices()[0])] = own.values()
-        dist.all_reduce(values)
-        parameter.grad = torch.sparse_coo_tensor(
-            words[None], values, parameter.shape, is_coalesced=True, check_invariants=False
-        )
+    used = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    for parameter in used:
+        if parameter.grad.is_sparse:
+            words, own = torch.unique(ids), parameter.grad.coalesce()  # sorted, as own's indices are
+            values = torch.zeros(len(words), parameter.shape[1], device=words.device, dtype=own.dtype)
+            values[torch.searchsorted(words, own.indices()[0])] = own.values()
+            dist.all_reduce(values)
+            known = dict(is_coalesced=True, check_invariants=False)
+            parameter.grad = torch.sparse_coo_tensor(words[None], values, parameter.shape, **known)
+    dense = [parameter.grad for parameter in used if not parameter.grad.is_sparse]
     flat = torch.cat([gradient.reshape(-1) for gradient in dense])
     dist.all_reduce(flat)
     for gradient, total in zip(dense, flat.split([gradient.numel() for gradient in dense]), strict=True):

@@ -32,9 +32,8 @@ def worst_language(rows: list[dict], languages: list[str]) -> str:
 
 
 def recovered_percent(own: float, ptq: float, fp32: float) -> float | None:
-    """How much of PTQ's loss a method recovered: (method - PTQ) / (FP32 - PTQ) in %.
-
-    None if PTQ lost less than two points, where the ratio is not meaningful.
+    """How much of PTQ's loss a method recovered: (method - PTQ) / (FP32 - PTQ) in %; None if PTQ lost less than two
+    points, where the ratio is not meaningful.
     """
     return 100 * (own - ptq) / (fp32 - ptq) if fp32 - ptq >= 2.0 else None
 
@@ -70,9 +69,7 @@ def report_table(results: dict, task) -> str:
     for name, row in methods.items():
         percent = recovered(methods, name, task)
         cells = [name, *figures(row), "-" if percent is None else f"{percent:.0f} %"]
-        if checked:
-            student = row.get("student")
-            cells.append(", ".join(figures(student)) if student else "-")
+        cells += [", ".join(figures(row["student"])) if "student" in row else "-"] if checked else []
         megabytes = row["size_bytes"] / 1e6
         cells += [f"{megabytes:.{1 if megabytes >= 1 else 3}f}", f"{row['train_seconds']:.0f}"]
         rows.append(cells + [f"{row['languages'][language]['score']:.1f}" for language in others])
@@ -86,12 +83,11 @@ def analysis_tables(methods: dict[str, dict]) -> str:
     """
     errors, recoveries = [], []
     for name, row in methods.items():
-        if "errors" not in row:
-            continue
-        for kind, places in row["errors"].items():
+        for kind, places in row.get("errors", {}).items():
             errors.append([f"{name} {kind}", *(f"{100 * layer['relative']:.1f}" for layer in places["context"])])
-        layers = zip(row["recovery"]["ranking"], row["recovery"]["cover"], strict=True)
-        recoveries.append([name, *(f"{100 * flips:.1f} / {100 * cover:.1f}" for flips, cover in layers)])
+        if "recovery" in row:
+            layers = zip(row["recovery"]["ranking"], row["recovery"]["cover"], strict=True)
+            recoveries.append([name, *(f"{100 * flips:.1f} / {100 * cover:.1f}" for flips, cover in layers)])
     header = [f"layer {i + 1}" for i in range(len(errors[0]) - 1)]
     tables = {"error of context, %": errors, "flipped / cover, %": recoveries}
     return "\n\n".join(markdown_table([title, *header], rows) for title, rows in tables.items())
@@ -104,8 +100,8 @@ def caveats(results: dict, task) -> list[str]:
     tests = next(iter(rows.values()))["languages"]
     if task.metrics == ("accuracy",) and all("majority" in test for test in tests.values()):
         by_test = {name: f"{test['majority']:.1f}" for name, test in tests.items()}
-        same = len(set(by_test.values())) == 1
-        each = next(iter(by_test.values())) if same else ", ".join(f"{name} {score}" for name, score in by_test.items())
+        scores = set(by_test.values())
+        each = scores.pop() if len(scores) == 1 else ", ".join(f"{name} {score}" for name, score in by_test.items())
         notes.append(f"Always predicting the most frequent class of the test rows gives {each}.")
     alone = []
     for name, row in rows.items():
@@ -117,10 +113,8 @@ def caveats(results: dict, task) -> list[str]:
 
 def quantization(config: dict) -> str:
     """How the rows of a run were quantized, in words: W8A8 ..."""
-    scale = "tensor" if config["per_tensor"] else "channel"
-    act_range = config["act_range"]
-    if act_range == "dynamic":
-        act_range = f"at run time, per {'tensor' if config['per_tensor'] else 'token'}"
+    scale, row = ("tensor", "tensor") if config["per_tensor"] else ("channel", "token")
+    act_range = f"at run time, per {row}" if config["act_range"] == "dynamic" else config["act_range"]
     text = f"W{config['bits']}A{config['act_bits']}: {config['weights']} weights, one scale per {scale}, ranges "
     text += f"{config['weight_range']}; activations with ranges {act_range}"
     text += f"; inside attention {config['attention_bits']} bits" if config["attention_bits"] != 32 else ""
@@ -132,8 +126,7 @@ def quantization(config: dict) -> str:
 def report(results: dict, task, selected: str) -> str:
     """report.md: what was run, on what, and the table.  selected: the split that the epoch was selected on."""
     run, where, steps = results["config"], results["environment"], results["steps"]
-    if selected == run["eval_split"]:
-        selected += ", which flatters every trained row"
+    selected += ", which flatters every trained row" if selected == run["eval_split"] else ""
     tests = ", ".join(f"{name} {rows:,}" for name, rows in results["test_examples"].items()).removeprefix("all ")
     notes = [
         f"{run['task']}, model {results['model']}, seed {run['seed']}; metrics in % on {run['eval_split']} ({tests} "

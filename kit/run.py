@@ -38,7 +38,8 @@ SAVE_EVERY = 500  # steps between states; one also follows every evaluation on d
 
 
 class Run:
-    """The folder of a run. Raises UserError if it can't be written or holds another run.
+    """The folder of a run. Raises UserError if it can't be written, or instead of resuming with other options, or
+    overwriting another run or a stopped one.
 
     config: a dataclass of all options.  may_differ: those that do not make it another run.
     """
@@ -46,38 +47,32 @@ class Run:
     def __init__(self, out: str, config, device: torch.device, resume: bool, may_differ: tuple[str, ...] = ()):
         self.out, self.config, self.device, self.resume = out, config, device, resume
         self.teachers = os.path.join(os.path.dirname(os.path.abspath(out)), TEACHERS)
-        for folder in (out, self.teachers):
-            check_writable(folder)
-        self.results: dict = {"methods": {}}
+        check_writable(out)
+        check_writable(self.teachers)
         self.contents: dict[str, str] = {}  # of what a run to be resumed reads: digests by name
-        self.check_same(may_differ)
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.out, name)
-
-    def check_same(self, may_differ: tuple[str, ...]) -> None:
-        """Raises UserError instead of resuming with other options, or overwriting another run or a stopped one."""
-        settings = json.loads(json.dumps(asdict(self.config)))  # tuples become lists, as in the file
         try:
             with open(self.path("config.json"), encoding="utf-8") as file:
                 before = json.load(file)
         except FileNotFoundError:
-            if self.resume:
-                raise UserError(f"no run to resume in {self.out}: drop --resume") from None
+            if resume:
+                raise UserError(f"no run to resume in {out}: drop --resume") from None
             return
         except ValueError:
             before = None
         if not isinstance(before, dict) or "task" not in before:
-            raise UserError(f"{self.out}/config.json is not of a run of train.py: choose another --out")
-        self.contents = before.get("contents", {}) if self.resume else {}
-        differs = [k for k in settings if before.get(k) != settings[k] and k not in may_differ]
-        if differs:
-            name = differs[0]
-            advice = "resume with the same options" if self.resume else "choose another --out"
-            held = f"{self.out} holds a run with {flag(name)} {before.get(name)}, not {settings[name]}"
-            raise UserError(f"{held}: {advice}, or delete it")
-        if not self.resume and os.path.exists(self.path(STATE)):
-            raise UserError(f"{self.out} holds a stopped run: continue it with --resume, or delete it")
+            raise UserError(f"{out}/config.json is not of a run of train.py: choose another --out")
+        for name, value in json.loads(json.dumps(asdict(config))).items():  # tuples become lists, as in the file
+            if before.get(name) != value and name not in may_differ:
+                held = f"{out} holds a run with {flag(name)} {before.get(name)}, not {value}"
+                advice = "resume with the same options" if resume else "choose another --out"
+                raise UserError(f"{held}: {advice}, or delete it")
+        if resume:
+            self.contents = before.get("contents", {})
+        elif os.path.exists(self.path(STATE)):
+            raise UserError(f"{out} holds a stopped run: continue it with --resume, or delete it")
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.out, name)
 
     def start(self, contents: dict[str, str], results: dict) -> None:
         """Read the rows that a resumed run has finished, else remove what an earlier run left; write config.json.
@@ -88,8 +83,9 @@ class Run:
         if changed := next((name for name, digest in self.contents.items() if contents.get(name) != digest), None):
             raise UserError(f"--resume: {changed} changed since {self.out} began: restore it, or choose another --out")
         os.makedirs(self.out, exist_ok=True)
-        if common.writes and (lock := lock_folder(self.out)) is not None:
-            weakref.finalize(self, os.close, lock)
+        if common.writes and fcntl is not None:
+            self.lock()
+        remove(self.path("teacher.part"))  # of a run that was killed while another finished the same teacher
         self.results = results | {"methods": {}}
         path = self.path("results.json")
         if self.resume and os.path.exists(path):
@@ -103,6 +99,17 @@ class Run:
                 remove(self.path(name))
         write_json(self.path("config.json"), {**asdict(self.config), "contents": contents})
 
+    def lock(self) -> None:
+        """Hold the folder until this object or process ends, however it ends. Raises UserError if another one holds it."""
+        descriptor = os.open(self.out, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {self.out} now: wait for it, or choose another --out") from None
+        except OSError:  # a file system without locks
+            pass
+
     def finish_row(self, method: str, row: dict) -> None:
         """Add a row to results.json. The state of its training is no longer needed."""
         curve = [[r["step"], r["dev_score"]] for r in self.read_log() if r["method"] == method and "dev_score" in r]
@@ -114,47 +121,22 @@ class Run:
         remove(self.path(STATE))
         parallel.wait()  # the others must not see the state of a finished training
 
-    # ---------------------------------------------------------------------------------------- log
     def log(self, record: dict) -> None:
         if common.writes:
             with open(self.path("log.jsonl"), "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
     def read_log(self) -> list[dict]:
-        records = []
-        if os.path.exists(self.path("log.jsonl")):
-            with open(self.path("log.jsonl"), encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    try:
-                        records.append(json.loads(line))
-                    except ValueError:  # the last line of a run that was killed while writing it
-                        continue
-        return records
+        """Its records; the last line of a run that was killed while writing it is none."""
+        if not os.path.exists(self.path("log.jsonl")):
+            return []
+        with open(self.path("log.jsonl"), encoding="utf-8", errors="replace") as file:
+            return [json.loads(line) for line in file if line.endswith("\n")]
 
     def trim_log(self, method: str, step: int) -> None:
         """Remove what was logged after the state that a resumed training continues from."""
         kept = [r for r in self.read_log() if r["method"] != method or r["step"] <= step]
         write_text(self.path("log.jsonl"), "".join(json.dumps(r) + "\n" for r in kept))
-
-
-def lock_folder(folder: str) -> int | None:
-    """Hold a folder until the descriptor is closed or this process ends, however it ends. None where the system has no
-    such locks.
-
-    Raises UserError if another process holds it.
-    """
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"another run is writing to {folder} now: wait for it, or choose another --out") from None
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 # ------------------------------------------------------------------------------------- a training
@@ -186,23 +168,18 @@ class Training:
         """The loss, its terms and the norm of all gradients as numbers. Raises UserError if one is not finite."""
         values = {"loss": sum(terms.values()), **terms, "norm": norm}
         values = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))  # one wait for the GPU
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise UserError(self.not_finite(name))
+        if wrong := [name for name, value in values.items() if not math.isfinite(value)]:
+            raise UserError(self.not_finite(wrong[0]))
         return values
 
     def log(self, step: int, values: dict[str, float], rate: float, tokens: int) -> None:
         """Log a step (counted from 1) and update the progress line."""
         seconds, self.logged = time.monotonic() - self.logged, time.monotonic()
-        extra = {"lr": rate, "ms": 1e3 * seconds, "tokens": tokens}
-        self.run.log({"method": self.name, "step": step, **values, **extra})
-
-        def text() -> str:
-            terms = " ".join(f"{k} {v:.3g}" for k, v in values.items() if k not in ("loss", "norm"))
-            speed = f"{1e3 * seconds:.0f} ms/step  {tokens / seconds:,.0f} tok/s"
-            return f"loss {values['loss']:.3f} ({terms})  lr {rate:.1e}  {speed}"
-
-        self.progress.update(step, text)
+        record = {"method": self.name, "step": step, **values, "lr": rate, "ms": 1e3 * seconds, "tokens": tokens}
+        self.run.log(record)
+        terms = " ".join(f"{k} {v:.3g}" for k, v in values.items() if k not in ("loss", "norm"))
+        speed = f"{1e3 * seconds:.0f} ms/step  {tokens / max(seconds, 1e-9):,.0f} tok/s"
+        self.progress.update(step, f"loss {values['loss']:.3f} ({terms})  lr {rate:.1e}  {speed}")
 
     def keep_best(self, step: int, score: float, text: str) -> None:
         """Log an evaluation on dev after a step, and keep the parameters if it is the best."""
@@ -220,10 +197,8 @@ class Training:
         print(f"{self.name}: keeps step {self.best['step']}, dev {self.best['text']}")
         return self.seconds
 
-    # -------------------------------------------------------------------------------------- state
     def save(self, step: int) -> None:
         """Save the state after `step` steps, if it is time: every SAVE_EVERY steps, every SAVE_SECONDS, after evaluations.
-
         Raises UserError, and keeps the earlier state, if an update broke the parameters.
         """
         self.step = step
@@ -243,37 +218,31 @@ class Training:
             tensors |= {f"random.{process}.{device}": generator for device, generator in each.items()}
         for i, optimizer in enumerate(self.optimizers):
             for parameter, values in optimizer.state_dict()["state"].items():
-                entries = {f"optimizer.{i}.{parameter}.{k}": torch.as_tensor(v) for k, v in values.items()}
-                tensors |= entries
+                tensors |= {f"optimizer.{i}.{parameter}.{k}": torch.as_tensor(v) for k, v in values.items()}
         settings = {"name": self.name, "step": step, "seconds": self.seconds, "best": self.best}
-        settings["processes"] = parallel.world_size()
-        write_tensors(self.run.path(STATE), tensors, STATE_FORMAT, settings)
+        write_tensors(self.run.path(STATE), tensors, STATE_FORMAT, settings | {"processes": parallel.world_size()})
         self.saved = self.logged = time.monotonic()
 
     def load(self) -> bool:
         """Continue from the state on disk; False if there is none of this training."""
-        path, advice = self.run.path(STATE), f"delete it, and --resume trains {self.name} again"
-        if not os.path.exists(path):
+        if not os.path.exists(self.run.path(STATE)):
             return False
-        tensors, settings = read_tensors(path, STATE_FORMAT, advice)
+        advice = f"delete it, and --resume trains {self.name} again"
+        tensors, settings = read_tensors(self.run.path(STATE), STATE_FORMAT, advice)
         if settings["name"] != self.name:
             return False
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "random": {}}
         for name, tensor in tensors.items():  # cloned: the file that they are mapped from will be replaced
             kind, _, rest = name.partition(".")
             groups[kind][rest] = tensor.clone()
-        try:
-            self.model.load_state_dict(groups["model"])
-            for i, optimizer in enumerate(self.optimizers):
-                saved = optimizer.state_dict()  # its groups: all that changes in them is the rate, at every step
-                for name, tensor in groups["optimizer"].items():
-                    which, parameter, key = name.split(".")
-                    if int(which) == i:
-                        whole = not tensor.is_floating_point()  # SparseAdam counts its steps in an int
-                        saved["state"].setdefault(int(parameter), {})[key] = tensor.item() if whole else tensor
-                optimizer.load_state_dict(saved)
-        except (ValueError, KeyError, RuntimeError):
-            raise UserError(f"{path} is of another model: {advice}") from None
+        self.model.load_state_dict(groups["model"])
+        states = [optimizer.state_dict() for optimizer in self.optimizers]  # of their groups only the rate changes
+        for name, tensor in groups["optimizer"].items():
+            i, parameter, key = name.split(".")
+            whole = not tensor.is_floating_point()  # SparseAdam counts its steps in an int
+            states[int(i)]["state"].setdefault(int(parameter), {})[key] = tensor.item() if whole else tensor
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
         self.step, self.seconds, self.best = settings["step"], settings["seconds"], settings["best"]
         self.best_tensors = groups["best"]
         if settings["processes"] == parallel.world_size():

@@ -47,7 +47,7 @@ def test_a_bug_keeps_its_traceback():
 @pytest.mark.parametrize("job, after", [("print(1)", ": --resume continues"), ("print('x' * 10**6)", "")])
 def test_a_closed_pipe(job, after):
     """As of `compare.py ... | head -1`: neither a message nor the interpreter's own at exit, except of a training."""
-    code = f"import sys, kit.common as common; sys.exit(common.status_of(lambda: {job}, {after!r}))"
+    code = f"import sys, kit.common as common; sys.exit(common.exit_status({after!r})(lambda: {job})())"
     program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     program.stdout.close()
     message = f"the output was closed{after}\n".encode() if after else b""
@@ -66,22 +66,18 @@ def test_interrupted_while_it_starts(program, tmp_path):
 
 # ------------------------------------------------------------------------------------------ files
 def test_atomic_write_makes_the_folder_and_leaves_no_temporary_file(tmp_path):
+    """After an interrupt the old file is there."""
     path = tmp_path / "folder" / "x.bin"
     for content in (b"first", b"second"):
         with atomic_write(path) as file:
             file.write(content)
             assert "x.bin.part" in os.listdir(path.parent)
         assert path.read_bytes() == content and os.listdir(path.parent) == ["x.bin"]
-
-
-def test_atomic_write_keeps_the_old_file_after_an_interrupt(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_text("x.txt", "old")  # without a folder in the name
-    with pytest.raises(KeyboardInterrupt), atomic_write("x.txt", "w") as file:
-        file.write("half of the new")
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
+        file.write(b"half of the new")
         file.flush()
         raise KeyboardInterrupt
-    assert (tmp_path / "x.txt").read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
+    assert path.read_bytes() == b"second" and os.listdir(path.parent) == ["x.bin"]
 
 
 def test_a_planted_link_is_not_followed(tmp_path):
@@ -92,10 +88,11 @@ def test_a_planted_link_is_not_followed(tmp_path):
     assert (tmp_path / "precious").read_text() == "precious" and not os.path.islink(tmp_path / "x.json")
 
 
-def test_text_and_json_files_are_utf8(tmp_path):
-    write_text(str(tmp_path / "x.txt"), "größer\nшум\n")
+def test_text_and_json_files_are_utf8(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_text("x.txt", "größer\nшум\n")  # without a folder in the name
     assert (tmp_path / "x.txt").read_bytes() == "größer\nшум\n".encode()  # "\n" on every system
-    write_json(str(tmp_path / "x.json"), {"b": [2.5, None], "a": "größer"})
+    write_json("x.json", {"b": [2.5, None], "a": "größer"})
     assert (tmp_path / "x.json").read_bytes().decode() == '{\n "b": [\n  2.5,\n  null\n ],\n "a": "größer"\n}\n'
 
 
@@ -122,6 +119,9 @@ class Terminal(io.StringIO):
     def isatty(self):
         return True
 
+    def fileno(self):
+        return 2
+
 
 @pytest.fixture
 def timer(monkeypatch):
@@ -132,25 +132,23 @@ def timer(monkeypatch):
 
 
 def test_progress_in_a_log_is_a_line_every_ten_seconds(timer, capsys):
-    """Its text is made only if it is shown."""
-    progress, made = Progress("sdq", 400), []
+    progress = Progress("sdq", 400)
     for step in range(1, 301):
         timer["now"] += 0.125
-        progress.update(step, lambda step=step: made.append(step) or f"step {step}")
+        progress.update(step, f"step {step}")
     progress.clear()
     assert capsys.readouterr().err.splitlines() == [
         "sdq 80/400, 0:40 left  step 80",
         "sdq 160/400, 0:30 left  step 160",
         "sdq 240/400, 0:20 left  step 240",
     ]
-    assert made == [80, 160, 240]
 
 
 @pytest.mark.parametrize("columns", [40, 80, 1])
 def test_progress_fits_the_terminal(columns, timer, monkeypatch):
     """A wrapped line could not be overwritten. What matters comes first."""
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(common, "terminal_width", lambda: columns)
+    monkeypatch.setattr(os, "get_terminal_size", lambda file: os.terminal_size((columns, 24)))
     progress, whole = Progress("fp32", 2000), "fp32 500/2,000, 0:03 left  loss 0.693 (task 0.693)  lr " + "9" * 60
     timer["now"] += 1
     progress.update(500, whole.partition("left  ")[2])
@@ -183,8 +181,6 @@ def test_markdown_table():
         "| sdq  |     9 |      75 % |"
     )  # fmt: skip
     assert markdown_table(["a", "b"], []) == "| a | b |\n|---|--:|"
-    with pytest.raises(ValueError):
-        markdown_table(["a", "b"], [["1", "2", "3"]])  # a row of another length
 
 
 def test_docstrings():
