@@ -27,7 +27,7 @@ from data.tokenizer import Encoder, Tokenizer, WordTokenizer, load_tokenizer
 from kit.common import UserError
 from kit.files import check_tensors, read_tensors, write_tensors
 from kit.run import TEACHERS
-from model import HEADS, PRESETS, Model, ModelConfig, initialize, with_head
+from model import PRESETS, Model, ModelConfig, initialize, with_head
 from pq import CENTROIDS, ProductQuantizer
 from prepare import prepare
 from quant import FixedQuantizer, QuantConfig, WeightQuantizer, check_codes, dequantize
@@ -44,13 +44,32 @@ LIMITS |= {"norm_eps": (0.0, 0.1), "dropout": (0.0, 0.99)}
 
 
 # ----------------------------------------------------------------------------------- float models
+class Weight(NamedTuple):
+    """A quantized matrix, codes int8 (rows, N) and scale float32 (rows, 1) or (); or a core."""
+
+    codes: Tensor
+    scale: Tensor
+
+
 class Checkpoint(NamedTuple):
-    """The parts of a float model's file. Tensors are mapped from disk, vocabulary is the bytes of its tokenizer."""
+    """The parts of a file, of which the integer model is made. A float model has no quant and no weights."""
 
     config: ModelConfig
-    tensors: dict[str, Tensor]
-    notes: dict[str, str]
-    vocabulary: Tensor
+    quant: QuantConfig | None
+    weights: dict[str, Weight]  # all quantized ones
+    tensors: dict[str, Tensor]  # all others, mapped from disk
+    notes: dict[str, str]  # of train.run_student
+    vocabulary: Tensor | None  # the bytes of its tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """Maximum sequence length in tokens, as in training."""
+        return min(int(self.notes.get("max_length", self.config.max_tokens)), self.config.max_tokens)
+
+    @property
+    def classes(self) -> list[tuple[str, ...]]:
+        """The names of the classes of a sequence (or of the words of a token head), and of a joint head's slots."""
+        return [tuple(filter(None, self.notes.get(kind, "").split("\t"))) for kind in ("labels", "slots")]
 
 
 def meta_model(config: ModelConfig, quant: QuantConfig | None = None) -> Model:
@@ -70,15 +89,8 @@ def check_config(config: ModelConfig) -> ModelConfig:
         value = getattr(config, name)
         if type(value) not in (int, type(most)) or not least <= value <= most:
             raise UserError(f"model config: {name} is {value!r}, not a number from {least} to {most}")
-    for is_wrong, message in (
-        (config.hidden_size % config.num_heads, "hidden_size is not divisible by num_heads"),
-        (config.pad_id >= config.vocab_size, f"pad_id {config.pad_id} is outside the vocabulary"),
-        (config.head not in HEADS, f"unknown head {config.head!r}; known: {', '.join(HEADS)}"),
-        (config.head in ("sequence", "token", "joint") and not config.num_labels, "the head needs num_labels"),
-        (config.head == "joint" and not config.num_slots, "the head needs num_slots"),
-    ):
-        if is_wrong:
-            raise UserError(f"model config: {message}")
+    if config.hidden_size % config.num_heads:
+        raise UserError("model config: hidden_size is not divisible by num_heads")
     return config
 
 
@@ -92,13 +104,13 @@ def read_model(path: str) -> Checkpoint:
     """The parts of a model's file. Raises UserError if it is missing, damaged or foreign, saying how to make it."""
     is_teacher = os.path.basename(os.path.dirname(os.path.abspath(path))) == TEACHERS
     advice = "delete it, and it is trained again" if is_teacher else "make one: python convert.py NAME --from DIR"
-    empty, _, tensors, notes, vocabulary = read_file(path, MODEL_FORMAT, advice)
-    check_tensors(path, empty.state_dict(), tensors, torch.float32, torch.float16)
-    return Checkpoint(empty.config, tensors, notes, vocabulary)
+    empty, read = read_file(path, MODEL_FORMAT, advice)
+    check_tensors(path, empty.state_dict(), read.tensors, torch.float32, torch.float16)
+    return read
 
 
-def read_file(path: str, format: str, advice: str) -> tuple:
-    """(model without storage, QuantConfig or None, tensors, notes, bytes of the tokenizer) of either kind of file."""
+def read_file(path: str, format: str, advice: str) -> tuple[Model, Checkpoint]:
+    """A model without storage, and the parts of either kind of file, quantized weights still among the tensors."""
     tensors, settings = read_tensors(path, format, advice)
     try:
         config, quant = settings["config"], settings.get("quant")
@@ -108,7 +120,7 @@ def read_file(path: str, format: str, advice: str) -> tuple:
             quant = QuantConfig(**{**quant, "keep": tuple(quant["keep"])})
         empty = meta_model(check_config(ModelConfig(**config)), quant)
         notes = {name: str(note) for name, note in settings["notes"].items()}
-        return empty, quant, tensors, notes, tensors.pop("tokenizer").view(torch.uint8)
+        return empty, Checkpoint(empty.config, quant, {}, tensors, notes, tensors.pop("tokenizer").view(torch.uint8))
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged or of another version ({str(error)[:200]}): {advice}") from None
 
@@ -150,10 +162,6 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return codes
 
 
-def packed_bytes(count: int, bits: int) -> int:
-    return -(-count * bits // 8)
-
-
 # --------------------------------------------------------------------------------------- students
 def quantized_weights(student: Model) -> dict[str, str]:
     """Name of each quantized weight -> name of the quantizer that it goes through."""
@@ -164,18 +172,6 @@ def quantized_weights(student: Model) -> dict[str, str]:
         if name != at and isinstance(module, WeightQuantizer):
             found[name] = at
     return found
-
-
-def is_quantizer_state(name: str) -> bool:
-    """Whether a tensor only says how a weight was rounded: the codes and their scale replace it."""
-    return name.endswith(("_quantizer.clip", ".log_scale", ".centroids", ".assignments", ".counts"))
-
-
-class Weight(NamedTuple):
-    """A quantized matrix, codes int8 (rows, N) and scale float32 (rows, 1) or (); or a core."""
-
-    codes: Tensor
-    scale: Tensor
 
 
 def weight_of(quantizer: WeightQuantizer, weight: Tensor, name: str = "") -> Weight:
@@ -200,10 +196,10 @@ def weight_codes(student: Model) -> dict[str, Weight]:
 
 
 def float_tensors(student: Model) -> dict[str, Tensor]:
-    """All tensors of a student that are not quantized, on its device."""
-    quantized = quantized_weights(student)
-    tensors = student.state_dict().items()
-    return {name: tensor for name, tensor in tensors if name not in quantized and not is_quantizer_state(name)}
+    """All tensors of a student, on its device, but quantized weights and what only says how these were rounded."""
+    quantized, tensors = quantized_weights(student), student.state_dict().items()
+    rounding = ("_quantizer.clip", ".log_scale", ".centroids", ".assignments", ".counts")
+    return {name: tensor for name, tensor in tensors if name not in quantized and not name.endswith(rounding)}
 
 
 def save_student(path: str, student: Model, quant: QuantConfig, tokenizer: bytes, notes: dict[str, str]) -> int:
@@ -224,73 +220,46 @@ def save_student(path: str, student: Model, quant: QuantConfig, tokenizer: bytes
     return write_tensors(path, tensors, STUDENT_FORMAT, fields)
 
 
-class Student(NamedTuple):
-    """The parts of a student, as the integer model needs them."""
-
-    config: ModelConfig
-    quant: QuantConfig
-    weights: dict[str, Weight]  # all quantized ones
-    tensors: dict[str, Tensor]  # all others
-    notes: dict[str, str]  # of train.run_student
-    vocabulary: Tensor | None  # the bytes of its tokenizer
-
-    @property
-    def max_length(self) -> int:
-        """Maximum sequence length in tokens, as in training."""
-        return min(int(self.notes.get("max_length", self.config.max_tokens)), self.config.max_tokens)
-
-    @property
-    def classes(self) -> list[tuple[str, ...]]:
-        """The names of the classes of a sequence (or of the words of a token head), and of a joint head's slots."""
-        return [tuple(filter(None, self.notes.get(kind, "").split("\t"))) for kind in ("labels", "slots")]
-
-
-def read_student(path: str) -> Student:
+def read_student(path: str) -> Checkpoint:
     """The parts of a student's file. Raises UserError if it is missing, damaged or foreign, saying how to make it."""
-    empty, quant, tensors, notes, vocabulary = read_file(path, STUDENT_FORMAT, "run train.py again, which writes it")
-    expected, weights = float_tensors(empty), {}
-    quantizers = {name: empty.get_submodule(at) for name, at in quantized_weights(empty).items()}
-    for name, quantizer in quantizers.items():
-        expected |= stored_parts(name, empty.get_parameter(name), quantizer)
+    empty, read = read_file(path, STUDENT_FORMAT, "run train.py again, which writes it")
+    expected, tensors = float_tensors(empty), read.tensors
+    places = quantized_weights(empty).items()
+    quantized = {name: (empty.get_parameter(name), empty.get_submodule(at)) for name, at in places}
+    for name, (weight, quantizer) in quantized.items():
+        expected |= stored_parts(name, weight, quantizer)
     check_tensors(path, expected, tensors)
-    for name, quantizer in quantizers.items():
-        weight = empty.get_parameter(name)
+    for name, (weight, quantizer) in quantized.items():
         first, second = (tensors.pop(part) for part in stored_parts(name, weight, quantizer))
         if isinstance(quantizer, ProductQuantizer):
             state = {"assignments": first, "centroids": second.float(), "counts": torch.ones(CENTROIDS)}
             quantizer.load_state_dict(state, strict=False, assign=True)
-            weights[name] = weight_of(quantizer, weight, name)
+            read.weights[name] = weight_of(quantizer, weight, name)
         else:
-            weights[name] = Weight(unpack(first, quantizer.bits, weight.numel()).view(weight.shape), second)
-    return Student(empty.config, quant, weights, tensors, notes, vocabulary)
+            read.weights[name] = Weight(unpack(first, quantizer.bits, weight.numel()).view(weight.shape), second)
+    return read
 
 
 def stored_parts(name: str, weight: Tensor, quantizer: WeightQuantizer) -> dict[str, Tensor]:
     """The two tensors of a quantized weight in a file, as empty as the weight."""
     if isinstance(quantizer, ProductQuantizer):
         return {f"{name}.assignments": quantizer.assignments, f"{name}.centroids": quantizer.centroids.half()}
-    codes = weight.new_empty(packed_bytes(weight.numel(), quantizer.bits), dtype=torch.uint8)
+    codes = weight.new_empty(-(-weight.numel() * quantizer.bits // 8), dtype=torch.uint8)
     return {f"{name}.codes": codes, f"{name}.scale": weight.new_empty((len(weight), 1) if quantizer.per_row else ())}
 
 
-def fake_quantized(read: Student) -> Model:
+def fake_quantized(read: Checkpoint) -> Model:
     """The student of a file, fake-quantized as it was trained, on CPU."""
     student, tensors = meta_model(read.config, read.quant).to_empty(device="cpu"), dict(read.tensors)
     for name, quantizer in quantized_weights(student).items():
         tensors[name] = dequantize(*read.weights[name], torch.zeros(()))
         fixed = FixedQuantizer(student.get_submodule(quantizer), read.weights[name].scale)
         student.set_submodule(quantizer, nn.Identity() if name == WORDS else fixed)  # a table is only looked up
-    student.load_state_dict(tensors, strict=False)  # of read_student, which has no is_quantizer_state()
+    student.load_state_dict(tensors, strict=False)  # of read_student, which has no state of quantizers
     return student.eval()
 
 
-def load_student(path: str) -> tuple[Model, Encoder]:
-    """A student, fake-quantized, and its tokenizer."""
-    read = read_student(path)
-    return fake_quantized(read), tokenizer_of(path, read)
-
-
-def tokenizer_of(path: str, read: Checkpoint | Student) -> Encoder:
+def tokenizer_of(path: str, read: Checkpoint) -> Encoder:
     """The tokenizer (of any kind) of a file. Raises UserError unless its ids fit into the model's table."""
     tokenizer = load_tokenizer(read.vocabulary.numpy().tobytes(), path)
     if tokenizer.vocab_size > read.config.vocab_size:  # a table may have reserved rows
@@ -315,10 +284,9 @@ class Start:
                 sentences = load(task, "train", task.train_language, folder)
                 self.tokenizer = WordTokenizer.build(sentence.words for sentence in sentences)
             layers, hidden = shape
-            sizes = dict(hidden_size=hidden, num_layers=layers, num_heads=max(1, hidden // 64), ffn_size=4 * hidden)
-            vocabulary = {"vocab_size": self.tokenizer.vocab_size, "max_tokens": 512}
-            self.config = ModelConfig(**vocabulary, **sizes, tt=tt_config(config), **self.head)
-            check_config(self.config)
+            sizes = dict(vocab_size=self.tokenizer.vocab_size, hidden_size=hidden, num_layers=layers)
+            sizes |= dict(num_heads=max(1, hidden // 64), ffn_size=4 * hidden)
+            self.config = check_config(ModelConfig(**sizes, tt=tt_config(config), **self.head))
             self.name = config.model + (f"-tt{config.tt_rank}" if config.tt_rank else "")
             self.identity = [repr(self.config), self.tokenizer.sha256]
         else:
