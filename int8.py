@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import WORDS, Student, Weight, fake_quantized, float_tensors, weight_codes, weight_of
+from checkpoint import WORDS, Checkpoint, Weight, fake_quantized, float_tensors, weight_codes, weight_of
 from kit.common import UserError
 from model import Attention, FeedForward, Model, ModelConfig
 from prepare import QKV, prepare
@@ -374,12 +374,12 @@ def to_integer(student: Model, config: QuantConfig, device: str | torch.device =
     """The integer model of a fake-quantized student, in tensors of its own; it gives the same logits."""
     tensors = {name: tensor.clone() for name, tensor in float_tensors(student).items()}
     weights = weight_codes(student)
-    parts = Student(student.config, config, weights, tensors, notes={}, vocabulary=None)
+    parts = Checkpoint(student.config, config, weights, tensors, notes={}, vocabulary=None)
     return integer_model(parts, device, kernel)
 
 
 @torch.no_grad()
-def integer_model(student: Student, device: str | torch.device = "cpu", kernel: str = "auto") -> Model:
+def integer_model(student: Checkpoint, device: str | torch.device = "cpu", kernel: str = "auto") -> Model:
     """The integer model of the parts of a student.  kernel: a key of KERNELS, or "auto".
 
     Raises UserError if weights or activations are not quantized.

@@ -16,7 +16,7 @@ from conftest import FLIGHTS, SAMPLE, SCRATCH, SMALL, WORDS, answer, batch, log_
 from torch import nn
 
 import train
-from checkpoint import load_student, read_model, save_model, teacher_model
+from checkpoint import fake_quantized, read_model, read_student, save_model, teacher_model
 from config import TrainConfig, default_out, parse_args
 from data.batches import IGNORE, Batch, Dataset, training_batch
 from data.glue import GLUE
@@ -451,7 +451,7 @@ def test_options_of_quantizers_and_losses(xnli_run, tmp_path):
         row = results(tmp_path, out)["methods"]["sdq"]
         floats = re.search(r"bits 32", arm)  # there are no integers to multiply
         assert "student" not in row if floats else row["student"]["languages"] == row["languages"], arm
-        load_student(str(out / "student.safetensors"))
+        fake_quantized(read_student(str(out / "student.safetensors")))
     assert len(losses) == 29 and len(set(losses.values())) == 29, losses
 
 
@@ -459,7 +459,7 @@ def test_options_of_quantizers_and_losses(xnli_run, tmp_path):
 def test_every_method_on_cuda(tmp_path, monkeypatch):
     monkeypatch.setattr("kit.run.SAVE_EVERY", 2)
     assert run(tmp_path, *"--device cuda --methods fp32 ptq ptq-static qat sdq".split()) == 0
-    student, _ = load_student(str(tmp_path / "run" / "student.safetensors"))
+    student = fake_quantized(read_student(str(tmp_path / "run" / "student.safetensors")))
     rows = results(tmp_path)["methods"]
     assert all(p.isfinite().all() for p in student.parameters())
     assert [name for name, row in rows.items() if "student" not in row] == ["fp32"]
@@ -482,7 +482,7 @@ def test_recipes_run_offline(options, real_thing, tmp_path, capsys, nothing_down
     assert list(found["methods"]) == ["fp32", "ptq", "qat", "sdq"]
     last = steps_of(tmp_path, "sdq")[-1]
     assert {"logits", "map"} <= set(last) and ("hidden" in last) == ("tt" in options)
-    student, _ = load_student(str(tmp_path / "run" / "student.safetensors"))
+    student = fake_quantized(read_student(str(tmp_path / "run" / "student.safetensors")))
     assert any(isinstance(m, TensorTrain) for m in student.modules()) == ("tt" in options)
 
 
