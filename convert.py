@@ -66,7 +66,7 @@ class Family(NamedTuple):
     """What differs between RoBERTa's and BERT's files; the encoder's names are the same."""
 
     prefix: str  # of the encoder's names in a model with a head
-    heads: dict[str, dict[str, str]]  # the key table of each head
+    heads: dict[str, dict[str, str]]  # the key table of each head but "none"
     skipped: tuple[str, ...]  # the beginnings of names that some files have and that are not needed
 
 
@@ -76,7 +76,6 @@ ROBERTA = Family(
         "mlm": {"lm_head.bias": "head.bias", "lm_head.dense": "head.dense", "lm_head.layer_norm": "head.norm"},
         "sequence": {"classifier.dense": "head.dense", "classifier.out_proj": "head.out_proj"},
         "token": {"classifier": "head.out_proj"},
-        "none": {},
     },
     # The constant 0, 1, 2, ...; what RoBERTa's heads don't use; the word embeddings again, and lm_head.bias.
     skipped=("embeddings.position_ids", "pooler.dense.", "lm_head.decoder."),
@@ -87,7 +86,6 @@ BERT = Family(
         "pooler": {"pooler.dense": "head.dense"},
         "sequence": {"pooler.dense": "head.dense", "classifier": "head.out_proj"},  # one matrix behind the pooler
         "token": {"classifier": "head.out_proj"},  # without a pooler, or with one that is not used
-        "none": {},
     },
     # The last are the heads of pretraining: tasks have their own.
     skipped=("embeddings.position_ids", "pooler.dense.", "cls."),
@@ -102,7 +100,7 @@ def family_of(config: ModelConfig) -> Family:
 def key_table(config: ModelConfig) -> Iterator[tuple[str, str]]:
     """Pairs of a source name that must be present and its name here."""
     layers = ((a.format(i=i), b.format(i=i)) for i in range(config.num_layers) for a, b in LAYER.items())
-    for source, target in chain(EMBEDDINGS.items(), layers, family_of(config).heads[config.head].items()):
+    for source, target in chain(EMBEDDINGS.items(), layers, family_of(config).heads.get(config.head, {}).items()):
         for kind in ("",) if source.endswith((".weight", ".bias")) else (".weight", ".bias"):
             yield source + kind, target + kind
 
@@ -133,10 +131,7 @@ def read_weights(folder: str) -> dict[str, Tensor]:
                 shards = sorted({os.path.basename(shard) for shard in read_json(index).get("weight_map", {}).values()})
         for shard in shards:
             path = os.path.join(folder, shard)
-            part = read_bin(path) if name.endswith(".bin") else map_tensors(path, "fetch it again")[0]
-            if twice := tensors.keys() & part.keys():
-                raise UserError(f"{path} repeats tensor {min(twice)} of another shard")
-            tensors |= part
+            tensors |= read_bin(path) if name.endswith(".bin") else map_tensors(path, "fetch it again")[0]
         if tensors:
             return tensors
     raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
@@ -210,10 +205,8 @@ def config_from_json(settings: dict) -> ModelConfig:
 
 
 def convert_tensors(name: str, tensors: dict[str, Tensor], settings: dict, tokenizer: Encoder) -> tuple[Model, list]:
-    """Source tensors -> the model that has them as parameters, and the names of its classes.
-
-    Nothing is copied but what must be cast to float32. Raises UserError naming the first tensor that is missing,
-    unexpected, of a wrong shape or not a float.
+    """Source tensors -> the model that has them as parameters, copied only to be cast to float32; and the names of its
+    classes. Raises UserError naming the first tensor that is missing, unexpected, of a wrong shape or not a float.
     """
     preset = PRESETS.get(name)
     config = preset if preset and not settings else config_from_json(settings)
@@ -230,13 +223,12 @@ def convert_tensors(name: str, tensors: dict[str, Tensor], settings: dict, token
     family = family_of(config)
     tensors = plain_names(tensors, family)
     config = check_config(replace(config, **find_head(tensors, family, settings)))
-    ours = {}
-    for source, target in key_table(config):
+    table, ours = dict(key_table(config)), {}
+    for source, target in table.items():
         tensor = tensors.get(source)
         if tensor is None or not tensor.is_floating_point() or tensor.itemsize < 2:
             raise UserError(f"the source has no tensor {source} in floats of 16 bits or more")
         ours[target] = tensor.float()
-    table = dict(key_table(config))
     if extra := [key for key in tensors if key not in table and not key.startswith(family.skipped)]:
         raise UserError(f"the source has a tensor with no place in the key table: {extra[0]}")
     tied = tensors.get("lm_head.decoder.weight", tensors[WORDS])  # the two may differ in precision
@@ -291,9 +283,8 @@ def find_head(tensors: dict[str, Tensor], family: Family, settings: dict) -> dic
 
 # ----------------------------------------------------------------------------------------- export
 def export(path: str, folder: str) -> None:
-    """A student -> a Hugging Face folder: float32 tensors that lie on the student's grid, config.json, tokenizer.
-
-    transformers' logits are those of the student with float activations.
+    """A student -> a Hugging Face folder: float32 tensors that lie on the student's grid, config.json, tokenizer. In
+    transformers its logits are those of the student with float activations.
     """
     student = read_student(path)
     config, labels = student.config, student.notes.get("labels", "").split("\t")
@@ -347,13 +338,9 @@ def main(argv: list[str] | None = None) -> None:
     if bool(args.export) == bool(args.name):
         parser.error("give the name of a model, or --export STUDENT DIR alone")
     if args.export:
-        export(*args.export)
-    else:
-        run(args.name, args.folder, args.out)
-
-
-def run(name: str, folder: str | None, out: str | None) -> None:
-    model_name, out = out or name, out or os.path.join(WEIGHTS_DIR, f"{name}.safetensors")
+        return export(*args.export)
+    name, folder = args.name, args.folder
+    out = args.out or os.path.join(WEIGHTS_DIR, f"{name}.safetensors")
     if folder is None:
         if name not in MODELS:
             raise UserError(f"no download is known for {name!r}, only {' '.join(sorted(MODELS))}: add --from DIR")
@@ -365,7 +352,7 @@ def run(name: str, folder: str | None, out: str | None) -> None:
     count = sum(tensor.numel() for tensor in model.state_dict().values())
     head = f"{model.config.head} head" + (f" ({', '.join(labels)})" if labels else "")
     print(f"wrote {out}: {head}, {count:,} parameters, {size / 1e6:,.1f} MB")
-    print(f"next: python train.py --task {'rte' if tokenizer.typed else 'xnli'} --model {model_name}")
+    print(f"next: python train.py --task {'rte' if tokenizer.typed else 'xnli'} --model {args.out or name}")
 
 
 if __name__ == "__main__":

@@ -65,10 +65,8 @@ def check_settings(path: str, settings: dict, known: dict[str, tuple]) -> None:
 
 
 def read_tokenizer(folder: str) -> Encoder:
-    """The tokenizer of a folder, whichever file holds it.
-
-    Raises UserError if there is none that is implemented, or for a token that was added to its vocabulary: it would be
-    cut into pieces here.
+    """The tokenizer of a folder, whichever file holds it. Raises UserError if there is none that is implemented, or for a
+    token that was added to its vocabulary: it would be cut into pieces here.
     """
     settings = read_json(at := os.path.join(folder, "tokenizer_config.json"))
     with reading(at):
@@ -105,10 +103,7 @@ def wordpiece_rules(lower: bool) -> dict[str, tuple]:
 
 # ---------------------------------------------------------------------------------- tokenizer.json
 def read_tokenizer_json(path: str) -> tuple[Encoder, list[str]]:
-    """The tokenizer of a file, and the special and added tokens that it lists.
-
-    Raises UserError for a damaged file or a kind that is not implemented.
-    """
+    """The tokenizer of a file, and the special and added tokens that it lists."""
     settings = read_json(path)
     with reading(path):
         model = settings["model"]
@@ -121,8 +116,7 @@ def read_tokenizer_json(path: str) -> tuple[Encoder, list[str]]:
 
 def parts(settings: dict, name: str) -> list[dict]:
     """The steps of a pipeline: of a Sequence, of a single step, or none."""
-    step = settings.get(name)
-    if step is None:
+    if (step := settings.get(name)) is None:
         return []
     return step[name.replace("_", "") + "s"] if step["type"] == "Sequence" else [step]
 
@@ -182,20 +176,17 @@ def merges_of(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict:
-    """The content of a tokenizer.json with which Hugging Face's libraries give the ids of a SentencePiece model.
-
-    Raises UserError for a model that the file can't hold: read back, it must give the same ids to every piece.
+    """The content of a tokenizer.json with which Hugging Face's libraries give the ids of a SentencePiece model. Raises
+    UserError for a model that the file can't hold: read back, it must give the same ids to every piece.
     """
     message, inner = fields(tokenizer.bytes), range(3, tokenizer.pieces.get_piece_size())
     charsmap = base64.b64encode(fields(message.get(3, b"")).get(2, b"")).decode()
     pieces = [(tokenizer.pieces.id_to_piece(i), tokenizer.pieces.get_score(i)) for i in inner]
     vocab = [*((token, 0.0) for token in FIRST), *pieces, ("<mask>", 0.0)]
-    kind = fields(message.get(2, b"")).get(3, 1)
+    kind, model = fields(message.get(2, b"")).get(3, 1), {"type": "Unigram", "unk_id": 3, "vocab": vocab}
     if kind == 2:
         ids = {piece: i for i, (piece, _) in enumerate(vocab)}
         model = {"type": "BPE", **BPE_RULES, "vocab": ids, "merges": merges_of(pieces)}
-    else:
-        model = {"type": "Unigram", "unk_id": 3, "vocab": vocab}
     spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [*enumerate(FIRST), (len(vocab) - 1, "<mask>")]
