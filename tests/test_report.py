@@ -68,10 +68,8 @@ def test_table_has_every_row_and_language():
 def test_table_has_the_columns_of_the_task(task):
     """A cell holds each test set's value of one metric."""
     keys, names = TASKS[task].columns, TASKS[task].languages
-    tests = {
-        name: {"score": 1.0, **{key: 10.0 * i + j for j, key in enumerate(keys.values())}}
-        for i, name in enumerate(names)
-    }
+    values = {name: {key: 10.0 * i + j for j, key in enumerate(keys.values())} for i, name in enumerate(names)}
+    tests = {name: {"score": 1.0, **test} for name, test in values.items()}
     header, fp32 = cells_of(TASKS[task], fp32=row(**tests))
     assert header == ["", *keys, "recovered", "MB", "train s"]
     values = [" / ".join(f"{tests[name][key]:.2f}" for name in names) for key in keys.values()]
@@ -95,8 +93,7 @@ def test_report_says_what_was_run():
         ({}, "a processor, 3 threads, torch 2.0."),
         ({}, "selected on dev, in"),
         ({"per_tensor": True}, "one scale per tensor, ranges minmax; activations with ranges at run time, per tensor."),
-        ({"act_range": "static"}, "activations with ranges static."),
-        ({"attention_bits": 4}, "inside attention 4 bits."),
+        ({"act_range": "static", "attention_bits": 4}, "with ranges static; inside attention 4 bits."),
         ({"weights": "lsq", "weight_range": "mse"}, "lsq weights, one scale per channel, ranges mse;"),
         ({"selected": "held-out", "eval_split": "dev"}, "selected on held-out, in"),
         ({"eval_split": "dev"}, "selected on dev, which flatters"),
