@@ -144,8 +144,7 @@ def read_folder(folder: str) -> tuple[dict[str, Tensor], dict, Encoder]:
         with open(main, encoding="utf-8", errors="replace") as file:
             folder = os.path.join(folder, "snapshots", file.read().strip())
     folder = encoder_folder(folder)
-    with reading(folder):
-        names = sorted(os.listdir(folder))
+    names = sorted(os.listdir(folder))
     if adapter := [name for name in names if name.startswith(("adapter_config.", "adapter_model."))]:
         raise UserError(f"{folder}/{adapter[0]}: merge the adapter into the model, with peft's merge_and_unload()")
     settings = read_json(os.path.join(folder, "config.json"))
@@ -217,8 +216,6 @@ def convert_tensors(name: str, tensors: dict[str, Tensor], settings: dict, token
     if tokenizer.vocab_size > config.vocab_size or tokenizer.pad_id != config.pad_id:
         ids = f"{tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}"
         raise UserError(f"the tokenizer has {ids}; they pad with {tokenizer.pad_id} and {config.pad_id}")
-    if tokenizer.typed and config.type_vocab_size < 2:
-        raise UserError("a WordPiece tokenizer tells two texts apart by token types, of which the model has one")
 
     family = family_of(config)
     tensors = plain_names(tensors, family)
@@ -243,10 +240,8 @@ def convert_tensors(name: str, tensors: dict[str, Tensor], settings: dict, token
 
 
 def plain_names(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """Tensors by the names of the key table.
-
-    In a model with a head the encoder's names have a prefix, in a bare encoder they don't; training libraries put one
-    more before all names. BERT files that came from TensorFlow name a norm's weight and bias gamma and beta.
+    """Tensors by the names of the key table. In a model with a head the encoder's names have a prefix; training libraries
+    put one more before all names. BERT files that came from TensorFlow name a norm's weight and bias gamma and beta.
     """
     words = next((key for key in tensors if key.endswith(WORDS)), WORDS)
     outer = words.removesuffix(WORDS).removesuffix(family.prefix)
@@ -350,8 +345,8 @@ def main(argv: list[str] | None = None) -> None:
     model, labels = convert_tensors(name, tensors, settings, tokenizer)
     size = save_model(out, model, tokenizer.bytes, {"name": name, "labels": "\t".join(labels)})
     count = sum(tensor.numel() for tensor in model.state_dict().values())
-    head = f"{model.config.head} head" + (f" ({', '.join(labels)})" if labels else "")
-    print(f"wrote {out}: {head}, {count:,} parameters, {size / 1e6:,.1f} MB")
+    classes = f" ({', '.join(labels)})" if labels else ""
+    print(f"wrote {out}: {model.config.head} head{classes}, {count:,} parameters, {size / 1e6:,.1f} MB")
     print(f"next: python train.py --task {'rte' if tokenizer.typed else 'xnli'} --model {args.out or name}")
 
 
