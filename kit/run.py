@@ -83,11 +83,18 @@ class Run:
         if changed := next((name for name, digest in self.contents.items() if contents.get(name) != digest), None):
             raise UserError(f"--resume: {changed} changed since {self.out} began: restore it, or choose another --out")
         os.makedirs(self.out, exist_ok=True)
-        if common.writes and fcntl is not None:
-            self.lock()
+        if common.writes and fcntl is not None:  # hold the folder until this object or process ends, however it ends
+            descriptor = os.open(self.out, os.O_RDONLY)
+            weakref.finalize(self, os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held = f"another run is writing to {self.out} now"
+                raise UserError(f"{held}: wait for it, or choose another --out") from None
+            except OSError:  # a file system without locks
+                pass
         remove(self.path("teacher.part"))  # of a run that was killed while another finished the same teacher
-        self.results = results | {"methods": {}}
-        path = self.path("results.json")
+        self.results, path = results | {"methods": {}}, self.path("results.json")
         if self.resume and os.path.exists(path):
             try:
                 with open(path, encoding="utf-8") as file:
@@ -98,17 +105,6 @@ class Run:
             for name in ("log.jsonl", "results.json", "report.md", STUDENT):
                 remove(self.path(name))
         write_json(self.path("config.json"), {**asdict(self.config), "contents": contents})
-
-    def lock(self) -> None:
-        """Hold the folder until this object or process ends, however it ends. Raises UserError if another one holds it."""
-        descriptor = os.open(self.out, os.O_RDONLY)
-        weakref.finalize(self, os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {self.out} now: wait for it, or choose another --out") from None
-        except OSError:  # a file system without locks
-            pass
 
     def finish_row(self, method: str, row: dict) -> None:
         """Add a row to results.json. The state of its training is no longer needed."""
@@ -151,8 +147,7 @@ class Training:
         self.run, self.name, self.model, self.optimizers = run, name, model, optimizers
         self.step, self.seconds, self.due = 0, 0.0, False  # due: save after this step
         # A correlation can be -100 %: any first evaluation is better than none.
-        self.best = {"score": -1e9, "text": "", "step": 0}
-        self.best_tensors: dict[str, Tensor] = {}
+        self.best, self.best_tensors = {"score": -1e9, "text": "", "step": 0}, {}
         if run.resume and self.load():
             print(f"{name}: continues after step {self.step}")
         else:
