@@ -25,7 +25,7 @@ from data.fetch import MODELS
 from data.tasks import RAW_DIR, WEIGHTS_DIR, Task, class_names, load, match_labels
 from data.tokenizer import Encoder, Tokenizer, WordTokenizer, load_tokenizer
 from kit.common import UserError
-from kit.files import check_tensors, read_tensors, write_tensors
+from kit.files import check_tensors, read_tensors, recorded_checksum, write_tensors
 from kit.run import TEACHERS
 from model import PRESETS, Model, ModelConfig, initialize, with_head
 from pq import CENTROIDS, ProductQuantizer
@@ -295,8 +295,7 @@ class Start:
             self.config = self.read.config
             self.tokenizer = tokenizer_of(path, self.read)
             self.name = os.path.splitext(os.path.basename(path))[0]
-            stat = os.stat(path)
-            self.identity = [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
+            self.identity = [self.name, recorded_checksum(path)]
             if self.config.num_labels:
                 self.find_classes(self.read.notes.get("labels", "").split("\t"))
         if not config.epochs and self.classes is None:

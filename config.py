@@ -232,7 +232,8 @@ def resolve(given: dict) -> TrainConfig:
     there = (m for m in task.models if os.path.isfile(os.path.join(WEIGHTS_DIR, m + ".safetensors")))
     model = given.get("model") or next(there, task.models[-1])
     kind = "scratch" if model == "scratch" or scratch_shape(model) else model
-    rows = [kind, "glue" if task.subfolder.startswith("glue/") else task.head if task.head == "token" else ""]
+    rows = [kind] if kind in ("mini", "scratch") else []
+    rows += ["glue"] if task.subfolder.startswith("glue/") else ["token"] if task.head == "token" else []
     if task.head == "joint" and kind == "scratch":
         built_in = find_data(task, given.get("data_dir"), kind) not in (given.get("data_dir"), RAW_DIR)
         rows += ["joint", "joint, built-in sample"][: 1 + built_in]
@@ -265,7 +266,7 @@ def default_out(config: TrainConfig) -> str:
         if value != getattr(defaults, spec.name) and spec.name not in (*NAMED, "seed", *SAME_RUN):
             text = "" if value is True else " ".join(value) if isinstance(value, tuple) else str(value)
             name += f"-{spec.name} {text}"
-    return os.path.join("out", re.sub(r"[^\w.+*]+", "-", name).strip("-")[:200])
+    return os.path.join("out", re.sub(r"[^\w.+]+", "-", name, flags=re.ASCII).strip("-")[:200])
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -277,7 +278,8 @@ def defaults_in_words(spec) -> str:
 
     others = ", ".join(f"{name} {word(row[spec.name])}" for name, row in DEFAULTS.items() if spec.name in row)
     usual = "" if spec.default in (None, (), False) else word(spec.default)
-    return f" (default: {'; '.join(filter(None, (usual, others)))})" if usual or others else ""
+    title = "" if "default: " in spec.metadata["help"] else "default: "
+    return f" ({title}{'; '.join(filter(None, (usual, others)))})" if usual or others else ""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -334,8 +336,10 @@ def check(config: TrainConfig, task: Task) -> None:
         text = re.sub(r"\b(\w+)=", lambda m: flag(names.get(m[1], m[1])) + " ", str(error))
         raise UserError(text) from None
     unknown = [name for name in config.methods if name not in METHODS]
-    no_words = scratch_shape(config.model) and task.head == "sequence" and not config.tokenizer
-    layerwise, weights = config.distill in LAYERWISE, f"--weights {config.weights}"
+    shape, layerwise, weights = scratch_shape(config.model), config.distill in LAYERWISE, f"--weights {config.weights}"
+    no_words = shape and task.head == "sequence" and not config.tokenizer
+    odd = f"--model {config.model}: choose a hidden size that is a multiple of 64, or less than 128"
+    zero = "--noise 1 sets all blocks of --weights pq to 0 while they wait for their stage: choose less"
     distills = layerwise or any(weight for name, weight in losses.items() if name != "task")
     nothing = f"--distill {config.distill} has no loss with a weight, so sdq would be qat: use --methods fp32 ptq qat"
     cores = f"{weights} is for matrices: cores of tensor trains have learned scales"
@@ -345,6 +349,8 @@ def check(config: TrainConfig, task: Task) -> None:
         (no_words, "--model scratch needs --tokenizer FILE, a SentencePiece model"),
         (config.tt_rank and config.weights != "uniform", cores),
         (config.weights == "pq" and layerwise, stages),
+        (config.weights == "pq" and config.noise == 1.0, zero),
+        (shape and shape[1] % max(1, shape[1] // 64), odd),
         ("sdq" in config.methods and not distills, nothing),
     ):
         if is_wrong:

@@ -335,6 +335,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.export:
         return export(*args.export)
     name, folder = args.name, args.folder
+    if not re.fullmatch(r"(?!scratch)[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"{name!r} is no name for a model: use letters, digits, '.', '_' and '-', and not scratch")
     out = args.out or os.path.join(WEIGHTS_DIR, f"{name}.safetensors")
     if folder is None:
         if name not in MODELS:
@@ -347,7 +349,9 @@ def main(argv: list[str] | None = None) -> None:
     count = sum(tensor.numel() for tensor in model.state_dict().values())
     classes = f" ({', '.join(labels)})" if labels else ""
     print(f"wrote {out}: {model.config.head} head{classes}, {count:,} parameters, {size / 1e6:,.1f} MB")
-    print(f"next: python train.py --task {'rte' if tokenizer.typed else 'xnli'} --model {args.out or name}")
+    print(
+        f"next: python train.py --task {'rte' if tokenizer.typed else 'xnli'} --model {os.path.join('.', args.out) if args.out else name}"
+    )
 
 
 if __name__ == "__main__":

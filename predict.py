@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from checkpoint import fake_quantized, read_student, tokenizer_of
+from config import COUNT
 from data.batches import (
     IGNORE,
     Dataset,
@@ -250,6 +251,8 @@ def evaluate_student(path: str, args: argparse.Namespace) -> None:
     task = find_task(notes.get("task", ""), notes.get("train_language"))
     if task.name in ("tsv", "tags"):  # its classes are in its training file, and in the student
         task = with_classes(task, read.classes[0])
+    if notes.get("data") == "own" and not args.data_dir:
+        raise UserError(f"{path} was trained on files of --data-dir: name it")
     folder = find_data(task, args.data_dir, task.models[-1] if notes.get("data") == "built in" else "")
     how = folder, tokenizer_of(path, read), read.max_length, args.max_eval
     tests = load_tests(task, args.eval_split, args.languages, *how)
@@ -303,13 +306,13 @@ def main(argv: list[str] | None = None) -> None:
         "texts", nargs="?", default="-", help="one text per line, two separated by a tab (default: standard input)"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=COUNT, help="CPU threads (default: all cores)")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--evaluate", action="store_true", help="print the metrics of each test set instead")
-    group.add_argument("--data-dir", metavar="DIR", help="folder of the files (default: as in training)")
+    group.add_argument("--data-dir", metavar="DIR", help="folder of the files (default: data/raw, or built-in data)")
     group.add_argument("--languages", nargs="+", default=(), metavar="X", help="besides the training language")
     group.add_argument("--eval-split", default="test", choices=("test", "dev"), help="default: test")
-    group.add_argument("--max-eval", type=int, metavar="N", help="N random examples per language (default: all)")
+    group.add_argument("--max-eval", type=COUNT, metavar="N", help="N random examples per language (default: all)")
     args = parser.parse_args(argv)
     if args.evaluate:
         evaluate_student(args.student, args)

@@ -57,8 +57,9 @@ TEACHER_OPTIONS = (  # all that the parameters of a teacher depend on, besides m
     "task max_train max_eval max_length epochs steps batch_size lr dropout seed eval_every label_smoothing precision"
 ).split()
 TEACHER_CODE = (
-    "train.py model.py tt.py data/batches.py data/tokenizer.py data/tokenizer_json.py data/wordpiece.py".split()
-)
+    "train.py model.py tt.py checkpoint.py predict.py kit/parallel.py kit/run.py data/batches.py data/metrics.py "
+    "data/tokenizer.py data/tokenizer_json.py data/wordpiece.py"
+).split()
 
 
 class Data(NamedTuple):
@@ -237,6 +238,7 @@ class ProductPlan(Plan):
     stage = -1
 
     def begin(self, step: int, optimizers: list[torch.optim.Optimizer]) -> None:
+        super().begin(step, optimizers)
         length, last = self.steps // len(STAGES), len(STAGES) - 1
         stage = min(step // length, last)
         if stage != self.stage:
@@ -431,12 +433,16 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Start, Data]:
     results = {"config": asdict(config), "model": start.name, "languages": list(tests)}
     results |= {"train_examples": len(data.train), "environment": here, "steps": steps}
     run.start(contents, results | {"test_examples": {name: len(each) for name, each in tests.items()}})
+    quantized = [row for name, row in run.results["methods"].items() if name in config.methods and name != "fp32"]
+    if config.analyze and any("errors" not in row for row in quantized):
+        raise UserError(f"--analyze: {run.out} has rows that were not analyzed: resume without it, or change --out")
     return run, start, data
 
 
 def check_steps(config: TrainConfig, layers: int, steps: int) -> None:
     """Raises UserError, before the teacher is trained, if a student has too few steps for its stages."""
-    option, least = "--weights pq", len(STAGES) if config.weights == "pq" and config.methods != ("fp32",) else 0
+    staged = config.weights == "pq" and {*TRAINED} & {*config.methods}
+    option, least = "--weights pq", len(STAGES) if staged else 0
     if config.distill in LAYERWISE and "sdq" in config.methods:
         option, least = f"--distill {config.distill}", layers + 1
     if steps < least:

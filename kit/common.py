@@ -90,7 +90,7 @@ class Progress:
 
     def clear(self) -> None:
         """Make room for other output."""
-        if self.live:
+        if self.live and writes:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 

@@ -113,11 +113,18 @@ def read_tensors(path: str, format: str, advice: str) -> tuple[dict[str, Tensor]
     with mapped(path, advice) as data:
         tensors, metadata = parse(data)
         if metadata.get("format") != format:
-            raise UserError(f"{path} is not a file of this project ({format}): {advice}")
+            raise UserError(f"{path} holds {metadata.get('format', 'no format')}, not {format}: {advice}")
         crc = zlib.crc32(memoryview(data)[CRC + 8 :], zlib.crc32(data[:CRC] + b"0" * 8))
         if metadata["crc32"] != f"{crc:08x}":
             raise ValueError("another checksum")
         return tensors, dict(json.loads(metadata["settings"]))
+
+
+def recorded_checksum(path: str) -> str:
+    """The CRC-32 in a file of ours, which read_tensors has compared."""
+    with open(path, "rb") as file:
+        file.seek(CRC)
+        return file.read(8).decode()
 
 
 def map_tensors(path: str, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -15,6 +15,7 @@ import math
 import os
 import time
 import weakref
+import zlib
 from dataclasses import asdict
 
 import torch
@@ -50,6 +51,7 @@ class Run:
         check_writable(out)
         check_writable(self.teachers)
         self.contents: dict[str, str] = {}  # of what a run to be resumed reads: digests by name
+        self.training = ""  # whose state may be on disk
         try:
             with open(self.path("config.json"), encoding="utf-8") as file:
                 before = json.load(file)
@@ -59,7 +61,7 @@ class Run:
             return
         except ValueError:
             before = None
-        if not isinstance(before, dict) or "task" not in before:
+        if not isinstance(before, dict) or not isinstance(before.get("contents"), dict):
             raise UserError(f"{out}/config.json is not of a run of train.py: choose another --out")
         for name, value in json.loads(json.dumps(asdict(config))).items():  # tuples become lists, as in the file
             if before.get(name) != value and name not in may_differ:
@@ -67,7 +69,7 @@ class Run:
                 advice = "resume with the same options" if resume else "choose another --out"
                 raise UserError(f"{held}: {advice}, or delete it")
         if resume:
-            self.contents = before.get("contents", {})
+            self.contents = before["contents"]
         elif os.path.exists(self.path(STATE)):
             raise UserError(f"{out} holds a stopped run: continue it with --resume, or delete it")
 
@@ -98,7 +100,10 @@ class Run:
         if self.resume and os.path.exists(path):
             try:
                 with open(path, encoding="utf-8") as file:
-                    self.results["methods"] = dict(json.load(file)["methods"])
+                    before = json.load(file)
+                self.results["methods"] = before["methods"]
+                if before["crc32"] != checksum(before["methods"]):
+                    raise ValueError
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path} is damaged: delete it, and --resume makes its rows again") from None
         elif not self.resume:
@@ -110,8 +115,10 @@ class Run:
         """Add a row to results.json. The state of its training is no longer needed."""
         curve = [[r["step"], r["dev_score"]] for r in self.read_log() if r["method"] == method and "dev_score" in r]
         self.results["methods"][method] = row | ({"dev_curve": curve} if curve else {})
-        write_json(self.path("results.json"), self.results)
-        self.forget_state()
+        digest = checksum(self.results["methods"])
+        write_json(self.path("results.json"), self.results | {"crc32": digest})
+        if method == self.training:  # not of another one, which was stopped
+            self.forget_state()
 
     def forget_state(self) -> None:
         remove(self.path(STATE))
@@ -135,6 +142,11 @@ class Run:
         write_text(self.path("log.jsonl"), "".join(json.dumps(r) + "\n" for r in kept))
 
 
+def checksum(value: object) -> str:
+    """CRC-32 of a value in JSON."""
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
 # ------------------------------------------------------------------------------------- a training
 class Training:
     """Where a training stands: its step, its best parameters on dev, and its state on disk.
@@ -145,6 +157,7 @@ class Training:
 
     def __init__(self, run: Run, name: str, model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int):
         self.run, self.name, self.model, self.optimizers = run, name, model, optimizers
+        run.training = name
         self.step, self.seconds, self.due = 0, 0.0, False  # due: save after this step
         # A correlation can be -100 %: any first evaluation is better than none.
         self.best, self.best_tensors = {"score": -1e9, "text": "", "step": 0}, {}

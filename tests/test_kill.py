@@ -79,6 +79,7 @@ def outcome(folder, begin=lambda folder: [start(folder)]):
     for row in results["methods"].values():
         row.pop("train_seconds")
     results["config"].pop("out")
+    results.pop("crc32")  # of the times, too
     (teacher,) = (folder / "teachers").iterdir()
     teacher = {name: tensor.tolist() for name, tensor in read_model(str(teacher)).tensors.items()}
     return results, [r | {"ms": 0} for r in log_of(folder)], teacher, (folder / "run" / STUDENT).read_bytes()
