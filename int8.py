@@ -7,12 +7,12 @@ integers, accumulated in 32 bits, and a correction, quant.rescale:
 
 The student computes the same in evaluation, so on CPU both give the same bits, whatever the kernel.
 
-Weights of fewer than 8 bits are unpacked to 8 and multiplied in the same way. Query, key and value are
-one product, since they read one activation; a tensor train is merged to two thin matrices and is two
-products. Word embeddings are looked up in int8. Norms, softmax, GELU and the head stay in float32
-(beside tensor trains the head is quantized, too). With static ranges the feed-forward network stays in
-8 bits: the kernel applies GELU to its 32-bit sums and passes 8-bit integers to the next product. Then a CPU with VNNI
-spends 67 % of the time on products and 15 % on attention (XLM-R base, 8 x 128 tokens).
+Weights of fewer than 8 bits are unpacked to 8 and multiplied in the same way. Query, key and value are one product,
+since they read one activation; a tensor train is merged to two thin matrices and is two products. Word embeddings are
+looked up in int8. Norms, softmax, GELU and the head stay in float32 (beside tensor trains the head is quantized, too).
+With static ranges the feed-forward network stays in 8 bits: the kernel applies GELU to its 32-bit sums and passes 8-bit
+integers to the next product. Then a CPU with VNNI spends 67 % of the time on products and 15 % on attention (XLM-R
+base, 8 x 128 tokens).
 
 Saturation. CPUs with AVX2 or AVX-512 but without VNNI multiply 8 bits with the instruction vpmaddubsw, which adds
 *two* products in 16 bits and saturates at 32,767. Full-range operands give 255 * 127 * 2 = 64,770: silently wrong, by
@@ -24,20 +24,18 @@ multiplies integers in float32, at float32 speed: exact below 2^24, which typica
 
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import WORDS, Checkpoint, Weight, fake_quantized, float_tensors, weight_codes, weight_of
+from checkpoint import WORDS, Checkpoint, Weight, fake_quantized, float_tensors, meta_model, weight_codes, weight_of
 from kit.common import UserError
-from model import Attention, FeedForward, Model, ModelConfig
-from prepare import QKV, prepare
+from model import Attention, FeedForward, Model
+from prepare import QKV
 from quant import ActQuantizer, Codes, QuantConfig, QuantLinear, quantize, rescale
 from tt import QuantTTLinear, TTLinear, TTMEmbedding, lookup
-
-Range = tuple[float, int] | None  # scale and zero point of a uint8 result; None: float32
 
 
 # --------------------------------------------------------------------------------------- kernels
@@ -73,28 +71,33 @@ def rounds_in_one_pass() -> bool:
     x, one = torch.tensor([-1e30, -0.5, 0.5, 1.5, 2.5, 253.6, 1e30] * 9), torch.ones(())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it will be removed
-        try:
-            found = round_in_one_pass(x, 1)
-        except (AttributeError, RuntimeError):
-            return False
-    return torch.equal(found.float(), quantize(x, one, one, 0, 255))
+        return computes(lambda: round_in_one_pass(x, 1).float(), quantize(x, one, one, 0, 255))
+
+
+def computes(function: Callable[[], Tensor], expected: Tensor) -> bool:
+    """Whether a function, which not every build of PyTorch has, gives what is expected here."""
+    try:
+        return torch.equal(function(), expected)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+FLOATS = ("none", 1.0, 0, torch.float32)  # of OneDNNKernel.layer: y as it is
 
 
 # A kernel packs an int8 matrix (N, K) once and multiplies uint8 activations (M, K) by it many times: sums(q_x) = sum_k
 # (q_x - offset) q_w, float32 (M, N). A `fused` kernel computes a whole layer in one call if the activation's range is
 # static: see OneDNNKernel.
 class FloatKernel:
-    """Integers multiplied in float32, whose sums are exact below 2^24 and rounded in the seventh digit above; or in
-    float64, where every sum is exact ("reference").
-    """
+    """Integers multiplied in float32, whose sums are exact below 2^24 and rounded in the seventh digit above."""
 
     offset, fused = 0, False
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype = torch.float32):
-        self.weight = weight.to(dtype)
+    def __init__(self, weight: Tensor):
+        self.weight = weight.float()
 
     def sums(self, values: Tensor) -> Tensor:
-        return F.linear(values.to(self.weight.dtype), self.weight).float()
+        return F.linear(values.float(), self.weight)
 
 
 class OneDNNKernel:
@@ -114,20 +117,18 @@ class OneDNNKernel:
         return OneDNNKernel, (self.weight.to_dense().t().contiguous(),)
 
     def sums(self, values: Tensor) -> Tensor:
-        return self.layer(values, 0, self.ones, None)
+        return self.layer(values, 0, self.ones, None, FLOATS)
 
-    def layer(
-        self, values: Tensor, zero_point: int, scale: Tensor, bias: Tensor | None, post: str = "none", out: Range = None
-    ) -> Tensor:
-        """post(scale * sum_k (q_x - zero_point) q_w + bias) in one call; post: "none" or "gelu".
+    def layer(self, values: Tensor, zero_point: int, scale: Tensor, bias: Tensor | None, then: tuple) -> Tensor:
+        """post(scale * sum_k (q_x - zero_point) q_w + bias) in one call.
 
-        scale: s_x s_w (N). oneDNN could multiply by s_x, but in an order that depends on the CPU.
+        scale: s_x s_w (N). oneDNN could multiply by s_x, but in an order that depends on the CPU.  then: post, "none"
+        or "gelu", and the scale, zero point and type of the result.
         """
-        out_scale, out_zero_point = out or (1.0, 0)
+        post, *result = then
         return torch.ops.onednn.qlinear_pointwise(
-            values, 1.0, zero_point, self.weight, scale, self.zero_points, bias,
-            out_scale, out_zero_point, torch.uint8 if out else torch.float32, post, [], "none",
-        )  # fmt: skip
+            values, 1.0, zero_point, self.weight, scale, self.zero_points, bias, *result, post, [], "none"
+        )
 
 
 class CudaKernel:
@@ -152,12 +153,7 @@ class CudaKernel:
         return torch._int_mm(signed, self.weight.t())[:M, : self.N].float()
 
 
-KERNELS: dict[str, Callable] = {
-    "reference": partial(FloatKernel, dtype=torch.float64),
-    "float": FloatKernel,
-    "onednn": OneDNNKernel,
-    "cuda": CudaKernel,
-}
+KERNELS = {"float": FloatKernel, "onednn": OneDNNKernel, "cuda": CudaKernel}
 
 
 @cache
@@ -166,11 +162,7 @@ def is_exact(kernel: str, largest: int) -> bool:
     weight = torch.full((32, 256), largest, dtype=torch.int8)
     weight[1::2] = -largest
     values = torch.full((17, 256), 255, dtype=torch.uint8)
-    try:
-        found = KERNELS[kernel](weight).sums(values)
-    except (RuntimeError, AttributeError):  # not built for this machine
-        return False
-    return torch.equal(found, KERNELS["reference"](weight).sums(values))
+    return computes(lambda: KERNELS[kernel](weight).sums(values), F.linear(values.float(), weight.float()))
 
 
 def choose_kernel(device: str, largest: int) -> str:
@@ -203,76 +195,51 @@ class IntLinear(nn.Module):
         if act.static:
             scale, zero_point = act.static_range()
             self.constants = scale.to(device) * self.scale, int(zero_point)
+        self.then, self.next_grid = FLOATS, None  # see pass_codes
+
+    def pass_codes(self, act: ActQuantizer, post: str = "none") -> None:
+        """Return Codes of post(y) for `act` from now on, where range and kernel allow it; for few tokens still y."""
+        if self.kernel.fused and act.static and act.quant_max == 255:
+            scale, zero_point = self.next_grid = act.static_range()
+            self.then = post, float(scale), int(zero_point), torch.uint8
 
     def codes(self, x: Tensor | Codes) -> Codes:
         return x if isinstance(x, Codes) else activation_codes(self.act_quantizer, x)
 
-    def is_few(self, x: Tensor) -> bool:
-        return self.few_kernel is not None and x.shape[:-1].numel() <= self.FEW
-
-    def forward(self, x: Tensor | Codes) -> Tensor:
+    def forward(self, x: Tensor | Codes) -> Tensor | Codes:
         x = self.codes(x)
-        kernel = self.few_kernel if self.is_few(x.values) else self.kernel
+        values, shape = x.values.flatten(0, -2), (*x.values.shape[:-1], -1)
+        kernel = self.few_kernel if self.few_kernel is not None and len(values) <= self.FEW else self.kernel
         if kernel.fused and not x.scale.dim():  # per tensor
-            return self.fused(x)
-        sums = kernel.sums(x.values.flatten(0, -2)).view(*x.values.shape[:-1], -1)
+            scale, zero_point = self.constants or (x.scale * self.scale, int(x.zero_point))
+            y = kernel.layer(values, zero_point, scale, self.bias, self.then).view(shape)
+            return Codes(y, *self.next_grid) if self.next_grid else y
+        sums = kernel.sums(values).view(shape)
         if kernel.offset:
             x = x._replace(zero_point=x.zero_point - kernel.offset)
         return rescale(sums, self.column, x, self.scale, self.bias)
-
-    def fused(self, x: Codes, post: str = "none", out: Range = None) -> Tensor:
-        """post(the layer) in one call of the kernel."""
-        scale, zero_point = self.constants or (x.scale * self.scale, int(x.zero_point))
-        y = self.kernel.layer(x.values.flatten(0, -2), zero_point, scale, self.bias, post, out)
-        return y.view(*x.values.shape[:-1], -1)
-
-
-def act_of(model: nn.Module, name: str) -> ActQuantizer:
-    """The quantizer of a layer's input: its own, or for query, key and value that of the attention."""
-    own = model.get_submodule(name).act_quantizer
-    if isinstance(own, ActQuantizer):
-        return own
-    return model.get_submodule(name.rpartition(".")[0]).input_quantizer
-
-
-def uint8_output_range(kernel: FloatKernel | OneDNNKernel, act: ActQuantizer) -> Range:
-    """What a kernel needs to pass its result on in 8 bits; None if it can't."""
-    if kernel.fused and act.static and act.quant_max == 255:
-        scale, zero_point = act.static_range()
-        return float(scale), int(zero_point)
-    return None
 
 
 class IntTTLinear(nn.Module):
     """A tensor train merged to A (r, K) and B (N, r), two integer layers: (..., K) -> (..., N).
 
-    Called like an IntLinear. With static ranges the activation between the two stays in 8 bits.
+    With static ranges the activation between the two stays in 8 bits.
     """
 
-    def __init__(self, layer: QuantTTLinear, act: ActQuantizer, kernel: str, device: str):
+    def __init__(self, layer: QuantTTLinear, kernel: str, device: str):
         super().__init__()
-        (A, B), middle = layer.halves(), layer.middle_quantizer
+        (A, B), act, middle = layer.halves(), layer.act_quantizer, layer.middle_quantizer
         A, B = weight_of(layer.A_quantizer, A), weight_of(layer.B_quantizer, B)
         self.A = IntLinear(A, None, act, kernel, device, few=act.static)
         self.B = IntLinear(B, layer.bias, middle, kernel, device, few=act.static)
-        self.act_quantizer, self.kernel, self.inner = act, self.B.kernel, uint8_output_range(self.A.kernel, middle)
+        self.A.pass_codes(middle)
+        self.act_quantizer = act
 
-    def codes(self, x: Tensor | Codes) -> Codes:
-        return self.A.codes(x)
+    def pass_codes(self, act: ActQuantizer, post: str) -> None:
+        self.B.pass_codes(act, post)
 
-    def is_few(self, x: Tensor) -> bool:
-        return self.A.is_few(x)
-
-    def middle(self, x: Codes) -> Codes:
-        if self.inner is None or self.is_few(x.values):
-            return self.B.codes(self.A(x))
-        return Codes(self.A.fused(x, out=self.inner), *self.B.act_quantizer.static_range())
-
-    def forward(self, x: Tensor | Codes) -> Tensor:
-        return self.B(self.middle(self.codes(x)))
-
-    def fused(self, x: Codes, post: str, out: Range) -> Tensor:
-        return self.B.fused(self.middle(x), post, out)
+    def forward(self, x: Tensor | Codes) -> Tensor | Codes:
+        return self.B(self.A(x))
 
 
 class MergedTable(nn.Module):
@@ -301,10 +268,8 @@ class IntEmbedding(nn.Module):
 class IntAttention(Attention):
     """Attention whose query, key and value come from one product, or from layers that read the same integers."""
 
-    def __init__(self, config: ModelConfig, attention: Attention, qkv: IntLinear | None = None):
-        with torch.device("meta"):
-            super().__init__(config)
-        take_parts(self, attention)
+    def __init__(self, attention: Attention, qkv: IntLinear | None):
+        adopt(self, attention)
         if qkv is not None:
             del self.query, self.key, self.value
         self.qkv = qkv
@@ -312,14 +277,8 @@ class IntAttention(Attention):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.qkv is not None:
             return self.qkv(x).chunk(3, dim=-1)
-        inputs = self.query.codes(x)
+        inputs = activation_codes(self.input_quantizer, x)
         return self.query(inputs), self.key(inputs), self.value(inputs)
-
-
-def take_parts(module: nn.Module, source: nn.Module) -> None:
-    """Replace the parts of a module by those of another one."""
-    for name, part in source.named_children():
-        setattr(module, name, part)
 
 
 class IntFeedForward(FeedForward):
@@ -331,13 +290,10 @@ class IntFeedForward(FeedForward):
 
     PIECE = 512
 
-    def __init__(self, config: ModelConfig, ffn: FeedForward):
-        with torch.device("meta"):
-            super().__init__(config)
-        take_parts(self, ffn)
-        inner = ffn.down.act_quantizer
-        self.inner = uint8_output_range(ffn.up.kernel, inner)
-        self.in_pieces = self.inner is None and inner.per_token
+    def __init__(self, ffn: FeedForward):
+        adopt(self, ffn)
+        self.up.pass_codes(self.down.act_quantizer, "gelu")
+        self.in_pieces = self.down.act_quantizer.per_token
 
     def forward(self, x: Tensor) -> Tensor:
         if self.in_pieces and not (x.is_cuda or torch.compiler.is_compiling()) and x.shape[:-1].numel() > self.PIECE:
@@ -346,10 +302,14 @@ class IntFeedForward(FeedForward):
         return super().forward(x)
 
     def expand(self, x: Tensor) -> Tensor | Codes:
-        if self.inner is None or self.up.is_few(x):
-            return super().expand(x)
-        values = self.up.fused(self.up.codes(x), "gelu", self.inner)
-        return Codes(values, *self.down.act_quantizer.static_range())
+        inner = self.up(x)
+        return inner if isinstance(inner, Codes) else F.gelu(inner)
+
+
+def adopt(module: nn.Module, source: nn.Module) -> None:
+    """Give a new module everything that one of its base class has."""
+    nn.Module.__init__(module)
+    vars(module).update(vars(source))
 
 
 def compiled(model: Model) -> Callable:
@@ -373,25 +333,21 @@ def compiled(model: Model) -> Callable:
 def to_integer(student: Model, config: QuantConfig, device: str | torch.device = "cpu", kernel: str = "auto") -> Model:
     """The integer model of a fake-quantized student, in tensors of its own; it gives the same logits."""
     tensors = {name: tensor.clone() for name, tensor in float_tensors(student).items()}
-    weights = weight_codes(student)
-    parts = Checkpoint(student.config, config, weights, tensors, notes={}, vocabulary=None)
+    parts = Checkpoint(student.config, config, weight_codes(student), tensors, notes={}, vocabulary=None)
     return integer_model(parts, device, kernel)
 
 
 @torch.no_grad()
 def integer_model(student: Checkpoint, device: str | torch.device = "cpu", kernel: str = "auto") -> Model:
-    """The integer model of the parts of a student.  kernel: a key of KERNELS, or "auto".
-
-    Raises UserError if weights or activations are not quantized.
+    """The integer model of the parts of a student.  kernel: a key of KERNELS, or "auto".  Raises UserError if weights or
+    activations are not quantized.
     """
     if 32 in (student.quant.weight_bits, student.quant.act_bits):
         raise UserError("integers need quantized weights and activations: --bits and --act-bits 2 to 8")
     if student.config.tt:  # small enough to build its fake-quantized model, which merges the cores
         model = fake_quantized(student)
     else:
-        with torch.device("meta"):
-            model = Model(student.config)
-            prepare(model, student.quant)
+        model = meta_model(student.config, student.quant)
         # Not strict: the quantized weights are missing, and their modules are replaced below.
         model.load_state_dict(student.tensors, strict=False, assign=True)
     if any(type(module) in (nn.Linear, TTLinear) for module in model.encoder.modules()):
@@ -407,23 +363,23 @@ def integer_model(student: Checkpoint, device: str | torch.device = "cpu", kerne
         scales = [part.scale.reshape(-1).expand(len(part.codes)) for part in parts]
         weight = Weight(torch.cat([part.codes for part in parts]), torch.cat(scales))
         bias = torch.cat([layers[name].bias for name in names])
-        return IntLinear(weight, bias, act_of(model, names[0]), kernel, device)
+        return IntLinear(weight, bias, layers[names[0]].act_quantizer, kernel, device)
 
-    qkv, joined = {}, []
-    for i in range(student.config.num_layers):
+    for i, block in enumerate(model.encoder.layers):
         names = [f"encoder.layers.{i}.attention.{part}" for part in QKV]
-        if all(isinstance(layers[name], QuantLinear) for name in names):
-            qkv[i], joined = linear(*names), joined + names
+        for name in names:
+            layers[name].act_quantizer = block.attention.input_quantizer  # which the three share
+        dense = all(isinstance(layers[name], QuantLinear) for name in names)
+        block.attention = IntAttention(block.attention, linear(*names) if dense else None)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantTTLinear):
-            model.set_submodule(name, IntTTLinear(module, act_of(model, name), kernel, device))
-        elif isinstance(module, QuantLinear) and name not in joined:
+            model.set_submodule(name, IntTTLinear(module, kernel, device))
+        elif isinstance(module, QuantLinear):
             model.set_submodule(name, linear(name))
         elif isinstance(module, TTMEmbedding):
             model.set_submodule(name, MergedTable(module))
-    for i, block in enumerate(model.encoder.layers):
-        block.attention = IntAttention(model.config, block.attention, qkv.get(i))
-        block.ffn = IntFeedForward(model.config, block.ffn)
+    for block in model.encoder.layers:
+        block.ffn = IntFeedForward(block.ffn)
     if WORDS in student.weights:
         model.encoder.embeddings.word = IntEmbedding(student.weights[WORDS])
     return model.to(device).requires_grad_(False).eval()
