@@ -25,6 +25,7 @@ row, and quantization disturbs that order. Per layer, against the teacher:
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,11 +91,6 @@ def real_rows(maps: Tensor, mask: Tensor | None) -> Tensor:
     return maps.transpose(1, 2)[mask].flatten(0, 1)  # (B, T, H, T) -> (n, H, T) -> (N, T)
 
 
-def order_of_pairs(rows: Tensor) -> Tensor:
-    """(N, T) -> (N, T, T): 1 where key i has more than key j, -1 where less, 0 if equal or padded."""
-    return (rows[:, :, None] - rows[:, None, :]).sign_().nan_to_num_(0.0)
-
-
 def flipped_pairs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """The number of pairs of keys that are flipped in the student's row, and of all pairs: (N,) each.
 
@@ -102,9 +98,10 @@ def flipped_pairs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     that is equal in the student counts half: a student that attends to all keys alike has 0.5, like one that guesses.
     (The fraction is (1 - tau) / 2 of Kendall's rank correlation tau, except for the teacher's ties.)
     """
-    order = order_of_pairs(teacher)
+    # (N, T, T): 1 where key i has more than key j, -1 where less, 0 if equal or padded.
+    found, order = ((x[:, :, None] - x[:, None, :]).sign_().nan_to_num_(0.0) for x in (student, teacher))
     pairs = order.abs().sum(dim=(1, 2))
-    agreement = order.mul_(order_of_pairs(student)).sum(dim=(1, 2))
+    agreement = order.mul_(found).sum(dim=(1, 2))
     # Each pair occurs twice, as (i, j) and (j, i), and a flip changes the agreement by 2.
     return (pairs - agreement) / 4, pairs / 2
 
@@ -117,8 +114,8 @@ def ranking_loss(student: Tensor, teacher: Tensor) -> tuple[float, int]:
     """
     step = max(1, PAIRS_AT_ONCE // student.shape[1] ** 2)  # rows at a time: N * T * T would not fit into memory
     total, rows = 0.0, 0
-    for i in range(0, len(student), step):
-        flipped, pairs = flipped_pairs(student[i : i + step], teacher[i : i + step])
+    for some in zip(student.split(step), teacher.split(step), strict=True):
+        flipped, pairs = flipped_pairs(*some)
         there = pairs > 0  # a sequence of one token has none
         total += float((flipped[there].double() / pairs[there]).sum())
         rows += int(there.sum())
@@ -133,30 +130,24 @@ def cover_length(student: Tensor, teacher: Tensor) -> Tensor:
     5 / n.
     """
     keys = teacher.isfinite().sum(dim=1)  # (N,)
-    k = min(TOP, student.shape[1])
-    order = [
-        row.nan_to_num(nan=-1.0).sort(dim=1, descending=True, stable=True).indices for row in (student, teacher)
-    ]  # the key at each place, padded ones last
-    place = torch.empty_like(order[0])  # of each key: the inverse permutation
-    place.scatter_(1, order[0], torch.arange(1, student.shape[1] + 1).to(place).expand_as(place))
-    deepest = place.gather(1, order[1][:, :k]).amax(dim=1)
-    # With fewer than k keys, padded ones are in the "top", behind all real ones.
+    # The key at each place, padded ones last.
+    order = [row.nan_to_num(nan=-1.0).argsort(dim=1, descending=True, stable=True) for row in (student, teacher)]
+    place = order[0].argsort(dim=1) + 1  # of each key: the inverse permutation
+    deepest = place.gather(1, order[1][:, :TOP]).amax(dim=1)
+    # With fewer than TOP keys, padded ones are in the "top", behind all real ones.
     return deepest.minimum(keys) / keys
 
 
 @torch.no_grad()
 def attention_recovery(teacher: Model, student: Model, batches: Iterable[Batch]) -> dict:
-    """{"ranking", "cover", "map_kl", "output_mse": [layer 0, 1, ...]}: means over heads and real queries of all
-    sequences (see the top).
-    """
+    """{"ranking", "cover", "map_kl", "output_mse": [layer 0, 1, ...]}: means over heads and real queries, see the top."""
     teacher.eval()
     student.eval()
     layers = len(student.encoder.layers)
-    sums = {name: [[0.0, 0.0] for _ in range(layers)] for name in ("ranking", "cover", "map_kl", "output_mse")}
+    sums = {name: np.zeros((layers, 2)) for name in ("ranking", "cover", "map_kl", "output_mse")}
 
     def add(name: str, layer: int, mean: float, weight: int) -> None:
-        sums[name][layer][0] += mean * weight
-        sums[name][layer][1] += weight
+        sums[name][layer] += mean * weight, weight
 
     for batch in batches:
         mask, types = batch.mask, batch.types
@@ -168,4 +159,4 @@ def attention_recovery(teacher: Model, student: Model, batches: Iterable[Batch])
             add("cover", i, float(cover_length(*rows).double().mean()), len(rows[0]))
             add("map_kl", i, float(map_loss(found["score"][i], target["score"][i], mask)), batch.tokens)
             add("output_mse", i, float(vector_loss(found["normed"][i], target["normed"][i], mask)), batch.tokens)
-    return {name: [total / weight if weight else 0.0 for total, weight in row] for name, row in sums.items()}
+    return {name: [total / max(weight, 1) for total, weight in row.tolist()] for name, row in sums.items()}

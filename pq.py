@@ -57,13 +57,9 @@ def means(blocks: Tensor, assignments: Tensor, centroids: Tensor) -> Tensor:
     empty = (counts == 0).nonzero().flatten()
     empty = empty[: count - len(empty)]  # if most are empty, the others take their turn at the next iteration
     full = counts.topk(len(empty)).indices
-    noise = torch.randn(len(empty), blocks.shape[1], generator=seeded()).to(blocks.device)
+    noise = torch.randn(len(empty), blocks.shape[1], generator=torch.Generator().manual_seed(0)).to(blocks.device)
     found[empty] = found[full] + 1e-3 * blocks.std() * noise
     return found
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)  # the same matrix, the same centroids
 
 
 @torch.no_grad()
@@ -72,7 +68,8 @@ def kmeans(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
     Up to 256 distinct blocks are kept exactly.
     """
-    picks = torch.randperm(len(blocks), generator=seeded())[:SAMPLE].to(blocks.device)
+    generator = torch.Generator().manual_seed(0)  # the same matrix, the same centroids
+    picks = torch.randperm(len(blocks), generator=generator)[:SAMPLE].to(blocks.device)
     sample = blocks[picks]
     centroids = sample[torch.arange(CENTROIDS, device=blocks.device) % len(sample)]
     if len(sample[:4096].unique(dim=0)) <= CENTROIDS:
@@ -97,18 +94,16 @@ class ProductQuantizer(UniformQuantizer):
 
     def __init__(self, config: QuantConfig, weight: Tensor, per_row: bool, multiplied: bool):
         super().__init__(config, weight, per_row, multiplied)
-        self.shape = weight.shape
+        self.shape, self.waiting = weight.shape, False
         square = self.shape[0] == self.shape[1]  # as matrices of attention are, and those of feed-forward layers not
         self.stage = STAGES.index("embeddings" if not multiplied else "attention" if square else "ffn")
         self.block = 4 if self.stage == STAGES.index("attention") else 8
         if self.shape[1] % self.block:
             raise ValueError(f"weights=pq needs rows of a multiple of {self.block} weights, not {self.shape[1]}")
-        self.waiting = False
-        empty = {"device": weight.device}
-        self.centroids = nn.Parameter(torch.zeros(CENTROIDS, self.block, **empty))
-        self.register_buffer("assignments", torch.zeros(weight.numel() // self.block, dtype=torch.uint8, **empty))
+        self.centroids = nn.Parameter(weight.new_zeros(CENTROIDS, self.block))
+        self.register_buffer("assignments", weight.new_zeros(weight.numel() // self.block, dtype=torch.uint8))
         # Blocks of each centroid; all 0: there are no centroids yet.
-        self.register_buffer("counts", torch.zeros(CENTROIDS, **empty))
+        self.register_buffer("counts", weight.new_zeros(CENTROIDS))
 
     @property
     def by_number(self) -> bool:
@@ -173,5 +168,5 @@ def begin_stage(model: nn.Module, stage: int) -> None:
         quantizer.waiting = quantizer.stage > stage
         if not quantizer.waiting:
             quantizer.assign(weight)
-            progress.update(i + 1, f"{STAGES[quantizer.stage]}")
+            progress.update(i + 1, STAGES[quantizer.stage])
     progress.clear()

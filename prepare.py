@@ -17,17 +17,7 @@ from torch import Tensor, nn
 from lsq import LearnedActQuantizer, LearnedScale
 from model import Attention, WordEmbedding
 from pq import ProductQuantizer
-from quant import (
-    ActQuantizer,
-    MinMax,
-    QuantConfig,
-    QuantLinear,
-    TernaryQuantizer,
-    UniformQuantizer,
-    WeightQuantizer,
-    check_codes,
-    choose_qparams,
-)
+from quant import ActQuantizer, QuantConfig, QuantLinear, TernaryQuantizer, UniformQuantizer, check_codes
 from tt import QuantTTLinear, TTConfig, TTLinear, TTMEmbedding
 
 
@@ -43,7 +33,7 @@ class WeightKind:
     noise: float = 0.5  # default of --noise
 
 
-def table_quantizer(config: QuantConfig, *arguments) -> WeightQuantizer:
+def table_quantizer(config: QuantConfig, *arguments) -> nn.Module:
     """The rows of a table keep a scale of their own range, also where those of matrices are learned."""
     return (TernaryQuantizer if config.weight_bits == 2 else UniformQuantizer)(config, *arguments)
 
@@ -52,9 +42,7 @@ WEIGHTS = {  # QuantConfig.weights
     "uniform": WeightKind(UniformQuantizer, UniformQuantizer, "equal steps up to the largest weight"),
     "ternary": WeightKind(TernaryQuantizer, TernaryQuantizer, "-a, 0, a with 2 bits", bits=(2,), ranges=("minmax",)),
     "lsq": WeightKind(LearnedScale, table_quantizer, "scales are trained", ranges=("lsq", "minmax", "mse")),
-    "pq": WeightKind(
-        ProductQuantizer, ProductQuantizer, "a byte for 4 or 8 weights", bits=(8,), ranges=("minmax",), noise=0.1
-    ),
+    "pq": WeightKind(ProductQuantizer, ProductQuantizer, "a byte for 4 or 8 weights", (8,), ("minmax",), noise=0.1),
 }
 CHOICES = {  # field of QuantConfig -> its values
     **dict.fromkeys(("weight_bits", "act_bits", "attention_bits"), (2, 3, 4, 5, 6, 7, 8, 32)),
@@ -62,6 +50,7 @@ CHOICES = {  # field of QuantConfig -> its values
     "weights": WEIGHTS,
     "act_range": ("dynamic", "static", "learned"),
 }
+QKV = ("query", "key", "value")
 
 
 def check_quant(config: QuantConfig) -> None:
@@ -87,9 +76,6 @@ def default_keep(tt: TTConfig | None) -> tuple[str, ...]:
     return () if tt else QuantConfig.keep
 
 
-QKV = ("query", "key", "value")
-
-
 @torch.no_grad()
 def prepare(model: nn.Module, config: QuantConfig) -> str:
     """Make a float32 model fake-quantized, in place. Returns a line that says what was done.
@@ -106,13 +92,11 @@ def prepare(model: nn.Module, config: QuantConfig) -> str:
     Raises ValueError for a config that can't be computed and for a model that was prepared before.
     """
     check_quant(config)
-    kinds = (QuantLinear, QuantTTLinear, WeightQuantizer, ActQuantizer)
-    if any(isinstance(module, kinds) for module in model.modules()):
+    if any(isinstance(module, (QuantLinear, QuantTTLinear)) for module in model.modules()):
         raise ValueError("this model is already prepared: quantize a copy of the float32 model")
-    modules, weights = {name: module for name, module in model.named_modules() if name}, []
+    modules = {name: module for name, module in model.named_modules() if name and not name.startswith(config.keep)}
+    weights = []
     for name, module in modules.items():
-        if name.startswith(config.keep):
-            continue
         parent, _, leaf = name.rpartition(".")
         shares_input = leaf in QKV and isinstance(modules.get(parent), Attention)
         input_act = nn.Identity() if shares_input else new_act(config)
@@ -153,8 +137,7 @@ def new_act(config: QuantConfig, inside: bool = False) -> nn.Module:
 def new_weight(config: QuantConfig, weight: Tensor, is_table: bool = False) -> nn.Module:
     if config.weight_bits == 32:
         return nn.Identity()
-    row = WEIGHTS[config.weights]
-    kind = row.table if is_table else row.matrix
+    kind = WEIGHTS[config.weights].table if is_table else WEIGHTS[config.weights].matrix
     quantizer = kind(config, weight, is_table or config.per_channel, not is_table).to(weight.device)
     if not weight.is_meta and not isinstance(quantizer, ProductQuantizer):  # which has no codes before its stage
         check_codes(quantizer, quantizer.codes(weight[:4096] if is_table else weight)[0])
@@ -170,13 +153,12 @@ def calibrate(model: nn.Module, batches: Iterable[tuple[Tensor | None, ...]]) ->
     """
     quantizers = [m for m in model.modules() if isinstance(m, ActQuantizer) and m.static]
     for quantizer in quantizers:
-        quantizer.observer = MinMax()
+        quantizer.seen = ()
     was_training = model.training
     model.eval()
     for ids, mask, *types in batches:
         model(ids, mask, types=types[0] if types else None)
     for quantizer in quantizers:
-        seen, quantizer.observer = quantizer.observer, None
-        limits = quantizer.quant_min, quantizer.quant_max
-        quantizer.set_range(*choose_qparams(seen.low, seen.high, *limits, symmetric=False))
+        quantizer.set_range(*quantizer.covering(*quantizer.seen))
+        quantizer.seen = None
     model.train(was_training)

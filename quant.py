@@ -5,12 +5,11 @@ The grid. b bits give 2^b integers. A real number x is stored as an integer q wi
     q = clamp(round(x / s + z), quant_min, quant_max)            quantize
     x ~ (q - z) * s                                              dequantize
 
-*Symmetric* grids have z = 0. Weights use them: they lie around 0, and the integer model saves a
-correction. *Affine* grids cover [min, max] wherever it lies. Activations use them: the output of GELU
-is never below -0.17. A scale may serve a whole tensor (per tensor), each output channel of a weight
-(per channel) or each token of an activation (per token): finer is more exact and costs a vector of
-scales. The symmetric 2-bit grid is ternary, {-1, 0, 1}, and has a rule of its own
-(TernaryQuantizer); the fourth value of two bits, -2, is used by scales that are trained (lsq.py).
+*Symmetric* grids have z = 0. Weights use them: they lie around 0, and the integer model saves a correction. *Affine*
+grids cover [min, max] wherever it lies. Activations use them: the output of GELU is never below -0.17. A scale may
+serve a whole tensor (per tensor), each output channel of a weight (per channel) or each token of an activation (per
+token): finer is more exact and costs a vector of scales. The symmetric 2-bit grid is ternary, {-1, 0, 1}, and has a
+rule of its own (TernaryQuantizer); the fourth value of two bits, -2, is used by scales that are trained (lsq.py).
 
 Training. round() has derivative 0 almost everywhere, so nothing would learn. The straight-through estimator (Bengio et
 al. 2013) treats rounding as the identity, except where x was clipped: there, moving x changes nothing. The result of
@@ -55,8 +54,6 @@ def quant_range(bits: int, symmetric: bool) -> tuple[int, int]:
     >>> quant_range(8, symmetric=True), quant_range(8, symmetric=False), quant_range(2, symmetric=True)
     ((-127, 127), (0, 255), (-1, 1))
     """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"{bits} bits: choose 2 to 8, or 32 to leave a tensor alone")
     if symmetric:
         largest = 2 ** (bits - 1) - 1
         return -largest, largest
@@ -108,9 +105,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if ctx.saved_tensors:
-            grad = grad * ctx.saved_tensors[0]
-        return grad, None, None
+        return (grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad), None, None
 
 
 def straight_through(x: Tensor, rounded: Tensor, inside: Tensor | None = None, where: Tensor | None = None) -> Tensor:
@@ -208,18 +203,6 @@ def best_clip(x: Tensor, quant_min: int, quant_max: int, per_row: bool, one_fact
         best_error = torch.where(better, error, best_error)
         best = torch.where(better, clip, best)
     return best
-
-
-class MinMax:
-    """Observer: the smallest and largest value of all batches."""
-
-    def __init__(self):
-        self.low = self.high = None
-
-    def observe(self, x: Tensor) -> None:
-        low, high = torch.aminmax(x)
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
 
 
 # ------------------------------------------------------------------------------------------ noise
@@ -401,7 +384,7 @@ class ActQuantizer(nn.Module):
         self.per_token = config.per_token and not self.static
         self.quant_min, self.quant_max = quant_range(self.bits, symmetric=False)
         self.returns_codes = config.weight_bits != 32 and not inside
-        self.observer = None  # set while calibrate() runs
+        self.seen = None  # while calibrate() runs: () or the smallest and largest value of all batches
         if self.static:
             self.make_range()
 
@@ -418,26 +401,27 @@ class ActQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | Codes:
         x = x.float()  # under autocast x may be bf16, too coarse for 256 steps
-        if self.observer is not None:
-            self.observer.observe(x.detach())
+        if self.seen is not None:
+            self.seen = torch.stack([*x.detach().aminmax(), *self.seen]).aminmax()
             return x
         if self.returns_codes and not self.training:
-            scale, zero_point = self.qparams(x)
-            codes = quantize(x.detach(), scale, zero_point, self.quant_min, self.quant_max)
-            return Codes(codes, scale, zero_point)
+            grid = self.qparams(x)
+            return Codes(quantize(x.detach(), *grid, self.quant_min, self.quant_max), *grid)
         return self.rounded(x)
 
     def rounded(self, x: Tensor) -> Tensor:
         """x on its grid, differentiable."""
-        grid = (*self.qparams(x), self.quant_min, self.quant_max)
-        return fake_quantize(x, *grid, clips=self.static)
+        return fake_quantize(x, *self.qparams(x), self.quant_min, self.quant_max, clips=self.static)
 
     @torch.no_grad()
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for x: scalars, or (..., 1) per token."""
         if self.static:
             return self.static_range()
-        low, high = min_max(x, self.per_token)
+        return self.covering(*min_max(x, self.per_token))
+
+    def covering(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for values from low to high."""
         return choose_qparams(low, high, self.quant_min, self.quant_max, symmetric=False)
 
 

@@ -342,7 +342,7 @@ def test_static_ranges(tiny_config):
     calibrate(model, batches)
     for module in model.modules():
         if isinstance(module, ActQuantizer):
-            assert module.observer is None and module.scale > 0
+            assert module.seen is None and module.scale > 0
     error = (model(*batches[0])[0] - original(*batches[0])[0]).abs().max()
     assert error < 0.1 * original(*batches[0])[0].abs().max() + 0.02
     # the range of the first quantizer is that of the embeddings' output

@@ -426,8 +426,6 @@ def test_contractions_keep_the_open_ranks():
 
 # ----------------------------------------------------------------------------------------- settings
 def test_wrong_settings_raise():
-    with pytest.raises(ValueError, match="names of modules"):
-        TTConfig(keep=(1,))
     for name, wrong in (("rank", 0), ("rank", 2.0), ("embedding_rank", -1), ("modes", 9), ("table_modes", 1)):
         with pytest.raises(ValueError, match=f"{name}={wrong}: choose "):
             TTConfig(**{name: wrong})
