@@ -14,15 +14,15 @@ measured). Times are medians over the rounds, and a ratio is the median of the r
 if __name__ == "__main__":
     import kit.interrupt  # noqa: F401
 
-import itertools
 import os
 import sys
 import tempfile
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -30,70 +30,59 @@ from torch import Tensor, nn
 
 import train
 from checkpoint import meta_model
-from config import TrainConfig, resolve
+from config import resolve
 from data.batches import Batch
+from kit import parallel
 from kit.common import Progress, choose_device, exit_status, hardware, instructions, markdown_table, multiplies_bf16
 from kit.files import write_json
-from model import Model, build_model, initialize, set_dropout
+from model import build_model, initialize, set_dropout
 from prepare import prepare
 from quant import QuantConfig
 from tools import backends
 
-Variants = dict[str, Callable[[], object]]  # name -> what is measured; the first is the baseline
-
 
 # ----------------------------------------------------------------------------------------- timing
-def interleave(variants: Variants, rounds: int, calls: int = 1, warm: bool = False) -> dict[str, list[float]]:
+def interleave(variants: dict[str, Callable], rounds: int, calls: int = 1, warm: bool = False) -> dict[str, list]:
     """Seconds per call of each variant in each round, after two rounds of warm-up. Waits for CUDA.
 
     calls: how often a round calls each variant, for functions that are too short for the clock.  warm: call it once
     more before, so that the caches hold its weights and not those of another variant, as a server would have it.
     """
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    times, wake_up = {name: [] for name in variants}, torch.zeros(1 << 17)
     measurements = [(i, name) for i in range(-2, rounds) for name in variants]
     progress = Progress("measurement", len(measurements))
-    wake_up = torch.zeros(1 << 17)
     for done, (i, name) in enumerate(measurements):
         progress.update(done, name)
         time.sleep(0.02)  # other libraries' threads spin for a while after their work,
         for _ in range(20):  # and PyTorch's have to be woken
             wake_up.add_(1)
-        if warm:
-            variants[name]()
-            wait()
-        started = time.perf_counter()
-        for _ in range(calls):
-            variants[name]()
-        wait()
+        for count in (1, calls) if warm else (calls,):  # the last one is measured
+            started = time.perf_counter()
+            for _ in range(count):
+                variants[name]()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
         if i >= 0:
             times[name].append((time.perf_counter() - started) / calls)
     progress.clear()
     return times
 
 
-def wait() -> None:
-    """Wait until CUDA, where it is used, has computed everything."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
 def medians(times: dict[str, list[float]]) -> dict[str, dict]:
     """Median and quartiles (ms), and the median ratio to the first variant in the same round."""
     baseline, rows = np.array(next(iter(times.values()))), {}
     for name, values in times.items():
-        low, median, high = np.percentile(values, [25, 50, 75]).tolist()
-        rows[name] = {"median_ms": 1e3 * median, "quartiles_ms": [1e3 * low, 1e3 * high]}
-        rows[name]["ratio"] = float(np.median(values / baseline))
+        low, median, high = (1e3 * np.percentile(values, [25, 50, 75])).tolist()
+        rows[name] = {"median_ms": median, "quartiles_ms": [low, high], "ratio": float(np.median(values / baseline))}
     return rows
 
 
 def layer_shapes(args: Namespace) -> list[tuple[int, int, int]]:
     """(M, K, N) of the encoder's three kinds of Linear layers, for each number of tokens M."""
-    C = args.hidden
-    return [(M, K, N) for K, N in ((C, C), (C, 4 * C), (4 * C, C)) for M in args.sizes]
+    return [(M, k * args.hidden, n * args.hidden) for k, n in ((1, 1), (1, 4), (4, 1)) for M in args.sizes]
 
 
-def measure_layers(variants: Variants, M: int, K: int, N: int, rounds: int) -> dict:
+def measure_layers(variants: dict[str, Callable], M: int, K: int, N: int, rounds: int) -> dict:
     """Medians of Linear layers (M, K) -> (M, N); short ones are called several times per round."""
     return medians(interleave(variants, rounds, calls=min(50, max(1, 10**8 // (M * K * N)))))
 
@@ -106,8 +95,8 @@ def measure_models(models: dict[str, Callable], sizes: list[tuple[int, int]], ar
         ids = backends.random_sequences(batch_size, tokens, args.vocab).to(device)
         variants = {name: partial(model, ids, None) for name, model in models.items()}
         times = interleave(variants, args.rounds, calls=max(1, min(10, 1024 // ids.numel())), warm=True)
-        size = {"batch_size": batch_size, "tokens": tokens}
-        rows += [{"name": name, **size, **row} for name, row in medians(times).items()]
+        for name, row in medians(times).items():
+            rows.append({"name": name, "batch_size": batch_size, "tokens": tokens, **row})
     return rows
 
 
@@ -142,10 +131,9 @@ def bench_matmul(args: Namespace, device: torch.device) -> dict:
     for M, K, N in layer_shapes(args):
         variants, exact = backends.linear_layers(M, K, N, device)
         for name, row in measure_layers(variants, M, K, N, args.rounds).items():
-            gops = 2e-6 * M * K * N / row["median_ms"]
-            row |= {"gops": gops, "of_peak": gops / peak}
-            row["error"] = backends.relative_error(variants[name](), exact)
-            rows.append({"name": name, "M": M, "K": K, "N": N, **row})
+            gops, error = 2e-6 * M * K * N / row["median_ms"], backends.relative_error(variants[name](), exact)
+            figures = {"gops": gops, "of_peak": gops / peak, "error": error}
+            rows.append({"name": name, "M": M, "K": K, "N": N, **row, **figures})
     return {"fp32_peak_gflops": peak, "rows": rows}
 
 
@@ -156,8 +144,7 @@ def matmul_table(result: dict) -> str:
     lines = []
     for K, N, name in dict.fromkeys(key[:3] for key in rows):
         by_size = [rows[K, N, name, M] for M in sizes]
-        last = by_size[-1]
-        times = [time_cell(row, 1 / row["ratio"]) for row in by_size]
+        times, last = [time_cell(row, 1 / row["ratio"]) for row in by_size], by_size[-1]
         figures = [f"{last['gops']:,.0f}", f"{last['of_peak']:.2f}", f"{last['error']:.1e}"]
         lines.append([f"{K} x {N}", name, *times, *figures])
     head = ["K x N", "ms (speed-up)", *(f"M = {M}" for M in sizes)]
@@ -178,9 +165,8 @@ def bench_model(args: Namespace, device: torch.device) -> dict:
         sizes = [(1, max(1, args.tokens // 4)), *((size, args.tokens) for size in args.sizes)]  # a short text first
         rows = measure_models(runners, sizes, args, device)
         for row in rows:
-            name = row["name"]
-            size = os.path.getsize(backends.path_of(name, folder))
-            row |= {"size_bytes": size, "peak_bytes": peaks[name], "error": errors[name]}
+            row["size_bytes"] = os.path.getsize(backends.path_of(row["name"], folder))
+            row |= {"peak_bytes": peaks[row["name"]], "error": errors[row["name"]]}
     return {"rows": rows}
 
 
@@ -193,25 +179,19 @@ def model_table(result: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------ train
-def training_step(
-    model: Model, teacher: Model | None, batches: list[Batch]
-) -> tuple[Callable[[TrainConfig], None], list[torch.optim.Optimizer]]:
-    """(function of a config that trains the model by one step, as train.train does; optimizers)."""
-    optimizers, order = train.make_optimizers(model), itertools.cycle(batches)
-
-    def one_step(config: TrainConfig) -> None:
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-5
-        terms = train.sdq_loss(model.train(), teacher, next(order), config)
-        sum(terms.values()).backward()
-        norm = train.clip_gradients(model, train.CLIP_NORM)
-        torch.stack([value.detach() for value in (*terms.values(), norm)]).tolist()  # for the log and the check
-        for optimizer in optimizers:
-            optimizer.step()
-
-    return one_step, optimizers
+def training_step(plan: train.Plan, optimizers: list[torch.optim.Optimizer], batches: Iterator[Batch]) -> None:
+    """The step of train.train with the pieces that it has there, but the gradients are kept until the next one."""
+    model, config, loss = plan.model.train(), plan.config, partial(plan.loss, step=0)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    plan.begin(0, optimizers)
+    terms = parallel.backward(model, loss, next(batches), config.accumulate, train.means_over(model.config.head))
+    norm = train.clip_gradients(model, train.CLIP_NORM)
+    torch.stack([sum(terms.values()), *terms.values(), norm]).tolist()  # as Training.check_finite does
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate(0)
+        optimizer.step()
 
 
 def bench_train(args: Namespace, device: torch.device) -> dict:
@@ -230,10 +210,10 @@ def bench_train(args: Namespace, device: torch.device) -> dict:
         set_dropout(model, 0.0)  # its random numbers would cost every variant the same
         if name != "fp32":
             prepare(model, QuantConfig(noise=config.noise))
-        own_teacher = teacher if name == "sdq" else None
-        step, _ = training_step(model.to(device), own_teacher, batches)
+        optimizers, own_teacher = train.make_optimizers(model.to(device)), teacher if name == "sdq" else None
         for label, precision in precisions.items():
-            variants[name + label] = partial(step, replace(config, precision=precision))
+            plan = train.make_plan(replace(config, precision=precision), model, own_teacher, args.batch_size, name)
+            variants[name + label] = partial(training_step, plan, optimizers, cycle(batches))
     rows = medians(interleave(variants, args.rounds))
     for row in rows.values():
         row["tokens_per_second"] = 1e3 * args.batch_size * args.tokens / row["median_ms"]
@@ -243,8 +223,8 @@ def bench_train(args: Namespace, device: torch.device) -> dict:
 def train_table(result: dict) -> str:
     lines = []
     for name, row in result["rows"].items():
-        figures = [f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}x"]
-        lines.append([name, f"{row['median_ms']:,.1f}", quartiles_cell(row), *figures])
+        time, speed = f"{row['median_ms']:,.1f}", f"{row['tokens_per_second']:,.0f}"
+        lines.append([name, time, quartiles_cell(row), speed, f"{row['ratio']:.2f}x"])
     return markdown_table(["step", "median ms", "quartiles ms", "tokens/s", "to fp32"], lines)
 
 
@@ -271,10 +251,9 @@ def bench_tt_layers(args: Namespace, device: torch.device) -> list[dict]:
         both = {n: partial(forward_and_backward, layer, x, upstream) for n, layer in layers.items()}
         both = measure_layers(both, M, K, N, args.rounds)
         for name, layer in layers.items():
-            parameters = sum(parameter.numel() for parameter in layer.parameters())
-            row = {"name": name, "M": M, "K": K, "N": N, "parameters": parameters}
-            row["flops"] = backends.forward_flops(layer, M)
-            rows.append(row | {"forward": forward[name], "with_backward": both[name]})
+            row = {"name": name, "M": M, "K": K, "N": N, "parameters": sum(p.numel() for p in layer.parameters())}
+            row |= {"flops": backends.forward_flops(layer, M), "forward": forward[name], "with_backward": both[name]}
+            rows.append(row)
     return rows
 
 
@@ -293,8 +272,9 @@ def bench_tt_training(args: Namespace, device: torch.device) -> dict[str, dict]:
         model = initialize(meta_model(joint))
         if name == "TT W8A8":
             prepare(model, QuantConfig(keep=()))
-        step, optimizers = training_step(model.to(device), None, batches)
-        variants[name] = partial(step, config)
+        optimizers = train.make_optimizers(model.to(device))
+        plan = train.make_plan(config, model, None, args.batch_size, "fp32")
+        variants[name] = partial(training_step, plan, optimizers, cycle(batches))
         saved = backends.saved_bytes(model, variants[name])
         memory[name] = {"state_bytes": backends.state_bytes(model, optimizers), "saved_bytes": saved}
     rows, steps = medians(interleave(variants, args.rounds)), -(-backends.ATIS_SENTENCES // args.batch_size)
@@ -333,8 +313,18 @@ BENCHMARKS = {  # name -> (function, its table, help)
     "train": (bench_train, train_table, "a training step: FP32, QAT, SDQ"),
     "tt": (bench_tt, tt_table, "tensor trains: one layer, the model for ATIS, a training step"),
 }
-SIZES = {"matmul": [1, 16, 128, 1024, 4096], "model": [1, 8, 32], "tt": [4096]}
-SHAPE = ("layers", "hidden", "vocab", "batch_size", "tokens", "rank")  # the options that describe what was measured
+OPTIONS = {  # name -> (default of each benchmark that has it, help): by default XLM-R base. All are integers.
+    # ATIS has few words; its sentences have 14 tokens on average, with <s> and </s>.
+    "layers": ({"model": 12, "train": 12, "tt": 2}, "number of layers"),
+    "hidden": (dict.fromkeys(BENCHMARKS, 768), "hidden size; of a model, a multiple of 64"),
+    "vocab": ({"model": 250002, "train": 250002, "tt": 614}, "rows of the embedding table"),
+    "batch_size": ({"train": 16, "tt": 32}, "sequences per training step"),
+    "tokens": ({"model": 128, "train": 128, "tt": 14}, "tokens per sequence"),
+    "rank": ({"tt": 20}, "rank of the tensor trains"),
+    "sizes": ({"matmul": [1, 16, 128, 1024, 4096], "model": [1, 8, 32], "tt": [4096]}, "tokens of a layer, or batches"),
+    "rounds": (dict.fromkeys(BENCHMARKS, 20), "measured rounds, after two of warm-up"),
+    "threads": (dict.fromkeys(BENCHMARKS), "CPU threads; None: all cores"),
+}
 
 
 def at_least(least: int, text: str) -> int:
@@ -347,35 +337,24 @@ def at_least(least: int, text: str) -> int:
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="bench.py", description="Print the table of a benchmark, write its numbers to --json.")
     kinds = parser.add_subparsers(dest="what", required=True, metavar="BENCHMARK")
-    positive = partial(at_least, 1)
     for name, (_, _, text) in BENCHMARKS.items():
         kind = kinds.add_parser(name, help=text, description=text, formatter_class=ArgumentDefaultsHelpFormatter)
-        add = partial(kind.add_argument, type=positive, metavar="N")
-        layers, vocab, tokens, batch_size = 12, 250002, 128, 16  # XLM-R base
-        if name == "tt":  # ATIS has few words; its sentences have 14 tokens on average, with <s> and </s>
-            layers, vocab, tokens, batch_size = 2, 614, 14, 32
-            add("--rank", default=20, help="rank of the tensor trains")
-        add("--hidden", default=768, help="hidden size; of a model, a multiple of 64")
-        if name != "matmul":
-            add("--layers", default=layers, help="number of layers")
-            add("--vocab", type=partial(at_least, 8), default=vocab, help="rows of the embedding table")
-            add("--tokens", default=tokens, help="tokens per sequence")
-        if name in ("train", "tt"):
-            add("--batch-size", default=batch_size, help="sequences per training step")
-        if name != "train":
-            help = "batch sizes, after one short text" if name == "model" else "tokens of one layer"
-            add("--sizes", nargs="+", default=SIZES[name], help=help)
-        add("--rounds", default=20, help="measured rounds, after two of warm-up")
-        add("--threads", help="CPU threads; None: all cores")
-        add("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], metavar="D", help="auto, cpu, cuda")
-        add("--json", type=str, metavar="FILE", help="also write the numbers to this file")
+        for option, (defaults, about) in OPTIONS.items():
+            if name in defaults:
+                add = partial(kind.add_argument, "--" + option.replace("_", "-"), default=defaults[name], help=about)
+                integer = partial(at_least, 8 if option == "vocab" else 1)
+                add(type=integer, nargs="+" if option == "sizes" else None, metavar="N")
+        kind.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the GPU, if any")
+        kind.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     return parser
 
 
-def run_benchmark(args: Namespace) -> None:
+@exit_status()
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
     device = choose_device(args.device, args.threads)
     benchmark, show_table, _ = BENCHMARKS[args.what]
-    shape = {name: getattr(args, name) for name in SHAPE if hasattr(args, name)}
+    shape = {name: getattr(args, name) for name in list(OPTIONS)[:6] if hasattr(args, name)}
     result = {"benchmark": args.what, "hardware": hardware(device), "instructions": instructions(device)}
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "rounds": args.rounds, "shape": shape}
     result |= benchmark(args, device)
@@ -384,12 +363,6 @@ def run_benchmark(args: Namespace) -> None:
     print(show_table(result))
     if args.json:
         write_json(args.json, result)
-
-
-@exit_status()
-def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    run_benchmark(args)
 
 
 if __name__ == "__main__":
