@@ -4,14 +4,12 @@ import os
 
 import pytest
 import torch
-from conftest import log_of, run
+from conftest import run
 
 import checkpoint
 import pq
-import train
 from int8 import integer_model
 from kit.files import map_tensors
-from kit.run import STUDENT
 from model import ModelConfig, build_model
 from pq import CENTROIDS, STAGES, ProductQuantizer, begin_stage, kmeans, means, nearest, product_quantizers
 from prepare import prepare
@@ -244,30 +242,6 @@ def test_bytes_follow_the_formula(saved):
 
 # ----------------------------------------------------------------------------------------- training
 RUN = ["--weights", "pq", "--max-train", "64", "--student-lr", "1e-3"]
-
-
-def test_a_stopped_run_goes_on_in_its_stage(tmp_path, monkeypatch):
-    """Stopped in the second of three stages: the same tensors as without a stop."""
-    monkeypatch.setattr("kit.run.SAVE_EVERY", 1)
-    options = [*RUN, *"--student-epochs 3 --steps 6 --methods sdq".split()]
-    assert run(tmp_path, *options, out="whole") == 0
-
-    def stop(model, stage):
-        begin_stage(model, stage)
-        if stage == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "begin_stage", stop)
-    assert run(tmp_path, *options, out="stopped") == 130
-    monkeypatch.setattr(train, "begin_stage", begin_stage)
-    assert run(tmp_path, *options, "--resume", out="stopped") == 0
-    whole, stopped = (map_tensors(str(tmp_path / name / STUDENT), "")[0] for name in ("whole", "stopped"))
-    assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
-    rates = [
-        [r["lr"] for r in log_of(tmp_path, name) if r["method"] == "sdq" and "lr" in r] for name in ("whole", "stopped")
-    ]
-    assert rates[0] == rates[1] and len(rates[0]) == 6
-    assert rates[0][0] == rates[0][2] == rates[0][4]  # every stage warms up anew
 
 
 def test_options_that_do_not_fit(tmp_path, capsys):

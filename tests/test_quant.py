@@ -163,7 +163,7 @@ def test_random_mask_has_its_probability(p, device):
         assert abs(both - p * p) < 6 * (p * p / n) ** 0.5 + 2 / 65536
 
 
-# -------------------------------------------------------------------------------- ranges, observers
+# ------------------------------------------------------------------------------------------ ranges
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("per_row", [False, True])
 def test_best_clip_by_brute_force(bits, per_row):
@@ -184,17 +184,7 @@ def test_best_clip_by_brute_force(bits, per_row):
         assert (error(clip) < 0.9 * error(torch.tensor(1.0))).all()
 
 
-def test_observed_range():
-    quantizer = ActQuantizer(QuantConfig(act_range="static"))
-    quantizer.seen = ()
-    for batch in ([-1.0, 2.0], [-3.0, 1.0], [0.0, 5.0]):
-        assert torch.equal(quantizer(torch.tensor(batch)), torch.tensor(batch))
-    assert tuple(quantizer.seen) == (-3.0, 5.0)
-
-
 # ---------------------------------------------------------------------------------- uniform weights
-
-
 class PowerOfTwoQuantizer(WeightQuantizer):
     """Scales rounded down to powers of two: integer models could shift bits instead of multiplying."""
 
@@ -344,8 +334,6 @@ def test_ternary_weights_are_close_to_the_least_error(kind):
 
 
 # ------------------------------------------------------------------------------------------ a layer
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("per_row", [True, False])
 @pytest.mark.parametrize("bits", [8, 4, 2])
