@@ -53,10 +53,7 @@ def train_config(tiny_config):
 
 
 def prepared(config, shape, factor=1.0):
-    """(a float32 model, a quantized copy of it).
-
-    factor: on all parameters; random initialization gives logits close to 0.
-    """
+    """(a float32 model, a quantized copy of it).  factor: on all parameters, whose logits would be close to 0."""
     model = initialize(meta_model(shape)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -105,8 +102,6 @@ WRONG = [  # fields, what the message says
     ({"attention_bits": 9}, "attention_bits=9: choose 2 to 8, or 32"),
     ({"noise": float("nan")}, "noise=nan: choose a fraction from 0 to 1"),
     ({"act_range": "fixed"}, "act_range='fixed': choose from dynamic, static, learned"),
-    ({"weights": "ternary"}, "weights=ternary has 2 bits, not weight_bits=8"),
-    ({"weight_range": "lsq"}, "weight_range='lsq': weights=uniform has minmax, mse"),
     ({"weights": "lsq", "weight_bits": 32}, "weights=lsq needs quantized weights: weight_bits=2 to 8"),
 ]
 
@@ -172,14 +167,10 @@ def test_32_bits_leave_a_part_alone(trains, tiny_config, train_config):
     for values, expected in (({}, (weights, acts)), ({"weight_bits": 32}, (0, acts)), ({"act_bits": 32}, (weights, 0))):
         _, model = prepared(QuantConfig(**values), shape)
         assert (len(quantized(model)), count_acts(model)) == expected
-        with pytest.raises(ValueError, match="already prepared"):
-            prepare(model, QuantConfig())
     original, model = prepared(QuantConfig(weight_bits=32, act_bits=32), shape)
     assert not quantized(model) and not count_acts(model)
-    ids, mask = random_ids([7, 5], shape.vocab_size)
-    logits = [m(ids, mask)[0] for m in (original, model)]
-    pairs = zip(*logits, strict=True) if trains else [logits]
-    assert all(torch.equal(a, b) for a, b in pairs)
+    batch = random_ids([7, 5], shape.vocab_size)
+    assert all(map(torch.equal, model(*batch)[0], original(*batch)[0]))
     with pytest.raises(ValueError, match="already prepared"):
         prepare(model, QuantConfig())
 
@@ -255,9 +246,7 @@ def test_every_row_of_weights_in_a_model(name, bits, weight_range, per_channel, 
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_prepared_model_equals_explicit_arithmetic(bits, per_channel, device, tiny_config):
-    """The whole prepared model against the float32 model whose weights and inputs were quantized
-    from outside.
-    """
+    """The whole prepared model against the float32 model whose weights and inputs were quantized from outside."""
     config = QuantConfig(weight_bits=bits, act_bits=bits, per_channel=per_channel, per_token=per_channel, grid="full")
     original, model = prepared(config, tiny_config, 3)
     original, model = original.to(device), model.to(device)
@@ -321,8 +310,6 @@ def test_static_ranges(tiny_config):
     for module in model.modules():
         if isinstance(module, ActQuantizer):
             assert module.seen is None and module.scale > 0
-    error = (model(*batches[0])[0] - original(*batches[0])[0]).abs().max()
-    assert error < 0.1 * original(*batches[0])[0].abs().max() + 0.02
     # the range of the first quantizer is that of the embeddings' output
     _, weights_only = prepared(QuantConfig(act_bits=32), tiny_config)
     weights_only.load_state_dict(original.state_dict(), strict=False)
@@ -439,7 +426,6 @@ def test_inputs_of_the_products_inside_attention(bits, values, tiny_config, monk
     _, model = prepared(config, tiny_config, 3)
     assert count_acts(model) == 2 * ((0 if config.act_bits == 32 else 4) + 4)
     if config.act_range != "dynamic":
-        assert model(*random_ids([9, 9], tiny_config.vocab_size))[0].isnan().all()
         calibrate(model, [random_ids([9, 9], tiny_config.vocab_size)])
     calls, seen = count_fused(monkeypatch), {}
     kind = LearnedActQuantizer if config.act_range == "learned" else ActQuantizer
