@@ -233,7 +233,7 @@ class IntTTLinear(nn.Module):
         self.A = IntLinear(A, None, act, kernel, device, few=act.static)
         self.B = IntLinear(B, layer.bias, middle, kernel, device, few=act.static)
         self.A.pass_codes(middle)
-        self.act_quantizer = act
+        self.act_quantizer, self.kernel = act, self.B.kernel
 
     def pass_codes(self, act: ActQuantizer, post: str) -> None:
         self.B.pass_codes(act, post)
