@@ -313,17 +313,20 @@ BENCHMARKS = {  # name -> (function, its table, help)
     "train": (bench_train, train_table, "a training step: FP32, QAT, SDQ"),
     "tt": (bench_tt, tt_table, "tensor trains: one layer, the model for ATIS, a training step"),
 }
-OPTIONS = {  # name -> (default of each benchmark that has it, help): by default XLM-R base. All are integers.
+OPTIONS = {  # flag -> (default of each benchmark that has it, help): by default XLM-R base. All are integers.
     # ATIS has few words; its sentences have 14 tokens on average, with <s> and </s>.
-    "layers": ({"model": 12, "train": 12, "tt": 2}, "number of layers"),
-    "hidden": (dict.fromkeys(BENCHMARKS, 768), "hidden size; of a model, a multiple of 64"),
-    "vocab": ({"model": 250002, "train": 250002, "tt": 614}, "rows of the embedding table"),
-    "batch_size": ({"train": 16, "tt": 32}, "sequences per training step"),
-    "tokens": ({"model": 128, "train": 128, "tt": 14}, "tokens per sequence"),
-    "rank": ({"tt": 20}, "rank of the tensor trains"),
-    "sizes": ({"matmul": [1, 16, 128, 1024, 4096], "model": [1, 8, 32], "tt": [4096]}, "tokens of a layer, or batches"),
-    "rounds": (dict.fromkeys(BENCHMARKS, 20), "measured rounds, after two of warm-up"),
-    "threads": (dict.fromkeys(BENCHMARKS), "CPU threads; None: all cores"),
+    "--layers": ({"model": 12, "train": 12, "tt": 2}, "number of layers"),
+    "--hidden": (dict.fromkeys(BENCHMARKS, 768), "hidden size; of a model, a multiple of 64"),
+    "--vocab": ({"model": 250002, "train": 250002, "tt": 614}, "rows of the embedding table"),
+    "--batch-size": ({"train": 16, "tt": 32}, "sequences per training step"),
+    "--tokens": ({"model": 128, "train": 128, "tt": 14}, "tokens per sequence"),
+    "--rank": ({"tt": 20}, "rank of the tensor trains"),
+    "--sizes": (
+        {"matmul": [1, 16, 128, 1024, 4096], "model": [1, 8, 32], "tt": [4096]},
+        "tokens of a layer, or batches",
+    ),
+    "--rounds": (dict.fromkeys(BENCHMARKS, 20), "measured rounds, after two of warm-up"),
+    "--threads": (dict.fromkeys(BENCHMARKS), "CPU threads; None: all cores"),
 }
 
 
@@ -341,9 +344,9 @@ def build_parser() -> ArgumentParser:
         kind = kinds.add_parser(name, help=text, description=text, formatter_class=ArgumentDefaultsHelpFormatter)
         for option, (defaults, about) in OPTIONS.items():
             if name in defaults:
-                add = partial(kind.add_argument, "--" + option.replace("_", "-"), default=defaults[name], help=about)
-                integer = partial(at_least, 8 if option == "vocab" else 1)
-                add(type=integer, nargs="+" if option == "sizes" else None, metavar="N")
+                add = partial(kind.add_argument, option, default=defaults[name], help=about)
+                integer = partial(at_least, 8 if option == "--vocab" else 1)
+                add(type=integer, nargs="+" if option == "--sizes" else None, metavar="N")
         kind.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the GPU, if any")
         kind.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     return parser
@@ -354,7 +357,8 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     device = choose_device(args.device, args.threads)
     benchmark, show_table, _ = BENCHMARKS[args.what]
-    shape = {name: getattr(args, name) for name in list(OPTIONS)[:6] if hasattr(args, name)}
+    names = [option[2:].replace("-", "_") for option in list(OPTIONS)[:6]]
+    shape = {name: getattr(args, name) for name in names if hasattr(args, name)}
     result = {"benchmark": args.what, "hardware": hardware(device), "instructions": instructions(device)}
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "rounds": args.rounds, "shape": shape}
     result |= benchmark(args, device)
