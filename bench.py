@@ -323,7 +323,7 @@ OPTIONS = {  # flag -> (default of each benchmark that has it, help): by default
     "--rank": ({"tt": 20}, "rank of the tensor trains"),
     "--sizes": (
         {"matmul": [1, 16, 128, 1024, 4096], "model": [1, 8, 32], "tt": [4096]},
-        "tokens of a layer, or batches",
+        "tokens of one layer; of a model, batch sizes, after one short text",
     ),
     "--rounds": (dict.fromkeys(BENCHMARKS, 20), "measured rounds, after two of warm-up"),
     "--threads": (dict.fromkeys(BENCHMARKS), "CPU threads; None: all cores"),
