@@ -16,9 +16,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,14 +34,6 @@ LOSS_COLORS = (GREEN, "#e7298a", "#66a61e", "#1f78b4", "#e6ab02", "#a6761d", "#6
 BITS_COLORS = {32: GRAY, 8: GREEN, 4: PURPLE, 2: ORANGE}
 
 
-class Figure(NamedTuple):
-    draw: Callable[[Any, Any], None]  # (axes, data); one panel: axes is no array
-    data: Any
-    panels: int = 1
-    size: tuple[float, float] = (8, 4)  # inches
-    sharey: bool = True
-
-
 def mean_and_std(values: list) -> tuple[np.ndarray, np.ndarray]:
     """Mean and sample standard deviation over the first axis, the seeds; 0 for a single seed."""
     values = np.array(values, dtype=float)
@@ -54,13 +44,12 @@ def count_seeds(count: int) -> str:
     return f"{count} seed{'s' if count > 1 else ''}"
 
 
-def check_same(runs: list[dict], names: tuple[str, ...], instead: str = "") -> None:
+def check_same(runs: list[dict], *names: str, instead: str = "") -> None:
     """Raise UserError for runs that differ in an option of one figure."""
-    for name in names:
-        for run in runs:
-            if run["config"][name] != runs[0]["config"][name]:
-                paths = f"{run['path']} and {runs[0]['path']}"
-                raise UserError(f"{paths} differ in {flag(name)}: draw one of them{instead}")
+    for name, run in itertools.product(names, runs):
+        if run["config"][name] != runs[0]["config"][name]:
+            what = f"differ in {flag(name)}: draw one of them{instead}"
+            raise UserError(f"{run['path']} and {runs[0]['path']} {what}")
 
 
 # ------------------------------------------------------------------------------- scores of methods
@@ -71,10 +60,11 @@ def metric_name(task: Task) -> str:
 
 def draw_bits(axes, runs: list[dict]) -> None:
     """Score against bit width: a line per method, error bars of one standard deviation over seeds."""
-    scores = {
-        (label.method, label.width): [row["compared"] for row in rows.values()]
-        for label, rows in group_runs(runs).items()
-    }
+    check_comparable(runs)
+    check_same(runs, "task", "distill", "tt_rank", instead=", or use --recovery or --sweep")
+    scores = {}
+    for label, rows in group_runs(runs).items():
+        scores[label.method, label.width] = [row["compared"] for row in rows.values()]
     widths = list(dict.fromkeys(width for _, width in scores if width))[::-1]
     if ("fp32", "") in scores:
         axes.axhline(mean_and_std(scores["fp32", ""])[0], color=GRAY, ls="--", label="fp32")
@@ -88,9 +78,8 @@ def draw_bits(axes, runs: list[dict]) -> None:
     run, task = runs[0], runs[0]["task"]
     is_mean = task.zero_shot and any(row["zero_shot_mean"] is not None for row in run["methods"].values())
     axes.set_xticks(range(len(widths)), widths)
-    axes.set(
-        xlabel="bits of weights and activations", ylabel=("zero-shot mean " if is_mean else "") + metric_name(task)
-    )
+    axes.set_xlabel("bits of weights and activations")
+    axes.set_ylabel(("zero-shot mean " if is_mean else "") + metric_name(task))
     seeds = count_seeds(max(map(len, scores.values())))
     axes.set_title(f"{task.name} {run['config']['eval_split']}, {run['model']}, {seeds}")
     axes.grid(axis="y", alpha=0.3)
@@ -100,6 +89,8 @@ def draw_languages(axes, runs: list[dict]) -> None:
     """What each method loses against float32, by language: a bar per method, error bars of one standard deviation over
     seeds. The training language is first, then the others in the order of their float32 accuracy, which is below them.
     """
+    check_comparable(runs)
+    check_same(runs, "task", "bits", "act_bits", "distill", *VARIANTS)
     groups, task, config = group_runs(runs), runs[0]["task"], runs[0]["config"]
     full = next((rows for label, rows in groups.items() if label.method == "fp32"), None)
     quantized = [(label, rows) for label, rows in groups.items() if rows is not full]
@@ -118,8 +109,7 @@ def draw_languages(axes, runs: list[dict]) -> None:
         both = {key: row for key, row in full.items() if key in rows}
         means, deviations = mean_and_std(scores(rows) - scores(both))
         looks = {"label": label.method if one_width else str(label), "color": COLORS[label.method]}
-        looks["error_kw"] = {"lw": 0.8}
-        axes.bar(places, means, bar, yerr=deviations if len(both) > 1 else None, **looks)
+        axes.bar(places, means, bar, yerr=deviations if len(both) > 1 else None, error_kw={"lw": 0.8}, **looks)
     axes.set_xticks(range(len(names)), [f"{name}\n{accuracy[name]:.1f}" for name in names])
     axes.axhline(0, color=GRAY, lw=0.8)
     axes.set(xlabel=f"language and its float32 {metric_name(task)}", ylabel="difference from float32, points")
@@ -129,47 +119,38 @@ def draw_languages(axes, runs: list[dict]) -> None:
     axes.grid(axis="y", alpha=0.3)
 
 
-def read_curves(runs: list[dict]) -> tuple[dict, dict[str, list[list]]]:
-    """(a run, loss -> the [step, score on dev] pairs of each seed) of the distilled students."""
-    check_same(runs, ("task", "eval_split"))
-    curves = {}
+def draw_curves(axes, runs: list[dict]) -> None:
+    """Score on dev during distillation: a thin line per seed, a thick one for their mean."""
+    check_same(runs, "task", "eval_split")
+    config, curves = runs[0]["config"], {}  # loss -> the [step, score on dev] pairs of each seed
     for run in runs:
         if not (curve := run["methods"].get("sdq", {}).get("dev_curve")):
             raise UserError(f"{run['path']}: no sdq row with evaluations on dev")
         curves.setdefault(run["config"]["distill"], []).append(curve)
-    return runs[0], curves
-
-
-def draw_curves(axes, data: tuple[dict, dict[str, list[list]]]) -> None:
-    """Score on dev during distillation: a thin line per seed, a thick one for their mean."""
-    run, curves = data
-    config = run["config"]
     for color, (loss, seeds) in zip(itertools.cycle(LOSS_COLORS), curves.items(), strict=False):
         for curve in seeds:
             axes.plot(*zip(*curve, strict=True), color=color, lw=0.6, alpha=0.5)
         steps = sorted(set.intersection(*({step for step, _ in curve} for curve in seeds)))
         means = np.mean([[dict(curve)[step] for step in steps] for curve in seeds], axis=0)
         axes.plot(steps, means, color=color, lw=2.2, label=f"{loss}, {count_seeds(len(seeds))}")
-    axes.set(xlabel="step", ylabel=f"dev {metric_name(run['task'])}")
-    axes.set_title(f"{config['task']}, {run['model']}, {width_of(config)}: distillation")
+    axes.set(xlabel="step", ylabel=f"dev {metric_name(runs[0]['task'])}")
+    axes.set_title(f"{config['task']}, {runs[0]['model']}, {width_of(config)}: distillation")
     axes.grid(axis="y", alpha=0.3)
 
 
 # ---------------------------------------------------------------------------- train.py --analyze
-def error_places(run: dict) -> list[str]:
-    """Where train.py --analyze measured errors: query, key, value, ..."""
-    for row in run["methods"].values():
-        if "errors" in row:
-            return list(row["errors"]["local"])
-    raise UserError(f"{run['path']}: no errors in this file: run train.py with --analyze")
-
-
-def draw_errors(axes, run: dict) -> None:
-    """Relative error by layer: a panel per place, a line per method."""
-    for panel, place in zip(axes, error_places(run), strict=True):
-        for name, row in run["methods"].items():
-            for kind, style in (("accumulated", "-"), ("local", ":")) if "errors" in row else ():
-                values = [100 * layer["relative"] for layer in row["errors"][kind][place]]
+def draw_errors(axes, runs: list[dict]) -> None:
+    """Relative error by layer: a panel per place (query, key, value, ...), a line per method."""
+    if len(runs) != 1:
+        raise UserError("--errors draws one results.json of train.py --analyze")
+    (run,) = runs
+    errors = {name: row["errors"] for name, row in run["methods"].items() if "errors" in row}
+    if not errors:
+        raise UserError(f"{run['path']}: no errors in this file: run train.py with --analyze")
+    for panel, place in zip(axes, next(iter(errors.values()))["local"], strict=True):
+        for name, kinds in errors.items():
+            for kind, style in ("accumulated", "-"), ("local", ":"):
+                values = [100 * layer["relative"] for layer in kinds[kind][place]]
                 layers = range(1, len(values) + 1)
                 panel.plot(layers, values, style, color=COLORS[name], marker=".", label=f"{name}, {kind}")
         panel.set(title=place, xlabel="layer", xticks=layers[:: 1 + len(layers) // 9])
@@ -180,15 +161,14 @@ def draw_errors(axes, run: dict) -> None:
 RECOVERY = {"ranking": "ranking loss: flipped pairs, %", "cover": "cover length ratio, %"}
 
 
-def read_recovery(runs: list[dict]) -> tuple[dict, dict[str, dict[str, list[list[float]]]]]:
-    """(config, curves): label -> "ranking" or "cover" -> for each seed, the value of each layer. config["tasks"]: the
-    names of all.
+def read_recovery(runs: list[dict]) -> dict[str, dict[str, list[list[float]]]]:
+    """Label -> "ranking" or "cover" -> for each seed, the value of each layer, a mean over tasks.
 
-    The label is "PTQ", "QAT" or the loss of a distilled student. Each curve is a mean over tasks.
+    The label is "PTQ", "QAT" or the loss of a distilled student.
     """
     check_comparable(runs)
-    check_same(runs, ("bits", "act_bits"))
-    found = {}  # (label, seed) -> task -> recovery
+    check_same(runs, "bits", "act_bits")
+    found, curves = {}, {}  # found: (label, seed) -> task -> recovery
     for run in runs:
         config = run["config"]
         measured = {name: row["recovery"] for name, row in run["methods"].items() if "recovery" in row}
@@ -197,24 +177,20 @@ def read_recovery(runs: list[dict]) -> tuple[dict, dict[str, dict[str, list[list
         for name, recovery in measured.items():  # PTQ and QAT do not depend on the loss: all runs have the same ones
             label = config["distill"] if name == "sdq" else name.upper()
             found.setdefault((label, config["seed"]), {}).setdefault(config["task"], recovery)
-    tasks, curves = sorted({run["task"].name for run in runs}), {}
-    depths = {len(each["ranking"]) for by_task in found.values() for each in by_task.values()}
-    if len(depths) > 1:
-        raise UserError(f"these models have {sorted(depths)} layers: draw one of them")
     for (label, seed), by_task in found.items():
-        if missing := [task for task in tasks if task not in by_task]:
-            raise UserError(f"no run of {label} on {missing[0]}, seed {seed}: leave out a task")
+        if missing := {run["config"]["task"] for run in runs} - {*by_task}:
+            raise UserError(f"no run of {label} on {min(missing)}, seed {seed}: leave out a task")
         for kind in RECOVERY:
             means = np.mean([recovery[kind] for recovery in by_task.values()], axis=0)
             curves.setdefault(label, {}).setdefault(kind, []).append(means.tolist())
-    return runs[0]["config"] | {"tasks": tasks}, curves
+    return curves
 
 
-def draw_recovery(axes, data: tuple[dict, dict]) -> None:
+def draw_recovery(axes, runs: list[dict]) -> None:
     """How far the student's attention is from the teacher's, by layer (Kim et al. 2022): a line per loss with a band
     of one standard deviation over seeds; lower is better.
     """
-    config, curves = data
+    curves = read_recovery(runs)
     colors = {name.upper(): color for name, color in COLORS.items()}
     losses = [label for label in curves if label not in colors]
     colors |= dict(zip(losses, itertools.cycle(LOSS_COLORS), strict=False))
@@ -222,31 +198,31 @@ def draw_recovery(axes, data: tuple[dict, dict]) -> None:
         for label, kinds in curves.items():
             means, deviations = mean_and_std(100 * np.array(kinds[kind]))
             color, style = colors[label], "-" if label in losses else "--"
-            layers = np.arange(1, len(means) + 1)
+            layers = range(1, len(means) + 1)
             panel.plot(layers, means, style, color=color, marker=".", label=label)
-            band = means - deviations, means + deviations
-            panel.fill_between(layers, *band, color=color, alpha=0.15, lw=0)
-        panel.set(xlabel="layer", ylabel=title, xticks=list(layers))
+            panel.fill_between(layers, means - deviations, means + deviations, color=color, alpha=0.15, lw=0)
+        panel.set(xlabel="layer", ylabel=title, xticks=layers)
         panel.grid(axis="y", alpha=0.3)
     seeds = count_seeds(max(len(kinds["ranking"]) for kinds in curves.values()))
-    title = f"Attention against the float32 teacher's, {width_of(config)}, {seeds}"
-    axes[0].figure.suptitle(f"{title}; {', '.join(config['tasks'])}", fontsize=10)
+    tasks = ", ".join(sorted({run["task"].name for run in runs}))
+    title = f"Attention against the float32 teacher's, {width_of(runs[0]['config'])}, {seeds}; {tasks}"
+    axes[0].figure.suptitle(title, fontsize=10)
 
 
 # ---------------------------------------------------------------------------------- tensor trains
-def read_sweep(runs: list[dict]) -> tuple[dict, dict]:
-    """(a run, points) of a joint task: (bits, rank) -> seed -> (MB, the task's first two columns).
+def read_sweep(runs: list[dict]) -> dict:
+    """(bits, rank) -> seed -> (MB, the first two columns of a joint task). Rank 0 is the dense model.
 
-    Rank 0 is the dense model. Each run gives its float32 row and its last quantized one.
+    Each run gives its float32 row and its last quantized one.
     """
-    check_same(runs, ("task", "eval_split"))
+    check_same(runs, "task", "eval_split")
     points = {}
     for run in runs:
         config, methods, task = run["config"], run["methods"], run["task"]
         if task.head != "joint":
             joint = " or ".join(name for name, row in TASKS.items() if row.head == "joint")
             raise UserError(f"{run['path']} has no slots: --sweep draws runs of {joint}")
-        for name in dict.fromkeys([name for name in methods if name == "fp32"] + [*methods][-1:]):
+        for name in (name for name in methods if name in ("fp32", [*methods][-1])):
             row, bits = methods[name], 32 if name == "fp32" else config["bits"]
             seeds = points.setdefault((bits, tt_rank(config, name)), {})
             if config["seed"] in seeds and bits != 32:
@@ -255,18 +231,18 @@ def read_sweep(runs: list[dict]) -> tuple[dict, dict]:
             scores = row["languages"][task.train_language]
             values = [scores[key] for key in list(task.columns.values())[:2]]
             seeds[config["seed"]] = (row["size_bytes"] / 1e6, *values)
-    return runs[0], points
+    return points
 
 
-def draw_sweep(axes, data: tuple[dict, dict]) -> None:
+def draw_sweep(axes, runs: list[dict]) -> None:
     """Scores against file size: a line per bit width, a point per rank, error bars of one standard deviation over
     seeds; the dense models stand alone.
     """
-    run, points = data
+    points, config = read_sweep(runs), runs[0]["config"]
     lines = {}  # (bits, whether it is dense) -> rank -> mean and deviation of each value
     for (bits, rank), seeds in sorted(points.items(), key=lambda item: (-item[0][0], item[0][1])):
         lines.setdefault((bits, rank == 0), {})[rank] = mean_and_std(list(seeds.values()))
-    for i, title in enumerate(list(run["task"].columns)[:2]):
+    for i, title in enumerate(list(runs[0]["task"].columns)[:2]):
         for (bits, is_dense), ranks in lines.items():
             sizes = [means[0] for means, _ in ranks.values()]
             scores = [means[i + 1] for means, _ in ranks.values()]
@@ -283,7 +259,7 @@ def draw_sweep(axes, data: tuple[dict, dict]) -> None:
                     axes[i].annotate(str(rank), point, fontsize=7, color=looks["color"], **near)
         axes[i].set(xscale="log", xlabel="MB on disk", ylabel=f"{title}, %")
         axes[i].grid(axis="y", alpha=0.3)
-    config, seeds = run["config"], count_seeds(max(map(len, points.values())))
+    seeds = count_seeds(max(map(len, points.values())))
     axes[0].figure.suptitle(f"{config['task']} {config['eval_split']}, {seeds}; points are labeled with the rank")
 
 
@@ -373,11 +349,20 @@ def draw_tt(axes, result: dict) -> None:
     axes[0].figure.suptitle(f"Tensor trains, {size}; {measured_on(result)}", fontsize=10)
 
 
+# ------------------------------------------------------------------------------------------- main
 BENCHMARKS = {  # name -> (how to draw it, panels, size in inches)
     "train": (draw_times, 1, (8, 2.6)),
     "model": (draw_model, 1, (8, 4)),
     "matmul": (draw_matmul, 3, (8, 3.6)),
     "tt": (draw_tt, 2, (9, 3.6)),
+}
+KINDS = {  # option -> the same, and its help text
+    None: (draw_bits, 1, (8, 4), ""),
+    "languages": (draw_languages, 1, (10, 4), "difference from float32 by language"),
+    "errors": (draw_errors, 5, (12, 3.2), "error by layer, measured by train.py --analyze"),
+    "recovery": (draw_recovery, 2, (9, 4), "order of attention by layer and --distill, measured by train.py --analyze"),
+    "curves": (draw_curves, 1, (8, 4), "score on dev against step, by --distill"),
+    "sweep": (draw_sweep, 2, (9, 4), "joint tasks: score against size for several --tt-rank and --bits"),
 }
 
 
@@ -386,49 +371,26 @@ def read_benchmark(path: str) -> dict | None:
     with suppress(OSError, ValueError, LookupError, TypeError), open(path, encoding="utf-8") as file:
         value = json.load(file)
         return value if value["benchmark"] in BENCHMARKS else None
-    return None
-
-
-# ------------------------------------------------------------------------------------------- main
-def choose_figure(files: list[str], kind: str | None) -> Figure:
-    if kind is None and (result := read_benchmark(files[0])):
-        draw, panels, size = BENCHMARKS[result["benchmark"]]
-        return Figure(draw, result, panels, size)
-    runs = read_runs(files)
-    check_same(runs, ("name",))
-    if kind == "sweep":
-        return Figure(draw_sweep, read_sweep(runs), 2, (9, 4), sharey=False)
-    if kind == "recovery":
-        return Figure(draw_recovery, read_recovery(runs), 2, (9, 4), sharey=False)
-    if kind == "curves":
-        return Figure(draw_curves, read_curves(runs))
-    if kind == "errors":
-        if len(runs) != 1:
-            raise UserError("--errors draws one results.json of train.py --analyze")
-        panels = len(error_places(runs[0]))
-        return Figure(draw_errors, runs[0], panels, (2.4 * panels, 3.2))
-    check_comparable(runs)
-    if kind == "languages":
-        check_same(runs, ("task", "bits", "act_bits", "distill", *VARIANTS))
-        return Figure(draw_languages, runs, size=(10, 4))
-    check_same(runs, ("task", "distill", "tt_rank"), instead=", or use --recovery or --sweep")
-    return Figure(draw_bits, runs)
 
 
 def draw_figure(files: list[str], kind: str | None):
     """A figure of matplotlib."""
-    chosen = choose_figure(files, kind)
     try:
-        from matplotlib.figure import Figure as Canvas
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("figures need matplotlib: pip install matplotlib") from None
-    figure = Canvas(figsize=chosen.size, layout="constrained")
-    axes = figure.subplots(1, chosen.panels, sharey=chosen.sharey)
-    chosen.draw(axes, chosen.data)
+    if kind is None and (data := read_benchmark(files[0])):
+        draw, panels, size = BENCHMARKS[data["benchmark"]]
+    else:
+        data = read_runs(files)
+        check_same(data, "name")
+        draw, panels, size, _ = KINDS[kind]
+    figure, sharey = Figure(figsize=size, layout="constrained"), kind not in ("recovery", "sweep")
+    axes = figure.subplots(1, panels, sharey=sharey)  # one panel: no array
+    draw(axes, data)
     handles, labels = figure.axes[0].get_legend_handles_labels()  # those of all panels
-    if labels and chosen.panels > 1:
-        looks = {"frameon": False, "loc": "outside lower center"}
-        figure.legend(handles, labels, ncols=6 if chosen.sharey else 4, **looks)
+    if labels and panels > 1:
+        figure.legend(handles, labels, ncols=6 if sharey else 4, frameon=False, loc="outside lower center")
     elif labels and not axes.get_legend():
         axes.legend(frameon=False)
     for panel in figure.axes:
@@ -438,27 +400,13 @@ def draw_figure(files: list[str], kind: str | None):
     return figure
 
 
-def save_figure(files: list[str], out: str, kind: str | None) -> None:
-    figure = draw_figure(files, kind)
-    try:
-        figure.savefig(out, dpi=150)
-    except ValueError as error:  # another ending
-        raise UserError(f"--out {out}: {error}") from None
-    print(f"wrote {out}")
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Figures from results.json and bench.py's JSON.")
     parser.add_argument("files", nargs="+", metavar="JSON")
     kinds = parser.add_mutually_exclusive_group()
-    for name, text in (
-        ("languages", "difference from float32 by language"),
-        ("errors", "error by layer, measured by train.py --analyze"),
-        ("recovery", "order of attention by layer and --distill, measured by train.py --analyze"),
-        ("curves", "score on dev against step, by --distill"),
-        ("sweep", "joint tasks: score against size for several --tt-rank and --bits"),
-    ):
-        kinds.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=text)
+    for name, (*_, text) in KINDS.items():
+        if name:
+            kinds.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=text)
     parser.add_argument("--out", required=True, metavar="FILE", help="a .png or .svg file")
     return parser
 
@@ -466,7 +414,12 @@ def build_parser() -> argparse.ArgumentParser:
 @exit_status()
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    save_figure(args.files, args.out, args.kind)
+    figure = draw_figure(args.files, args.kind)
+    try:
+        figure.savefig(args.out, dpi=150)
+    except ValueError as error:  # another ending
+        raise UserError(f"--out {args.out}: {error}") from None
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
