@@ -103,11 +103,11 @@ def check_comparable(runs: list[dict]) -> None:
         config = run["config"]
         for name in [name for name in config if name not in may_differ]:
             same = [] if name in shared else ["task", *(width if name == "student_lr" else [])]
-            for other in [each for each in runs[:i] if all(each["config"][k] == config[k] for k in same)][:1]:
-                theirs = other["config"].get(name, config[name])
-                if (theirs or None) != (config[name] or None):  # None, 0 and False: off
-                    what = f"differ in {flag(name)}: put them in separate tables"
-                    raise UserError(f"{run['path']} and {other['path']} {what}")
+            other = next((each for each in runs[:i] if all(each["config"][k] == config[k] for k in same)), run)
+            theirs = other["config"].get(name, config[name])
+            if (theirs or None) != (config[name] or None):  # None, 0 and False: off
+                what = f"differ in {flag(name)}: put them in separate tables"
+                raise UserError(f"{run['path']} and {other['path']} {what}")
         key = tuple(config[name] for name in (*ROW, *width))
         if key in seen:
             what = "have the same seed, width and rank: give one of them, or put a label before one, as in NAME="
@@ -217,18 +217,15 @@ def score_cells(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[st
     cells = {}
     for task in tasks:
         mine = [row for (name, _), row in rows.items() if name == task.name]
-        if task.zero_shot and len(tasks) > 1:
-            cell = format_mean([row["compared"] for row in mine])
-            cells[f"{task.name} ({', '.join(task.metrics)}; worst)"] = (
-                f"{cell}; {worst_cell(mine, '')}" if mine else "-"
-            )
-        elif task.zero_shot:
-            for title, key in ((task.train_language, "score"), ("zero-shot", "zero_shot_mean")):
+        if task.zero_shot and len(tasks) == 1:
+            for title, key in (task.train_language, "score"), ("zero-shot", "zero_shot_mean"):
                 cells[title] = format_mean(row[key] for row in mine if row[key] is not None)
             cells["worst"] = worst_cell(mine, task.train_language)
-        else:
-            title = f"{task.name} ({', '.join(task.metrics)})"
-            cells[title] = format_mean([row["compared"] for row in mine])
+            continue
+        title, cell = ", ".join(task.metrics), format_mean(row["compared"] for row in mine)
+        if task.zero_shot:
+            title, cell = f"{title}; worst", f"{cell}; {worst_cell(mine, '')}" if mine else "-"
+        cells[f"{task.name} ({title})"] = cell
     if len(tasks) > 1:
         cells["mean"] = format_mean(list(mean_over_tasks(rows, tasks).values()))
     return cells
@@ -338,10 +335,9 @@ def paired_table(runs: list[dict], base: str) -> str:
         )
     for label, rows in groups.items():
         bases = [x for x in groups if x.method == base and x.width in ("", label.width) and x.name == label.name]
-        if not bases or label.method == base:
-            continue
-        pairs = [(row, groups[bases[0]][key]) for key, row in rows.items() if key in groups[bases[0]]]
-        if not pairs:
+        base_rows = groups[bases[0]] if bases else {}
+        pairs = [(row, base_rows[key]) for key, row in rows.items() if key in base_rows]
+        if label.method == base or not pairs:
             continue
         others = [name for name in pairs[0][0]["languages"] if name != task.train_language]
         cells = {}
@@ -373,12 +369,10 @@ def compare(args: argparse.Namespace) -> str:
     check_comparable(runs)
     task = runs[0]["task"]
     if args.languages or args.minus:
-        name = "--languages" if args.languages else "--minus"
-        if not task.zero_shot or (args.minus and not {task.train_language} < set(runs[0]["languages"])):
-            others = f" beside {task.train_language}" if task.zero_shot else ""
-            raise UserError(f"{task.name} has no languages{others}: leave out {name}")
-        if other := next((run["path"] for run in runs if run["task"].name != task.name), None):
-            raise UserError(f"{other} and {runs[0]['path']} differ in --task: leave out {name}")
+        several = task.zero_shot and (args.languages or {task.train_language} < set(runs[0]["languages"]))
+        if not several or any(run["task"].name != task.name for run in runs):
+            name = "--languages" if args.languages else "--minus"
+            raise UserError(f"these files are not of one task with several languages: leave out {name}")
         return languages_table(runs) if args.languages else paired_table(runs, args.minus)
     if task.head == "joint":
         return joint_table(runs, read_latency(args.latency))
