@@ -35,6 +35,7 @@ import os
 import random
 import sys
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -67,8 +68,7 @@ class Meaning:
 
 
 # ----------------------------------------------------------------------------------------- lexicon
-@dataclass(frozen=True)
-class Concept:
+class Concept(NamedTuple):
     """One line of the lexicon. forms: language -> (form, second form or None)."""
 
     kind: str
@@ -79,7 +79,7 @@ class Concept:
 
 def read_lexicon(table: str) -> dict[str, Concept]:
     """Concepts by name, of lines "kind name parent : 15 cells"."""
-    lexicon: dict[str, Concept] = {}
+    lexicon = {}
     for line in filter(str.strip, table.splitlines()):
         head, cells = line.split(" : ")
         kind, name, parent = head.split()
@@ -99,12 +99,8 @@ def concepts(*kinds: str) -> tuple[str, ...]:
     return tuple(concept.name for concept in LEXICON.values() if concept.kind in kinds)
 
 
-EXACT = {  # slot -> its most specific values
-    "agent": concepts("name", "role"),
-    "action": concepts("verb"),
-    "number": (5, 6, 7, 8, 9, 10),
-    **{slot: concepts(slot) for slot in ("object", "colour", "place", "time")},
-}
+EXACT = {slot: concepts(slot) for slot in SLOTS}  # the most specific values of object, colour, place and time
+EXACT |= {"agent": concepts("name", "role"), "action": concepts("verb"), "number": (5, 6, 7, 8, 9, 10)}
 SYNONYM = {LEXICON[name].parent: name for name in concepts("same")}  # "buy" -> "purchase"
 
 
@@ -164,8 +160,7 @@ def verb_phrase(meaning: Meaning, language: str) -> str:
 def object_phrase(meaning: Meaning, language: str) -> str:
     """Number, colour and noun. Only these agree with each other (see mini_lexicon.py)."""
     noun, mark = LEXICON[meaning.object].forms[language]
-    number = "" if meaning.number is None else str(meaning.number)
-    colour = ""
+    number, colour = str(meaning.number or ""), ""
     if meaning.colour:
         colour, second = LEXICON[meaning.colour].forms[language]
         feminine = language in FEMININE and mark == "f"
@@ -191,21 +186,16 @@ def elide(particle: str, word: str) -> str:
 
 # ------------------------------------------------------------------------------------------- pairs
 # Level of detail of a slot: 0 nothing (agent: "someone", object: "things"), 1 a class ("fruits",
-# "outdoors", "in winter"), 2 an exact value. Each row is the distribution of the levels 0, 1, 2; it
-# is the same for each label. A hypothesis says less than its premise on average, as an entailment
-# does. Larger probabilities of level 2 make longer sentences and a harder task.
+# "outdoors", "in winter"), 2 an exact value. Each slot has the distributions of the levels 0, 1, 2 in
+# the premise and in the hypothesis, the same for each label. A hypothesis says less than its premise on
+# average, as an entailment does. Larger probabilities of level 2 make longer sentences and a harder task.
 LEVELS = {
-    "premise": {
-        "agent": (0.2, 0, 0.8), "action": (0, 0, 1), "object": (0.05, 0.2, 0.75),
-        "number": (0.5, 0, 0.5), "colour": (0.5, 0, 0.5), "place": (0.45, 0.1, 0.45),
-        "time": (0.45, 0.1, 0.45),
-    },
-    "hypothesis": {
-        "agent": (0.3, 0, 0.7), "action": (0, 0, 1), "object": (0.15, 0.35, 0.5),
-        "number": (0.7, 0, 0.3), "colour": (0.7, 0, 0.3), "place": (0.6, 0.15, 0.25),
-        "time": (0.6, 0.15, 0.25),
-    },
-}  # fmt: skip
+    "agent": ((0.2, 0, 0.8), (0.3, 0, 0.7)),
+    "action": ((0, 0, 1), (0, 0, 1)),
+    "object": ((0.05, 0.2, 0.75), (0.15, 0.35, 0.5)),
+    **dict.fromkeys(("number", "colour"), ((0.5, 0, 0.5), (0.7, 0, 0.3))),
+    **dict.fromkeys(("place", "time"), ((0.45, 0.1, 0.45), (0.6, 0.15, 0.25))),
+}
 
 # label -> (hypothesis negated, relation, weight). For each label 2 of 16 hypotheses are negated; premises never are.
 # The relation ignores the negation:
@@ -235,9 +225,9 @@ def make_pair(rng: random.Random, label: str) -> tuple[Meaning, Meaning]:
     cells = CELLS[label]
     while True:
         negated, relation, _ = rng.choices(cells, weights=[cell[2] for cell in cells])[0]
-        premise, hypothesis = build_pair(rng, negated, relation)
-        if premise != hypothesis:
-            return premise, hypothesis
+        pair = build_pair(rng, negated, relation)
+        if pair[0] != pair[1]:
+            return pair
 
 
 def build_pair(rng: random.Random, negated: bool, relation: str) -> tuple[Meaning, Meaning]:
@@ -256,12 +246,10 @@ def build_pair(rng: random.Random, negated: bool, relation: str) -> tuple[Meanin
             levels = []
             for side, shares in enumerate(slot_shares(slot, negated)):
                 deciding_shares = [(row[side], row[2]) for row in joint]
-                shares = remaining_shares(shares, deciding_shares, probability)
-                levels.append(quantile(shares, draw))
+                levels.append(quantile(remaining_shares(shares, deciding_shares, probability), draw))
         exact = rng.choice(EXACT[slot])
-        other = exact
-        if slot == deciding and relation == "clash":
-            other = conflicting_value(rng, slot, exact, levels)
+        clashes = slot == deciding and relation == "clash"
+        other = conflicting_value(rng, slot, exact, levels) if clashes else exact
         premise[slot] = value_at(slot, exact, levels[0])
         hypothesis[slot] = value_at(slot, other, levels[1])
     return random_wording(rng, premise), random_wording(rng, hypothesis)
@@ -281,9 +269,7 @@ def deciding_slots(relation: str, negated: bool) -> tuple[str, ...]:
 
 def slot_shares(slot: str, negated: bool) -> tuple[tuple, tuple]:
     """Distributions of the levels in the premise and in the hypothesis."""
-    if slot == "agent" and negated:
-        return (0, 0, 1), (0, 0, 1)
-    return LEVELS["premise"][slot], LEVELS["hypothesis"][slot]
+    return LEVELS["action" if slot == "agent" and negated else slot]  # in a negated sentence the agent is exact, too
 
 
 def remaining_shares(shares, deciding, probability: float) -> list[float]:
@@ -326,11 +312,8 @@ def conflicting_value(rng: random.Random, slot: str, exact, levels: tuple[int, i
     if slot == "agent":
         others = [value for value in others if LEXICON[value].kind == LEXICON[exact].kind]
     if slot in CLASSED:
-        same_class = [value for value in others if LEXICON[value].parent == LEXICON[exact].parent]
-        if levels == (2, 2) and rng.random() < 0.5:
-            others = same_class
-        else:
-            others = [value for value in others if value not in same_class]
+        same_class = levels == (2, 2) and rng.random() < 0.5
+        others = [value for value in others if (LEXICON[value].parent == LEXICON[exact].parent) == same_class]
     return rng.choice(others)
 
 
@@ -370,15 +353,12 @@ def near_miss(rng: random.Random, meaning: Meaning) -> Meaning:
         new = value_at(slot, value, rng.choice((0, 1) if slot in CLASSED else (0,)))
     else:
         new = rng.choice([other for other in EXACT[slot] if other != value])
-    changed = replace(meaning, **{slot: new})
-    if changed.fronted and getattr(changed, changed.fronted) is None:
-        changed = replace(changed, fronted=None)
-    return changed
+    return replace(meaning, **{slot: new})  # what was fronted may be gone: realize() puts nothing there
 
 
 def random_meanings(rng: random.Random, count: int) -> list[Meaning]:
     """`count` different meanings."""
-    meanings: dict[Meaning, None] = {}  # a set that keeps its order
+    meanings = {}  # a set that keeps its order
     while len(meanings) < count:
         meanings[random_meaning(rng)] = None
     return list(meanings)
@@ -390,28 +370,26 @@ def make_split(rng: random.Random, size: int, used: set[Meaning]) -> list[tuple[
 
     No premise has the content of one in `used`, to which the new ones are added.
     """
-    rows, seen = [], set()
-    for number in range(size):
-        label = LABELS[number % len(LABELS)]
-        while True:
-            pair = make_pair(rng, label)
-            if content(pair[0]) not in used and pair not in seen:
-                break
-        seen.add(pair)
-        rows.append((*pair, label))
+    rows = {}  # a set that keeps its order
+    for label in LABELS * (size // len(LABELS)):
+        count = len(rows)
+        while len(rows) == count:
+            premise, hypothesis = make_pair(rng, label)
+            if content(premise) not in used:
+                rows[premise, hypothesis, label] = None
     used.update(content(premise) for premise, _, _ in rows)
+    rows = list(rows)
     rng.shuffle(rows)
     return rows
 
 
-def generate(folder: str, seed: int = 0, train: int = 15000, per_language: int = 750) -> None:
-    """Write XNLI's three files, xz-compressed, under `folder`. The same seed gives the same rows.
-
-    train: English training rows.  per_language: rows per language in dev and in test.  Both are multiples of 3.
+def generate(folder: str, seed: int) -> None:
+    """Write XNLI's three files, xz-compressed, under `folder`: 15,000 English rows to train on, and 750 per language in
+    dev and in test. The same seed gives the same rows.
     """
     used: set[Meaning] = set()
     for split in ("test", "dev"):  # before train, so that they do not depend on its size
-        rows = make_split(random.Random(f"{seed} {split}"), per_language, used)
+        rows = make_split(random.Random(f"{seed} {split}"), 750, used)
         lines = ["language\tgold_label\tsentence1\tsentence2\tpromptID\tpairID"]
         for language in LANGUAGES:
             for number, (premise, hypothesis, label) in enumerate(rows, start=1):
@@ -419,15 +397,14 @@ def generate(folder: str, seed: int = 0, train: int = 15000, per_language: int =
                 lines.append(f"{language}\t{label}\t{texts}\t{number}\t{number}")
         write_lines(os.path.join(folder, "XNLI-1.0", f"xnli.{split}.tsv.xz"), lines)
     lines = ["premise\thypo\tlabel"]
-    for premise, hypothesis, label in make_split(random.Random(f"{seed} train"), train, used):
+    for premise, hypothesis, label in make_split(random.Random(f"{seed} train"), 15000, used):
         label = "contradictory" if label == "contradiction" else label  # as in XNLI's own file
         lines.append(f"{realize(premise, 'en')}\t{realize(hypothesis, 'en')}\t{label}")
-    train_file = os.path.join("XNLI-MT-1.0", "multinli", "multinli.train.en.tsv.xz")
-    write_lines(os.path.join(folder, train_file), lines)
+    write_lines(os.path.join(folder, "XNLI-MT-1.0", "multinli", "multinli.train.en.tsv.xz"), lines)
 
 
 def write_lines(path: str, lines: list[str]) -> None:
-    text = "".join(line + "\n" for line in lines)
+    text = "\n".join([*lines, ""])
     with atomic_write(path) as file:
         file.write(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
