@@ -287,9 +287,7 @@ def remaining_shares(shares, deciding, probability: float) -> list[float]:
 
 def quantile(shares, draw: float) -> int:
     """The level at the quantile `draw` (0 to 1) of a distribution."""
-    if draw < shares[0]:
-        return 0
-    return 1 if draw < shares[0] + shares[1] else 2
+    return (draw >= shares[0]) + (draw >= shares[0] + shares[1])
 
 
 def value_at(slot: str, exact, level: int):
