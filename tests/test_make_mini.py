@@ -26,10 +26,9 @@ def pairs():
 
 
 # ----------------------------------------------------------------------------- files and sentences
-def test_the_committed_files_are_what_the_program_writes(tmp_path, capsys):
+def test_the_committed_files_are_what_the_program_writes(tmp_path):
     """Compared after decompression: another version of liblzma may compress differently."""
     assert mini.main(["--out", str(tmp_path)]) == 0
-    assert "wrote mini-XNLI" in capsys.readouterr().out
     committed = {path.relative_to(MINI): path for path in Path(MINI).rglob("*.xz")}
     assert len(committed) == 3
     for name, path in committed.items():

@@ -108,24 +108,14 @@ def has_compiler(device: torch.device) -> bool:
 # ------------------------------------------------------------------------------- shapes and inputs
 def encoder_config(args: Namespace) -> ModelConfig:
     """The encoder that bench.py's options describe, with a sequence head of three labels."""
-    return checkpoint.check_config(
-        ModelConfig(
-            vocab_size=args.vocab,
-            hidden_size=args.hidden,
-            num_layers=args.layers,
-            num_heads=args.hidden // 64,
-            ffn_size=4 * args.hidden,
-            max_tokens=max(512, args.tokens),
-            head="sequence",
-            num_labels=3,
-        )
-    )
+    sizes = dict(hidden_size=args.hidden, num_layers=args.layers, num_heads=args.hidden // 64, ffn_size=4 * args.hidden)
+    tokens = max(512, args.tokens)
+    return checkpoint.check_config(ModelConfig(args.vocab, **sizes, max_tokens=tokens, head="sequence", num_labels=3))
 
 
 def joint_configs(args: Namespace) -> tuple[ModelConfig, ModelConfig]:
     """The model for ATIS's intents and slots: dense, and as tensor trains."""
-    encoder = encoder_config(args)
-    dense = replace(encoder, head="joint", num_labels=ATIS_INTENTS, num_slots=ATIS_SLOTS)
+    dense = replace(encoder_config(args), head="joint", num_labels=ATIS_INTENTS, num_slots=ATIS_SLOTS)
     return dense, replace(dense, tt=TTConfig(args.rank))
 
 
@@ -150,8 +140,7 @@ def random_batches(args: Namespace, device: torch.device, labels: int, slots: in
         if slots:
             tags = torch.randint(slots, size).masked_fill(~mask, IGNORE)
             tags[:, 0] = IGNORE
-        batch = Batch(ids, mask, classes, int(mask.sum()), tags)
-        batches.append(batch.to(device))
+        batches.append(Batch(ids, mask, classes, int(mask.sum()), tags).to(device))
     return batches
 
 
@@ -222,15 +211,11 @@ def write_onnx(model: Model, path: str) -> None:
     """Export to ONNX and quantize: weights per channel and in advance, activations per tensor while it runs."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    whole, ids = path + ".fp32", torch.full((2, 16), 5)
-    free = {0: "rows", 1: "tokens"}
+    whole, ids, free = path + ".fp32", torch.full((2, 16), 5), {0: "rows", 1: "tokens"}
+    names = dict(input_names=["ids", "mask"], output_names=["logits"], dynamic_axes={"ids": free, "mask": free})
     with warnings.catch_warnings():  # this exporter is deprecated; the new one's file is rejected
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            Exportable(model), (ids, torch.ones_like(ids)), whole, dynamo=False,
-            input_names=["ids", "mask"], output_names=["logits"],
-            dynamic_axes={"ids": free, "mask": free},
-        )  # fmt: skip
+        torch.onnx.export(Exportable(model), (ids, torch.ones_like(ids)), whole, dynamo=False, **names)
         # 7-bit weights: with 8 its kernels saturate on CPUs without VNNI, and the logits are wrong.
         quantize_dynamic(whole, path, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
     os.unlink(whole)
@@ -385,10 +370,8 @@ def state_bytes(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> in
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    if tensor.is_sparse:
-        tensor = tensor.coalesce()
-        return tensor.values().nbytes + tensor.indices().nbytes
-    return tensor.nbytes
+    parts = (tensor.coalesce().values(), tensor.coalesce().indices()) if tensor.is_sparse else (tensor,)
+    return sum(part.nbytes for part in parts)
 
 
 # ------------------------------------------------------------------------ models of tensor trains
@@ -426,12 +409,9 @@ def merge_cores(model: Model) -> Model:
     for name, module in list(model.named_modules()):
         if isinstance(module, TTLinear):
             A, B = module.halves()
-            down = nn.Linear(*A.T.shape, bias=False)
-            up = nn.Linear(*B.T.shape)
-            down.weight.copy_(A)
-            up.weight.copy_(B)
-            up.bias.copy_(module.bias)
-            new = nn.Sequential(down, up)
+            new = nn.Sequential(nn.Linear(*A.T.shape, bias=False), nn.Linear(*B.T.shape))
+            for parameter, value in zip(new.parameters(), (A, B, module.bias), strict=True):
+                parameter.copy_(value)
         elif isinstance(module, TTMEmbedding):
             new = MergedTable(module)
         else:
@@ -515,18 +495,14 @@ def tltorch_layers(layer: TTLinear) -> dict[str, nn.Module]:
     out_modes, in_modes = layer.modes[: layer.cut], layer.modes[layer.cut :]
     pairs = [n * m for n, m in zip(out_modes, in_modes, strict=True)]
     ours = sum(core.numel() for core in layer.cores)
-    choices = [(1, *[r] * (len(pairs) - 1), 1) for r in range(1, 400)]
 
-    def parameters(ranks: tuple[int, ...]) -> int:
-        return sum(ranks[k] * n * ranks[k + 1] for k, n in enumerate(pairs))
+    def difference(ranks: tuple[int, ...]) -> int:
+        return abs(sum(ranks[k] * n * ranks[k + 1] for k, n in enumerate(pairs)) - ours)
 
-    ranks = min(choices, key=lambda ranks: abs(parameters(ranks) - ours))
-    return {
-        f"tltorch, {name}": tltorch.FactorizedLinear(
-            in_modes, out_modes, factorization="blocktt", rank=ranks, implementation=how
-        )
-        for name, how in (("contracted", "factorized"), ("rebuilt", "reconstructed"))
-    }
+    ranks = min(((1, *[rank] * (len(pairs) - 1), 1) for rank in range(1, 400)), key=difference)
+    layers = partial(tltorch.FactorizedLinear, in_modes, out_modes, factorization="blocktt", rank=ranks)
+    contracted, rebuilt = layers(implementation="factorized"), layers(implementation="reconstructed")
+    return {"tltorch, contracted": contracted, "tltorch, rebuilt": rebuilt}
 
 
 def main(name: str, folder: str, rows: str, tokens: str) -> None:

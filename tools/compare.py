@@ -260,9 +260,8 @@ def format_recovered(means: dict[Label, dict[int, float]], label: Label) -> str:
         return "-"
     percent = recovered_percent(*(statistics.fmean(row[seed] for seed in seeds) for row in rows))
     by_seed = [recovered_percent(*(row[seed] for row in rows)) for seed in seeds]
-    if percent is None or len(seeds) == 1 or None in by_seed:
-        return "-" if percent is None else f"{percent:.0f}"
-    return f"{percent:.0f} ± {statistics.stdev(by_seed):.0f}"
+    spread = "" if len(seeds) == 1 or None in by_seed else f" ± {statistics.stdev(by_seed):.0f}"
+    return "-" if percent is None else f"{percent:.0f}{spread}"
 
 
 def joint_table(runs: list[dict], latency: tuple[int, dict]) -> str:

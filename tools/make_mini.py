@@ -112,9 +112,6 @@ def content(meaning: Meaning) -> Meaning:
 
 
 # --------------------------------------------------------------------------------------- sentences
-VOWELS = "aeéiou"  # French ne and de are elided before these (not before the aspirated h of haches)
-
-
 def realize(meaning: Meaning, language: str) -> str:
     """The sentence of a meaning in one language, with its capital letter and full stop."""
 
@@ -180,8 +177,8 @@ def object_phrase(meaning: Meaning, language: str) -> str:
 
 
 def elide(particle: str, word: str) -> str:
-    """French: "de", "pommes" -> "de pommes"; "de", "oranges" -> "d'oranges"."""
-    return f"{particle[0]}'{word}" if word[0] in VOWELS else f"{particle} {word}"
+    """French: "de", "pommes" -> "de pommes"; "de", "oranges" -> "d'oranges" (the h of haches is aspirated: "de haches")."""
+    return f"{particle[0]}'{word}" if word[0] in "aeéiou" else f"{particle} {word}"
 
 
 # ------------------------------------------------------------------------------------------- pairs
@@ -321,20 +318,21 @@ def random_wording(rng: random.Random, slots: dict) -> Meaning:
     if action in SYNONYM and rng.random() < 0.5:
         action = SYNONYM[action]
     fronted = rng.choice(("place", "time", None, None))
-    if fronted and slots[fronted] is None:
-        fronted = None
-    return Meaning(**{**slots, "action": action, "fronted": fronted})
+    return Meaning(**slots | {"action": action, "fronted": fronted if slots.get(fronted) else None})
 
 
 # ------------------------------------------------------------------- sentences for pretrain_mini.py
-def random_meaning(rng: random.Random) -> Meaning:
-    """A sentence with the distribution of the premises, but negated with probability 1/8."""
-    negated = rng.random() < 1 / 8
-    slots: dict = {"negated": negated}
-    for slot in SLOTS:
-        shares, _ = slot_shares(slot, negated)
-        slots[slot] = value_at(slot, rng.choice(EXACT[slot]), quantile(shares, rng.random()))
-    return random_wording(rng, slots)
+def random_meanings(rng: random.Random, count: int) -> list[Meaning]:
+    """`count` different sentences with the distribution of the premises, but negated with probability 1/8."""
+    meanings = {}  # a set that keeps its order
+    while len(meanings) < count:
+        negated = rng.random() < 1 / 8
+        slots: dict = {"negated": negated}
+        for slot in SLOTS:
+            shares, _ = slot_shares(slot, negated)
+            slots[slot] = value_at(slot, rng.choice(EXACT[slot]), quantile(shares, rng.random()))
+        meanings[random_wording(rng, slots)] = None
+    return list(meanings)
 
 
 def near_miss(rng: random.Random, meaning: Meaning) -> Meaning:
@@ -352,14 +350,6 @@ def near_miss(rng: random.Random, meaning: Meaning) -> Meaning:
     else:
         new = rng.choice([other for other in EXACT[slot] if other != value])
     return replace(meaning, **{slot: new})  # what was fronted may be gone: realize() puts nothing there
-
-
-def random_meanings(rng: random.Random, count: int) -> list[Meaning]:
-    """`count` different meanings."""
-    meanings = {}  # a set that keeps its order
-    while len(meanings) < count:
-        meanings[random_meaning(rng)] = None
-    return list(meanings)
 
 
 # ------------------------------------------------------------------------------------------- files

@@ -28,10 +28,8 @@ COLUMNS = "en de es fr ru bg el tr sw vi zh th hi ar ur".split()
 # FRONT: the fronted place or time, empty if there is none.  V: the verb with its future and negation, which German and
 # Chinese put elsewhere (WILL, NOT).  FIRST: FRONT, or AGENT without a FRONT. SECOND: AGENT after a FRONT, otherwise
 # empty.
-SUBJECT_FIRST = "FRONT AGENT V OBJECT PLACE TIME"
-VERB_LAST = "FRONT AGENT TIME PLACE OBJECT V"
-SENTENCE = dict.fromkeys("en es fr ru bg el sw vi th ar".split(), SUBJECT_FIRST)
-SENTENCE |= dict.fromkeys("tr hi ur".split(), VERB_LAST)
+SENTENCE = dict.fromkeys("en es fr ru bg el sw vi th ar".split(), "FRONT AGENT V OBJECT PLACE TIME")
+SENTENCE |= dict.fromkeys("tr hi ur".split(), "FRONT AGENT TIME PLACE OBJECT V")
 SENTENCE["de"] = "FIRST WILL SECOND NOT TIME PLACE OBJECT V"  # German puts the finite verb second
 SENTENCE["zh"] = "FRONT AGENT TIME WILL PLACE V OBJECT"
 WILL = {"de": ("wird", "wird"), "zh": ("会", "不会")}  # (positive, negated)
@@ -44,11 +42,9 @@ VERB = {  # (positive, negated); {v}: the verb, {w}: its second form
     "de": ("{v}", "{v}"), "zh": ("{v}", "{v}"),
 }  # fmt: skip
 NOT_LATE = {"hi": 1, "ur": 2}  # how many words of the verb follow its "not"
-OBJECT = {  # N number, C colour, O noun, K classifier
-    "en": "N C O", "de": "N C O", "ru": "N C O", "bg": "N C O", "el": "N C O", "tr": "N C O",
-    "hi": "N C O", "ur": "N C O", "es": "N O C", "fr": "N O C", "ar": "N O C", "sw": "O N C",
-    "vi": "N K O C", "zh": "N K C O", "th": "O C N K",
-}  # fmt: skip
+OBJECT = dict.fromkeys("en de ru bg el tr hi ur".split(), "N C O")  # N number, C colour, O noun, K classifier
+OBJECT |= dict.fromkeys("es fr ar".split(), "N O C")
+OBJECT |= {"sw": "O N C", "vi": "N K O C", "zh": "N K C O", "th": "O C N K"}
 STOP = {"zh": "。", "hi": "।", "ur": "۔", "th": ""}
 FEMININE = ("es", "fr", "el", "hi", "ur")
 

@@ -12,8 +12,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,14 +70,8 @@ def add_peers(out: str) -> None:
     run.results["environment"] = before["environment"]  # of the training
     teacher, cpu = get_teacher(run, start, data)[0].cpu(), torch.device("cpu")
     config, task = run.config, start.task
-
-    def calibrated(model: torch.nn.Module, path: str) -> None:
-        write_openvino(model, path, unpadded_batches(data.train, CALIBRATION, 1, config.seed))
-
-    peers: dict[str, tuple[Callable, Callable, str]] = {
-        "onnxruntime": (write_onnx, load_onnx, ".onnx"),
-        "openvino": (calibrated, load_openvino, ".bin"),
-    }
+    calibrated = partial(write_openvino, calibration=unpadded_batches(data.train, CALIBRATION, 1, config.seed))
+    peers = {"onnxruntime": (write_onnx, load_onnx, ".onnx"), "openvino": (calibrated, load_openvino, ".bin")}
     for name, (write, load, suffix) in peers.items():
         if missing := [package for package in NEEDS[name] if not is_installed(package)]:
             print(f"{name}: not measured, {' and '.join(missing)} not installed")

@@ -244,13 +244,12 @@ def draw_sweep(axes, runs: list[dict]) -> None:
         lines.setdefault((bits, rank == 0), {})[rank] = mean_and_std(list(seeds.values()))
     for i, title in enumerate(list(runs[0]["task"].columns)[:2]):
         for (bits, is_dense), ranks in lines.items():
-            sizes = [means[0] for means, _ in ranks.values()]
-            scores = [means[i + 1] for means, _ in ranks.values()]
-            deviations = [deviation[i + 1] for _, deviation in ranks.values()]
+            means, deviations = map(np.array, zip(*ranks.values(), strict=True))  # (ranks, values)
+            sizes, scores = means[:, 0], means[:, i + 1]
             kind, marker, style = ("dense", "D", "") if is_dense else ("tensor trains", "o", "-")
             label = f"{kind}, {'float32' if bits == 32 else f'{bits} bits'}"
             looks = {"color": BITS_COLORS.get(bits), "marker": marker, "ls": style, "capsize": 3}
-            axes[i].errorbar(sizes, scores, deviations, label=label, **looks)
+            axes[i].errorbar(sizes, scores, deviations[:, i + 1], label=label, **looks)
             if is_dense and bits == 32:
                 axes[i].axhline(scores[0], color=GRAY, lw=0.8, ls="--")
             for rank, *point in zip(ranks, sizes, scores, strict=True):
@@ -337,9 +336,8 @@ def draw_tt(axes, result: dict) -> None:
             is_train, is_float = row["name"].startswith("TT"), "fp32" in row["name"]
             color = BITS_COLORS[8 if is_float else 4] if is_train else GRAY
             draw_time(panel, i, row, color, capsize=3)
-            median, high = row["median_ms"], row["quartiles_ms"][1]
-            text = f"  {median:.2f} ms, {1 / row['ratio']:.2f}x as fast"
-            panel.text(max(median, high), i, text, va="center", fontsize=8)
+            text = f"  {row['median_ms']:.2f} ms, {1 / row['ratio']:.2f}x as fast"
+            panel.text(row["quartiles_ms"][1], i, text, va="center", fontsize=8)
         panel.set(xlabel=f"ms for {size} x {shape['tokens']} tokens")
         panel.set_xlim(right=1.9 * max(row["quartiles_ms"][1] for row in mine))
     names = [f"{row['name']}\n{row['size_bytes'] / 1e6:,.2f} MB" for row in mine]

@@ -72,12 +72,10 @@ class Corpus:
         near_misses = [near_miss(rng, meaning) for meaning in originals]
         self.sizes = np.array([round(share * meanings) for share in SHARES.values()])
         self.first = 2 * (np.cumsum(self.sizes) - self.sizes)
-        self.texts = [
-            realize(meaning, language)
-            for language, size in zip(SHARES, self.sizes, strict=True)
-            for pair in zip(originals[:size], near_misses[:size], strict=True)
-            for meaning in pair
-        ]
+        self.texts = []
+        for language, size in zip(SHARES, self.sizes, strict=True):
+            for pair in zip(originals[:size], near_misses[:size], strict=True):
+                self.texts += [realize(meaning, language) for meaning in pair]
         self.tokenizer = Tokenizer(train_tokenizer(self.texts[::2], pieces))
         rows = [ids[1:-1] for ids in self.tokenizer.encode_batch(self.texts)]  # no <s>, no </s>
         self.ids = np.concatenate(rows).astype(np.int64)
@@ -105,16 +103,9 @@ def train_tokenizer(texts: list[str], pieces: int) -> bytes:
     It is a BPE model, because a unigram model of so little text splits frequent words.
     """
     file = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=file,
-        vocab_size=pieces,
-        model_type="bpe",
-        character_coverage=1.0,
-        normalization_rule_name="nmt_nfkc",  # as in XLM-R
-        num_threads=1,
-        minloglevel=2,
-    )
+    rules = dict(character_coverage=1.0, normalization_rule_name="nmt_nfkc")  # as in XLM-R
+    options = dict(vocab_size=pieces, model_type="bpe", num_threads=1, minloglevel=2, **rules)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=file, **options)
     return file.getvalue()
 
 
@@ -219,21 +210,12 @@ def pretrain(args: argparse.Namespace) -> None:
     print("making sentences and vocabulary, half a minute", flush=True)
     corpus = Corpus(args.seed, args.meanings, args.pieces)
     tokenizer = corpus.tokenizer
-    print(
-        f"{len(corpus.texts) // 2:,} sentences in {len(SHARES)} languages, "
-        f"{corpus.lengths.mean():.1f} tokens on average, vocabulary {tokenizer.vocab_size:,}",
-        flush=True,
-    )
+    tokens = f"{corpus.lengths.mean():.1f} tokens on average, vocabulary {tokenizer.vocab_size:,}"
+    print(f"{len(corpus.texts) // 2:,} sentences in {len(SHARES)} languages, {tokens}", flush=True)
     torch.manual_seed(args.seed)
-    config = replace(
-        PRESETS["mini"],
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=args.hidden,
-        num_layers=args.layers,
-        ffn_size=4 * args.hidden,
-        dropout=0.0,
-    )
-    model, detector = build_model(config), Detector(config.hidden_size)
+    sizes = dict(hidden_size=args.hidden, num_layers=args.layers, ffn_size=4 * args.hidden, dropout=0.0)
+    model = build_model(replace(PRESETS["mini"], vocab_size=tokenizer.vocab_size, **sizes))
+    detector = Detector(args.hidden)
     model.train()
     parameters = [*model.parameters(), *detector.parameters()]
     groups = [
@@ -258,8 +240,7 @@ def pretrain(args: argparse.Namespace) -> None:
         for name, value in metrics.items():
             recent.setdefault(name, []).append(value)
         if step % 500 == 0 or step == args.steps:
-            means = {name: round(statistics.fmean(values), 4) for name, values in recent.items()}
-            curve.append({"step": step, **means})
+            curve.append({"step": step} | {name: round(statistics.fmean(each), 4) for name, each in recent.items()})
             recent = {}
     progress.clear()
     # float16 halves the file; its rounding is small beside the changes of fine-tuning.
