@@ -35,7 +35,7 @@ import sentencepiece
 import tokenizers
 import torch
 import transformers
-from make_sample import SENTENCES
+from make_sample import SCENES
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -48,7 +48,7 @@ from transformers import (
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MODEL_FILE = os.path.join(HERE, "sample", "sentencepiece.bpe.model")
-SCENES = [scene for scenes in SENTENCES.values() for scene in scenes]
+TEXTS = [texts for _, *texts in SCENES]
 SPECIALS = ("[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused1]")
 RULES = ["41\t61", "1E9E\t73 73", "FF21\t41", "65 0301\tE9"]  # characters in hexadecimal, and those that XLM-R too
 RULES += [f"{space}\t20" for space in ("9", "A", "D", "2028", "A0", "3000", "85")]  # takes for spaces
@@ -131,7 +131,7 @@ def make_roberta(folder: str) -> None:
         shutil.copy(os.path.join(folder, "st", "config.json"), source)
         tokenizer = XLMRobertaTokenizer.from_pretrained(source)
     cases = []
-    for first, second, *_ in [*SCENES, ("  two  spaces ", "ﬁ ＡＢＣ ①", "tab\there", "emoji 🙂 unknown ꙮ")]:
+    for first, second, *_ in [*TEXTS, ("  two  spaces ", "ﬁ ＡＢＣ ①", "tab\there", "emoji 🙂 unknown ꙮ")]:
         for length in (64, 12, 11):
             options = dict(truncation="longest_first", max_length=length)
             cases.append([first, second, length, tokenizer(first, second, **options)["input_ids"]])
@@ -157,7 +157,7 @@ def vocabulary(texts: list[str]) -> list[str]:
 
 
 def make_bert(folder: str) -> None:
-    pieces = vocabulary([text for scene in SCENES for text in scene])
+    pieces = vocabulary([text for texts in TEXTS for text in texts])
     with open(os.path.join(folder, "vocab.txt"), "w", encoding="utf-8", newline="\n") as file:
         file.write("".join(piece + "\n" for piece in pieces))
     with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
@@ -166,7 +166,7 @@ def make_bert(folder: str) -> None:
     cases = []
     for lower in (True, False):
         tokenizer = BertTokenizer(os.path.join(folder, "vocab.txt"), do_lower_case=lower)
-        for first, second, *_ in [*SCENES, *ODD]:
+        for first, second, *_ in [*TEXTS, *ODD]:
             for b in (second, None):
                 for length in (64, 12, 11):
                     # As lists: of a single pair it drops an empty second text.
@@ -204,7 +204,7 @@ def make_folder(folder: str) -> None:
         with open(rules, "w", encoding="utf-8") as file:
             file.write("".join(f"{rule}\n" for rule in RULES))
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([text for scene in SCENES for text in scene]),
+            sentence_iterator=iter([text for texts in TEXTS for text in texts]),
             model_writer=model,
             vocab_size=400,
             hard_vocab_limit=False,
@@ -219,7 +219,7 @@ def make_folder(folder: str) -> None:
     wordpiece.backend_tokenizer.save(os.path.join(folder, "wordpiece.json"))
 
     cases = []
-    for first, second, *_ in [*SCENES[::4], *ODD]:
+    for first, second, *_ in [*TEXTS[::4], *ODD]:
         for b in (second, None):
             pair = ([first], None if b is None else [b])
             cases.append([first, b, 12, tokenizer(*pair, truncation=True, max_length=12)["input_ids"][0]])
@@ -230,7 +230,7 @@ def make_folder(folder: str) -> None:
     torch.manual_seed(0)
     model = moved_off_zero(BertForSequenceClassification(BertConfig(vocab_size=rows, **SMALL, **names)))
     model.save_pretrained(folder, max_shard_size="12KB")
-    first, second = ([scene[k] for scene in SCENES[:8]] for k in (0, 1))
+    first, second = ([texts[k] for texts in TEXTS[:8]] for k in (0, 1))
     inputs = tokenizer(first, second, padding=True, truncation=True, max_length=32, return_tensors="pt")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with torch.no_grad():
