@@ -49,12 +49,10 @@ def test_program_writes_a_model_that_loads(tmp_path, capsys):
     assert pretrain_mini.main(arguments) == 0
     assert "in 15 languages" in capsys.readouterr().out
     path = str(tmp_path / "mini.safetensors")
-    model = load_model(path)
-    read = read_model(path)
+    model, read = load_model(path), read_model(path)
     assert all(t.dtype == torch.float16 for t in read.tensors.values())
     tokenizer = tokenizer_of(path, read)
     ids = torch.tensor([tokenizer.encode("Kim will buy 5 red apples.")])
     assert model(ids)[0].shape == (1, ids.shape[1], tokenizer.vocab_size)
-    with open(tmp_path / "pretrain.json", encoding="utf-8") as file:
-        record = json.load(file)
+    record = json.loads((tmp_path / "pretrain.json").read_text(encoding="utf-8"))
     assert record["steps"] == 6 and record["curve"][-1]["step"] == 6
