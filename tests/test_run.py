@@ -91,10 +91,13 @@ def test_damaged_files(tmp_path):
         file.write(b'{"method": "sdq", "st')
     made.trim_log("sdq", 2)
     assert log_of(tmp_path) == records[:-1]
+    made.finish_row("fp32", {"score": 50.0})
     del made
-    (tmp_path / "run" / "results.json").write_text('{"methods": {"fp32"')
-    with pytest.raises(UserError, match="results.json is damaged: delete it, and --resume makes its rows again"):
-        small_run(tmp_path, resume=True)
+    path = tmp_path / "run" / "results.json"
+    for text in (path.read_text().replace("50.0", "60.0"), '{"methods": {"fp32"'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="results.json is damaged: delete it, and --resume makes its rows again"):
+            small_run(tmp_path, resume=True)
 
 
 # --------------------------------------------------------------------------------------- a training
@@ -109,7 +112,17 @@ def test_the_first_of_the_best_evaluations_is_kept(tmp_path):
     training.finish()
     assert (training.model[1].bias == 2).all()
     training.run.finish_row("qat", {})
-    assert results(tmp_path) == {"methods": {"qat": {"dev_curve": curve}}}
+    assert results(tmp_path)["methods"] == {"qat": {"dev_curve": curve}}
+
+
+def test_a_row_keeps_the_state_of_another_training(tmp_path):
+    training = training_of(made := small_run(tmp_path))
+    training.due = True
+    training.save(1)
+    made.finish_row("fp32", {})
+    assert (tmp_path / "run" / STATE).exists()
+    made.finish_row("qat", {})
+    assert not (tmp_path / "run" / STATE).exists()
 
 
 def test_state_holds_every_bit(tmp_path, capsys):
