@@ -64,10 +64,9 @@ class Encoder:
     def encode_batch(
         self, a: Sequence[str], b: Sequence[str] | None = None, max_length: int | None = None
     ) -> list[np.ndarray]:
-        """Many texts or pairs at once. Returns one int32 array each (not padded).
+        """Many texts or pairs at once -> one int32 array each (not padded).
 
-        A pair that is too long loses tokens from its longer text first ("longest first"), as in Hugging Face
-        tokenizers.
+        A pair that is too long loses tokens from its longer text first, as in Hugging Face's tokenizers.
         """
         return self.encode_typed(a, b, max_length)[0]
 
@@ -77,8 +76,6 @@ class Encoder:
         """encode_batch(), and where token type 1 begins in each row, int64 (N,): at the second text's first token, or
         behind the row where there is none. It means nothing if the tokenizer is not `typed`.
         """
-        if b is not None and len(a) != len(b):
-            raise ValueError(f"{len(a)} first texts and {len(b)} second texts")
         specials = 2 if b is None else 2 + self.separators
         if max_length is not None and max_length < specials:
             raise UserError(f"a maximum of {max_length} tokens leaves no room for the {specials} special ones")
@@ -127,12 +124,9 @@ class Tokenizer(Encoder):
             layout = (self.pieces.unk_id(), self.pieces.bos_id(), self.pieces.eos_id(), self.pieces.pad_id())
         except Exception:  # the library raises RuntimeError, and others for some damaged files
             layout = None
-        if not model or layout is None:
-            raise UserError(f"{source} is not a SentencePiece model; XLM-R's is named sentencepiece.bpe.model")
         if layout != (0, 1, 2, -1):
-            raise UserError(
-                f"{source}: <unk> <s> </s> <pad> have the SentencePiece ids {layout}; XLM-R's layout is (0, 1, 2, -1)"
-            )
+            what = "is not a SentencePiece model with <unk> 0, <s> 1, </s> 2 and no <pad>, such as XLM-R's"
+            raise UserError(f"{source} {what} sentencepiece.bpe.model")
         super().__init__(model, self.pieces.get_piece_size() + 2)
         self.mask_id = self.vocab_size - 1
 
@@ -166,12 +160,18 @@ class WordPieceTokenizer(Encoder):
     separators = 1
 
     def __init__(self, vocabulary: bytes, source: str = "tokenizer"):
-        kinds = {f"{WORDPIECE_MAGIC} lower": True, f"{WORDPIECE_MAGIC} cased": False}
-        first, self.pieces = lines_of(vocabulary, source, "WordPiece vocabulary", tuple(kinds))
-        self.lower = kinds[first]
+        try:
+            first, *self.pieces = vocabulary.decode("utf-8").removesuffix("\n").split("\n")
+        except ValueError:
+            raise UserError(f"{source} is not the vocab.txt of a BERT: it is not UTF-8 text") from None
+        self.lower = first.endswith(" lower")
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
-        missing = [special for special in SPECIALS if special not in self.ids]
-        if missing:
+        for number, piece in enumerate(self.pieces, start=1):
+            if not piece or set(piece) & set(" \t\r"):
+                raise UserError(f"{source}: line {number}, {piece[:40]!r}, is not a piece of a word")
+            if self.ids[piece] != number - 1:
+                raise UserError(f"{source} lists {piece[:40]!r} twice: its ids are ambiguous")
+        if missing := [special for special in SPECIALS if special not in self.ids]:
             raise UserError(f"{source} has no {missing[0]}: it is not the vocab.txt of a BERT")
         super().__init__(vocabulary, len(self.pieces))
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (self.ids[special] for special in SPECIALS)
@@ -224,12 +224,11 @@ class WordPieceTokenizer(Encoder):
 class WordTokenizer(Encoder):
     """A list of words: ids 0 to 3 are <s> <pad> </s> <unk>, the first word has id 4.
 
-    vocabulary: the bytes of UTF-8 text, WORDS_MAGIC in the first line, then one word per line. source: its name in
-    error messages.
+    vocabulary: the bytes of UTF-8 text, WORDS_MAGIC in the first line, then one word per line.
     """
 
-    def __init__(self, vocabulary: bytes, source: str = "tokenizer"):
-        _, words = lines_of(vocabulary, source, "list of words", (WORDS_MAGIC,))
+    def __init__(self, vocabulary: bytes):
+        _, *words = vocabulary.decode("utf-8").removesuffix("\n").split("\n")
         self.ids = {word: UNK + 1 + i for i, word in enumerate(words)}
         super().__init__(vocabulary, UNK + 1 + len(words))
 
@@ -258,27 +257,8 @@ def load_tokenizer(model: bytes, source: str = "tokenizer") -> Encoder:
     if model.startswith(WORDPIECE_MAGIC.encode()):
         return WordPieceTokenizer(model, source)
     if model.startswith(WORDS_MAGIC.encode()):
-        return WordTokenizer(model, source)
+        return WordTokenizer(model)
     return Tokenizer(model, source)
-
-
-def lines_of(vocabulary: bytes, source: str, what: str, kinds: tuple[str, ...]) -> tuple[str, list[str]]:
-    """The first line of a vocabulary, one of `kinds`, and the pieces in the others.
-
-    Raises UserError unless every piece can occur in a word and has one id. what, source: for its message.
-    """
-    try:
-        first, *pieces, rest = vocabulary.decode("utf-8").split("\n")
-    except ValueError:  # not UTF-8, or not even two lines
-        raise UserError(f"{source} is not a {what}: make it again") from None
-    if first not in kinds or rest or not pieces:
-        raise UserError(f"{source} is not a whole {what}: make it again")
-    bad = next((i for i, piece in enumerate(pieces) if not piece or set(piece) & set(" \t\r")), -1)
-    if bad >= 0:
-        raise UserError(f"{source}: line {bad + 1}, {pieces[bad][:40]!r}, is not a piece of a word")
-    if len({*pieces}) < len(pieces):
-        raise UserError(f"{source} lists {Counter(pieces).most_common(1)[0][0][:40]!r} twice: its ids are ambiguous")
-    return first, pieces
 
 
 def longest_first(left: int, right: int, room: int) -> tuple[int, int]:

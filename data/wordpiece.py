@@ -40,7 +40,7 @@ def basic_tokens(text: str, lower: bool) -> list[str]:
     ['el', 'dijo', ':', '没', '有', '!']
     """
     if not (text.isascii() and text.isprintable()):  # else none of this applies
-        text = space_cjk(clean(text))
+        text = CJK.sub(r" \1 ", clean(text))  # each Chinese character is a word
         text = strip_accents(text) if lower else text
     if lower:
         # Hugging Face lowers each character by itself; Python would end "ΟΔΟΣ" with a final sigma.
@@ -60,11 +60,6 @@ def clean(text: str) -> str:
     return "".join(kept)
 
 
-def space_cjk(text: str) -> str:
-    """Put spaces around every Chinese character: each is a word."""
-    return CJK.sub(r" \1 ", text)
-
-
 def strip_accents(text: str) -> str:
     """Decompose é into e and its accent (Unicode NFD), and drop the accent."""
     apart = unicodedata.normalize("NFD", text)
@@ -79,14 +74,12 @@ def split_punctuation(word: str) -> list[str]:
     """
     tokens, inside = [], False
     for char in word:
-        if is_punctuation(char):
-            tokens.append(char)
-            inside = False
-        elif inside:
+        mark = is_punctuation(char)
+        if inside and not mark:
             tokens[-1] += char
         else:
             tokens.append(char)
-            inside = True
+        inside = not mark
     return tokens
 
 

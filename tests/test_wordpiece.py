@@ -105,7 +105,6 @@ def test_bytes_tell_the_kind_and_the_layout(wordpiece):
     for lower, made in wordpiece.items():
         again = load_tokenizer(made.bytes)
         assert isinstance(again, WordPieceTokenizer) and again.sha256 == made.sha256 and again.lower is lower
-        assert again.encode("Él reads") == made.encode("Él reads")
         assert made.vocab_size == len(lines) and made.typed
         assert (made.pad_id, made.mask_id) == (lines.index("[PAD]"), lines.index("[MASK]"))
         assert made.bytes == f"{WORDPIECE_MAGIC} {'lower' if lower else 'cased'}\n".encode() + VOCAB
@@ -113,34 +112,24 @@ def test_bytes_tell_the_kind_and_the_layout(wordpiece):
         assert WordPieceTokenizer.from_vocab(same, True).bytes == wordpiece[True].bytes
 
 
-def test_pairs_and_their_types(wordpiece):
+def test_no_texts_and_no_room(wordpiece):
     made = wordpiece[True]
-    cls, sep = made.encode("")
-    a, b = made.encode("The girl")[1:-1], made.encode("reads a book.")[1:-1]
-    rows, begins = made.encode_typed(["The girl", ""], ["reads a book.", ""])
-    assert [row.tolist() for row in rows] == [[cls, *a, sep, *b, sep], [cls, sep, sep]]
-    assert begins.tolist() == [len(a) + 2, 2]
-    rows, begins = made.encode_typed(["The girl", ""])
-    assert begins.tolist() == [len(row) for row in rows] == [len(a) + 2, 2]
     rows, begins = made.encode_typed([])
     assert rows == [] and begins.shape == (0,)
-    assert made.encode_batch(["The girl"], ["x"])[0].tolist() == made.encode("The girl", "x")
-    assert made.encode("a", "b", 3) == [cls, sep, sep]
-    with pytest.raises(ValueError, match="2 first texts and 1 second"):
+    assert made.encode("a", "b", 3) == [made.cls_id, made.sep_id, made.sep_id]
+    with pytest.raises(ValueError):
         made.encode_batch(["a", "b"], ["c"])
 
 
-def test_words_are_encoded_by_themselves(wordpiece):
-    made = wordpiece[True]
-    sentences = [["The", "extraordinarily", "old", "man"], ["\u200b", "don't", "ꙮ"], []]
-    for words, (ids, first) in zip(sentences, made.encode_words(sentences), strict=True):
-        assert ids.dtype == np.int32 and first.dtype == np.int64 and len(first) == len(words)
-        assert (ids[0], ids[-1]) == (made.cls_id, made.sep_id)
-        ends = [*first, len(ids) - 1][1:]
-        for word, begin, end in zip(words, first, ends, strict=True):
-            assert ids[begin:end].tolist() == (made.encode(word)[1:-1] or [made.unk_id])
-    with pytest.raises(UserError, match="use --max-length"):
-        made.encode_words(sentences, 4)
+def test_words_are_encoded_by_themselves(wordpiece, tokenizer):
+    sentences = [["The", "extraordinarily", "old", "man"], ["\u200b", "don't", "ꙮ", "</s>"], []]
+    for made in (wordpiece[True], tokenizer):
+        unknown = made.encode("ꙮ")[-2:-1]  # also of a zero-width space: it has no piece, but its tag needs a token
+        for words, (ids, first) in zip(sentences, made.encode_words(sentences), strict=True):
+            assert ids.dtype == np.int32 and first.dtype == np.int64 and len(first) == len(words)
+            assert (ids[0], ids[-1]) == (made.cls_id, made.sep_id) and made.sep_id not in ids[1:-1]
+            for word, begin, end in zip(words, first, [*first, len(ids) - 1][1:], strict=True):
+                assert ids[begin:end].tolist() == (made.encode(word)[1:-1] or unknown)
 
 
 LOWER = f"{WORDPIECE_MAGIC} lower\n".encode()
@@ -150,8 +139,7 @@ FIVE = "".join(f"{special}\n" for special in SPECIALS).encode()
 @pytest.mark.parametrize(
     "content, message",
     [
-        (LOWER + FIVE + b"\xff\n", "is not a WordPiece"),
-        (b"sdq-wordpiece-1 upper\n" + FIVE, "is not a whole WordPiece"),
+        (LOWER + FIVE + b"\xff\n", "is not UTF-8"),
         (LOWER + FIVE.replace(b"[MASK]\n", b"a\n"), r"has no \[MASK\]"),
         (LOWER + FIVE + b"a\nb\na\n", "lists 'a' twice"),
         (LOWER + FIVE + b"a b\n", "line 6, 'a b', is not a piece"),
