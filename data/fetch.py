@@ -66,66 +66,59 @@ class Remote:
         return mirror + self.url.removeprefix(HUB) if self.url.startswith(HUB + "/") else self.url
 
 
+def remotes(address: str, *files: tuple) -> tuple[Remote, ...]:
+    """Files below an address: name, size and SHA-256 of each, and of an archive what to unpack."""
+    return tuple(Remote(f"{address}/{name}", *facts) for name, *facts in files)
+
+
 # ------------------------------------------------------------------------------------------ models
-def hub(revision: str, *files: tuple[str, int | None, str]) -> tuple[Remote, ...]:
-    """Files on Hugging Face. revision: OWNER/NAME/resolve/COMMIT.  files: name, size and SHA-256 of each."""
-    return tuple(Remote(f"{HUB}/{revision}/{name}", size, sha256) for name, size, sha256 in files)
-
-
-_XLMR = "FacebookAI/xlm-roberta-base/resolve/e73636d4f797dec63c3081bb6ed5c7b0bb3f2089"
+_XLMR = f"{HUB}/FacebookAI/xlm-roberta-base/resolve/e73636d4f797dec63c3081bb6ed5c7b0bb3f2089"
+_PIECES = ("sentencepiece.bpe.model", 5_069_051, "cfc8146abe2a0488e9e2a0c56de7952f7c11ab059eca145a0a727afce0db2865")
 MODELS = {
-    "xlmr-base": hub(
+    "xlmr-base": remotes(
         _XLMR, ("model.safetensors", 1_115_567_652, "6fd4797bc397c3b8b55d6bb5740366b57e6a3ce91c04c77f22aafc0c128e6feb")
     ),
     # InfoXLM was trained from XLM-R with its vocabulary.
-    "infoxlm-base": hub(
-        "microsoft/infoxlm-base/resolve/main",
+    "infoxlm-base": remotes(
+        f"{HUB}/microsoft/infoxlm-base/resolve/main",
         ("pytorch_model.bin", None, "2d90db785b5a6ebb57b70aa44f6182b9414c64fa302933c3bad68e97d4d82162"),
     ),
     # BERT's architecture in small: 6 layers, 384 wide, WordPiece. Apache 2.0.
-    "minilm": hub(
-        "sentence-transformers/all-MiniLM-L6-v2/resolve/1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+    "minilm": remotes(
+        f"{HUB}/sentence-transformers/all-MiniLM-L6-v2/resolve/1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
         ("model.safetensors", 90_868_376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
         ("config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
         ("vocab.txt", 231_508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
         ("tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
     ),
     # BERT's architecture with XLM-R's tokenizer: 12 layers, 384 wide, 100 languages. MIT; MIT; Apache 2.0.
-    "multilingual-minilm": hub(
-        "microsoft/Multilingual-MiniLM-L12-H384/resolve/main",
+    "multilingual-minilm": remotes(
+        f"{HUB}/microsoft/Multilingual-MiniLM-L12-H384/resolve/main",
         ("pytorch_model.bin", 470_657_952, "cce170910f4d4f3b45be025508f51ef1ad6a1de69f2d46dce7e4603ad31aaaeb"),
     ),
-    "multilingual-e5-small": hub(
-        "intfloat/multilingual-e5-small/resolve/614241f622f53c4eeff9890bdc4f31cfecc418b3",
+    "multilingual-e5-small": remotes(
+        f"{HUB}/intfloat/multilingual-e5-small/resolve/614241f622f53c4eeff9890bdc4f31cfecc418b3",
         ("model.safetensors", 470_641_600, "1a55775f53449dac10a2bcbc312469fac40b96d53198c407081a831f81c98477"),
     ),
-    "paraphrase-multilingual-minilm": hub(
-        "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2/resolve/e8f8c211226b894fcb81acc59f3b34ba3efd5f42",
+    "paraphrase-multilingual-minilm": remotes(
+        f"{HUB}/sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2/resolve/"
+        "e8f8c211226b894fcb81acc59f3b34ba3efd5f42",
         ("model.safetensors", 470_641_600, "eaa086f0ffee582aeb45b36e34cdd1fe2d6de2bef61f8a559a1bbc9bd955917b"),
     ),
 }
 for name in {*MODELS} - {"minilm"}:  # one tokenizer file serves all
-    MODELS[name] += hub(
-        _XLMR,
-        ("sentencepiece.bpe.model", 5_069_051, "cfc8146abe2a0488e9e2a0c56de7952f7c11ab059eca145a0a727afce0db2865"),
-    )
+    MODELS[name] += remotes(_XLMR, _PIECES)
 
 # --------------------------------------------------------------------------------------- data sets
-XNLI = (
-    Remote(
-        "https://dl.fbaipublicfiles.com/XNLI/XNLI-1.0.zip",
-        17_865_352,
-        "4ba1d5e1afdb7161f0f23c66dc787802ccfa8a25a3ddd3b165a35e50df346ab1",
-        ("XNLI-1.0/xnli.dev.tsv", "XNLI-1.0/xnli.test.tsv"),
-    ),
-    Remote(
-        "https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip",
-        466_098_360,
-        "f732517ba2fb1d550e9f3c2aabaef6017c91ee2dcec90e878f138764d224db05",
-        ("XNLI-MT-1.0/multinli/multinli.train.en.tsv",),
-    ),
+FACEBOOK = "https://dl.fbaipublicfiles.com"
+_XNLI = find_task("xnli").files
+_TRAIN, _TESTS = _XNLI["train"], (*_XNLI["dev"], *_XNLI["test"])
+XNLI = remotes(
+    f"{FACEBOOK}/XNLI",
+    ("XNLI-1.0.zip", 17_865_352, "4ba1d5e1afdb7161f0f23c66dc787802ccfa8a25a3ddd3b165a35e50df346ab1", _TESTS),
+    ("XNLI-MT-1.0.zip", 466_098_360, "f732517ba2fb1d550e9f3c2aabaef6017c91ee2dcec90e878f138764d224db05", _TRAIN),
 )
-# Task of GLUE -> archive, bytes, SHA-256; its files are what the task is read from.
+# Task of GLUE -> archive, bytes, SHA-256; unpacked is what the task is read from.
 _GLUE = {
     "cola": ("CoLA.zip", 376_971, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
     "sst2": ("SST-2.zip", 7_439_277, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
@@ -135,16 +128,6 @@ _GLUE = {
     "qnli": ("QNLIv2.zip", 10_627_589, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
     "rte": ("RTE.zip", 697_150, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
 }
-
-
-def glue_archive(task: str) -> Remote:
-    """The archive of a task of GLUE, and which of its files are unpacked."""
-    name, size, sha256 = _GLUE[task]
-    files = ("train.tsv", *GLUE[task].tests.values())
-    members = tuple(f"{GLUE[task].folder}/{file}" for file in files)
-    return Remote(f"https://dl.fbaipublicfiles.com/glue/data/{name}", size, sha256, members)
-
-
 # The tasks' own licences apply; XGLUE's site allows non-commercial research only. Files of further languages are
 # optional: lists of XGLUE's languages do not agree.
 XGLUE_ARCHIVE = Remote(
@@ -161,7 +144,9 @@ PAWSX = Remote(
     official_files(XGLUE["pawsx"], 1),
 )
 DATASETS = {"xnli": XNLI, "xglue": (XGLUE_ARCHIVE,), "pawsx": (PAWSX,)}
-DATASETS |= {task: (glue_archive(task),) for task in _GLUE}
+for task, archive in _GLUE.items():
+    members = tuple(f"{GLUE[task].folder}/{name}" for name in ("train.tsv", *GLUE[task].tests.values()))
+    DATASETS[task] = remotes(f"{FACEBOOK}/glue/data", (*archive, members))
 _JOINT = "\nfiles:   https://github.com/monologg/JointBERT, https://github.com/MiuLab/SlotGated-SLU (rename its valid to dev)"
 BY_HAND = {  # licence, and who publishes the layout that is read here
     "atis": "Linguistic Data Consortium user agreement, for LDC93S4B, LDC93S5, LDC94S19 and LDC95S26" + _JOINT,
@@ -258,19 +243,19 @@ def unpack(archive: str, members: tuple[str, ...], folder: str, optional: tuple[
             zipfile.ZipFile(archive) if is_zip else tarfile.open(archive, "r:gz") as file,
             tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder) as temporary,
         ):
-            present = dict.fromkeys(file.namelist() if is_zip else file.getnames())
+            present = file.namelist() if is_zip else file.getnames()
             if missing := set(members) - set(present):
                 raise UserError(f"{name} has no file {min(missing)}")
-            chosen = [member for member in present if member in {*members, *optional}]
-            for member in chosen:
+            wanted = {*members, *optional}
+            targets = {member: os.path.join(folder, *member.split("/")) for member in present if member in wanted}
+            for member in targets:
                 file.extract(member, temporary, **({} if is_zip else {"filter": "data"}))
-            targets = [os.path.join(folder, *member.split("/")) for member in chosen]
-            for member, target in zip(chosen, targets, strict=True):
+            for member, target in targets.items():
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 os.replace(os.path.join(temporary, *member.split("/")), target)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
         raise UserError(f"cannot unpack {name} into {folder}: {error}") from None
-    return targets
+    return [*targets.values()]
 
 
 def fetch_dataset(name: str, folder: str) -> None:
