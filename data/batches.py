@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -80,8 +81,7 @@ class Batch:
     types: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     def rows(self, rows: slice) -> "Batch":
         """Some rows, without the columns that only others need."""
@@ -114,9 +114,7 @@ def encode_split(
         labels = np.array(labels, dtype=np.float32 if isinstance(labels[0], float) else np.int64)
         dataset = encode_texts(tokenizer, first, None if second[0] is None else second, max_length, labels)
     else:
-        names = names_of(task, folder)
-        dataset = encode_sentences(examples, names, tokenizer, max_length, task.head == "token")
-        dataset.slots = names.slots
+        dataset = encode_sentences(examples, names_of(task, folder), tokenizer, max_length, task.head == "token")
     return replace(dataset, pad=tokenizer.pad_id, metrics=task.metrics)
 
 
@@ -138,8 +136,8 @@ def encode_texts(
         begins.append(of_second)
         progress.update(begin + len(encoded))
     progress.clear()
-    dataset = replace(dataset_of(rows, labels), cut=len(lost), lost=sum(lost), pairs=second is not None)
-    return replace(dataset, second=np.concatenate(begins) if tokenizer.typed else None)
+    types = np.concatenate(begins) if tokenizer.typed else None
+    return replace(dataset_of(rows, labels), second=types, pairs=second is not None, cut=len(lost), lost=sum(lost))
 
 
 def cut_note(datasets: list[Dataset], of: str, max_length: int) -> str:
@@ -171,13 +169,11 @@ def encode_sentences(
     encoded = tokenizer.encode_words([sentence.words for sentence in sentences], None if cuts else max_length)
     if cuts:
         encoded, sentences = cut_long(encoded, sentences, max_length)
-    tags = []
-    for (ids, first), sentence in zip(encoded, sentences, strict=True):
-        row = np.full(len(ids), IGNORE, dtype=np.int64)
+    tags = [np.full(len(ids), IGNORE, dtype=np.int64) for ids, _ in encoded]
+    for row, (_, first), sentence in zip(tags, encoded, sentences, strict=True):
         row[first] = [slots[tag] for tag in sentence.tags]
-        tags.append(row)
-    labels = [intents[sentence.intent] for sentence in sentences]
-    return dataset_of([ids for ids, _ in encoded], labels, np.concatenate(tags))
+    dataset = dataset_of([ids for ids, _ in encoded], [intents[sentence.intent] for sentence in sentences])
+    return replace(dataset, tags=np.concatenate(tags), slots=names.slots)
 
 
 def cut_long(
@@ -197,10 +193,10 @@ def cut_long(
     return rows, parts
 
 
-def dataset_of(encoded: list[np.ndarray], labels: Sequence[int], tags: np.ndarray | None = None) -> Dataset:
+def dataset_of(encoded: list[np.ndarray], labels: Sequence[int]) -> Dataset:
     """Rows of ids -> Dataset."""
     starts = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return Dataset(np.concatenate(encoded), starts, np.asarray(labels), tags)
+    return Dataset(np.concatenate(encoded), starts, np.asarray(labels))
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -224,6 +220,10 @@ def collate(dataset: Dataset, rows: np.ndarray) -> Batch:
     return Batch(torch.from_numpy(ids), mask, labels, int(lengths.sum()), tags, types)
 
 
+def in_parts(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 def training_order(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """The rows of every batch of an epoch: shuffled, then sorted by length within pools of batches.
 
@@ -231,12 +231,9 @@ def training_order(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> 
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(dataset))
-    pool = batch_size * POOL
     batches = []
-    for start in range(0, len(order), pool):
-        rows = order[start : start + pool]
-        rows = rows[np.argsort(dataset.lengths[rows], kind="stable")]
-        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    for pool in in_parts(order, batch_size * POOL):
+        batches += in_parts(pool[np.argsort(dataset.lengths[pool], kind="stable")], batch_size)
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
@@ -264,13 +261,7 @@ def evaluation_batches(dataset: Dataset, max_tokens: int) -> Iterator[Batch]:
 
 
 def facts(
-    train: Dataset,
-    dev: Dataset,
-    tests: dict[str, Dataset],
-    task: Task,
-    folder: str,
-    names: tuple[str, ...],
-    length: int,
+    train: Dataset, dev: Dataset, tests: dict[str, Dataset], task: Task, folder: str, names: Sequence[str], length: int
 ) -> list[str]:
     """What a run trains on, line by line: rows and classes, languages that are left aside, and texts that lose their
     ends.  names: of the classes.  length: where texts are cut.
@@ -282,26 +273,23 @@ def facts(
         counts = sorted(zip(np.bincount(labels, minlength=len(names)).tolist(), names, strict=True), reverse=True)
         more = f", and {len(counts) - 12} more" if counts[12:] else ""
         lines.append("classes: " + ", ".join(f"{name} {count:,}" for count, name in counts[:12]) + more)
-        folded = Counter(name.casefold() for name in names)
+        folded = Counter(map(str.casefold, names))
         if alike := [name for name in names if folded[name.casefold()] > 1]:
             lines.append(f"NOTE: {', '.join(alike[:12])} differ only in capitals, and are different classes")
     others = languages_of(task, folder, "train") if task.languages is None else ()
     aside = [f"{name} {len(load(task, 'train', name, folder)):,}" for name in others if name != task.train_language]
     if aside:
-        lines.append(
-            f"trained on {task.train_language} (--train-language); rows of train left aside: {', '.join(aside)}"
-        )
-    splits = {"train": [train], "dev": [dev], "test": [*tests.values()]}
-    notes = [cut_note(sets, f"{name} texts", length) for name, sets in splits.items()]
-    return lines + [f"NOTE: {note} (--max-length)" for note in notes if note]
+        how = f"trained on {task.train_language} (--train-language)"
+        lines.append(f"{how}; rows of train left aside: {', '.join(aside)}")
+    for name, sets in (("train", [train]), ("dev", [dev]), ("test", [*tests.values()])):
+        if note := cut_note(sets, f"{name} texts", length):
+            lines.append(f"NOTE: {note} (--max-length)")
+    return lines
 
 
 def unpadded_batches(dataset: Dataset, examples: int, batch_size: int, seed: int) -> list[Batch]:
     """Batches of rows of equal length, for calibration, where padding would be observed as well."""
     rows = np.random.default_rng(seed).permutation(len(dataset))[:examples]
     lengths = dataset.lengths[rows]
-    batches = []
-    for length in np.unique(lengths):
-        same = rows[lengths == length]
-        batches += [collate(dataset, same[i : i + batch_size]) for i in range(0, len(same), batch_size)]
-    return batches
+    same = (in_parts(rows[lengths == length], batch_size) for length in np.unique(lengths))
+    return [collate(dataset, each) for each in chain(*same)]

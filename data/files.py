@@ -106,9 +106,9 @@ def read_tsv(
             if len(cells) == len(names):
                 cells.append(None)  # of columns that are missing
                 yield number, [cells[i] for i in wanted]
-                continue
-            malformed.append(number)
-            if not tolerant:
+            elif tolerant:
+                malformed.append(number)
+            else:
                 expected = "the layout" if header else "the header"
                 raise UserError(f"{path}, line {number}: {len(cells)} columns, {expected} has {len(names)}")
         if len(malformed) * MALFORMED > count:

@@ -135,11 +135,8 @@ def scores(metrics: tuple[str, ...], predictions: np.ndarray, labels: np.ndarray
     >>> scores(("accuracy",), np.array([0, 0, 0, 0]), np.array([0, 0, 0, 1]))["majority"]
     75.0
     """
-    if len(predictions) != len(labels):
-        raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
     found = {name: 100 * METRICS[name](predictions, labels) for name in metrics}
-    found["score"] = sum(found[name] for name in metrics) / len(metrics)
-    found["total"] = len(labels)
+    found |= {"score": sum(found.values()) / len(metrics), "total": len(labels)}
     if not set(metrics) & set(REGRESSION):
         found["correct"] = int((predictions == labels).sum())
         found |= {name: 100 * METRICS[name](predictions, labels) for name in ("accuracy", "macro_f1")}
@@ -186,10 +183,9 @@ def slot_scores(predictions: list[Sequence[str]], labels: list[Sequence[str]]) -
 
     slot_f1          F1 in % over all slots of all sentences (conlleval's; 0 if nothing is right)
     slot_correct, slot_gold, slot_predicted     the counts behind it: of slots in both, in labels, in predictions
-    slot_token_f1    micro-averaged F1 in % over the tags of single words, O included. Every wrong word is one false
-                     positive and one false negative, so this is the accuracy of the tags. Work on ATIS with
-                     tensor-compressed Transformers reports it as "F1"; it is higher than slot_f1, since most words
-                     are O.
+    slot_token_f1    micro-averaged F1 in % over the tags of single words, O included: as every wrong word is one false
+                     positive and one false negative, the accuracy of the tags. Work on ATIS with tensor-compressed
+                     Transformers reports it as "F1"; it is higher than slot_f1, since most words are O.
     """
     found, true = ({(i, *span) for i, row in enumerate(rows) for span in spans(row)} for rows in (predictions, labels))
     words = [a == b for rows in zip(predictions, labels, strict=True) for a, b in zip(*rows, strict=True)]

@@ -50,8 +50,7 @@ def read_sentences(folder: str, split: str, fetch: str) -> list[Sentence]:
     for number, (words, marks) in enumerate(zip(texts, tags, strict=True), start=1):
         if len(words) != len(marks):
             raise UserError(f"{path}, line {number}: {len(marks)} tags, but seq.in has {len(words)} words there")
-        wrong = [tag for tag in marks if tag != "O" and (tag[:2] not in ("B-", "I-") or len(tag) == 2)]
-        if wrong:
+        if wrong := [tag for tag in marks if tag != "O" and (tag[:2] not in ("B-", "I-") or len(tag) == 2)]:
             raise UserError(f"{path}, line {number}: the tag {wrong[0]!r} is not O, B-name or I-name")
     return [Sentence(*each, " ".join(intent)) for *each, intent in zip(texts, tags, labels, strict=True)]
 
@@ -83,15 +82,15 @@ def read_tokens(path: str, known: tuple[str, ...] | None, fetch: str) -> list[Se
     without tabs. Lines -DOCSTART- are left out.  known: the tags; where they are spans, other marks of spans (IOB2) are
     read as B and I. None: any, as they stand.
     """
-    sentences, words, tags, columns = [], [], [], 0
+    sentences, sentence, columns = [], [], 0
     spanned = known is not None and are_spans(known)
     with open_text(path, fetch) as file:
         for number, line in enumerate(chain(file, ("",)), start=1):  # the last sentence may have no empty line
             line = line.rstrip("\r\n ")
             if not line.strip(" \t") or line.startswith("-DOCSTART-"):
-                if words:
-                    sentences.append(Sentence(tuple(words), tuple(tags), ""))
-                words, tags = [], []
+                if sentence:
+                    sentences.append(Sentence(*zip(*sentence, strict=True), ""))
+                sentence = []
                 continue
             cells = line.split("\t" if "\t" in line else " ")
             columns = columns or max(2, len(cells))
@@ -101,6 +100,5 @@ def read_tokens(path: str, known: tuple[str, ...] | None, fetch: str) -> list[Se
             tag = IOB2.get(cells[-1][:2], cells[-1][:2]) + cells[-1][2:] if spanned else cells[-1]
             if known is not None and tag not in known:
                 raise UserError(f"{path}, line {number}: unknown tag {tag[:50]!r}; known: {' '.join(known)[:200]}")
-            words.append(cells[0])
-            tags.append(tag)
+            sentence.append((cells[0], tag))
     return not_empty(sentences, path, fetch)
