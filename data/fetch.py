@@ -33,7 +33,7 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
 
 from data.glue import GLUE
 from data.tasks import RAW_DIR, file_paths, find_task
-from data.xglue import ARCHIVE, XGLUE, official_files
+from data.xglue import ARCHIVE, XGLUE
 from kit.common import Progress, UserError, exit_status
 from kit.files import check_writable
 
@@ -134,18 +134,19 @@ XGLUE_ARCHIVE = Remote(
     f"{HUB}/datasets/microsoft/xglue/resolve/refs%2Fpr%2F7/xglue_full_dataset.tar.gz",
     875_905_871,
     "e11016c02d8565d00119833a16679bbbe0fec437f5ad53c2d3f9eef6fa03f65b",
-    tuple(f"{ARCHIVE}/{path}" for task in XGLUE.values() for path in official_files(task, 0, ("en",))),
-    tuple(f"{ARCHIVE}/{path}" for task in XGLUE.values() for path in official_files(task, 0)),
+    tuple(f"{ARCHIVE}/{files[0]}" for task in XGLUE.values() for files in task.files.values()),
+    tuple(f"{ARCHIVE}/{file}" for task in XGLUE.values() for files in task.files.values() for file in files),
 )
 PAWSX = Remote(
     "https://storage.googleapis.com/paws/pawsx/x-final.tar.gz",
     30_282_057,
     "4146db499101d66e68ae4c8ed3cf9dadecd625f44b7d8cf3d4a0fe93afc4fd9f",
-    official_files(XGLUE["pawsx"], 1),
+    tuple(file.replace("PAWSX", "x-final") for files in XGLUE["pawsx"].files.values() for file in files),
 )
 DATASETS = {"xnli": XNLI, "xglue": (XGLUE_ARCHIVE,), "pawsx": (PAWSX,)}
 for task, archive in _GLUE.items():
-    members = tuple(f"{GLUE[task].folder}/{name}" for name in ("train.tsv", *GLUE[task].tests.values()))
+    row = GLUE[task]
+    members = tuple(f"{row.subfolder.removeprefix('glue/')}/{name}" for name in row.files["train"] + row.files["test"])
     DATASETS[task] = remotes(f"{FACEBOOK}/glue/data", (*archive, members))
 _JOINT = "\nfiles:   https://github.com/monologg/JointBERT, https://github.com/MiuLab/SlotGated-SLU (rename its valid to dev)"
 BY_HAND = {  # licence, and who publishes the layout that is read here

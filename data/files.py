@@ -1,11 +1,12 @@
-"""Text files of tasks: opened compressed or not, with mistakes told in the user's words, and read as labelled examples."""
+"""What a task is; and its text files, compressed or not, with mistakes told in the user's words."""
 
 import codecs
 import csv
 import lzma
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from typing import BinaryIO, NamedTuple, TextIO
@@ -30,6 +31,44 @@ class Sentence(NamedTuple):
     words: tuple[str, ...]
     tags: tuple[str, ...]
     intent: str
+
+
+class Names(NamedTuple):
+    """The names of the ids of intents (or classes of texts) and tags.
+
+    A model knows the first `known_*` names, those of the training files. The others occur only in dev or test: no
+    model can predict them, so they count as wrong.
+    """
+
+    intents: tuple[str, ...]
+    slots: tuple[str, ...]
+    known_intents: int
+    known_slots: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of data.tasks.TASKS. Its functions are given task_folder()."""
+
+    name: str
+    # (folder, split) -> {language: examples}, split being "train", "dev" or "test"
+    read: Callable[[str, str], dict[str, list[Example]] | dict[str, list[Sentence]]]
+    files: dict[str, tuple[str, ...]]  # split -> the files it is read from
+    fetch: str  # the command that brings the files, or tells where they come from; "" of the user's own
+    head: str = "sequence"  # a key of model.HEADS
+    # Names of the classes by id (of a regression: of the number), or a function of the folder if only the files know.
+    labels: tuple[str, ...] | Callable[[str], tuple[str, ...] | Names] = ()
+    # (folder, split) -> {language: file}, in place of `files`, if each language has a file.
+    find: Callable[[str, str], dict[str, str]] | None = None
+    languages: tuple[str, ...] | None = ("en",)  # the test sets; None: those in the test files
+    train_language: str = "en"  # "": find_task is told
+    together: int = 1  # rows of dev and test that belong together: a sample takes all of them or none
+    zero_shot: bool = False  # whether reports give the mean over all but the train language
+    metrics: tuple[str, ...] = ("accuracy",)  # keys of an evaluation; their mean is its "score"
+    columns: dict[str, str] = field(default_factory=dict)  # of reports: title -> key of an evaluation
+    subfolder: str = ""  # of the data folder, where the files usually are
+    models: tuple[str, ...] = ("xlmr-base", "mini")  # the default --model: the first that is there
+    sample: str | None = None  # folder under data/ to use instead of the official files with the last of `models`
 
 
 # ------------------------------------------------------------------------------------------- files

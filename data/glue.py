@@ -30,54 +30,39 @@ RTE occur in several pairs, so dev may be easier than test.
 """
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
-from data.files import Example, again, read_examples
+from data.files import Example, Task, again, read_examples
 from kit.common import UserError
 
 DEV_SHARE = 10  # one row in ten of train.tsv is dev
 MOST_DEV_ROWS = 1000
 
 
-class GlueTask(NamedTuple):
-    """The layout of a GLUE task. labels: by id.  in_file: their spelling in the file, () for a number."""
-
-    folder: str
-    texts: tuple[str, ...]  # the columns of the text or texts
-    label: str  # the column of the label
-    labels: tuple[str, ...]
-    metrics: tuple[str, ...] = ("accuracy",)  # names of data/metrics.py
-    in_file: tuple[str, ...] = ("0", "1")
-    header: tuple[str, ...] = ()  # the columns of a file without a header line
-    tests: dict[str, str] = {"en": "dev.tsv"}  # reported: test set -> file
-    tolerant: bool = False  # leave out rows with columns missing
-
-
-_PAIR = ("sentence1", "sentence2")
-_NLI = ("entailment", "neutral", "contradiction")
-_RTE = ("entailment", "not_entailment")
-_SAME = ("not_equivalent", "equivalent")
-_COLA = ("source", "label", "star", "sentence")
-_MNLI_TESTS = {"matched": "dev_matched.tsv", "mismatched": "dev_mismatched.tsv"}
-GLUE = {
-    "cola": GlueTask("CoLA", _COLA[3:], "label", ("unacceptable", "acceptable"), ("matthews",), header=_COLA),
-    "sst2": GlueTask("SST-2", ("sentence",), "label", ("negative", "positive")),
-    "mrpc": GlueTask("MRPC", ("#1 String", "#2 String"), "Quality", _SAME, ("accuracy", "f1")),
-    "stsb": GlueTask("STS-B", _PAIR, "score", ("score",), ("pearson", "spearman"), in_file=()),
-    "qqp": GlueTask(
-        folder="QQP",
-        texts=("question1", "question2"),
-        label="is_duplicate",
-        labels=("not_duplicate", "duplicate"),
-        metrics=("accuracy", "f1"),
-        tolerant=True,
-    ),
-    "mnli": GlueTask("MNLI", _PAIR, "gold_label", _NLI, in_file=_NLI, tests=_MNLI_TESTS),
-    "qnli": GlueTask("QNLI", ("question", "sentence"), "label", _RTE, in_file=_RTE),
-    "rte": GlueTask("RTE", _PAIR, "label", _RTE, in_file=_RTE),
-}
+def glue(
+    name: str, folder: str, labels: tuple, metrics=("accuracy",), in_file=("0", "1"), tests=None, **layout
+) -> Task:
+    """A row of TASKS.  labels: by id.  in_file: their spelling in the file, () for a number.  metrics: names of
+    data/metrics.py.  tests: what is reported, test set -> file.  layout: texts, label, header and tolerant of
+    read_examples().
+    """
+    tests, fetch = tests or {"en": "dev.tsv"}, f"python data/fetch.py {name}"
+    return Task(
+        name=name,
+        read=partial(read_glue, partial(read_examples, labels=in_file, fetch=fetch, **layout), tests, fetch),
+        files={"train": ("train.tsv",), "dev": ("train.tsv",), "test": tuple(tests.values())},
+        fetch=fetch,
+        labels=labels,
+        languages=tuple(tests),
+        train_language=next(iter(tests)),
+        metrics=metrics,
+        columns={metric: metric for metric in metrics},
+        subfolder=f"glue/{folder}",
+        models=("minilm",),
+    )
 
 
 def dev_rows(count: int) -> np.ndarray:
@@ -90,19 +75,18 @@ def dev_rows(count: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(count)[:chosen])
 
 
-def read_glue(layout: GlueTask, fetch: str, folder: str, split: str) -> dict[str, list[Example]]:
-    """The examples of a split by test set. folder: the one that holds train.tsv.
+def read_glue(read_file: Callable, tests: dict, fetch: str, folder: str, split: str) -> dict[str, list[Example]]:
+    """The examples of a split by language, or test set.  read_file: path -> {"all": examples}.
 
     Raises UserError for a missing file, or one that does not have the layout.
     """
 
     def read(name: str) -> list[Example]:
-        path, options = os.path.join(folder, name), dict(header=layout.header, tolerant=layout.tolerant)
-        rows = read_examples(path, layout.texts, layout.in_file, fetch, layout.label, **options)["all"]
+        rows = read_file(os.path.join(folder, name))["all"]
         return [Example(a.strip(" "), b and b.strip(" "), label) for a, b, label in rows]
 
     if split == "test":
-        return {language: read(name) for language, name in layout.tests.items()}
+        return {language: read(name) for language, name in tests.items()}
     examples = read("train.tsv")
     dev = [examples[i] for i in dev_rows(len(examples))]
     # By text, not by row: the files repeat some rows.
@@ -110,5 +94,24 @@ def read_glue(layout: GlueTask, fetch: str, folder: str, split: str) -> dict[str
     train = [example for example in examples if (example.text_a, example.text_b) not in held]
     if not train:
         raise UserError(f"{folder}/train.tsv: {len(examples)} rows are too few to hold one out for dev{again(fetch)}")
-    first = next(iter(layout.tests))  # English, or MNLI's "matched"
-    return {first: train if split == "train" else dev}
+    return {next(iter(tests)): train if split == "train" else dev}  # English, or MNLI's "matched"
+
+
+_PAIR = ("sentence1", "sentence2")
+_NLI = ("entailment", "neutral", "contradiction")
+_RTE = ("entailment", "not_entailment")
+_SAME, _DUPLICATE = ("not_equivalent", "equivalent"), ("not_duplicate", "duplicate")
+_QUESTIONS = ("question1", "question2")
+_COLA = ("source", "label", "star", "sentence")
+_TESTS = {"matched": "dev_matched.tsv", "mismatched": "dev_mismatched.tsv"}
+_ROWS = (
+    glue("cola", "CoLA", ("unacceptable", "acceptable"), ("matthews",), texts=_COLA[3:], header=_COLA),
+    glue("sst2", "SST-2", ("negative", "positive"), texts=("sentence",)),
+    glue("mrpc", "MRPC", _SAME, ("accuracy", "f1"), texts=("#1 String", "#2 String"), label="Quality"),
+    glue("stsb", "STS-B", ("score",), ("pearson", "spearman"), in_file=(), texts=_PAIR, label="score"),
+    glue("qqp", "QQP", _DUPLICATE, ("accuracy", "f1"), texts=_QUESTIONS, label="is_duplicate", tolerant=True),
+    glue("mnli", "MNLI", _NLI, in_file=_NLI, tests=_TESTS, texts=_PAIR, label="gold_label"),
+    glue("qnli", "QNLI", _RTE, in_file=_RTE, texts=("question", "sentence")),
+    glue("rte", "RTE", _RTE, in_file=_RTE, texts=_PAIR),
+)
+GLUE = {row.name: row for row in _ROWS}

@@ -13,27 +13,13 @@ of tags alone have a word and its tag in each line, and an empty line after each
 import os
 from functools import lru_cache
 from itertools import chain
-from typing import NamedTuple
 
-from data.files import Sentence, again, not_empty, open_text
+from data.files import Names, Sentence, again, not_empty, open_text
 from data.metrics import IOB2, are_spans
 from kit.common import UserError
 
 FILES = ("seq.in", "seq.out", "label")
 SPLITS = ("train", "dev", "test")
-
-
-class Names(NamedTuple):
-    """The names of the ids of intents (or classes of texts) and tags.
-
-    A model knows the first `known_*` names, those of the training files. The others occur only in dev or test: no
-    model can predict them, so they count as wrong.
-    """
-
-    intents: tuple[str, ...]
-    slots: tuple[str, ...]
-    known_intents: int
-    known_slots: int
 
 
 @lru_cache(maxsize=4)

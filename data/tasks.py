@@ -17,48 +17,22 @@ A row holds all that differs between tasks. docs/extending.md adds one.
 import math
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import numpy as np
 
-from data.files import Example, Sentence, existing, read_examples, read_tsv
-from data.glue import GLUE, read_glue
+from data.files import Example, Names, Sentence, Task, existing, read_examples, read_tsv
+from data.glue import GLUE
 from data.metrics import are_spans
-from data.slots import FILES, SPLITS, Names, read_names, read_sentences, read_tokens
-from data.xglue import FETCH, XGLUE, find_files, read_xglue
+from data.slots import FILES, SPLITS, read_names, read_sentences, read_tokens
+from data.xglue import XGLUE
 from kit.common import UserError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 HELD_OUT = 1000
 RAW_DIR = os.path.join(HERE, "raw")  # where data/fetch.py puts the official files
 WEIGHTS_DIR = os.path.join(os.path.dirname(HERE), "weights")  # where convert.py puts checkpoints
-
-
-@dataclass(frozen=True)
-class Task:
-    """A row of TASKS. Its functions are given task_folder()."""
-
-    name: str
-    head: str  # a key of model.HEADS
-    # (folder, split) -> {language: examples}, split being "train", "dev" or "test"
-    read: Callable[[str, str], dict[str, list[Example]] | dict[str, list[Sentence]]]
-    files: dict[str, tuple[str, ...]]  # split -> the files it is read from
-    fetch: str  # the command that brings the files, or tells where they come from; "" of the user's own
-    # Names of the classes by id (of a regression: of the number), or a function of the folder if only the files know.
-    labels: tuple[str, ...] | Callable[[str], tuple[str, ...] | Names] = ()
-    # (folder, split) -> {language: file}, in place of `files`, if each language has a file.
-    find: Callable[[str, str], dict[str, str]] | None = None
-    languages: tuple[str, ...] | None = ("en",)  # the test sets; None: those in the test files
-    train_language: str = "en"  # "": find_task is told
-    together: int = 1  # rows of dev and test that belong together: a sample takes all of them or none
-    zero_shot: bool = False  # whether reports give the mean over all but the train language
-    metrics: tuple[str, ...] = ("accuracy",)  # keys of an evaluation; their mean is its "score"
-    columns: dict[str, str] = field(default_factory=dict)  # of reports: title -> key of an evaluation
-    subfolder: str = ""  # of the data folder, where the files usually are
-    models: tuple[str, ...] = ("xlmr-base", "mini")  # the default --model: the first that is there
-    sample: str | None = None  # folder under data/ to use instead of the official files with the last of `models`
 
 
 def find_task(name: str, train_language: str | None = None) -> Task:
@@ -136,10 +110,8 @@ def names_of(task: Task, folder: str) -> Names:
 
 def class_names(task: Task, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The classes that a model of this task can predict: of a sequence, and of a word beside it (slots)."""
-    names = names_of(task, folder)
-    if task.head == "token":
-        return names.slots, ()
-    return names.intents[: names.known_intents], names.slots[: names.known_slots]
+    intents, slots, known_intents, known_slots = names_of(task, folder)
+    return (slots, ()) if task.head == "token" else (intents[:known_intents], slots[:known_slots])
 
 
 def languages_of(task: Task, folder: str, split: str) -> tuple[str, ...]:
@@ -203,26 +175,6 @@ def read_xnli(folder: str, split: str) -> dict[str, list[Example]]:
     return {"en": read_examples(path, ("premise", "hypo"), labels, XNLI_FETCH)["all"]}
 
 
-# ------------------------------------------------------------------------------------------- GLUE
-def glue_task(name: str) -> Task:
-    """A row of the table in data/glue.py."""
-    layout, fetch = GLUE[name], f"python data/fetch.py {name}"
-    return Task(
-        name=name,
-        head="sequence",
-        read=partial(read_glue, layout, fetch),
-        files={"train": ("train.tsv",), "dev": ("train.tsv",), "test": tuple(layout.tests.values())},
-        fetch=fetch,
-        labels=layout.labels,
-        languages=tuple(layout.tests),
-        train_language=next(iter(layout.tests)),
-        metrics=layout.metrics,
-        columns={metric: metric for metric in layout.metrics},
-        subfolder=f"glue/{layout.folder}",
-        models=("minilm",),
-    )
-
-
 # --------------------------------------------------------------------------------- ATIS and SNIPS
 def joint_task(name: str, sample: str | None = None) -> Task:
     """A data set of intents and slots in the layout of data/slots.py."""
@@ -239,26 +191,6 @@ def joint_task(name: str, sample: str | None = None) -> Task:
         subfolder=name,
         models=("scratch",),
         sample=sample,
-    )
-
-
-# ------------------------------------------------------------------------------------------ XGLUE
-def xglue_task(name: str) -> Task:
-    """A row of the table in data/xglue.py."""
-    layout = XGLUE[name]
-    return Task(
-        name=name,
-        head="sequence" if layout.texts else "token",
-        read=partial(read_xglue, layout),
-        files={split: (f"a file for each language: {split}",) for split in SPLITS},
-        find=partial(find_files, layout),
-        fetch=FETCH,
-        labels=layout.labels,
-        languages=None,
-        zero_shot=True,
-        metrics=layout.metrics,
-        columns={metric: metric for metric in (*layout.metrics, *layout.reported)},
-        models=("xlmr-base",),
     )
 
 
@@ -341,7 +273,6 @@ def with_classes(task: Task, labels: tuple[str, ...]) -> Task:
 TASKS = {
     "xnli": Task(
         name="xnli",
-        head="sequence",
         read=read_xnli,
         files={split: (name,) for split, name in XNLI_FILES.items()},
         fetch=XNLI_FETCH,
@@ -354,11 +285,10 @@ TASKS = {
     ),
     "atis": joint_task("atis", sample="atis-sample"),
     "snips": joint_task("snips"),
-    **{name: glue_task(name) for name in GLUE},
-    **{name: xglue_task(name) for name in XGLUE},
+    **GLUE,
+    **XGLUE,
     "tsv": Task(
         name="tsv",
-        head="sequence",
         read=read_own,
         files={split: (f"{split}.tsv",) for split in SPLITS},
         fetch="",
@@ -370,7 +300,7 @@ TASKS = {
         models=("xlmr-base",),
     ),
     "tags": replace(  # as NER, but all comes from your files
-        xglue_task("ner"),
+        XGLUE["ner"],
         name="tags",
         read=read_tags,
         files={split: (f"{split}.txt",) for split in SPLITS},

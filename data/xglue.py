@@ -16,112 +16,82 @@ Files are looked for in the places where they are published: XGLUE's archive, an
 """
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
 
-from data.files import Example, Sentence, existing, read_examples
-from data.slots import read_tokens
+from data.files import Task, existing, read_examples
+from data.slots import SPLITS, read_tokens
 
 UPOS = tuple("ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X".split())
 ENTITIES = ("O", *(f"{mark}-{kind}" for kind in ("PER", "ORG", "LOC", "MISC") for mark in "BI"))
 TOPICS = tuple("foodanddrink sports news entertainment health video finance travel lifestyle autos".split())
 ARCHIVE = "xglue_full_dataset"
 FETCH = "python data/fetch.py xglue"
-
-
-class XglueTask(NamedTuple):
-    """A row of XGLUE. places: the files, with {split} and {language}, for each place where they may be.  texts: the
-    columns of the one or two texts ("title + body" joins two); () for a token file.  header: all columns of a file
-    without a header line.
-    """
-
-    places: tuple[str, ...]
-    languages: tuple[str, ...]
-    labels: tuple[str, ...]  # by id
-    texts: tuple[str, ...] = ()
-    header: tuple[str, ...] = ()
-    in_file: tuple[str, ...] = ()  # the spelling of labels, if it is another
-    metrics: tuple[str, ...] = ("accuracy",)  # keys of an evaluation
-    reported: tuple[str, ...] = ()  # further ones
-    splits: dict[str, str] = {}  # the spelling of splits
-
-    def files(self, place: str, split: str) -> dict[str, str]:
-        """Language -> file of a split."""
-        languages = ("en",) if split == "train" else self.languages
-        return {each: place.format(split=self.splits.get(split, split), language=each) for each in languages}
-
-
-XGLUE = {
-    "ner": XglueTask(
-        places=("NER/{language}.{split}", "conll/{language}/{split}.txt"),
-        languages=("en", "de", "es", "nl"),
-        labels=ENTITIES,
-        metrics=("f1",),
-        reported=("accuracy",),
-    ),
-    "pos": XglueTask(
-        places=("POS/{language}.{split}", "udpos/{split}-{language}.tsv"),
-        languages=tuple("en ar bg de el es fr hi it nl pl pt ru th tr ur vi zh".split()),
-        labels=UPOS,
-        reported=("precision",),
-    ),
-    "pawsx": XglueTask(
-        places=("PAWSX/{language}/{split}.tsv", "x-final/{language}/{split}.tsv"),
-        languages=("en", "de", "es", "fr"),
-        labels=("different", "paraphrase"),
-        texts=("sentence1", "sentence2"),
-        in_file=("0", "1"),
-        splits={"dev": "dev_2k", "test": "test_2k"},
-    ),
-    "nc": XglueTask(
-        places=("NC/xglue.nc.{language}.{split}",),
-        languages=("en", "de", "es", "fr", "ru"),
-        labels=TOPICS,
-        texts=("title + body",),
-        header=("title", "body", "label"),
-    ),
-    "qadsm": XglueTask(
-        places=("QADSM/xglue.qadsm.{language}.{split}",),
-        languages=("en", "de", "fr"),
-        labels=("Bad", "Good"),
-        texts=("query", "title + description"),
-        header=("query", "title", "description", "label"),
-    ),
-    "qam": XglueTask(
-        places=("QAM/xglue.qam.{language}.{split}",),
-        languages=("en", "de", "fr"),
-        labels=("no", "yes"),
-        texts=("question", "passage"),
-        header=("question", "passage", "label"),
-        in_file=("0", "1"),
-    ),
+PLACES = {  # where the files of a task may be
+    "ner": ("NER/{language}.{split}", "conll/{language}/{split}.txt"),
+    "pos": ("POS/{language}.{split}", "udpos/{split}-{language}.tsv"),
+    "pawsx": ("PAWSX/{language}/{split}{more}.tsv", "x-final/{language}/{split}{more}.tsv"),
+    "nc": ("NC/xglue.nc.{language}.{split}",),
+    "qadsm": ("QADSM/xglue.qadsm.{language}.{split}",),
+    "qam": ("QAM/xglue.qam.{language}.{split}",),
 }
 
 
-# ------------------------------------------------------------------------------------------- files
-def find_files(layout: XglueTask, folder: str, split: str) -> dict[str, str]:
-    """Language -> file of a split, for those that are there, from the first place that has a training file; English
-    also if it is missing, for the message.
+def xglue(
+    name: str, languages: str, labels: tuple, texts: tuple = (), in_file=(), header=False, metrics=("accuracy",)
+) -> Task:
+    """A row of TASKS.  labels: by id.  texts: the columns of the one or two texts ("title + body" joins two); () for a
+    file of words and tags.  in_file: the spelling of labels, if it is another.  header: whether the first line names
+    the columns, which else are those of the texts and the label.  metrics: the score, and what is reported beside it.
     """
-    places = (f"{ARCHIVE}/{layout.places[0]}", *layout.places)
-    chosen = next((p for p in places if existing(os.path.join(folder, layout.files(p, "train")["en"]))), places[0])
-    found = {language: os.path.join(folder, *path.split("/")) for language, path in layout.files(chosen, split).items()}
-    return {language: path for language, path in found.items() if language == "en" or existing(path)}
-
-
-def official_files(layout: XglueTask, place: int, languages: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The files of a task as published, of all its languages if none is named."""
-    return tuple(
-        path
-        for split in ("train", "dev", "test")
-        for language, path in layout.files(layout.places[place], split).items()
-        if language in (languages or layout.languages)
+    find = partial(find_files, name, languages.split())
+    columns = () if header else tuple(" + ".join((*texts, "label")).split(" + "))
+    how = dict(texts=texts, labels=in_file or labels, header=columns) if texts else dict(known=labels)
+    return Task(
+        name=name,
+        head="sequence" if texts else "token",
+        read=partial(read_xglue, partial(read_examples if texts else read_tokens, fetch=FETCH, **how), find),
+        files={split: tuple(files_of(PLACES[name][0], languages.split(), split).values()) for split in SPLITS},
+        find=find,
+        fetch=FETCH,
+        labels=labels,
+        languages=None,
+        zero_shot=True,
+        metrics=metrics[:1],
+        columns={metric: metric for metric in metrics},
+        models=("xlmr-base",),
     )
 
 
-def read_xglue(layout: XglueTask, folder: str, split: str) -> dict[str, list[Sentence] | list[Example]]:
+def files_of(place: str, languages: list[str], split: str) -> dict[str, str]:
+    """Language -> file of a split, of train in English alone."""
+    languages, more = (["en"], "") if split == "train" else (languages, "_2k")  # more: in the names of PAWS-X
+    return {language: place.format(split=split, language=language, more=more) for language in languages}
+
+
+def find_files(task: str, languages: list[str], folder: str, split: str) -> dict[str, str]:
+    """Language -> file of a split, for those that are there, from the first place that has a training file; English
+    also if it is missing, for the message.
+    """
+    places = (f"{ARCHIVE}/{PLACES[task][0]}", *PLACES[task])
+    there = (each for each in places if existing(os.path.join(folder, files_of(each, [], "train")["en"])))
+    files = files_of(next(there, places[0]), languages, split).items()
+    found = {language: os.path.join(folder, *path.split("/")) for language, path in files}
+    return {language: path for language, path in found.items() if language == "en" or existing(path)}
+
+
+def read_xglue(read_file: Callable, find: Callable, folder: str, split: str) -> dict[str, list]:
     """The examples of a split by language. Raises UserError with file and line for what does not have the layout."""
-    files = find_files(layout, folder, split)
-    if not layout.texts:
-        return {language: read_tokens(path, layout.labels, FETCH) for language, path in files.items()}
-    how = (layout.texts, layout.in_file or layout.labels, FETCH)
-    return {language: read_examples(path, *how, header=layout.header)["all"] for language, path in files.items()}
+    found = {language: read_file(path) for language, path in find(folder, split).items()}
+    return {language: rows["all"] if isinstance(rows, dict) else rows for language, rows in found.items()}
+
+
+_ROWS = (
+    xglue("ner", "en de es nl", ENTITIES, metrics=("f1", "accuracy")),
+    xglue("pos", "en ar bg de el es fr hi it nl pl pt ru th tr ur vi zh", UPOS, metrics=("accuracy", "precision")),
+    xglue("pawsx", "en de es fr", ("different", "paraphrase"), ("sentence1", "sentence2"), ("0", "1"), header=True),
+    xglue("nc", "en de es fr ru", TOPICS, ("title + body",)),
+    xglue("qadsm", "en de fr", ("Bad", "Good"), ("query", "title + description")),
+    xglue("qam", "en de fr", ("no", "yes"), ("question", "passage"), ("0", "1")),
+)
+XGLUE = {row.name: row for row in _ROWS}

@@ -27,11 +27,12 @@ FILES = {
     "qnli": ("index\tquestion\tsentence\tlabel", "0\t{a}\t{b}\t{label}"),
     "rte": ("index\tsentence1\tsentence2\tlabel", "0\t{a}\t{b}\t{label}"),
 }
-TASKS = sorted(FILES)
 
 
 def spelled(task):
-    return GLUE[task].in_file or ("0.000", "3.250", "5.000")
+    """The labels in a file, by id; of the regression some numbers."""
+    numbers = ("0.000", "3.250", "5.000") if task == "stsb" else ("0", "1")
+    return GLUE[task].labels if task in ("mnli", "qnli", "rte") else numbers
 
 
 def rows_of(task, count, start=0):
@@ -49,11 +50,11 @@ def write(folder, task, name, rows, end="\n"):
     read_examples.cache_clear()
 
 
-def write_all(folder, task, train=40, test=6):
-    place = folder / GLUE[task].folder
+def write_all(folder, task, train=40):
+    place = folder / GLUE[task].subfolder
     write(place, task, "train.tsv", rows_of(task, train))
-    for i, name in enumerate(GLUE[task].tests.values()):
-        write(place, task, name, rows_of(task, test, start=1000 + 100 * i))
+    for i, name in enumerate(GLUE[task].files["test"]):
+        write(place, task, name, rows_of(task, 6, start=1000 + 100 * i))
     return place
 
 
@@ -62,26 +63,22 @@ def numbers(examples):
 
 
 # ---------------------------------------------------------------------------------------- reading
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", GLUE)
 def test_every_layout(tmp_path, task):
     write_all(tmp_path, task)
-    row = find_task(task)
-    language = row.train_language
-    train, dev = (load(find_task(task), split, language, str(tmp_path)) for split in ("train", "dev"))
+    row, labels, number = find_task(task), spelled(task), task == "stsb"
+    train, dev = (load(row, split, row.train_language, str(tmp_path)) for split in ("train", "dev"))
+    assert sorted(numbers(train) + numbers(dev)) == list(range(40)) and len(dev) == 4
     for language, start in zip(row.languages, (1000, 1100), strict=False):
-        test = load(find_task(task), "test", language, str(tmp_path))
+        test = load(row, "test", language, str(tmp_path))
         assert numbers(test) == list(range(start, start + 6))
-    assert row.head == "sequence" and len(row.labels) == len(GLUE[task].in_file or "1") and set(GLUE) == set(FILES)
-    pair = len(GLUE[task].texts) == 2
-    labels = spelled(task)
+    assert len(row.labels) == (1 if number else len(labels))
     for example in (*train, *dev, *test):
         (i,) = numbers([example])
-        assert example.text_b == (f"other {i}" if pair else None)
+        assert example.text_b == (f"other {i}" if "{b}" in FILES[task][1] else None)
         label = labels[i % len(labels)]
-        number = task == "stsb"
         assert example.label == (float(label) if number else labels.index(label))
         assert type(example.label) is (float if number else int)
-    assert sorted(numbers(train) + numbers(dev)) == list(range(40)) and len(dev) == 4
 
 
 def test_quotes_spaces_and_line_ends(tmp_path):
@@ -98,9 +95,8 @@ def test_quotes_spaces_and_line_ends(tmp_path):
 
 
 def message_of(task, folder, split="test", language=None):
-    read_examples.cache_clear()
     with pytest.raises(UserError) as error:
-        load(find_task(task), split, language or find_task(task).train_language, str(folder))
+        load(GLUE[task], split, language or GLUE[task].train_language, str(folder))
     return str(error.value)
 
 
@@ -115,9 +111,7 @@ def message_of(task, folder, split="test", language=None):
     ],
 )
 def test_malformed_rows_are_named(tmp_path, task, row, message):
-    rows = rows_of(task, 5)
-    rows[2] = row
-    write(tmp_path / GLUE[task].folder, task, next(iter(GLUE[task].tests.values())), rows)
+    write(tmp_path / GLUE[task].subfolder, task, GLUE[task].files["test"][0], [*rows_of(task, 2), row])
     assert message in message_of(task, tmp_path)
 
 
@@ -156,8 +150,8 @@ def test_dev_is_a_tenth_of_train_and_at_most_a_thousand_rows():
 def test_no_text_is_in_both_train_and_dev(tmp_path):
     place = write_all(tmp_path, "rte")
     rows = rows_of("rte", 100)
-    rows += [row.replace("\tentailment", "\tnot_entailment") for row in rows]  # each text twice
-    write(place, "rte", "train.tsv", rows)
+    twice = [*rows, *(row.replace("\tentailment", "\tnot_entailment") for row in rows)]
+    write(place, "rte", "train.tsv", twice)
     train, dev = (load(find_task("rte"), split, "en", str(tmp_path)) for split in ("train", "dev"))
     assert len(dev) == 20 and set(numbers(train)).isdisjoint(numbers(dev))
     assert len(train) == 200 - 2 * len(set(numbers(dev)))

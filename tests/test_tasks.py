@@ -97,7 +97,7 @@ def test_texts_stay_as_they_are(tmp_path):
 
 # ------------------------------------------------------------------------------ where the files are
 def test_folders_of_glue(tmp_path):
-    place = write_all(tmp_path / "glue", "rte")
+    place = write_all(tmp_path, "rte")
     for folder in (tmp_path, tmp_path / "glue", place):
         assert os.path.samefile(task_folder(RTE, str(folder)), place)
         assert len(load(RTE, "test", "en", str(folder))) == 6
@@ -141,7 +141,7 @@ def test_languages_come_from_the_files(monkeypatch):
         return {language: [Example("a", None, i % 2) for i in range(count)] for language, count in found[split].items()}
 
     files = {"train": ("train",)}
-    task = Task("news", "sequence", read, files, "", ("no", "yes"), languages=None, train_language="de")
+    task = Task("news", read, files, "", labels=("no", "yes"), languages=None, train_language="de")
     monkeypatch.setitem(tasks.TASKS, "news", task)
     assert languages_of(task, "folder", "test") == ("de", "am", "pt/br")
     assert len(load(find_task("news"), "test", "pt/br", "folder")) == 1

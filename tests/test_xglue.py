@@ -12,55 +12,56 @@ import predict
 import train
 from data.batches import cut_long
 from data.files import Sentence
-from data.metrics import runs, spans, token_scores
+from data.metrics import runs, token_scores
 from data.slots import read_tokens
-from data.tasks import TASKS, file_paths, languages_of, load
-from data.xglue import ENTITIES, FETCH, UPOS, XGLUE, find_files, read_xglue
+from data.tasks import file_paths, languages_of, load
+from data.tokenizer import BOS, EOS
+from data.xglue import ENTITIES, FETCH, PLACES, UPOS, XGLUE, files_of
 from kit.common import UserError
 
-WORDS = {"en": "teacher red buys apples".split(), "de": "Lehrer rot kauft Apfel".split()}
+COLUMNS = {"pawsx": 4, "nc": 3, "qadsm": 4, "qam": 3}
 
 
-def write_task(root, name, rows=40):
+def write_task(root, name):
     """A few rows of a task in every language, drawn with a fixed seed, under the first place of its layout."""
-    layout, rng = XGLUE[name], random.Random(name)
-    spelled, columns = layout.in_file or layout.labels, len(layout.header or range(4))
-    for split in ("train", "dev", "test"):
-        for language, inside in layout.files(layout.places[0], split).items():
-            words = WORDS.get(language, WORDS["en"])
-            lines = [] if layout.header or not layout.texts else ["id\tsentence1\tsentence2\tlabel"]
-            for i in range(rows if split == "train" else 12):
-                text = [" ".join(rng.choices(words, k=rng.randint(1, 5))) for _ in range(4)]
-                if layout.texts:
-                    lines.append("\t".join([*text[: columns - 1], spelled[i % len(spelled)]]))
+    task, rng = XGLUE[name], random.Random(name)
+    spelled = ("0", "1") if name in ("pawsx", "qam") else task.labels
+    for split, files in task.files.items():
+        for file in files:
+            lines = ["id\tsentence1\tsentence2\tlabel"] if name == "pawsx" else []
+            for i in range(40 if split == "train" else 12):
+                text = [" ".join(rng.choices("teacher red buys Apfel".split(), k=rng.randint(1, 5))) for _ in range(4)]
+                if name in COLUMNS:
+                    lines.append("\t".join([*text[: COLUMNS[name] - 1], spelled[i % len(spelled)]]))
                 else:
-                    lines += [f"{word} {rng.choice(layout.labels)}" for word in text[0].split()] + [""]
-            path = os.path.join(root, *inside.split("/"))
+                    lines += [f"{word} {rng.choice(task.labels)}" for word in text[0].split()] + [""]
+            path = os.path.join(root, *file.split("/"))
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "w", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
+            with open(path, "w", encoding="utf-8") as out:
+                out.write("\n".join(lines) + "\n")
     return str(root)
 
 
 # ---------------------------------------------------------------------------------------- reading
 @pytest.mark.parametrize("name", XGLUE)
 def test_every_task_is_read(name, tmp_path):
-    folder = write_task(tmp_path, name)
-    task, layout = TASKS[name], XGLUE[name]
-    assert languages_of(task, folder, "test") == layout.languages
+    folder, task = write_task(tmp_path, name), XGLUE[name]
+    languages = languages_of(task, folder, "test")
+    assert languages[:2] == ("en", "de" if name != "pos" else "ar") and len(languages) == len(task.files["test"])
     for split, count in (("train", 40), ("dev", 12), ("test", 12)):
         examples = load(task, split, "en", folder)
         assert len(examples) == count
-        if not layout.texts:
-            assert all(len(row.words) == len(row.tags) >= 1 and {*row.tags} <= {*layout.labels} for row in examples)
+        if name in COLUMNS:
+            assert [row.label for row in examples] == [i % len(task.labels) for i in range(count)]
+            assert all((row.text_b is None) == (name == "nc") for row in examples)
         else:
-            assert [row.label for row in examples] == [i % len(layout.labels) for i in range(count)]
-            assert all((row.text_b is None) == (len(layout.texts) == 1) for row in examples)
-    os.rename(tmp_path / layout.places[0].split("/")[0], tmp_path / "moved")
+            assert all(len(row.words) == len(row.tags) >= 1 and {*row.tags} <= {*task.labels} for row in examples)
+    place = task.files["train"][0].split("/")[0]
+    os.rename(tmp_path / place, tmp_path / "moved")
     with pytest.raises(UserError, match="no file .*fetch it with 'python data/fetch.py xglue'"):
         load(task, "train", "en", folder)
     os.makedirs(tmp_path / "xglue_full_dataset")
-    os.rename(tmp_path / "moved", tmp_path / "xglue_full_dataset" / layout.places[0].split("/")[0])
+    os.rename(tmp_path / "moved", tmp_path / "xglue_full_dataset" / place)
     assert len(load(task, "train", "en", folder)) == 40  # as the archive unpacks
 
 
@@ -69,23 +70,22 @@ def test_texts_are_joined_as_published(tmp_path):
         ("qadsm", 'buy "boots"\tBoots\tall sizes\tGood', ('buy "boots"', "Boots all sizes", 1)),
         ("nc", "A title\tIts body\tautos", ("A title Its body", None, 9)),
     ):
-        path = tmp_path / XGLUE[name].files(XGLUE[name].places[0], "train")["en"]
+        path = tmp_path / XGLUE[name].files["train"][0]
         path.parent.mkdir()
         path.write_text(row + "\n")
-        assert read_xglue(XGLUE[name], str(tmp_path), "train") == {"en": [example]}
+        assert XGLUE[name].read(str(tmp_path), "train") == {"en": [example]}
 
 
 @pytest.mark.parametrize("place", range(2))
 @pytest.mark.parametrize("name", ["ner", "pos", "pawsx"])
 def test_other_places(name, place, tmp_path):
-    layout = XGLUE[name]
-    for split, language in (("train", "en"), ("dev", "en"), ("dev", "de")):
-        path = tmp_path / layout.files(layout.places[place], split)[language]
-        os.makedirs(path.parent, exist_ok=True)
-        path.write_text("x O\n")
-    found = find_files(layout, str(tmp_path), "dev")
+    for split in ("train", "dev"):
+        for file in files_of(PLACES[name][place], ["en", "de"], split).values():
+            os.makedirs((tmp_path / file).parent, exist_ok=True)
+            (tmp_path / file).write_text("x O\n")
+    found = XGLUE[name].find(str(tmp_path), "dev")
     assert list(found) == ["en", "de"] and all(map(os.path.isfile, found.values()))  # only what is there
-    assert file_paths(TASKS[name], str(tmp_path), "train") == [*find_files(layout, str(tmp_path), "train").values()]
+    assert file_paths(XGLUE[name], str(tmp_path), "dev") == [*found.values()]
 
 
 @pytest.mark.parametrize("blank", ["", "\t", " \t \r", "\n\n"])
@@ -157,16 +157,11 @@ def test_long_sentences_are_cut_between_words(tokenizer):
     sentences = [Sentence(tuple(rng.choices(words, k=k)), tuple(rng.choices(UPOS, k=k)), "") for k in (1, 9, 60)]
     encoded = tokenizer.encode_words([sentence.words for sentence in sentences])
     rows, parts = cut_long(encoded, sentences, 30)
-    assert len(rows) > 5 and all(
-        len(ids) <= 30 and ids[0] == encoded[0][0][0] and ids[-1] == encoded[0][0][-1] for ids, _ in rows
-    )
+    assert len(rows) > 5 and all(len(ids) <= 30 and (ids[0], ids[-1]) == (BOS, EOS) for ids, _ in rows)
     for k in range(2):  # words, tags
         assert sum((part[k] for part in parts), ()) == sum((each[k] for each in sentences), ())
-    pieces = [ids[first] for ids, first in encoded]
-    assert np.array_equal(np.concatenate([ids[first] for ids, first in rows]), np.concatenate(pieces))
-    assert np.array_equal(
-        np.concatenate([ids[1:-1] for ids, _ in rows]), np.concatenate([ids[1:-1] for ids, _ in encoded])
-    )
+    for pieces in (lambda ids, first: ids[first], lambda ids, first: ids[1:-1]):  # the first of each word, all
+        assert np.array_equal(*(np.concatenate([pieces(*row) for row in every]) for every in (rows, encoded)))
     shorter, _ = cut_long(encoded, sentences, 10)  # than a word: it loses its last pieces, not its tag
     assert max(len(ids) for ids, _ in shorter) == 10 and sum(len(first) for _, first in shorter) == 70
     whole, same = cut_long(encoded, sentences, 10**6)
@@ -174,28 +169,6 @@ def test_long_sentences_are_cut_between_words(tokenizer):
 
 
 # ----------------------------------------------------------------------------------------- metrics
-def iob1(tags):
-    """The same spans with I- at the beginning, and B- only between touching spans of one type (CoNLL-2003)."""
-    found = []
-    for i, tag in enumerate(tags):
-        touches = i and tag[:2] == "B-" and tags[i - 1][2:] == tag[2:] and tags[i - 1] != "O"
-        found.append("I-" + tag[2:] if tag[:2] == "B-" and not touches else tag)
-    return found
-
-
-def test_spans_do_not_depend_on_the_scheme():
-    rng = random.Random(2)
-    for _ in range(300):
-        tags, kind = [], None
-        for _ in range(12):
-            choice = rng.choice(["O", "begin", "go on"])
-            kind = None if choice == "O" else rng.choice(["PER", "LOC"]) if choice == "begin" or not kind else kind
-            tags.append(
-                "O" if kind is None else f"{'I' if choice == 'go on' and tags and tags[-1][2:] == kind else 'B'}-{kind}"
-            )
-        assert spans(tags) == spans(iob1(tags))
-
-
 def entities_as_seqeval(tags):
     """seqeval 0.0.12's rules, which XGLUE's script uses, written out for tags of parts of speech."""
     found, start, before, kind = [], 0, "O", "O"
@@ -220,9 +193,8 @@ def test_runs_are_what_the_official_script_counts():
 
 def test_token_scores_by_hand():
     names = ("NOUN", "VERB", "SYM")
-    found = token_scores(
-        [np.array([0, 0, 1]), np.array([2, 2])], [np.array([0, 1, 1]), np.array([2, 2])], names, ("accuracy",)
-    )
+    predicted, true = [np.array([0, 0, 1]), np.array([2, 2])], [np.array([0, 1, 1]), np.array([2, 2])]
+    found = token_scores(predicted, true, names, ("accuracy",))
     # runs: predicted NOUN 0-2, VERB 2-3, SYM, SYM; true NOUN 0-1, VERB 1-3, SYM, SYM
     assert (found["accuracy"], found["precision"], found["score"]) == (80.0, 50.0, 80.0)
     tags = [np.array([ENTITIES.index(tag) for tag in row.split()]) for row in ("B-PER I-PER O", "B-PER O B-LOC")]
@@ -246,9 +218,9 @@ def test_a_task_of_each_kind_is_trained_and_scored(name, tmp_path, capsys):
     methods = json.loads((out / "results.json").read_text())["methods"]
     assert list(methods) == ["fp32", "ptq", "qat", "sdq"]
     for row in methods.values():
-        assert list(row["languages"]) == list(XGLUE[name].languages)
+        assert tuple(row["languages"]) == languages_of(XGLUE[name], folder, "test")
         for evaluation in row["languages"].values():
-            assert {*TASKS[name].columns, "score", "total"} <= {*evaluation}
+            assert {*XGLUE[name].columns, "score", "total"} <= {*evaluation}
             assert evaluation["score"] == evaluation[XGLUE[name].metrics[0]]
     assert predict.main(f"{out}/student.safetensors --evaluate --data-dir {folder} --threads 1".split()) == 0
     text = capsys.readouterr().out
