@@ -525,9 +525,9 @@ FILES = {  # the header, and the labels of its last column
 
 def write_task(folder, task):
     """60 training rows and 12 test rows; the first word tells the label."""
-    place, rng, (header, labels) = folder / GLUE[task].folder, random.Random(0), FILES[task]
+    place, rng, (header, labels) = folder / GLUE[task].subfolder, random.Random(0), FILES[task]
     place.mkdir(parents=True)
-    for name, count in {"train.tsv": 60, **dict.fromkeys(GLUE[task].tests.values(), 12)}.items():
+    for name, count in {"train.tsv": 60, **dict.fromkeys(GLUE[task].files["test"], 12)}.items():
         lines = [header] * bool(header)
         for i in range(count):
             a, b = (" ".join(rng.choices(WORDS[3:], k=rng.randint(2, 9))) for _ in "ab")
@@ -546,7 +546,7 @@ def test_every_method_on_glue(tmp_path, bert, task, capsys):
     assert train.main(options.split()) == 0
     printed, metrics = capsys.readouterr().out, GLUE[task].metrics
     for name, row in results(tmp_path)["methods"].items():
-        assert list(row["languages"]) == list(GLUE[task].tests)
+        assert list(row["languages"]) == list(GLUE[task].languages)
         if name != "fp32":
             assert row["languages"] == row["student"]["languages"]
             assert len(row["recovery"]["ranking"]) == 2
