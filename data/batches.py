@@ -149,9 +149,8 @@ def cut_note(datasets: list[Dataset], of: str, max_length: int) -> str:
 
 
 def draw(examples: list, limit: int, size: int) -> list:
-    """At most `limit` random examples in their order, in whole groups of `size` that follow each other.
-
-    The seed is fixed: where languages are translations of each other, all get the same rows.
+    """At most `limit` random examples in their order, in whole groups of `size` that follow each other. The seed is
+    fixed: where languages are translations of each other, all get the same rows.
     """
     order = np.random.default_rng(0).permutation(len(examples) // size)
     chosen = np.sort(order[: max(1, limit // size)])

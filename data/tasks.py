@@ -1,8 +1,6 @@
 """The tasks: one row of TASKS each, read from the official files.
 
-    load(TASKS["xnli"], "train", "en", folder)   -> list of Example, English (MultiNLI)
     load(TASKS["xnli"], "dev", "sw", folder)     -> list of Example, Swahili
-    load(TASKS["stsb"], "test", "en", folder)    -> list of Example, whose labels are numbers
     load(TASKS["atis"], "train", "en", folder)   -> list of Sentence: words, their tags, an intent
     load(TASKS["tsv"], "train", "de", folder)    -> list of Example, from your own train.tsv
     load(TASKS["tags"], "train", "de", folder)   -> list of Sentence, from your own train-de.txt
@@ -78,9 +76,8 @@ def selection_splits(task: Task, eval_split: str) -> tuple[str, str]:
     """The splits to train on and to select the epoch on: never the rows that are reported, unless the task's dev is a
     part of train.tsv anyway (GLUE).
     """
-    if eval_split == "dev" and task.files["dev"] != task.files["train"]:
-        return "rest", "held-out"
-    return "train", "dev"
+    own_dev = task.files["dev"] != task.files["train"]
+    return ("rest", "held-out") if eval_split == "dev" and own_dev else ("train", "dev")
 
 
 def match_labels(own: list[str], labels: tuple[str, ...]) -> list[int] | None:
@@ -151,9 +148,7 @@ def find_data(task: Task, data_dir: str | None, model: str) -> str:
         return data_dir
     there = all(map(os.path.isfile, file_paths(task, RAW_DIR, "train")))
     is_sample_model = task.sample and re.fullmatch(rf"{task.models[-1]}(-\d+x\d+)?", model)
-    if is_sample_model and (model == "mini" or not there):
-        return os.path.join(HERE, task.sample)
-    return RAW_DIR
+    return os.path.join(HERE, task.sample) if is_sample_model and (model == "mini" or not there) else RAW_DIR
 
 
 # ------------------------------------------------------------------------------------------- XNLI

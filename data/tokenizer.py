@@ -43,15 +43,14 @@ MAX_CACHED = 1 << 18  # words whose pieces are remembered, some 70 MB
 
 
 class Encoder:
-    """What the three tokenizers share. A subclass defines text_ids(), the ids of many texts without special tokens, and
-    word_ids(), those of many words, at least one each.
+    """What the three tokenizers share. A subclass defines text_ids(), the ids of many texts without special tokens.
 
     contents: the bytes that load_tokenizer reads.  vocab_size: the number of ids.
     """
 
     typed = False  # whether a second text has token type 1
     separators = 2  # between two texts
-    cls_id, pad_id, sep_id = BOS, PAD, EOS
+    cls_id, pad_id, sep_id, unk_id = BOS, PAD, EOS, UNK
 
     def __init__(self, contents: bytes, vocab_size: int):
         self.bytes, self.vocab_size = contents, vocab_size
@@ -89,6 +88,10 @@ class Encoder:
             begins.append(len(left) + 2)
         return rows, np.array(begins, dtype=np.int64)
 
+    def word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """The ids of many words, at least one each."""
+        return [ids or [self.unk_id] for ids in self.text_ids(words)]
+
     def encode_words(
         self, sentences: Sequence[Sequence[str]], max_length: int | None = None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -105,10 +108,8 @@ class Encoder:
             rows.append((np.array([self.cls_id, *chain(*own), self.sep_id], dtype=np.int32), first))
         longest = max((len(ids) for ids, _ in rows), default=0)
         if max_length is not None and longest > max_length:
-            raise UserError(
-                f"a sentence has {longest} tokens with the special ones; cut to --max-length {max_length} "
-                f"its words would lose their tags: use --max-length {longest}"
-            )
+            what = f"a sentence has {longest} tokens with the special ones; cut to --max-length {max_length}"
+            raise UserError(f"{what} its words would lose their tags: use --max-length {longest}")
         return rows
 
 
@@ -139,9 +140,6 @@ class Tokenizer(Encoder):
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
         return [[i + 1 if i else UNK for i in ids] for ids in self.pieces.encode(list(texts))]
-
-    def word_ids(self, words: Sequence[str]) -> list[list[int]]:
-        return [ids or [UNK] for ids in self.text_ids(words)]
 
     def has_piece(self, token: str) -> bool:
         return self.pieces.piece_to_id(token) != 0 or token in ("<unk>", "<pad>", "<mask>")
@@ -187,9 +185,6 @@ class WordPieceTokenizer(Encoder):
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
         return list(map(self._text, texts))
-
-    def word_ids(self, words: Sequence[str]) -> list[list[int]]:
-        return [self._text(word) or [self.unk_id] for word in words]
 
     def has_piece(self, token: str) -> bool:
         return token in self.ids
@@ -238,11 +233,10 @@ class WordTokenizer(Encoder):
 
         Words rarer than min_count stay out: they become <unk>, so that <unk> is trained too.
         """
-        counts = Counter(word for words in sentences for word in words)
-        kept = [word for word, count in counts.items() if count >= min_count]
+        counts = Counter(chain.from_iterable(sentences))
+        kept = sorted((word for word in counts if counts[word] >= min_count), key=lambda word: (-counts[word], word))
         if not kept:
             raise UserError(f"no word occurs {min_count} times: the training set is too small")
-        kept.sort(key=lambda word: (-counts[word], word))
         return cls("".join(f"{line}\n" for line in (WORDS_MAGIC, *kept)).encode("utf-8"))
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
