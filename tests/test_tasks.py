@@ -191,6 +191,9 @@ def test_own_rows(own):
     assert own_labels(folder) == ("bad", "very good") and own_language(TSV, folder, None) == "de"
     assert load(TSV, "test", "fr", folder) == [Example("nul", None, 0), Example("bon", None, 1)]
     assert languages_of(find_task("tsv", "de"), folder, "test") == ("de", "fr")
+    write("test", [("a", "bad", "b")], ("text", "label", "text2"))
+    with pytest.raises(UserError, match="only one of train.tsv and test.tsv has a column text2"):
+        load(TSV, "test", "fr", folder)
     # numbers in their order, a second text, no language
     write("train", [("2", "10", "b"), ("a", "9", "")], ("\ufefftext", "label", "text2"))
     assert own_labels(folder) == ("9", "10") and own_language(TSV, folder, None) == "all"
@@ -203,47 +206,23 @@ def test_own_rows(own):
     assert own_language(TSV, folder, None) == "en" and own_language(TSV, folder, "fr") == "fr"
 
 
-COLUMNS = ("text", "label", "language")
-
-
 @pytest.mark.parametrize(
-    ("split", "rows", "header", "message"),
+    ("split", "rows", "message"),
     [
-        (
-            "dev",
-            [("a", "bad", "de"), ("b", "worse", "de")],
-            COLUMNS,
-            "dev.tsv, line 3: unknown label 'worse'; known: bad",
-        ),
-        ("test", [("a", "bad", "de"), (" ", "bad", "de")], COLUMNS, "test.tsv, line 3: the text is empty"),
-        ("test", [("a", "", "de")], COLUMNS, "test.tsv, line 2: the label is empty"),
-        (
-            "test",
-            [("a", "bad", "b")],
-            ("text", "label", "text2"),
-            "only one of train.tsv and test.tsv has a column text2",
-        ),
-        ("test", [], COLUMNS, "test.tsv has no rows"),
-        ("test", [('"two\nlines"', "bad", "de"), ("a", "no", "de")], COLUMNS, "test.tsv, line 4: unknown label 'no'"),
-        ("test", [("a", '"bad\tone"', "de")], COLUMNS, r"line 2: the label 'bad\\tone' holds a tab or a line end"),
-        ("train", [("a", "x", "de")] * 3, COLUMNS, "train.tsv has one class"),
-        (
-            "train",
-            [(f"a {i}", f"{i}.5", "de") for i in range(1001)],
-            COLUMNS,
-            "has 1,001 classes: are its labels numbers",
-        ),
-        (
-            "train",
-            [("a", "x", "de"), ("b", "y", "fr")],
-            COLUMNS,
-            "no language 'en': choose --train-language from de fr",
-        ),
+        ("dev", [("a", "bad", "de"), ("b", "worse", "de")], "dev.tsv, line 3: unknown label 'worse'; known: bad"),
+        ("test", [("a", "bad", "de"), (" ", "bad", "de")], "test.tsv, line 3: the text is empty"),
+        ("test", [("a", "", "de")], "test.tsv, line 2: the label is empty"),
+        ("test", [], "test.tsv has no rows"),
+        ("test", [('"two\nlines"', "bad", "de"), ("a", "no", "de")], "test.tsv, line 4: unknown label 'no'"),
+        ("test", [("a", '"bad\tone"', "de")], r"line 2: the label 'bad\\tone' holds a tab or a line end"),
+        ("train", [("a", "x", "de")] * 3, "train.tsv has one class"),
+        ("train", [("a", f"{i}.5", "de") for i in range(1001)], "has 1,001 classes: are its labels numbers"),
+        ("train", [("a", "x", "de"), ("b", "y", "fr")], "no language 'en': choose --train-language from de fr"),
     ],
 )
-def test_mistakes_in_own_rows_name_file_and_line(own, split, rows, header, message):
+def test_mistakes_in_own_rows_name_file_and_line(own, split, rows, message):
     folder, write = own
-    write(split, rows, header)
+    write(split, rows)
     with pytest.raises(UserError, match=message):
         read_own(folder, split)
         own_language(TSV, folder, None)
