@@ -188,8 +188,7 @@ def download(remote: Remote, folder: str, tries: int = 5, pause: float = 2.0, in
     else:
         kept = f"{size_of(part):,} bytes are kept: run this again to continue"
         raise UserError(f"cannot download {remote.address}: {cause}, {tries} times; {kept}{instead}")
-    found = sha256_of(part)
-    if found != remote.sha256:
+    if (found := sha256_of(part)) != remote.sha256:
         os.unlink(part)
         raise UserError(f"{remote.name}: SHA-256 is {found}, published is {remote.sha256}; the file was deleted")
     os.replace(part, path)
@@ -202,8 +201,7 @@ def receive(remote: Remote, part: str) -> bool:
     if remote.size is not None and have >= remote.size:
         return True  # complete (or too long, which the hash will tell)
     headers = {"User-Agent": "sdq-fetch/1", "Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
+    headers |= {"Range": f"bytes={have}-"} if have else {}
     try:
         response = urllib.request.urlopen(urllib.request.Request(remote.address, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:

@@ -118,7 +118,6 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 METRICS = {each.__name__: each for each in (accuracy, f1, macro_f1, matthews, pearson, spearman)}
-REGRESSION = ("pearson", "spearman")
 # The marks of IOBES, BILOU and BMES as those of IOB2: a span of one word, the end of a span, its middle.
 IOB2 = {"S-": "B-", "U-": "B-", "E-": "I-", "L-": "I-", "M-": "I-"}
 
@@ -137,7 +136,7 @@ def scores(metrics: tuple[str, ...], predictions: np.ndarray, labels: np.ndarray
     """
     found = {name: 100 * METRICS[name](predictions, labels) for name in metrics}
     found |= {"score": sum(found.values()) / len(metrics), "total": len(labels)}
-    if not set(metrics) & set(REGRESSION):
+    if not {*metrics} & {"pearson", "spearman"}:  # of a regression
         found["correct"] = int((predictions == labels).sum())
         found |= {name: 100 * METRICS[name](predictions, labels) for name in ("accuracy", "macro_f1")}
         found["classes"] = len(np.unique(predictions))
@@ -244,5 +243,5 @@ def joint_scores(
     found |= slot_scores(*([[names[i] for i in row] for row in rows] for rows in (slots, tags)))
     whole = (np.array_equal(a, b) for a, b in zip(tags, slots, strict=True))
     exact = sum(bool(a and b) for a, b in zip(predictions == labels, whole, strict=True))
-    found |= {"exact": 100 * exact / len(labels), "exact_correct": exact}
-    return found | {"score": (found["accuracy"] + found["slot_f1"]) / 2}
+    score = (found["accuracy"] + found["slot_f1"]) / 2
+    return found | {"exact": 100 * exact / len(labels), "exact_correct": exact, "score": score}

@@ -115,10 +115,8 @@ def test_first_pieces_carry_the_tags(tmp_path, tokenizer):
     dataset = encode_split(ATIS, "train", "en", str(tmp_path), tokenizer, 64)
     counts = [len(tokenizer.encode(word)) - 2 for word in ("the", "extraordinarily", "old")]
     assert counts[1] > 1
-    expected = [IGNORE]
-    for tag, count in zip((0, 1, 2), counts, strict=True):
-        expected += [tag] + [IGNORE] * (count - 1)
-    assert dataset.tags.tolist() == [*expected, IGNORE]
+    expected = [[tag] + [IGNORE] * (count - 1) for tag, count in enumerate(counts)]
+    assert dataset.tags.tolist() == [IGNORE, *sum(expected, []), IGNORE]
 
 
 def test_sentences_with_tags_are_never_cut(words, tokenizer):
@@ -144,10 +142,9 @@ def test_padding_by_brute_force(rows):
     dataset = make_dataset([3, 7, 1, 5, 7], with_tags=True)
     dataset = replace(dataset, second=np.array([3, 4, 1, 2, 7]), pad=2)
     batch = collate(dataset, np.array(rows))
-    longest = max(dataset.lengths[rows])
     for i, row in enumerate(rows):
         part, length = slice(dataset.starts[row], dataset.starts[row + 1]), dataset.lengths[row]
-        padding, second = longest - length, dataset.second[row]
+        padding, second = max(dataset.lengths[rows]) - length, dataset.second[row]
         assert batch.ids[i].tolist() == dataset.ids[part].tolist() + [2] * padding
         assert batch.tags[i].tolist() == dataset.tags[part].tolist() + [IGNORE] * padding
         assert batch.types[i].tolist() == [0] * second + [1] * (length - second) + [0] * padding
@@ -156,11 +153,9 @@ def test_padding_by_brute_force(rows):
     assert (batch.mask is None) == (len({dataset.lengths[r] for r in rows}) == 1)
     assert batch.labels.tolist() == dataset.labels[rows].tolist() and batch.tokens == dataset.lengths[rows].sum()
     assert {x.dtype for x in (batch.ids, batch.tags, batch.types)} == {torch.int64}
-    lengths = dataset.lengths[rows]
-    assert batch.sizes() == {
-        **{"rows": len(rows), "words": int((batch.tags != IGNORE).sum())},
-        **{"tokens": lengths.sum(), "pairs": (lengths**2).sum()},
-    }
+    lengths, words = dataset.lengths[rows], (batch.tags != IGNORE).sum()
+    expected = {"rows": len(rows), "words": words, "tokens": lengths.sum(), "pairs": (lengths**2).sum()}
+    assert batch.sizes() == expected
     for part in (slice(0, 1), slice(1, 3), slice(0, 9)):
         if rows[part]:
             for name, value in vars(collate(dataset, np.array(rows[part]))).items():
@@ -193,12 +188,8 @@ def test_every_row_once_an_epoch_and_little_padding():
 def test_every_tag_once_in_every_kind_of_batch(words):
     dataset = encode_split(ATIS, "train", "en", FLIGHTS, words, 64)
     total = np.sort(dataset.tags[dataset.tags != IGNORE])
-    kinds = (
-        evaluation_batches(dataset, 200),
-        [collate(dataset, rows) for rows in training_order(dataset, 16, 0, 0)],
-        unpadded_batches(dataset, len(dataset), 16, 0),
-    )
-    for made in kinds:
+    trained = (collate(dataset, rows) for rows in training_order(dataset, 16, 0, 0))
+    for made in (evaluation_batches(dataset, 200), trained, unpadded_batches(dataset, len(dataset), 16, 0)):
         tags = torch.cat([batch.tags[batch.tags != IGNORE] for batch in made])
         assert (np.sort(tags.numpy()) == total).all()
     for batch in evaluation_batches(dataset, 200):

@@ -1,6 +1,7 @@
 """data/files.py: text files, compressed or not, tab-separated rows, and labelled examples."""
 
 import csv
+import itertools
 import lzma
 
 import pytest
@@ -76,16 +77,8 @@ def own_cells(path, *columns):
 
 def test_quoted_cells_of_own_files(path):
     """What csv and pandas write is read back, with the number of each row's first line; official files have no quoting."""
-    rows = [
-        ['said "hi"', "a"],
-        ['"whole"', 'b "quoted"'],
-        ["a\ttab", "c"],
-        ["two\r\nlines\n\nmore", "d"],
-        ["", ""],
-        ["it's 5\" long", "e\u2028"],
-        ["x" * 200_000 + '"', "f"],
-        ["last", "g"],
-    ]
+    rows = [['said "hi"', "a"], ['"whole"', 'b "quoted"'], ["a\ttab", "c"], ["two\r\nlines\n\nmore", "d"], ["", ""]]
+    rows += [["it's 5\" long", "e\u2028"], ["x" * 200_000 + '"', "f"], ["last", "g"]]
     numbers = [2, 3, 4, 5, 9, 10, 11, 12]
     for quoting, end in ((csv.QUOTE_MINIMAL, "\n"), (csv.QUOTE_ALL, "\r\n"), (csv.QUOTE_NONNUMERIC, "\r\n")):
         with open(path, "w", encoding="utf-8-sig", newline="") as file:
@@ -139,13 +132,6 @@ def test_columns_named_twice(path):
     assert own_cells(path) == [(2, ["x", "y"])]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf16(encoding, path):
-    for text in ("text\tlabel\n", "\u4e2d\u6587\tO\n", "a"):
-        path.write_bytes(text.encode(encoding))
-        assert "x.tsv is UTF-16, or holds NUL bytes: save it as UTF-8" in message_of(path)
-
-
 def test_missing_and_damaged_files(path):
     text = message_of(path)
     assert f"no file {path}: fetch it with '{FETCH}'" in text and "--data-dir" in text
@@ -161,3 +147,6 @@ def test_missing_and_damaged_files(path):
         compressed.write_bytes(content)
         text = message_of(path)
         assert f"x.tsv.xz is {what}" in text and f"fetch it again with '{FETCH}'" in text
+    for text, encoding in itertools.product(("a\n", "\u4e2d\tO\n", "a"), ("utf-16", "utf-16-le", "utf-16-be")):
+        path.write_bytes(text.encode(encoding))
+        assert "x.tsv is UTF-16, or holds NUL bytes: save it as UTF-8" in message_of(path)

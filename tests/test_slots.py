@@ -88,12 +88,7 @@ def test_names_of_dev_and_test_come_last(tmp_path):
 @pytest.mark.parametrize(
     ("tags", "expected"),
     [
-        ("O O", set()),
-        ("B-a", {("a", 0, 1)}),
-        ("B-a I-a O B-a", {("a", 0, 2), ("a", 3, 4)}),
-        ("B-a B-a I-a", {("a", 0, 1), ("a", 1, 3)}),
-        ("I-a I-a O I-b", {("a", 0, 2), ("b", 3, 4)}),
-        ("B-a I-b I-b", {("a", 0, 1), ("b", 1, 3)}),
+        ("B-a B-a I-a O I-b", {("a", 0, 1), ("a", 1, 3), ("b", 4, 5)}),
         ("B-a.x-y I-a.x-y I-a.x", {("a.x-y", 0, 2), ("a.x", 2, 3)}),
         ("O I-None", {("None", 1, 2)}),
         ("", set()),
@@ -108,9 +103,6 @@ def conlleval(labels, predicted):
     with its tests for the begin and the end of a chunk, and an O after each sentence.
     """
 
-    def split(tag):
-        return ("O", "") if tag == "O" else tuple(tag.split("-", 1))
-
     def ends(before, now):
         (mark, kind), (next_mark, next_kind) = before, now
         return mark != "O" and (next_mark in "BO" or kind != next_kind)
@@ -124,13 +116,12 @@ def conlleval(labels, predicted):
     old_label = old_prediction = ("O", "")
     for label_row, prediction_row in zip(labels, predicted, strict=True):
         for label, prediction in zip([*label_row, "O"], [*prediction_row, "O"], strict=True):
-            label, prediction = split(label), split(prediction)
+            label, prediction = (tag.partition("-")[::2] for tag in (label, prediction))
             if inside:
-                label_ends, prediction_ends = (ends(old_label, label), ends(old_prediction, prediction))
-                if label_ends and prediction_ends:
-                    correct += 1
+                label_ends, prediction_ends = ends(old_label, label), ends(old_prediction, prediction)
+                correct += label_ends and prediction_ends
                 inside = not (label_ends or prediction_ends)
-            label_begins, prediction_begins = (begins(old_label, label), begins(old_prediction, prediction))
+            label_begins, prediction_begins = begins(old_label, label), begins(old_prediction, prediction)
             if label_begins and prediction_begins and label[1] == prediction[1]:
                 inside = True
             in_labels += label_begins
@@ -148,15 +139,14 @@ def test_scores_equal_conlleval():
         predicted = [[tag if rng.random() < 0.7 else rng.choice(names) for tag in row] for row in labels]
         scores = slot_scores(predicted, labels)
         correct, in_labels, in_predicted = conlleval(labels, predicted)
-        assert scores["slot_correct"] == correct
-        assert (scores["slot_gold"], scores["slot_predicted"]) == (in_labels, in_predicted)
+        counts = (scores["slot_correct"], scores["slot_gold"], scores["slot_predicted"])
+        assert counts == (correct, in_labels, in_predicted)
+        f1 = 0
         if correct:
             precision, recall = correct / in_predicted, correct / in_labels
             f1 = 100 * 2 * precision * recall / (precision + recall)
-            assert scores["slot_f1"] == pytest.approx(f1)
-            found_some += 1
-        else:
-            assert scores["slot_f1"] == 0
+        assert scores["slot_f1"] == pytest.approx(f1)
+        found_some += correct > 0
     assert found_some > 250
 
 
@@ -177,13 +167,7 @@ def test_scores_by_hand():
     labels = ["O B-a I-a O B-b".split(), ["O", "O"]]
     predicted = ["O B-a O O B-b".split(), ["B-a", "O"]]
     scores = slot_scores(predicted, labels)
-    assert scores == {
-        "slot_f1": pytest.approx(40.0),
-        "slot_correct": 1,
-        "slot_gold": 2,
-        "slot_predicted": 3,
-        "slot_token_f1": pytest.approx(100 * 5 / 7),
-    }
+    assert [*scores.values()] == pytest.approx([40, 1, 2, 3, 100 * 5 / 7])
     nothing = slot_scores([["O"]], [["O"]])
     assert nothing["slot_f1"] == 0 and nothing["slot_token_f1"] == 100
     assert slot_scores([], [])["slot_token_f1"] == 0
