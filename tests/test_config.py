@@ -212,7 +212,10 @@ def test_default_folders_tell_settings_apart(options, name, nothing_downloaded):
         ("--tt-embedding-rank 4", "--tt-rank 0: choose 1 to 4096"),
         ("--tt-rank 5000", "--tt-rank 5000: choose 1 to 4096"),
         ("--weights pq --noise 1", "--noise 1 sets all blocks of --weights pq to 0"),
-        (f"--model scratch-1x200 --tokenizer {TOKENIZER}", "scratch-1x200: choose a hidden size that is a multiple of 64"),
+        (
+            f"--model scratch-1x200 --tokenizer {TOKENIZER}",
+            "scratch-1x200: choose a hidden size that is a multiple of 64",
+        ),
         ("--weights pq --distill layerwise", "--weights pq has stages of its own"),
         # losses
         ("--distill logits+", "--distill logits+: '' is unknown: join any of logits, score"),
