@@ -18,7 +18,7 @@ import os
 import sys
 import tempfile
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import train
 from checkpoint import meta_model
-from config import resolve
+from config import COUNT, between, resolve
 from data.batches import Batch
 from kit import parallel
 from kit.common import Progress, choose_device, exit_status, hardware, instructions, markdown_table, multiplies_bf16
@@ -330,13 +330,6 @@ OPTIONS = {  # flag -> (default of each benchmark that has it, help): by default
 }
 
 
-def at_least(least: int, text: str) -> int:
-    """The type of an option."""
-    if int(text) < least:
-        raise ArgumentTypeError(f"{text}: choose {least} or more")
-    return int(text)
-
-
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="bench.py", description="Print the table of a benchmark, write its numbers to --json.")
     kinds = parser.add_subparsers(dest="what", required=True, metavar="BENCHMARK")
@@ -344,9 +337,9 @@ def build_parser() -> ArgumentParser:
         kind = kinds.add_parser(name, help=text, description=text, formatter_class=ArgumentDefaultsHelpFormatter)
         for option, (defaults, about) in OPTIONS.items():
             if name in defaults:
-                add = partial(kind.add_argument, option, default=defaults[name], help=about)
-                integer = partial(at_least, 8 if option == "--vocab" else 1)
-                add(type=integer, nargs="+" if option == "--sizes" else None, metavar="N")
+                how = {"type": between(int, 8, 10**9) if option == "--vocab" else COUNT, "metavar": "N"}
+                how |= {"nargs": "+"} if option == "--sizes" else {}
+                kind.add_argument(option, default=defaults[name], help=about, **how)
         kind.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the GPU, if any")
         kind.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     return parser

@@ -98,9 +98,7 @@ class TrainConfig:
     task: str = option("xnli", f"one of {' '.join(TASKS)}")
     data_dir: str | None = option(None, "folder of the files (default: data/raw, or built-in data)", str, "DIR")
     languages: tuple[str, ...] = option((), "test languages besides the training language (default: all)")
-    eval_split: str = option(
-        "test", "report on test or dev; with dev, rows held out of train select the epoch", ("test", "dev")
-    )
+    eval_split: str = option("test", "test or dev; with dev, rows held out of train select the epoch", ("test", "dev"))
     train_language: str | None = option(None, "of the rows of --task tsv to train on (default: the only one, or en)")
     max_train: int | None = option(None, "train on N random examples (default: all)", COUNT)
     max_eval: int | None = option(None, "evaluate N random examples per language (default: all)", COUNT)
@@ -113,12 +111,8 @@ class TrainConfig:
         str,
         "M",
     )
-    tokenizer: str | None = option(
-        None, "SentencePiece model for scratch (atis and snips: the words of the training set)", str, "FILE"
-    )
-    tt_rank: int = option(
-        0, "rank of tensor trains instead of matrices (of a pretrained model: in its students); 0 for none", UINT, "R"
-    )
+    tokenizer: str | None = option(None, "SentencePiece model for scratch (atis, snips: words of train)", str, "FILE")
+    tt_rank: int = option(0, "rank of tensor trains (of a pretrained model: of its students); 0: none", UINT, "R")
     tt_embedding_rank: int = option(0, "rank of the word embeddings; 0 keeps the table", UINT, "R")
 
     methods: tuple[str, ...] = option(("fp32", "ptq", "qat", "sdq"), "rows of the report, see below")
@@ -131,9 +125,7 @@ class TrainConfig:
     )
     per_tensor: bool = option(False, "one scale per matrix and activation, not per channel and token")
     act_range: str = option("dynamic", "dynamic: at run time; static: calibrated; learned: trained from there")
-    noise: float = option(
-        0.5, "fraction of the weights quantized at a training step (lsq: all; pq: set to 0, default 0.1)", float
-    )
+    noise: float = option(0.5, "fraction of weights quantized at a step (lsq: all; pq: set to 0, default 0.1)", float)
 
     distill: str = option(
         "logits+context",
@@ -158,9 +150,7 @@ class TrainConfig:
     dropout: float = option(0.1, "while the teacher trains", FRACTION)
     student_dropout: float = option(0.0, "while qat and sdq train; it disturbs distillation", FRACTION)
 
-    analyze: bool = option(
-        False, "also measure each layer's error and attention on dev, and evaluate the fake-quantized student"
-    )
+    analyze: bool = option(False, "also measure each layer's error and attention, evaluate the fake-quantized student")
     seed: int = option(0, "of weights, batches, dropout and noise", UINT)
     device: str = option("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
     threads: int | None = option(None, "CPU threads (default: all cores)", COUNT)
@@ -207,8 +197,8 @@ def tt_config(config: TrainConfig) -> TTConfig | None:
 
 def quant_config(config: TrainConfig, method: str) -> QuantConfig:
     """How a row of the report is quantized."""
-    act_range = "static" if method == "ptq-static" else config.act_range
-    if act_range == "learned" and method not in TRAINED:
+    act_range = config.act_range
+    if method == "ptq-static" or (act_range == "learned" and method not in TRAINED):
         act_range = "static"  # where learning starts
     same = {name: getattr(config, name) for name in ("act_bits", "attention_bits", "weights", "weight_range")}
     fine, noise = not config.per_tensor, config.noise if method in TRAINED else 1.0

@@ -349,9 +349,8 @@ def main(argv: list[str] | None = None) -> None:
     count = sum(tensor.numel() for tensor in model.state_dict().values())
     classes = f" ({', '.join(labels)})" if labels else ""
     print(f"wrote {out}: {model.config.head} head{classes}, {count:,} parameters, {size / 1e6:,.1f} MB")
-    print(
-        f"next: python train.py --task {'rte' if tokenizer.typed else 'xnli'} --model {os.path.join('.', args.out) if args.out else name}"
-    )
+    made = os.path.join(".", args.out) if args.out else name
+    print(f"next: python train.py --task {'rte' if tokenizer.typed else 'xnli'} --model {made}")
 
 
 if __name__ == "__main__":

@@ -302,9 +302,8 @@ def main(argv: list[str] | None = None) -> None:
         epilog="example: python predict.py out/xnli-mini-w8a8-s0/student.safetensors pairs.tsv",
     )
     parser.add_argument("student", help="a student.safetensors of train.py")
-    parser.add_argument(
-        "texts", nargs="?", default="-", help="one text per line, two separated by a tab (default: standard input)"
-    )
+    about = "one text per line, two separated by a tab (default: standard input)"
+    parser.add_argument("texts", nargs="?", default="-", help=about)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
     parser.add_argument("--threads", type=COUNT, help="CPU threads (default: all cores)")
     group = parser.add_argument_group("evaluation")
