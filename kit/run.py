@@ -55,21 +55,20 @@ class Run:
         try:
             with open(self.path("config.json"), encoding="utf-8") as file:
                 before = json.load(file)
+            contents = dict(before["contents"])
         except FileNotFoundError:
             if resume:
                 raise UserError(f"no run to resume in {out}: drop --resume") from None
             return
-        except ValueError:
-            before = None
-        if not isinstance(before, dict) or not isinstance(before.get("contents"), dict):
-            raise UserError(f"{out}/config.json is not of a run of train.py: choose another --out")
+        except (ValueError, TypeError, LookupError):
+            raise UserError(f"{out}/config.json is not of a run of train.py: choose another --out") from None
         for name, value in json.loads(json.dumps(asdict(config))).items():  # tuples become lists, as in the file
             if before.get(name) != value and name not in may_differ:
                 held = f"{out} holds a run with {flag(name)} {before.get(name)}, not {value}"
                 advice = "resume with the same options" if resume else "choose another --out"
                 raise UserError(f"{held}: {advice}, or delete it")
         if resume:
-            self.contents = before["contents"]
+            self.contents = contents
         elif os.path.exists(self.path(STATE)):
             raise UserError(f"{out} holds a stopped run: continue it with --resume, or delete it")
 
@@ -115,8 +114,7 @@ class Run:
         """Add a row to results.json. The state of its training is no longer needed."""
         curve = [[r["step"], r["dev_score"]] for r in self.read_log() if r["method"] == method and "dev_score" in r]
         self.results["methods"][method] = row | ({"dev_curve": curve} if curve else {})
-        digest = checksum(self.results["methods"])
-        write_json(self.path("results.json"), self.results | {"crc32": digest})
+        write_json(self.path("results.json"), self.results | {"crc32": checksum(self.results["methods"])})
         if method == self.training:  # not of another one, which was stopped
             self.forget_state()
 
