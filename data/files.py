@@ -77,12 +77,6 @@ def existing(path: str) -> str | None:
     return next((name for name in (path, path + ".xz") if os.path.isfile(name)), None)
 
 
-def no_file(path: str, fetch: str) -> str:
-    """What to say of a missing file.  fetch: as for open_text."""
-    how = f"fetch it with '{fetch}', or " if fetch else ""
-    return f"no file {path}: {how}name its folder with --data-dir"
-
-
 def again(fetch: str) -> str:
     """What to say of a damaged file.  fetch: as for open_text."""
     return f": fetch it again with '{fetch}'" if fetch else ""
@@ -97,7 +91,8 @@ def open_text(path: str, fetch: str) -> Iterator[TextIO]:
     """
     found = existing(path)
     if found is None:
-        raise UserError(no_file(path, fetch))
+        how = f"fetch it with '{fetch}', or " if fetch else ""
+        raise UserError(f"no file {path}: {how}name its folder with --data-dir")
     open_file = lzma.open if found.endswith(".xz") else open
     try:
         with open_file(found, "rt", encoding="utf-8-sig", newline="\n") as file:
@@ -214,7 +209,11 @@ def read_examples(
         name, group = cells.pop(), "all" if group is None else group
         if not fetch:
             name, group = name.strip(), group.strip()
-            check_own(f"{path}, line {number}", text=cells[0].strip(), label=name, language=group)
+            for what, cell in (("text", cells[0].strip()), ("label", name), ("language", group)):
+                if not cell:
+                    raise UserError(f"{path}, line {number}: the {what} is empty")
+                if what != "text" and any(mark in cell for mark in "\t\r\n"):  # it would break a line of a report
+                    raise UserError(f"{path}, line {number}: the {what} {cell[:50]!r} holds a tab or a line end")
         value = spelled.get(name) if labels else similarity(name)
         if value is None:
             known = ", ".join(spelled)[:200] or "a number from 0 to 5"
@@ -232,15 +231,6 @@ def similarity(text: str) -> float | None:
     except ValueError:
         return None
     return value if 0 <= value <= 5 else None
-
-
-def check_own(where: str, **cells: str) -> None:
-    """Raise UserError for an empty cell of the user's own rows, or a name that would not fit into a line of a report."""
-    for name, cell in cells.items():
-        if not cell:
-            raise UserError(f"{where}: the {name} is empty")
-        if name != "text" and any(mark in cell for mark in "\t\r\n"):
-            raise UserError(f"{where}: the {name} {cell[:50]!r} holds a tab or a line end")
 
 
 def not_empty(found: dict | list, path: str, fetch: str) -> dict | list:

@@ -208,11 +208,8 @@ class WordPieceTokenizer(Encoder):
     def _chunk(self, chunk: str) -> list[int]:
         ids = []
         for part in self._borders.split(chunk):  # every other part is a special token
-            if part in SPECIALS:
-                ids.append(self.ids[part])
-                continue
-            for token in basic_tokens(part, self.lower):
-                ids += [self.ids[piece] for piece in word_pieces(token, self.ids)]
+            tokens = [part] if part in SPECIALS else basic_tokens(part, self.lower)
+            ids += [self.ids[piece] for token in tokens for piece in word_pieces(token, self.ids)]
         return ids
 
 
@@ -261,9 +258,7 @@ def longest_first(left: int, right: int, room: int) -> tuple[int, int]:
     >>> longest_first(10, 3, 8), longest_first(10, 9, 8), longest_first(5, 5, 7)
     ((5, 3), (4, 4), (3, 4))
     """
-    if left + right <= room:
-        return left, right
     short, long = min(left, right), max(left, right)
-    short = min(short, room // 2)  # both are too long: halves, the odd token to the longer text
+    short = min(short, room // 2)  # if both are too long: halves, the odd token to the longer text
     long = min(long, room - short)
     return (long, short) if left > right else (short, long)
