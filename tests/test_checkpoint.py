@@ -1,6 +1,5 @@
 """checkpoint.py: models and packed students come back from their files bit for bit, at the size that the bits promise."""
 
-import doctest
 import os
 from dataclasses import replace
 
@@ -264,7 +263,3 @@ def test_a_tokenizer_must_fit_its_model(tiny_config, tokenizer_bytes, path):
     checkpoint.save_model(path, build_model(replace(tiny_config, vocab_size=5)), tokenizer_bytes, {})
     with pytest.raises(UserError, match="its tokenizer has .* its model 5"):
         checkpoint.tokenizer_of(path, read_model(path))
-
-
-def test_docstrings():
-    assert doctest.testmod(checkpoint, extraglobs={"torch": torch}).failed == 0

@@ -241,9 +241,6 @@ def test_bytes_follow_the_formula(saved):
 
 
 # ----------------------------------------------------------------------------------------- training
-RUN = ["--weights", "pq", "--max-train", "64", "--student-lr", "1e-3"]
-
-
 def test_options_that_do_not_fit(tmp_path, capsys):
     for options, message in (
         ("--steps 2", "--weights pq needs 3 steps or more, not 2"),
@@ -251,7 +248,7 @@ def test_options_that_do_not_fit(tmp_path, capsys):
         ("--distill layerwise", "--weights pq has stages of its own"),
         ("--tt-rank 4", "--weights pq is for matrices"),
     ):
-        assert run(tmp_path, *RUN, *options.split(), out="x") == 2
+        assert run(tmp_path, *f"--weights pq --max-train 64 {options}".split(), out="x") == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
         assert not (tmp_path / "x").exists()

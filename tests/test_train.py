@@ -63,26 +63,6 @@ def test_clip_gradients_counts_sparse_ones():
         torch.testing.assert_close(parameter.grad.to_dense(), gradient * 0.5 / expected)
 
 
-def test_a_module_says_whether_its_parameters_decay(tiny_config):
-    """A matrix of a quantizer does not, whatever its name; nor do vectors, nor word embeddings, which are sparse."""
-
-    class Borders(WeightQuantizer):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.borders = nn.Parameter(torch.ones(4, 4))
-
-    model = build_model(tiny_config)
-    up = model.encoder.layers[0].ffn.up
-    up.weight_quantizer = Borders(QuantConfig(), up.weight, True, True)
-    dense, sparse = make_optimizers(model)
-    decayed, others = ({id(p) for p in group["params"]} for group in dense.param_groups)
-    assert [group["weight_decay"] for group in dense.param_groups] == [0.01, 0.0]
-    assert sparse.param_groups[0]["params"] == [model.encoder.embeddings.word.weight]
-    assert id(up.weight) in decayed and id(model.encoder.embeddings.position.weight) in decayed
-    assert {id(up.weight_quantizer.borders), id(up.bias), id(model.encoder.embeddings.norm.weight)} <= others
-    assert len(decayed) + len(others) + 1 == len(list(model.parameters()))
-
-
 # --------------------------------------------------------------------------------- losses of a task
 def test_loss_of_a_joint_task_is_that_of_intents_and_real_words():
     intents, slots = torch.randn(2, 4), torch.randn(2, 3, 5)

@@ -3,7 +3,6 @@ singular values in float64, gradients by finite differences, sizes from a paper;
 a model.
 """
 
-import doctest
 import itertools
 import math
 from dataclasses import replace
@@ -15,7 +14,6 @@ from conftest import random_ids
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import tt
 from checkpoint import meta_model
 from model import Model, ModelConfig, build_model, initialize
 from prepare import calibrate
@@ -99,11 +97,6 @@ def relative(found, expected):
 
 
 # ---------------------------------------------------------------------------------- modes and ranks
-def test_docstring_examples():
-    found = doctest.testmod(tt)
-    assert found.failed == 0 and found.attempted >= 3
-
-
 @pytest.mark.parametrize("d", [1, 2, 3, 4])
 def test_factorize_has_the_least_sum_by_brute_force(d):
     for n in [*range(1, 130), 768, 1021, 3072]:
@@ -511,22 +504,14 @@ def test_tensorize_keeps_modules(joint_config):
     assert isinstance(model.encoder.layers[1].attention.key, nn.Linear)
 
 
-@pytest.fixture
-def low_rank(joint_config):
-    """A dense model whose matrices and tables have the tensor-train ranks of TRAINS."""
+def test_sufficient_ranks_keep_the_outputs(joint_config):
+    """Of a dense model whose matrices and tables have the tensor-train ranks of TRAINS."""
     config = replace(joint_config, vocab_size=500, max_tokens=79)  # 5 5 5 4 and 3 3 3 3: no padding
     source = initialize(meta_model(replace(config, tt=TRAINS)))
-    model = build_model(config).eval()
+    low_rank, (ids, mask) = build_model(config).eval(), random_ids([9, 5], 500)
     with torch.no_grad():
         for name, module in trains_of(source).items():
-            weight = model.get_submodule(name).weight
-            weight.copy_(10 * dense(module))
-    return model
-
-
-def test_sufficient_ranks_keep_the_outputs(low_rank):
-    ids, mask = random_ids([9, 5], 500)
-    with torch.no_grad():
+            low_rank.get_submodule(name).weight.copy_(10 * dense(module))
         expected = low_rank(ids, mask)[0]
     report = tensorize(low_rank, TRAINS, from_weights=True)
     before, after = (sum(row[i] for row in report.replaced.values()) for i in (0, 1))
