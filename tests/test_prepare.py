@@ -298,7 +298,9 @@ def test_every_parameter_learns(values, tiny_config, train_config):
     trains = "keep" in values
     _, model = prepared(QuantConfig(**values), train_config if trains else tiny_config, 1 if trains else 3)
     if "act_range" in values:
-        calibrate(model, [random_ids([9, 9], tiny_config.vocab_size)])
+        batch = random_ids([9, 9], tiny_config.vocab_size)
+        assert model(*batch)[0].isnan().all()  # not calibrated: NaN instead of a silent error
+        calibrate(model, [batch])
     assert_every_parameter_learns(model, *random_ids([9, 5], tiny_config.vocab_size))
 
 
