@@ -24,24 +24,14 @@ def test_missing_packages_are_reported(monkeypatch, capsys):
     assert "tltorch: not measured" in capsys.readouterr().out
 
 
-def errors_of(names, folder):
-    """Backends of one model, each loaded from its file."""
-    config = ModelConfig(300, 64, 2, 1, 128, 64, head="sequence", num_labels=3)
-    backends.write_files(config, folder, names)
-    runners = {name: backends.load_backend(name, folder, CPU) for name in names}
-    with torch.inference_mode():
-        return backends.errors_of(runners, backends.random_sequences(3, 20, 300))
-
-
-def test_our_backends_are_loaded_from_their_files(tmp_path):
-    errors = errors_of(OURS, str(tmp_path))
-    assert errors["fp32"] == 0 < errors["int8 static"] < 0.1
-    assert errors["int8 dynamic"] == errors["fake-quantized"]  # the same bits
-
-
 def test_hugging_face_computes_the_same(tmp_path):
+    """Backends of one model, each loaded from its file. Ours: test_bench.py."""
     pytest.importorskip("transformers")
-    errors = errors_of(("Hugging Face fp32", "fp32", "torch.ao int8 dynamic"), str(tmp_path))
+    names = ("Hugging Face fp32", "fp32", "torch.ao int8 dynamic")
+    backends.write_files(ModelConfig(300, 64, 2, 1, 128, 64, head="sequence", num_labels=3), str(tmp_path), names)
+    runners = {name: backends.load_backend(name, str(tmp_path), CPU) for name in names}
+    with torch.inference_mode():
+        errors = backends.errors_of(runners, backends.random_sequences(3, 20, 300))
     assert errors["Hugging Face fp32"] < 1e-5 < errors["torch.ao int8 dynamic"] < 0.3
 
 

@@ -29,7 +29,6 @@ from model import TAPS
 LENGTHS = [6, 4, 1]
 TOKENS = sum(LENGTHS)
 MASK = torch.arange(6) < torch.tensor(LENGTHS)[:, None]
-GARBAGE = [1e3, math.inf, math.nan]  # what may stand at padded positions
 PAIRS = ("score", "map")
 PER_HEAD = ("query", "key", "value", "context")
 
@@ -108,7 +107,7 @@ def test_gradient_reaches_the_student_only(name):
     assert student.grad.isfinite().all() and student.grad.any() and teacher.grad is None
 
 
-@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("garbage", [1e3, math.inf, math.nan])
 @pytest.mark.parametrize("name", OF_TAPS)
 def test_padding_changes_neither_value_nor_gradient(name, garbage):
     tap, wide_mask = EVERY[name].tap, pad(MASK, (0, 5), value=False)
@@ -306,17 +305,8 @@ def test_schedule(order, S):
     assert [schedule.is_last(step) for step in range(5 * S)] == [False] * 3 * S + [True] * 2 * S
 
 
-def layerwise_taps(seed):
-    taps = random_taps(seed, MASK)
-    return {tap: taps[tap] for tap in ("hidden", "score")}
-
-
-def layerwise_values(student, teacher, layers):
-    return {k: v.item() for k, v in layerwise_terms(student, teacher, layers, MASK).items()}
-
-
 def test_layerwise_terms_are_means_over_the_active_layers():
-    student, teacher = layerwise_taps(1), layerwise_taps(2)
+    student, teacher = random_taps(1, MASK), random_taps(2, MASK)
 
     def mean(loss, tap, places):
         each = [loss(student[tap][i], teacher[tap][i], MASK).item() for i in places]
@@ -324,7 +314,8 @@ def test_layerwise_terms_are_means_over_the_active_layers():
 
     for layers in ((1,), (1, 2), (2, 3), (3,)):
         levels = (0, *layers)  # the embeddings are always active
-        assert layerwise_values(student, teacher, layers) == pytest.approx(
+        found = layerwise_terms(student, teacher, layers, MASK)
+        assert {name: term.item() for name, term in found.items()} == pytest.approx(
             {
                 "hidden": mean(vector_loss, "hidden", levels),
                 "cosine": mean(cosine_loss, "hidden", levels),

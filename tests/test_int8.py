@@ -230,20 +230,15 @@ def test_integer_model_shares_no_tensor_with_the_student(tiny_config):
     assert same_logits(logits_of(found, *batch), expected)
 
 
-def bert_inputs(vocab):
-    """ids, padded with 0, mask, and types: 1 for the tokens of the second text."""
-    ids, mask = random_ids([9, 5, 1], vocab)
-    types = (torch.arange(9) >= torch.tensor([4, 2, 1])[:, None]) & mask
-    return {"ids": ids * mask, "mask": mask, "types": types.long()}
-
-
 @pytest.mark.parametrize("values", CONFIGS, ids=str)
 def test_integer_logits_equal_the_students(values, tiny_config, through_file):
     """The student, the student loaded from its file and the integer models of both agree bit for bit with every kernel.
     The model is a BERT with two token types.
     """
     model, config = make_bert_student(tiny_config, **values)
-    batch = bert_inputs(tiny_config.vocab_size)
+    ids, mask = random_ids([9, 5, 1], tiny_config.vocab_size)
+    types = (torch.arange(9) >= torch.tensor([4, 2, 1])[:, None]) & mask  # 1 for the tokens of the second text
+    batch = {"ids": ids * mask, "mask": mask, "types": types.long()}  # padded with 0
     expected = logits_of(model, **batch)
     assert expected[0].isfinite().all() and expected[0].std() > 1e-2
     assert (logits_of(model, batch["ids"], batch["mask"])[0] - expected[0]).abs().max() > 1e-3  # types matter

@@ -381,12 +381,6 @@ def test_new_quantizer_with_codes_alone(per_channel, tiny_config, monkeypatch):
 PARTS = ("query", "key", "value", "map")
 
 
-def inner_quantizers(model):
-    """The quantizers inside attention: per layer, those of PARTS."""
-    layers = [layer.attention for layer in model.encoder.layers]
-    return [[getattr(layer, part + "_quantizer") for part in PARTS] for layer in layers]
-
-
 def count_fused(monkeypatch):
     """A list that grows with every call of fused attention."""
     calls, fused = [], F.scaled_dot_product_attention
@@ -432,8 +426,9 @@ def test_inputs_of_the_products_inside_attention(bits, values, tiny_config, monk
         calibrate(model, [random_ids([9, 9], tiny_config.vocab_size)])
     calls, seen = count_fused(monkeypatch), {}
     kind = LearnedActQuantizer if config.act_range == "learned" else ActQuantizer
-    for i, layer in enumerate(inner_quantizers(model)):
-        for part, quantizer in zip(PARTS, layer, strict=True):
+    for i, layer in enumerate(model.encoder.layers):
+        for part in PARTS:
+            quantizer = getattr(layer.attention, part + "_quantizer")
             assert type(quantizer) is kind and quantizer.bits == bits
             quantizer.register_forward_hook(
                 lambda q, x, y, at=(i, part): seen.update({at: (x[0].detach(), y.detach(), q.qparams(x[0]))})
