@@ -131,5 +131,3 @@ def test_scores():
     better = scores(("f1",), np.array([0, 2, 4]), np.array([2, 2, 4]))
     assert better["classes"] == 3 and better["majority"] == pytest.approx(200 / 3)
     assert "classes" not in scores(("pearson",), np.array([0.5]), np.array([1.5]))
-    three = scores(("accuracy",), np.array([2, 0, 1]), np.array([2, 1, 1]))
-    assert three["score"] == three["accuracy"] == pytest.approx(200 / 3)

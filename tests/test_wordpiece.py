@@ -56,7 +56,6 @@ def test_pieces_are_cached(wordpiece, monkeypatch):
 
 # ------------------------------------------------------------------------------------- the two steps
 def test_basic_tokens():
-    assert basic_tokens("Él dijo:\t没有\u200b!", lower=True) == ["el", "dijo", ":", "没", "有", "!"]
     assert basic_tokens("Él dijo", lower=False) == ["Él", "dijo"]
     assert basic_tokens("ΟΔΟΣ İI", lower=True) == ["οδοσ", "ii"]
     assert basic_tokens("$5+3~`a`", lower=True) == ["$", "5", "+", "3", "~", "`", "a", "`"]
