@@ -102,7 +102,8 @@ def test_loss_of_equal_tensors_is_zero(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_gradient_reaches_the_student_only(name):
     student, teacher = loss_inputs(name, 1), loss_inputs(name, 2)
-    student.requires_grad_(), teacher.requires_grad_()
+    student.requires_grad_()
+    teacher.requires_grad_()
     loss_value(name, student, teacher).backward()
     assert student.grad.isfinite().all() and student.grad.any() and teacher.grad is None
 
