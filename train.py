@@ -298,10 +298,8 @@ def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
         {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0},  # biases, norms and scales
     ]
-    optimizers = [torch.optim.AdamW(groups, fused=True)]
-    if tables:
-        optimizers.append(torch.optim.SparseAdam(tables))
-    return optimizers
+    dense = torch.optim.AdamW(groups, fused=True)
+    return [dense, torch.optim.SparseAdam(tables)] if tables else [dense]
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
