@@ -174,7 +174,7 @@ class Loss(NamedTuple):
 
 # --distill joins these names with "+": "logits+context" is SDQ.
 LOSSES: dict[str, Loss] = {
-    # Of the logits, once for all layers and with a temperature; over tokens if these have labels.
+    # The logits are compared once for all layers, with a temperature; over tokens if these have labels.
     "logits": Loss("", logits_loss, over="rows"),
     "score": Loss("score", score_loss, over="pairs"),
     # This loss compares maps but reads scores, see row_kl; the tap "map", their softmax, is for analyze.py.

@@ -178,7 +178,7 @@ class WordPieceTokenizer(Encoder):
 
     @classmethod
     def from_vocab(cls, vocab: bytes, lower: bool, source: str = "vocab.txt") -> "WordPieceTokenizer":
-        """From the bytes of a vocab.txt as published. lower: the model is uncased."""
+        """The tokenizer of a vocab.txt as published, given its bytes. lower: the model is uncased."""
         first = f"{WORDPIECE_MAGIC} {'lower' if lower else 'cased'}\n".encode()
         lines = vocab.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").removesuffix(b"\n")
         return cls(first + lines + b"\n", source)

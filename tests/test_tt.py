@@ -505,7 +505,7 @@ def test_tensorize_keeps_modules(joint_config):
 
 
 def test_sufficient_ranks_keep_the_outputs(joint_config):
-    """Of a dense model whose matrices and tables have the tensor-train ranks of TRAINS."""
+    """The outputs of a dense model whose matrices and tables have the tensor-train ranks of TRAINS stay."""
     config = replace(joint_config, vocab_size=500, max_tokens=79)  # 5 5 5 4 and 3 3 3 3: no padding
     source = initialize(meta_model(replace(config, tt=TRAINS)))
     low_rank, (ids, mask) = build_model(config).eval(), random_ids([9, 5], 500)
