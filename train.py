@@ -40,7 +40,7 @@ from kit import parallel
 from kit.common import UserError, choose_device, clock, exit_status, hardware
 from kit.files import write_text
 from kit.report import analysis_tables, caveats, report, report_table
-from kit.run import STUDENT, Run, Training
+from kit.run import STUDENT, TEACHER_PART, Run, Training
 from model import Model, set_dropout
 from pq import STAGES, begin_stage, product_quantizers
 from predict import batches_on, evaluate, evaluate_languages, in_words, load_tests
@@ -333,7 +333,7 @@ def get_teacher(run: Run, start: Start, data: Data) -> tuple[Model, int, float]:
         seconds = train(model.to(run.device), None, data, run, "fp32") if run.config.epochs else 0.0
         notes = {"seconds": f"{seconds:.1f}", "labels": "\t".join(start.labels), "code": code}
         # in this run's folder first: several runs may train the same teacher
-        checkpoint.save_model(path, model, start.tokenizer.bytes, notes, temporary=run.path("teacher.part"))
+        checkpoint.save_model(path, model, start.tokenizer.bytes, notes, temporary=run.path(TEACHER_PART))
         run.forget_state()
         del model
     else:

@@ -31,6 +31,7 @@ from kit.common import Progress, UserError, flag
 from kit.files import check_writable, read_tensors, remove, write_json, write_tensors, write_text
 
 STATE, STUDENT = "state.safetensors", "student.safetensors"
+TEACHER_PART = "teacher.part"  # a teacher while it is written
 STATE_FORMAT = "sdq-state-4"
 TEACHERS = "teachers"
 NEXT_RANK = 1_000_003  # between the seeds of two processes
@@ -94,7 +95,7 @@ class Run:
                 raise UserError(f"{held}: wait for it, or choose another --out") from None
             except OSError:  # a file system without locks
                 pass
-        remove(self.path("teacher.part"))  # of a run that was killed while another finished the same teacher
+        remove(self.path(TEACHER_PART))  # of a run that was killed while another finished the same teacher
         self.results, path = results | {"methods": {}}, self.path("results.json")
         if self.resume and os.path.exists(path):
             try:
