@@ -40,6 +40,7 @@ CHUNK = 1 << 22  # codes made or unpacked at a time, a multiple of 8: XLM-R's em
 LIMITS = {"vocab_size": (1, 10**7), "hidden_size": (1, 2**14), "num_layers": (1, 200), "num_heads": (1, 2**10)}
 LIMITS |= {"ffn_size": (1, 2**17), "max_tokens": (1, 2**17), "type_vocab_size": (1, 16), "position_offset": (0, 16)}
 LIMITS |= {"pad_id": (0, 10**7), "num_labels": (0, 10**5), "num_slots": (0, 10**5)}
+POOLINGS = ("", "mean", "first", "other")  # the last are not implemented
 LIMITS |= {"norm_eps": (0.0, 0.1), "dropout": (0.0, 0.99)}
 
 
@@ -89,6 +90,8 @@ def check_config(config: ModelConfig) -> ModelConfig:
         value = getattr(config, name)
         if type(value) not in (int, type(most)) or not least <= value <= most:
             raise UserError(f"model config: {name} is {value!r}, not a number from {least} to {most}")
+    if config.pooling not in POOLINGS:
+        raise UserError(f"model config: pooling is {config.pooling!r}, none of {POOLINGS}")
     if config.hidden_size % config.num_heads:
         raise UserError("model config: hidden_size is not divisible by num_heads")
     return config
@@ -259,11 +262,15 @@ def fake_quantized(read: Checkpoint) -> Model:
     return student.eval()
 
 
-def tokenizer_of(path: str, read: Checkpoint) -> Encoder:
-    """The tokenizer (of any kind) of a file. Raises UserError unless its ids fit into the model's table."""
+def tokenizer_of(path: str, read: Checkpoint, head: str = "") -> Encoder:
+    """The tokenizer (of any kind) of a file, with the model's prompt for an embedding head.  head: if it will be another
+    than the file's. Raises UserError unless its ids fit into the model's table.
+    """
     tokenizer = load_tokenizer(read.vocabulary.numpy().tobytes(), path)
     if tokenizer.vocab_size > read.config.vocab_size:  # a table may have reserved rows
         raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its model {read.config.vocab_size:,}")
+    if (head or read.config.head) == "embedding":
+        tokenizer.prompt = read.notes.get("prompt", "")
     return tokenizer
 
 
@@ -272,7 +279,7 @@ class Start:
     """What fine-tuning starts from: a converted checkpoint, or random weights; and the task that it is fine-tuned on."""
 
     def __init__(self, config: TrainConfig, task: Task, folder: str):
-        self.task, self.seed, self.read = task, config.seed, None
+        self.task, self.folder, self.seed, self.read = task, folder, config.seed, None
         self.data = "own" if config.data_dir else "official" if folder == RAW_DIR else "built in"
         self.labels, self.slots = class_names(task, folder)
         self.head = {"head": task.head, "num_labels": len(self.labels), "num_slots": len(self.slots)}
@@ -293,13 +300,25 @@ class Start:
             path = find_model(config.model)
             self.read = read_model(path)  # its tensors are mapped from disk
             self.config = self.read.config
-            self.tokenizer = tokenizer_of(path, self.read)
+            self.tokenizer = tokenizer_of(path, self.read, task.head)
             self.name = os.path.splitext(os.path.basename(path))[0]
             self.identity = [self.name, recorded_checksum(path)]
             if self.config.num_labels:
                 self.find_classes(self.read.notes.get("labels", "").split("\t"))
-        if not config.epochs and self.classes is None:
+        if task.head == "embedding":
+            self.check_pooling()
+        elif not config.epochs and self.classes is None:
             raise UserError(f"--epochs 0: {self.name} has no head of classes for {task.name}; train one")
+
+    def check_pooling(self) -> None:
+        """Say how the model's vectors are made, if it does not say so itself."""
+        if self.config.pooling == "other":
+            how = self.read.notes.get("left_out", "")
+            raise UserError(f"{self.name} makes its vectors in a way that is not implemented: {how}")
+        if not self.config.pooling:
+            print(f"{self.name} does not say how it makes sentence vectors: taken for the mean over the tokens")
+        if self.tokenizer.prompt:
+            print(f"before every sentence stands {self.tokenizer.prompt!r}")
 
     def find_classes(self, names: list[str]) -> None:
         """Whether the model's own head has the classes of the task, which are known by their names. Says so."""

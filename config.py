@@ -49,6 +49,8 @@ DEFAULTS: dict[str, dict] = {
     "joint": dict(shape="2x768", epochs=25, student_epochs=6, lr=1e-3, student_lr=5e-4, dropout=0.2)
     | {"label_smoothing": 0.1},
     "joint, built-in sample": dict(shape="2x128", epochs=20, batch_size=8, lr=2e-3),
+    "embed": dict(methods=("fp32", "ptq", "sdq"), epochs=0, student_epochs=3, student_steps=200, alpha=100.0)
+    | dict(student_lr=3e-5, student_lr_at={2: 3e-4, 3: 1e-4, 4: 5e-5}),
     # --recipe
     "sdq": {},
     "kd": dict(bits=2, weights="ternary", attention_bits=8, noise=1.0, distill="logits+map", alpha=1.0, beta=600.0),
@@ -223,7 +225,8 @@ def resolve(given: dict) -> TrainConfig:
     model = given.get("model") or next(there, task.models[-1])
     kind = "scratch" if model == "scratch" or scratch_shape(model) else model
     rows = [kind] if kind in ("mini", "scratch") else []
-    rows += ["glue"] if task.subfolder.startswith("glue/") else ["token"] if task.head == "token" else []
+    rows += ["glue"] if task.subfolder.startswith("glue/") else []
+    rows += [{"token": "token", "embedding": "embed"}[task.head]] if task.head in ("token", "embedding") else []
     if task.head == "joint" and kind == "scratch":
         built_in = find_data(task, given.get("data_dir"), kind) not in (given.get("data_dir"), RAW_DIR)
         rows += ["joint", "joint, built-in sample"][: 1 + built_in]
@@ -327,7 +330,8 @@ def check(config: TrainConfig, task: Task) -> None:
         raise UserError(text) from None
     unknown = [name for name in config.methods if name not in METHODS]
     shape, layerwise, weights = scratch_shape(config.model), config.distill in LAYERWISE, f"--weights {config.weights}"
-    no_words = shape and task.head == "sequence" and not config.tokenizer
+    no_words = shape and task.head in ("sequence", "embedding") and not config.tokenizer
+    needs_labels = config.epochs or "qat" in config.methods
     odd = f"--model {config.model}: choose a hidden size that is a multiple of 64, or less than 128"
     zero = "--noise 1 sets all blocks of --weights pq to 0 while they wait for their stage: choose less"
     distills = layerwise or any(weight for name, weight in losses.items() if name != "task")
@@ -337,6 +341,7 @@ def check(config: TrainConfig, task: Task) -> None:
     for is_wrong, message in (
         (unknown, f"--methods: {', '.join(map(repr, unknown))} is unknown; choose from {' '.join(METHODS)}"),
         (no_words, "--model scratch needs --tokenizer FILE, a SentencePiece model"),
+        (task.head == "embedding" and needs_labels, f"--task {task.name} has no labels: --epochs 0, and no qat in --methods"),
         (config.tt_rank and config.weights != "uniform", cores),
         (config.weights == "pq" and layerwise, stages),
         (config.weights == "pq" and config.noise == 1.0, zero),

@@ -84,8 +84,14 @@ def logits_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask
     return temperature**2 * (divergence / len(student))
 
 
-def logits_terms(student: Logits, teacher: Logits, temperature: float, mask: Tensor | None) -> dict[str, Tensor]:
-    """logits_loss as a term of the loss, or as two: a joint head's are means over different things."""
+def logits_terms(
+    student: Logits, teacher: Logits, temperature: float, mask: Tensor | None, head: str = ""
+) -> dict[str, Tensor]:
+    """logits_loss as a term of the loss, or as two: a joint head's are means over different things. The "logits" of an
+    embedding head are the vectors of sentences (B, C), whose loss is 1 - cos.
+    """
+    if head == "embedding":
+        return {"logits": cosine_loss(student, teacher, None)}
     if not isinstance(student, tuple):
         return {"logits": logits_loss(student, teacher, temperature, mask)}
     pairs = zip(("logits", "slot_logits"), student, teacher, strict=True)
@@ -152,7 +158,7 @@ def map_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
 def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """1 - cos(student, teacher), mean over real tokens; between 0 and 2.
 
-    student, teacher: (B, T, C).  mask: (B, T) bool, None if all are real.  A zero vector has no direction: its token
+    student, teacher: (B, T, C), or (B, C).  mask: (B, T) bool, None if all are real.  A zero vector has no direction: its token
     costs nothing and gets no gradient.
     """
     student, teacher = student.float(), teacher.detach().float()

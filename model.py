@@ -67,6 +67,7 @@ class ModelConfig:
     head: str = "mlm"  # a key of HEADS
     num_labels: int = 0  # classes of the sequence or token head; of the joint head: intents
     num_slots: int = 0  # classes of each token in the joint head
+    pooling: str = ""  # of the embedding head: the "mean" of the tokens or the "first"; "": unknown, taken for "mean"
     # The tt.TTConfig of a model whose layers tt.tensorize has replaced: a checkpoint needs to know.
     tt: object | None = None
 
@@ -321,11 +322,33 @@ class PoolerHead(nn.Module):
         return torch.tanh(self.dense(hidden[:, 0]))
 
 
+class EmbeddingHead(nn.Module):
+    """The vector of a sentence: (B, T, C) -> (B, C), the mean of its tokens or the first one, at length 1.
+
+    Reimers and Gurevych 2019 (Sentence-BERT). The dot product of two such vectors is their cosine.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.takes_first = config.pooling == "first"
+
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        hidden = hidden.float()
+        if self.takes_first:
+            pooled = hidden[:, 0]
+        elif mask is None:
+            pooled = hidden.mean(dim=1)
+        else:  # filled, not multiplied: padded positions may hold anything
+            pooled = hidden.masked_fill(~mask[..., None], 0.0).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        return F.normalize(pooled, dim=-1)
+
+
 HEADS = {
     "sequence": SequenceHead,
     "token": TokenHead,
     "joint": JointHead,
     "mlm": MLMHead,
+    "embedding": EmbeddingHead,
     "pooler": PoolerHead,
     "none": nn.Identity,  # a bare encoder: its "logits" are the last hidden states (B, T, C)
 }
@@ -365,6 +388,8 @@ class Model(nn.Module):
             return None, taps
         if isinstance(self.head, MLMHead):
             return self.head(hidden, self.encoder.embeddings.word), taps
+        if isinstance(self.head, EmbeddingHead):
+            return self.head(hidden, mask), taps
         return self.head(hidden), taps
 
 

@@ -42,7 +42,7 @@ from data.batches import (
     evaluation_order,
 )
 from data.files import Sentence, refuse_utf16
-from data.metrics import joint_scores, score_sequences, token_scores
+from data.metrics import joint_scores, score_sequences, sentence_scores, token_scores
 from data.slots import Names
 from data.tasks import Task, class_names, find_data, find_task, languages_of, with_classes
 from data.tokenizer import Encoder
@@ -188,8 +188,36 @@ def batches_on(device: torch.device, dataset: Dataset, tokens: int = 0) -> Itera
 
 
 @torch.no_grad()
-def evaluate(model: Model, dataset: Dataset, device: torch.device) -> dict:
-    """The metrics of the dataset in %, "score" (their mean) and the counts behind them."""
+def sentence_vectors(
+    model: Model, dataset: Dataset, device: torch.device, known: dict[bytes, np.ndarray] | None = None, tokens: int = 0
+) -> np.ndarray:
+    """The vectors of a data set's sentences, float32 (N, C).
+
+    known: vectors by the ids of their sentence, which are not computed again; the others are added.  tokens: see
+    batches_on.
+    """
+    model.eval()
+    known = {} if known is None else known
+    keys = [row.tobytes() for row in np.split(dataset.ids, dataset.starts[1:-1])]
+    new = {key: i for i, key in enumerate(keys) if key not in known}
+    order = evaluation_order(dataset)
+    order, found = order[np.isin(order, [*new.values()])], []
+    for batch in parallel.mine(evaluation_batches(dataset, tokens or EVAL_TOKENS[device.type], order)):
+        batch = batch.to(device)
+        found.append(model(batch.ids, batch.mask, types=batch.types)[0].float().cpu().numpy())
+    rows = chain.from_iterable(parallel.gather(found))
+    known |= zip((keys[i] for i in order), rows, strict=True)
+    return np.stack([known[key] for key in keys])
+
+
+@torch.no_grad()
+def evaluate(
+    model: Model, dataset: Dataset, device: torch.device, known: dict[bytes, np.ndarray] | None = None
+) -> dict:
+    """The metrics of the dataset in %, "score" (their mean) and the counts behind them.  known: see sentence_vectors."""
+    if dataset.labels is None:
+        vectors = sentence_vectors(model, dataset, device, known)
+        return sentence_scores(*dataset.metrics, vectors, dataset.scores, dataset.reference)
     model.eval()
     predictions, labels = [], []  # of sequences, one array per batch
     tags, slots = [], []  # labels and predictions of words, one list of arrays per batch, one array per sequence
@@ -221,11 +249,13 @@ def in_words(evaluation: dict, dataset: Dataset) -> str:
     return ", ".join(f"{name} {evaluation[name]:.2f}" for name in dataset.metrics)
 
 
-def evaluate_languages(name: str, model: Model, tests: dict[str, Dataset], task: Task, device: torch.device) -> dict:
-    """A row of results.json without its size and time."""
-    progress, found = Progress(name + ", languages", len(tests)), {}
+def evaluate_languages(
+    name: str, model: Model, tests: dict[str, Dataset], task: Task, device: torch.device, known: dict | None = None
+) -> dict:
+    """A row of results.json without its size and time.  known: see sentence_vectors; shared by the languages."""
+    progress, found, known = Progress(name + ", languages", len(tests)), {}, {} if known is None else known
     for i, (language, dataset) in enumerate(tests.items()):
-        found[language] = evaluate(model, dataset, device)
+        found[language] = evaluate(model, dataset, device, known)
         progress.update(i + 1, f"{language} {in_words(found[language], dataset)}")
     progress.clear()
     return summarize_languages(found, task.train_language)

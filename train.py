@@ -24,6 +24,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ from kit.report import analysis_tables, caveats, report, report_table
 from kit.run import STUDENT, TEACHER_PART, Run, Training
 from model import Model, set_dropout
 from pq import STAGES, begin_stage, product_quantizers
-from predict import batches_on, evaluate, evaluate_languages, in_words, load_tests
+from predict import batches_on, evaluate, evaluate_languages, in_words, load_tests, sentence_vectors
 from prepare import calibrate, prepare
 from tt import tensorize
 
@@ -84,8 +85,10 @@ def forward(
 
 def task_terms(logits: Logits, batch: Batch, smoothing: float) -> dict[str, Tensor]:
     """The loss of the task: cross-entropy with the labels, of words where they have tags; of a joint head, both
-    ("task" and "slots"). In a regression (STS-B), the squared error.
+    ("task" and "slots"). In a regression (STS-B), the squared error. Without labels, none.
     """
+    if batch.labels is None:
+        return {}
     if batch.labels.is_floating_point():
         return {"task": F.mse_loss(logits[:, 0].float(), batch.labels)}
     if batch.tags is None:
@@ -121,7 +124,7 @@ def sdq_loss(student: Model, teacher: Model | None, batch: Batch, config: TrainC
         teacher_logits, teacher_taps = forward(teacher, batch, config, taps)
     for name, weight in losses.items():
         if name == "logits":
-            costs = logits_terms(logits, teacher_logits, config.temperature, batch.mask)
+            costs = logits_terms(logits, teacher_logits, config.temperature, batch.mask, student.config.head)
         else:
             tap, loss, _ = LOSSES[name]
             costs = {name: layer_mean(loss, student_taps[tap], teacher_taps[tap], batch.mask)}
@@ -141,7 +144,7 @@ def layerwise_loss(
         teacher_logits, teacher_taps = forward(teacher, batch, config, ("hidden", "score"), depth)
     terms = layerwise_terms(student_taps, teacher_taps, layers, batch.mask)
     if is_last:
-        costs = logits_terms(logits, teacher_logits, config.temperature, batch.mask)
+        costs = logits_terms(logits, teacher_logits, config.temperature, batch.mask, student.config.head)
         terms |= {name: config.alpha * cost for name, cost in costs.items()}
         terms |= task_terms(logits, batch, config.label_smoothing)
     return terms
@@ -389,6 +392,7 @@ def run_student(run: Run, start: Start, teacher: Model, method: str, data: Data)
     notes = dict(task=config.task, model=start.name, method=method, data=start.data)
     notes |= {"train_language": task.train_language, "max_length": str(config.max_length)}
     notes |= {"labels": "\t".join(start.labels), "slots": "\t".join(start.slots), "texts": str(1 + data.train.pairs)}
+    notes |= {"prompt": start.tokenizer.prompt}
     size = checkpoint.save_student(run.path(STUDENT), student, quant, start.tokenizer.bytes, notes)
     floats = 32 in (config.bits, config.act_bits)  # there are no integers to multiply
     model = student if floats else to_integer(student, quant, run.device)
@@ -415,7 +419,7 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Start, Data]:
     print(f"{hardware(device)}, {many}{torch.get_num_threads()} threads, training in {config.precision}, out {run.out}")
 
     language, how = task.train_language, (folder, start.tokenizer, config.max_length)
-    splits = zip(selection_splits(task, config.eval_split), (config.max_train, config.max_eval), strict=True)
+    splits = zip(selection_splits(task, config.eval_split, folder), (config.max_train, config.max_eval), strict=True)
     tests = load_tests(task, config.eval_split, config.languages, *how, config.max_eval)
     data = Data(*(encode_split(task, split, language, *how, limit) for split, limit in splits), tests)
     steps = {name: total_steps(config, len(data.train), name == "students") for name in ("teacher", "students")}
@@ -455,18 +459,21 @@ def main(argv: list[str] | None = None) -> None:
     parallel.start(config.device)
     run, start, data = open_run(config, resume)
     teacher, teacher_bytes, teacher_seconds = get_teacher(run, start, data)
+    known: dict[bytes, np.ndarray] = {}  # without labels, the teacher's vectors are what students are compared with
+    for dataset in (data.dev, *data.tests.values()) if data.dev.labels is None else ():
+        dataset.reference = sentence_vectors(teacher, dataset, run.device, known)
     for method in run.config.methods:
         if method in run.results["methods"]:  # of a run that was stopped later
             continue
         if method == "fp32":
             row = {"size_bytes": teacher_bytes, "train_seconds": teacher_seconds}
-            row |= evaluate_languages(method, teacher, data.tests, start.task, run.device)
+            row |= evaluate_languages(method, teacher, data.tests, start.task, run.device, known)
         else:
             row = run_student(run, start, teacher, method, data)
         run.finish_row(method, row)
     run.forget_state()  # of a run that was killed right after its last row
     results, task = run.results, start.task
-    write_text(run.path("report.md"), report(results, task, selection_splits(task, config.eval_split)[1]))
+    write_text(run.path("report.md"), report(results, task, selection_splits(task, config.eval_split, start.folder)[1]))
     if any("errors" in row for row in results["methods"].values()):
         print(f"\n{analysis_tables(results['methods'])}")
     wrote = f"wrote {run.out}/results.json, report.md"

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.files import Sentence
+from data.files import Example, Sentence
 from data.slots import Names
 from data.tasks import Task, languages_of, load, names_of
 from data.tokenizer import PAD, Encoder
@@ -39,7 +39,7 @@ class Dataset:
 
     ids: np.ndarray  # (total tokens,) int32
     starts: np.ndarray  # (N + 1,) int64
-    labels: np.ndarray  # (N,) int64; float32 in a regression
+    labels: np.ndarray | None  # (N,) int64; float32 in a regression; None if there are none
     tags: np.ndarray | None = None  # (total tokens,) int64
     slots: tuple[str, ...] = ()  # the names of the tags
     # (N,) int64: index of each row's first token of type 1, or the length of a row that has none.
@@ -49,6 +49,10 @@ class Dataset:
     cut: int = 0  # rows that were cut to the longest length
     lost: int = 0  # the tokens that they lost
     metrics: tuple[str, ...] = ("accuracy",)  # see data.tasks.Task
+    # Of sentences with "retrieval" or "spearman" the second half of the rows are partners of the first, which may have
+    # scores, (N / 2,) float32. The vectors of a float32 model (N, C), to compare with.
+    scores: np.ndarray | None = None
+    reference: np.ndarray | None = None
     epoch: tuple | None = None  # (key, batches) of the epoch that training_batch drew last
 
     @cached_property
@@ -58,18 +62,18 @@ class Dataset:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of all arrays and the names of the tags."""
-        parts = (self.ids, self.starts, self.labels, self.tags, self.second)
+        parts = (self.ids, self.starts, self.labels, self.tags, self.second, *([self.scores] if self.labels is None else []))
         each = [part is not None and hashlib.sha256(part.tobytes()).hexdigest() for part in parts]
         return hashlib.sha256(repr((each, self.slots)).encode()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.starts) - 1
 
 
 @dataclass
 class Batch:
-    """ids (B, T) int64; mask (B, T) bool, None if nothing is padded; labels (B,) int64, or float32 in a regression;
-    tokens: the number of real ones; tags (B, T) int64, None if the task has none; types (B, T) int64, 1 in the second
+    """ids (B, T) int64; mask (B, T) bool, None if nothing is padded; labels (B,) int64, or float32 in a regression,
+    or None; tokens: the number of real ones; tags (B, T) int64, None if the task has none; types (B, T) int64, 1 in the second
     text and 0 elsewhere, None if the tokenizer has none.
     """
 
@@ -89,7 +93,8 @@ class Batch:
         length, tokens = int(real.sum(dim=1).max()), int(real.sum())
         mask = None if tokens == len(real) * length else real[:, :length]
         ids, tags, types = (x if x is None else x[rows, :length] for x in (self.ids, self.tags, self.types))
-        return Batch(ids, mask, self.labels[rows], tokens, tags, types)
+        labels = None if self.labels is None else self.labels[rows]
+        return Batch(ids, mask, labels, tokens, tags, types)
 
     def sizes(self) -> dict[str, int]:
         """The number of rows, tagged words, tokens, and pairs of tokens of one row: what losses are means over."""
@@ -109,6 +114,8 @@ def encode_split(
     examples = load(task, split, language, folder)
     if limit is not None and limit < len(examples):
         examples = draw(examples, limit, 1 if split == "train" else task.together)
+    if task.head == "embedding":
+        return encode_unlabelled(examples, tokenizer, max_length)
     if task.head == "sequence":
         first, second, labels = zip(*examples, strict=True)
         labels = np.array(labels, dtype=np.float32 if isinstance(labels[0], float) else np.int64)
@@ -118,8 +125,18 @@ def encode_split(
     return replace(dataset, pad=tokenizer.pad_id, metrics=task.metrics)
 
 
+def encode_unlabelled(examples: list[Example], tokenizer: Encoder, max_length: int) -> Dataset:
+    """Sentences, or all first ones of pairs and then all second ones, behind the model's prompt."""
+    first, second, scores = zip(*examples, strict=True)
+    pairs, scored = second[0] is not None, scores[0] is not None
+    texts = [tokenizer.prompt + text for text in (*first, *(second if pairs else ()))]
+    dataset = replace(encode_texts(tokenizer, texts, None, max_length, None), pad=tokenizer.pad_id)
+    metric = "spearman" if scored else "retrieval" if pairs else "cosine"
+    return replace(dataset, metrics=(metric,), scores=np.array(scores, dtype=np.float32) if scored else None)
+
+
 def encode_texts(
-    tokenizer: Encoder, first: Sequence[str], second: Sequence[str] | None, max_length: int, labels: np.ndarray
+    tokenizer: Encoder, first: Sequence[str], second: Sequence[str] | None, max_length: int, labels: np.ndarray | None
 ) -> Dataset:
     """Texts or pairs -> Dataset, with token types if the tokenizer has them. In parts: Python's lists of ids take ten
     times the memory of arrays.
@@ -192,10 +209,10 @@ def cut_long(
     return rows, parts
 
 
-def dataset_of(encoded: list[np.ndarray], labels: Sequence[int]) -> Dataset:
+def dataset_of(encoded: list[np.ndarray], labels: Sequence[int] | None) -> Dataset:
     """Rows of ids -> Dataset."""
     starts = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return Dataset(np.concatenate(encoded), starts, np.asarray(labels))
+    return Dataset(np.concatenate(encoded), starts, None if labels is None else np.asarray(labels))
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -211,7 +228,7 @@ def collate(dataset: Dataset, rows: np.ndarray) -> Batch:
     where = np.minimum(dataset.starts[rows][:, None] + columns, len(dataset.ids) - 1)
     ids = np.where(real, dataset.ids[where], dataset.pad).astype(np.int64)
     mask = None if real.all() else torch.from_numpy(real)
-    labels = torch.from_numpy(dataset.labels[rows])
+    labels = None if dataset.labels is None else torch.from_numpy(dataset.labels[rows])
     tags = None if dataset.tags is None else torch.from_numpy(np.where(real, dataset.tags[where], IGNORE))
     types = None
     if dataset.second is not None:  # padding has type 0
@@ -250,9 +267,9 @@ def evaluation_order(dataset: Dataset) -> np.ndarray:
     return np.argsort(-dataset.lengths, kind="stable")
 
 
-def evaluation_batches(dataset: Dataset, max_tokens: int) -> Iterator[Batch]:
-    """All rows once, longest first, as many per batch as fit into max_tokens with their padding."""
-    order, start = evaluation_order(dataset), 0
+def evaluation_batches(dataset: Dataset, max_tokens: int, order: np.ndarray | None = None) -> Iterator[Batch]:
+    """All rows once, longest first, or those of `order`; as many per batch as fit into max_tokens with their padding."""
+    order, start = evaluation_order(dataset) if order is None else order, 0
     while start < len(order):
         count = max(1, max_tokens // int(dataset.lengths[order[start]]))
         yield collate(dataset, order[start : start + count])

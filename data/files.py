@@ -18,11 +18,11 @@ MALFORMED = 100  # one row in a hundred may have missing columns, where that is 
 
 
 class Example(NamedTuple):
-    """One or two texts and a label: the id of its class, or a number in a regression."""
+    """One or two texts and a label: the id of its class, or a number in a regression, or None without labels."""
 
     text_a: str
     text_b: str | None
-    label: int | float
+    label: int | float | None
 
 
 class Sentence(NamedTuple):

@@ -154,6 +154,42 @@ def score_sequences(metrics: tuple[str, ...], predictions: np.ndarray, labels: n
     return found
 
 
+# ------------------------------------------------------------------------------ vectors of sentences
+def retrieval(first: np.ndarray, second: np.ndarray) -> float:
+    """The fraction of rows whose nearest row of the other matrix, by cosine, is the one with the same number: the mean
+    of both directions, as Tatoeba is scored (Artetxe and Schwenk 2019).
+
+    first, second: (N, C), rows of length 1.
+
+    The first two find each other, the third finds the second:
+    >>> a, b = np.array([[1, 0], [0, 1], [0.6, 0.8]]), np.array([[1, 0], [0.6, 0.8], [0, 1]])
+    >>> retrieval(a, b)
+    0.3333333333333333
+    """
+    own = np.arange(len(first))
+    similarity = first @ second.T  # (N, N)
+    return float(np.mean([similarity.argmax(axis=axis) == own for axis in (0, 1)]))
+
+
+def sentence_scores(
+    metric: str, vectors: np.ndarray, scores: np.ndarray | None, reference: np.ndarray | None
+) -> dict:
+    """The evaluation of sentence vectors (N, C): the metric and "cosine", both in %, and "score", which is the metric.
+
+    metric: "retrieval", "spearman" (of the cosines of pairs with their scores), or "cosine".  reference: float32 vectors
+    of the same sentences: "cosine" is the mean cosine to them.
+    """
+    found = {"total": len(vectors)}
+    if reference is not None:
+        found["cosine"] = 100 * float((vectors * reference).sum(axis=1, dtype=np.float64).mean())
+    if metric != "cosine":
+        first, second = np.split(vectors, 2)
+        cosines = (first * second).sum(axis=1, dtype=np.float64)
+        found[metric] = 100 * (retrieval(first, second) if metric == "retrieval" else spearman(cosines, scores))
+        found["total"] //= 2
+    return found | {"score": found[metric]}
+
+
 # ----------------------------------------------------------------------------------- tags of words
 def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """The slots of a sentence: (type, first word, word after the last).

@@ -17,12 +17,15 @@ import os
 import re
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import chain
 
 import numpy as np
 
 from data.files import Example, Names, Sentence, Task, existing, read_examples, read_tsv
 from data.glue import GLUE
 from data.metrics import are_spans
+from data.sentences import ALL, find_sentences, read_unlabelled
+from data.sentences import FILES as SENTENCE_FILES
 from data.slots import FILES, SPLITS, read_names, read_sentences, read_tokens
 from data.xglue import XGLUE
 from kit.common import UserError
@@ -50,6 +53,8 @@ def load(task: Task, split: str, language: str, folder: str) -> list[Example] | 
     if split in ("held-out", "rest"):
         return hold_out(load(task, "train", language, folder), split)
     found = task.read(task_folder(task, folder), split)
+    if language == ALL:
+        return list(chain(*found.values()))
     if not found.get(language):
         there = " ".join(name for name in found if found[name]) or "none"
         raise UserError(f"{task.name}: no {split} row in language {language!r} under {folder}, only in: {there}")
@@ -72,12 +77,13 @@ def hold_out(examples: list, split: str) -> list:
     return [example for i, example in enumerate(examples) if (i in rows) == (split == "held-out")]
 
 
-def selection_splits(task: Task, eval_split: str) -> tuple[str, str]:
+def selection_splits(task: Task, eval_split: str, folder: str) -> tuple[str, str]:
     """The splits to train on and to select the epoch on: never the rows that are reported, unless the task's dev is a
-    part of train.tsv anyway (GLUE).
+    part of train.tsv anyway (GLUE). Sentences without labels need no dev.tsv.
     """
     own_dev = task.files["dev"] != task.files["train"]
-    return ("rest", "held-out") if eval_split == "dev" and own_dev else ("train", "dev")
+    without_dev = task.head == "embedding" and not existing(os.path.join(folder, task.files["dev"][0]))
+    return ("rest", "held-out") if without_dev or (eval_split == "dev" and own_dev) else ("train", "dev")
 
 
 def match_labels(own: list[str], labels: tuple[str, ...]) -> list[int] | None:
@@ -282,6 +288,21 @@ TASKS = {
     "snips": joint_task("snips"),
     **GLUE,
     **XGLUE,
+    "embed": Task(
+        name="embed",
+        head="embedding",
+        read=partial(read_unlabelled, XNLI_FILES, read_xnli, XNLI_FETCH),
+        files={split: (name,) for split, name in SENTENCE_FILES.items()},
+        find=partial(find_sentences, XNLI_FILES),
+        fetch=XNLI_FETCH,
+        languages=None,
+        train_language=ALL,
+        zero_shot=True,
+        metrics=("retrieval", "spearman"),  # one of them
+        columns={"retrieval": "retrieval", "spearman": "spearman", "cosine": "cosine"},
+        models=("multilingual-e5-small", "mini"),
+        sample="mini",
+    ),
     "tsv": Task(
         name="tsv",
         read=read_own,

@@ -48,6 +48,7 @@ class Encoder:
     contents: the bytes that load_tokenizer reads.  vocab_size: the number of ids.
     """
 
+    prompt = ""  # of a sentence encoder: what stands before every sentence
     typed = False  # whether a second text has token type 1
     separators = 2  # between two texts
     cls_id, pad_id, sep_id, unk_id = BOS, PAD, EOS, UNK

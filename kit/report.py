@@ -51,19 +51,23 @@ def report_table(results: dict, task) -> str:
     methods, languages = results["methods"], list(results["languages"])
     by_language = task.zero_shot and languages != [task.train_language]
     others = [name for name in languages if name != task.train_language] if by_language else []
+    columns = {title: key for title, key in task.columns.items() if key in first_test(methods)}
     # Means over all test sets, of metrics that methods are not compared by.
-    further = {title: key for title, key in task.columns.items() if key not in task.metrics}
+    further = {title: key for title, key in columns.items() if key not in task.metrics}
+    means = {task.train_language: "score", "zero-shot": "zero_shot_mean"}
+    if not task.labels:
+        means = {"mean": "zero_shot_mean"}  # of languages that no language was trained for
 
     def figures(row: dict) -> list[str]:
         tests = row["languages"].values()  # of mnli two
         if not by_language:
-            return [" / ".join(f"{test[key]:.2f}" for test in tests) for key in task.columns.values()]
+            return [" / ".join(f"{test[key]:.2f}" for test in tests) for key in columns.values()]
         worst = worst_language([row], others)
-        means = ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("score", "zero_shot_mean")]
+        scores = ["-" if row[key] is None else f"{row[key]:.2f}" for key in means.values()]
         more = [f"{statistics.fmean(test[key] for test in tests):.2f}" for key in further.values()]
-        return [*means, f"{worst} {row['languages'][worst]['score']:.1f}", *more]
+        return [*scores, f"{worst} {row['languages'][worst]['score']:.1f}", *more]
 
-    header = [task.train_language, "zero-shot", "worst", *further] if by_language else list(task.columns)
+    header = [*means, "worst", *further] if by_language else list(columns)
     checked = any("student" in row for row in methods.values())
     rows = []
     for name, row in methods.items():
@@ -75,6 +79,10 @@ def report_table(results: dict, task) -> str:
         rows.append(cells + [f"{row['languages'][language]['score']:.1f}" for language in others])
     header += ["recovered", *(["student"] if checked else []), "MB", "train s", *others]
     return markdown_table(["", *header], rows)
+
+
+def first_test(methods: dict[str, dict]) -> dict:
+    return next(iter(next(iter(methods.values()))["languages"].values()))
 
 
 def analysis_tables(methods: dict[str, dict]) -> str:

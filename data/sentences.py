@@ -1,0 +1,87 @@
+"""Sentences without labels, and the pairs on which their vectors are tested (--task embed).
+
+    train.txt    one sentence per line, in any languages; blank lines are left out
+    test.tsv     columns text and text2, and, if wanted, language and score; dev.tsv likewise
+
+Without scores text2 is the translation of text, or its answer, and must be found among all others of its language. With
+scores, larger ones mean more similar. Where a file is missing, XNLI's takes its place: the premises, of which each
+English one must find its translation.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from functools import lru_cache
+
+from data.files import Example, existing, open_text, read_tsv
+from kit.common import UserError
+
+FILES = {"train": "train.txt", "dev": "dev.tsv", "test": "test.tsv"}
+ALL = "all"  # languages
+
+
+def find_sentences(xnli: dict[str, str], folder: str, split: str) -> dict[str, str]:
+    """{ALL: the file of a split}.  xnli: its files, for those that are missing."""
+    own, other = os.path.join(folder, FILES[split]), os.path.join(folder, *xnli[split].split("/"))
+    return {ALL: other if existing(other) and not existing(own) else own}
+
+
+def read_unlabelled(
+    xnli: dict[str, str], read_xnli: Callable, fetch: str, folder: str, split: str
+) -> dict[str, list[Example]]:
+    """The sentences of train, as {ALL: ...}; the pairs of dev or test by language, {ALL: ...} if they have none."""
+    path = find_sentences(xnli, folder, split)[ALL]
+    if os.path.basename(path) == FILES[split]:
+        return {ALL: read_sentences(path, fetch)} if split == "train" else read_pairs(path)
+    found = read_xnli(folder, split)
+    english = [example.text_a for example in found["en"]]
+    if split == "train":
+        return {ALL: [Example(text, None, None) for text in dict.fromkeys(english)]}
+    if any(len(examples) != len(english) for examples in found.values()):
+        raise UserError(f"{path}: its languages have different numbers of rows, so they are not translations")
+    rows = dict(zip(english, range(len(english)), strict=True)).values()  # three of them have the same premise
+    pairs = {
+        name: [Example(english[i], examples[i].text_a, None) for i in rows]
+        for name, examples in found.items()
+        if name != "en"
+    }
+    return {name: checked(each, path, name) for name, each in pairs.items()}
+
+
+def read_sentences(path: str, fetch: str) -> list[Example]:
+    with open_text(path, fetch) as file:
+        found = [Example(line.rstrip("\r\n"), None, None) for line in file if line.strip()]
+    if len({example.text_a for example in found}) < 2:
+        raise UserError(f"{path} has fewer than two different sentences: write one per line")
+    return found
+
+
+@lru_cache(maxsize=4)
+def read_pairs(path: str) -> dict[str, list[Example]]:
+    """Raises UserError with the line of an empty cell or a score that is no number."""
+    found: dict[str, list[Example]] = {}
+    for number, cells in read_tsv(path, ("text", "text2", "language", "score"), "", optional=("language", "score")):
+        text, text2, language, score = (cell if cell is None else cell.strip() for cell in cells)
+        if empty := [name for name, cell in (("text", text), ("text2", text2), ("language", language)) if cell == ""]:
+            raise UserError(f"{path}, line {number}: the {empty[0]} is empty")
+        if language and any(mark in language for mark in "\t\r\n"):  # it would break a line of a report
+            raise UserError(f"{path}, line {number}: the language {language[:50]!r} holds a tab or a line end")
+        found.setdefault(language or ALL, []).append(Example(text, text2, number_of(score, path, number)))
+    return {language: checked(pairs, path, language) for language, pairs in found.items()}
+
+
+def number_of(score: str | None, path: str, number: int) -> float | None:
+    try:
+        value = None if score is None else float(score)
+    except ValueError:
+        value = math.nan
+    if value is not None and not math.isfinite(value):
+        raise UserError(f"{path}, line {number}: the score {score[:50]!r} is no number, and all rows need one")
+    return value
+
+
+def checked(pairs: list[Example], path: str, language: str) -> list[Example]:
+    """Raises UserError for a single pair, which any model would find."""
+    if len(pairs) < 2:
+        raise UserError(f"{path} has one pair in language {language!r}: there is nothing to compare it with")
+    return pairs
