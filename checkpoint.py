@@ -313,7 +313,7 @@ class Start:
     def check_pooling(self) -> None:
         """Say how the model's vectors are made, if it does not say so itself."""
         if self.config.pooling == "other":
-            how = self.read.notes.get("left_out", "")
+            how = self.read.notes.get("modules", "")
             raise UserError(f"{self.name} makes its vectors in a way that is not implemented: {how}")
         if not self.config.pooling:
             print(f"{self.name} does not say how it makes sentence vectors: taken for the mean over the tokens")

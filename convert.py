@@ -137,13 +137,13 @@ def read_weights(folder: str) -> dict[str, Tensor]:
     raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 
-def read_folder(folder: str) -> tuple[dict[str, Tensor], dict, Encoder]:
-    """A Hugging Face folder -> (tensors, config.json, empty if there is none, the tokenizer)."""
+def read_folder(folder: str) -> tuple[dict[str, Tensor], dict, Encoder, dict[str, str]]:
+    """A Hugging Face folder -> (tensors, config.json, empty if there is none, the tokenizer, sentence_settings())."""
     main = os.path.join(folder, "refs", "main")
     if os.path.isfile(main):  # in the cache of Hugging Face's libraries
         with open(main, encoding="utf-8", errors="replace") as file:
             folder = os.path.join(folder, "snapshots", file.read().strip())
-    folder = encoder_folder(folder)
+    folder, sentences = sentence_settings(folder)
     names = sorted(os.listdir(folder))
     if adapter := [name for name in names if name.startswith(("adapter_config.", "adapter_model."))]:
         raise UserError(f"{folder}/{adapter[0]}: merge the adapter into the model, with peft's merge_and_unload()")
@@ -152,22 +152,36 @@ def read_folder(folder: str) -> tuple[dict[str, Tensor], dict, Encoder]:
     for name in filter(re.compile(r"sentence_.+_config\.json").fullmatch, names):
         if read_json(f"{folder}/{name}").get("do_lower_case") and not getattr(tokenizer, "lower", False):
             raise UserError(f"{folder}/{name}: do_lower_case is true, but the tokenizer keeps capitals")
-    return tensors, settings, tokenizer
+    return tensors, settings, tokenizer, sentences
 
 
-def encoder_folder(folder: str) -> str:
-    """The folder itself, or of sentence-transformers' modules that of the first, the encoder. Prints what else is there."""
+POOLING = {"pooling_mode_mean_tokens": "mean", "mean": "mean", "pooling_mode_cls_token": "first", "cls": "first"}
+
+
+def sentence_settings(folder: str) -> tuple[str, dict[str, str]]:
+    """The folder of the encoder, and how sentence-transformers makes vectors with it, where modules.json says so:
+    "pooling" (of ModelConfig), "prompt", and "modules", in words. Prints what is not converted.
+    """
     with reading(f"{folder}/modules.json"):
         modules = read_json(f"{folder}/modules.json", list)
         if not modules:
-            return folder
-        encoder = os.path.normpath(os.path.join(folder, modules[0]["path"]))
-        more = read_json(f"{encoder}/sentence_bert_config.json")
+            return folder, {"pooling": "", "prompt": "", "modules": ""}
+        paths = [os.path.normpath(os.path.join(folder, module["path"])) for module in modules]
+        kinds = [module["type"].rpartition(".")[2] for module in modules]
+        known = kinds[1:2] == ["Pooling"] and kinds[2:] in ([], ["Normalize"])
+        how = read_json(f"{paths[1]}/config.json") if known else {}
+        modes = [mode for mode, on in how.items() if on is True and mode.startswith("pooling_mode_")]
+        mode = str(how.get("pooling_mode") or "+".join(modes))
+        pooling = POOLING.get(mode, "other") if how.get("include_prompt", True) else "other"
+        more = read_json(f"{paths[0]}/sentence_bert_config.json")
         more |= read_json(f"{folder}/config_sentence_transformers.json")
-        left_out = [each["type"].rpartition(".")[2] for each in modules[1:]]
-        left_out += [f"{key} {more[key]}" for key in ("max_seq_length", "prompts") if more.get(key)]
-        print(f"sentence-transformers: the encoder is {encoder}; not converted: {', '.join(left_out) or 'nothing'}")
-    return encoder
+        prompts = more.get("prompts") or {}
+        prompt = str(prompts.get(more.get("default_prompt_name")) or "")
+        left_out = [f"max_seq_length {more['max_seq_length']} (--max-length)"] if more.get("max_seq_length") else []
+        left_out += [f"prompts {prompts} (--prompt TEXT)"] if any(prompts.values()) and not prompt else []
+        left_out += kinds[1:] if pooling == "other" else []
+        print(f"sentence-transformers: the encoder is {paths[0]}; not converted: {', '.join(left_out) or 'nothing'}")
+    return paths[0], {"pooling": pooling, "prompt": prompt, "modules": ", ".join([*kinds, mode])}
 
 
 # ------------------------------------------------------------------------------------- conversion
@@ -328,6 +342,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", nargs="?", help=f"{', '.join(sorted(MODELS))}; with --from also any name of your own")
     parser.add_argument("--from", dest="folder", metavar="DIR", help="a local Hugging Face folder; default: download")
     parser.add_argument("--out", metavar="FILE", help="default: weights/NAME.safetensors")
+    parser.add_argument("--prompt", metavar="TEXT", help="of a sentence encoder: put before every text, as 'query: '")
     parser.add_argument("--export", nargs=2, metavar=("STUDENT", "DIR"), help="write a student as a folder instead")
     args = parser.parse_args(argv)
     if bool(args.export) == bool(args.name):
@@ -343,9 +358,12 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"no download is known for {name!r}, only {' '.join(sorted(MODELS))}: add --from DIR")
         folder = os.path.join(os.path.dirname(os.path.abspath(out)), "downloads", name)
         fetch_model(name, folder)
-    tensors, settings, tokenizer = read_folder(folder)
+    tensors, settings, tokenizer, sentences = read_folder(folder)
     model, labels = convert_tensors(name, tensors, settings, tokenizer)
-    size = save_model(out, model, tokenizer.bytes, {"name": name, "labels": "\t".join(labels)})
+    model.config = replace(model.config, pooling=sentences["pooling"])
+    notes = {"name": name, "labels": "\t".join(labels), "modules": sentences["modules"]}
+    notes["prompt"] = sentences["prompt"] if args.prompt is None else args.prompt
+    size = save_model(out, model, tokenizer.bytes, notes)
     count = sum(tensor.numel() for tensor in model.state_dict().values())
     classes = f" ({', '.join(labels)})" if labels else ""
     print(f"wrote {out}: {model.config.head} head{classes}, {count:,} parameters, {size / 1e6:,.1f} MB")
