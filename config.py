@@ -341,7 +341,10 @@ def check(config: TrainConfig, task: Task) -> None:
     for is_wrong, message in (
         (unknown, f"--methods: {', '.join(map(repr, unknown))} is unknown; choose from {' '.join(METHODS)}"),
         (no_words, "--model scratch needs --tokenizer FILE, a SentencePiece model"),
-        (task.head == "embedding" and needs_labels, f"--task {task.name} has no labels: --epochs 0, and no qat in --methods"),
+        (
+            task.head == "embedding" and needs_labels,
+            f"--task {task.name} has no labels: --epochs 0, and no qat in --methods",
+        ),
         (config.tt_rank and config.weights != "uniform", cores),
         (config.weights == "pq" and layerwise, stages),
         (config.weights == "pq" and config.noise == 1.0, zero),

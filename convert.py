@@ -297,26 +297,29 @@ def export(path: str, folder: str) -> None:
     """
     student = read_student(path)
     config, labels = student.config, student.notes.get("labels", "").split("\t")
-    tokenizer = tokenizer_of(path, student)
-    if config.tt or config.head not in CLASSES or isinstance(tokenizer, WordTokenizer):
+    tokenizer, classes = tokenizer_of(path, student), CLASSES | {"embedding": "Model"}
+    if config.tt or config.head not in classes or isinstance(tokenizer, WordTokenizer):
         raise UserError(f"{path}: transformers has no class for tensor trains, other heads or whole words")
     if os.path.exists(os.path.join(folder, "config.json")):
         raise UserError(f"{folder} holds a model already: name another folder")
     family, ours = family_of(config), fake_quantized(student).state_dict()
     tensors = {}
     for source, target in key_table(config):
-        tensors[source if source.startswith("classifier.") else family.prefix + source] = ours[target]
+        plain = source.startswith("classifier.") or config.head == "embedding"
+        tensors[source if plain else family.prefix + source] = ours[target]
     architecture, model_type = ("Bert", "bert") if family is BERT else ("XLMRoberta", "xlm-roberta")
     settings = {
-        "architectures": [architecture + CLASSES[config.head]],
+        "architectures": [architecture + classes[config.head]],
         "model_type": model_type,
         **{theirs: getattr(config, our) for our, theirs in CONFIG_NAMES.items()},
         "max_position_embeddings": config.max_tokens + config.position_offset,
         "attention_probs_dropout_prob": config.dropout,
         "hidden_act": "gelu",
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
     }
+    if config.head == "embedding":
+        export_sentences(folder, config, tokenizer.prompt, student.max_length)
+    else:
+        settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if isinstance(tokenizer, WordPieceTokenizer):
         rules = {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lower}
         name, vocabulary = "vocab.txt", "\n".join(tokenizer.pieces) + "\n"
@@ -333,6 +336,25 @@ def export(path: str, folder: str) -> None:
     write_text(os.path.join(folder, name), vocabulary)
     write_json(os.path.join(folder, "config.json"), settings)  # last: now the folder is a model
     print(f"wrote {folder}: config.json, model.safetensors, {name}, tokenizer_config.json")
+
+
+def export_sentences(folder: str, config: ModelConfig, prompt: str, max_length: int) -> None:
+    """The files by which sentence-transformers makes the student's vectors: pooling, length 1, prompt."""
+    paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    steps = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(paths.items())
+    ]
+    pooling = config.pooling or "mean"
+    modes = {mode: kind == pooling for mode, kind in POOLING.items() if mode.startswith("pooling_mode_")}
+    files = {
+        "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, **modes},
+        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": {"prompts": {"default": prompt}, "default_prompt_name": "default"},
+    }
+    for name, content in files.items():
+        write_json(os.path.join(folder, *name.split("/")), content)
+    write_text(os.path.join(folder, "modules.json"), json.dumps(steps, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------- the command line

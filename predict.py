@@ -1,17 +1,20 @@
-"""Label texts with a student: the integer model of its file, one text per line, two texts separated by a tab. Or
-evaluate it on the test sets of its task.
+"""Label texts with a student: the integer model of its file, one text per line, two texts separated by a tab. Or make
+their vectors, or evaluate it on the test sets of its task.
 
     python predict.py out/NAME/student.safetensors texts.tsv
     echo "The girl reads a book.	The girl reads." | python predict.py out/NAME/student.safetensors
+    python predict.py out/NAME/student.safetensors sentences.txt --out vectors.npy    # of --task embed
     python predict.py out/NAME/student.safetensors --evaluate
 
 Each line becomes one line: the label and its probability, or the number of a regression. Of words with tags, the tag of
 each word, separated by spaces, behind the label if there is one. A blank line stays blank, and so does one that this
-student can't read, which is told on stderr. In Python:
+student can't read, which is told on stderr. Row i of vectors.npy, float32 (N, C) of length 1, is that of line i. In
+Python:
 
     student = load("out/NAME/student.safetensors")
     for label, probability in predict(student, [("The girl reads a book.", "The girl reads.")]):
         print(label, probability)
+    vectors = embed(load("out/embed-NAME/student.safetensors"), ["The girl reads a book."])
 """
 
 if __name__ == "__main__":
@@ -38,10 +41,11 @@ from data.batches import (
     encode_sentences,
     encode_split,
     encode_texts,
+    encode_unlabelled,
     evaluation_batches,
     evaluation_order,
 )
-from data.files import Sentence, refuse_utf16
+from data.files import Example, Sentence, refuse_utf16
 from data.metrics import joint_scores, score_sequences, sentence_scores, token_scores
 from data.slots import Names
 from data.tasks import Task, class_names, find_data, find_task, languages_of, with_classes
@@ -49,6 +53,7 @@ from data.tokenizer import Encoder
 from int8 import integer_model
 from kit import parallel
 from kit.common import Progress, UserError, choose_device, clock, exit_status, hardware
+from kit.files import atomic_write
 from kit.report import caveats, report_table, summarize_languages
 from model import Model
 
@@ -110,14 +115,38 @@ def predict(student: Student, texts: Iterable[str | tuple[str, str]]) -> Iterato
 
     Raises UserError for a text that the student can't read, see problem().
     """
+    if student.model.config.head == "embedding":
+        raise UserError("this student makes vectors: use embed, or --out vectors.npy")
+    for chunk in chunks(student, texts):
+        yield from predict_chunk(student, chunk)
+
+
+def embed(student: Student, texts: Iterable[str]) -> np.ndarray:
+    """The vectors of sentences, float32 (N, C), of length 1, so that the dot product of two is their cosine. The student's
+    prompt (student.tokenizer.prompt) is put before each.
+
+    Raises UserError for a text that the student can't read, and for a student that makes no vectors.
+    """
+    if student.model.config.head != "embedding":
+        raise UserError("this student predicts labels: vectors come from one of --task embed")
+    device = next(student.model.parameters()).device
+    parts = (
+        sentence_vectors(student.model, encode(student, chunk), device, None, TOKENS)
+        for chunk in chunks(student, texts)
+    )
+    return np.concatenate([np.empty((0, student.model.config.hidden_size), dtype=np.float32), *parts])
+
+
+def chunks(student: Student, texts: Iterable) -> Iterator[list]:
+    """Texts in parts of CHUNK. Raises UserError for one that the student can't read."""
     if isinstance(texts, str):
-        raise UserError("predict takes a list of texts, not a string: [text]")
+        raise UserError("give a list of texts, not a string: [text]")
     numbered = enumerate(texts, start=1)
     while chunk := list(islice(numbered, CHUNK)):
         for number, text in chunk:
             if wrong := problem(student, text):
                 raise UserError(f"text {number} {wrong}")
-        yield from predict_chunk(student, [text for _, text in chunk])
+        yield [text for _, text in chunk]
 
 
 @torch.no_grad()
@@ -159,9 +188,14 @@ def encode(student: Student, texts: list[str | tuple[str, str]]) -> Dataset:
         sentences = [Sentence(words, student.slots[:1] * len(words), "") for words in map(words_of, texts)]
         longest = student.model.config.max_tokens if student.labels else student.max_length
         return encode_sentences(sentences, names, student.tokenizer, longest, cuts=not student.labels)
-    first, *second = zip(*([text] if isinstance(text, str) else text for text in texts), strict=True)
-    labels = np.zeros(len(texts), dtype=np.int64)
-    dataset = encode_texts(student.tokenizer, first, second[0] if second else None, student.max_length, labels)
+    if student.model.config.head == "embedding":
+        dataset = encode_unlabelled(
+            [Example(text, None, None) for text in texts], student.tokenizer, student.max_length
+        )
+    else:
+        first, *second = zip(*([text] if isinstance(text, str) else text for text in texts), strict=True)
+        labels = np.zeros(len(texts), dtype=np.int64)
+        dataset = encode_texts(student.tokenizer, first, second[0] if second else None, student.max_length, labels)
     if note := cut_note([dataset], "texts", student.max_length):
         print(f"NOTE: {note}", file=sys.stderr)
     return dataset
@@ -305,6 +339,19 @@ def evaluate_student(path: str, args: argparse.Namespace) -> None:
 
 
 # ----------------------------------------------------------------------------------- command line
+def write_vectors(student: Student, path: str, out: str) -> None:
+    """Write the vectors of all lines of a file as one .npy. Raises UserError naming the first line that has none."""
+    texts = []
+    for number, (text, wrong) in enumerate(lines_of(path), start=1):
+        if wrong := wrong or (problem(student, text) if text else "is empty"):
+            raise UserError(f"{'standard input' if path == '-' else path}, line {number} {wrong}; nothing was written")
+        texts.append(text)
+    vectors = embed(student, texts)
+    with atomic_write(out) as file:
+        np.save(file, vectors)
+    print(f"wrote {out}: {vectors.dtype} {vectors.shape}")
+
+
 def label_lines(student: Student, path: str) -> None:
     """Print one line per line of a file. Raises UserError if some have no label."""
     source, lines, failed = "standard input" if path == "-" else path, enumerate(lines_of(path), start=1), 0
@@ -328,12 +375,16 @@ def label_lines(student: Student, path: str) -> None:
 @exit_status()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description="Label texts with the integer model of a student, or evaluate it on the test sets of its task.",
+        description="Label texts with the integer model of a student, make their vectors, or evaluate it on the test sets.",
         epilog="example: python predict.py out/xnli-mini-w8a8-s0/student.safetensors pairs.tsv",
     )
     parser.add_argument("student", help="a student.safetensors of train.py")
     about = "one text per line, two separated by a tab (default: standard input)"
     parser.add_argument("texts", nargs="?", default="-", help=about)
+    parser.add_argument(
+        "--out", metavar="FILE.npy", help="of a student of --task embed: write vectors, one row per line"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="put before every sentence instead of the model's own")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
     parser.add_argument("--threads", type=COUNT, help="CPU threads (default: all cores)")
     group = parser.add_argument_group("evaluation")
@@ -345,8 +396,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.evaluate:
         evaluate_student(args.student, args)
+        return
+    student = load(args.student, args.device, args.threads)
+    if args.prompt is not None:
+        student.tokenizer.prompt = args.prompt
+    if args.out:
+        write_vectors(student, args.texts, args.out)
     else:
-        label_lines(load(args.student, args.device, args.threads), args.texts)
+        label_lines(student, args.texts)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,14 @@ class Dataset:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of all arrays and the names of the tags."""
-        parts = (self.ids, self.starts, self.labels, self.tags, self.second, *([self.scores] if self.labels is None else []))
+        parts = (
+            self.ids,
+            self.starts,
+            self.labels,
+            self.tags,
+            self.second,
+            *([self.scores] if self.labels is None else []),
+        )
         each = [part is not None and hashlib.sha256(part.tobytes()).hexdigest() for part in parts]
         return hashlib.sha256(repr((each, self.slots)).encode()).hexdigest()
 

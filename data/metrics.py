@@ -171,9 +171,7 @@ def retrieval(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.mean([similarity.argmax(axis=axis) == own for axis in (0, 1)]))
 
 
-def sentence_scores(
-    metric: str, vectors: np.ndarray, scores: np.ndarray | None, reference: np.ndarray | None
-) -> dict:
+def sentence_scores(metric: str, vectors: np.ndarray, scores: np.ndarray | None, reference: np.ndarray | None) -> dict:
     """The evaluation of sentence vectors (N, C): the metric and "cosine", both in %, and "score", which is the metric.
 
     metric: "retrieval", "spearman" (of the cosines of pairs with their scores), or "cosine".  reference: float32 vectors

@@ -83,7 +83,9 @@ def add_peers(out: str) -> None:
             row = {"size_bytes": size, "train_seconds": 0.0}
             row |= evaluate_languages(name, Peer(load(path)), data.tests, task, cpu)
         run.finish_row(name, row)
-    write_text(run.path("report.md"), report(run.results, task, selection_splits(task, config.eval_split, start.folder)[1]))
+    write_text(
+        run.path("report.md"), report(run.results, task, selection_splits(task, config.eval_split, start.folder)[1])
+    )
     print(f"\n{report_table(run.results, task)}\n\nwrote {out}/results.json, report.md")
 
 
