@@ -155,26 +155,25 @@ def score_sequences(metrics: tuple[str, ...], predictions: np.ndarray, labels: n
 
 
 # ------------------------------------------------------------------------------ vectors of sentences
-def retrieval(first: np.ndarray, second: np.ndarray) -> float:
-    """The fraction of rows whose nearest row of the other matrix, by cosine, is the one with the same number: the mean
-    of both directions, as Tatoeba is scored (Artetxe and Schwenk 2019).
+def finds_own(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Whether the nearest row of the other matrix, by cosine, is the one with the same number: from first to second and
+    back, bool (2, N). Its mean is the accuracy of retrieval, as Tatoeba is scored (Artetxe and Schwenk 2019).
 
     first, second: (N, C), rows of length 1.
 
-    The first two find each other, the third finds the second:
-    >>> a, b = np.array([[1, 0], [0, 1], [0.6, 0.8]]), np.array([[1, 0], [0.6, 0.8], [0, 1]])
-    >>> retrieval(a, b)
-    0.3333333333333333
+    >>> a, b = np.array([[1, 0], [0, 1]]), np.array([[0.8, 0.6], [1, 0]])
+    >>> finds_own(a, b).tolist()  # a[0] finds b[1], a[1] finds b[0]; both rows of b find a[0]
+    [[False, False], [True, False]]
     """
-    own = np.arange(len(first))
     similarity = first @ second.T  # (N, N)
-    return float(np.mean([similarity.argmax(axis=axis) == own for axis in (0, 1)]))
+    return np.stack([similarity.argmax(axis=axis) == np.arange(len(first)) for axis in (1, 0)])
 
 
 def sentence_scores(metric: str, vectors: np.ndarray, scores: np.ndarray | None, reference: np.ndarray | None) -> dict:
     """The evaluation of sentence vectors (N, C): the metric and "cosine", both in %, and "score", which is the metric.
 
-    metric: "retrieval", "spearman" (of the cosines of pairs with their scores), or "cosine".  reference: float32 vectors
+    metric: "retrieval" (in which "correct_rows" are the bits of finds_own), "spearman" (of the cosines of pairs with their
+    scores), or "cosine".  reference: float32 vectors
     of the same sentences: "cosine" is the mean cosine to them.
     """
     found = {"total": len(vectors)}
@@ -182,9 +181,12 @@ def sentence_scores(metric: str, vectors: np.ndarray, scores: np.ndarray | None,
         found["cosine"] = 100 * float((vectors * reference).sum(axis=1, dtype=np.float64).mean())
     if metric != "cosine":
         first, second = np.split(vectors, 2)
-        cosines = (first * second).sum(axis=1, dtype=np.float64)
-        found[metric] = 100 * (retrieval(first, second) if metric == "retrieval" else spearman(cosines, scores))
         found["total"] //= 2
+        if metric == "spearman":
+            found[metric] = 100 * spearman((first * second).sum(axis=1, dtype=np.float64), scores)
+        else:
+            right = finds_own(first, second)
+            found |= {metric: 100 * float(right.mean()), "correct_rows": np.packbits(right).tobytes().hex()}
     return found | {"score": found[metric]}
 
 
