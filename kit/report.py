@@ -45,6 +45,16 @@ def recovered(methods: dict[str, dict], name: str, task) -> float | None:
     return recovered_percent(*(compared_score(methods[row], task) for row in (name, "ptq", "fp32")))
 
 
+def mean_columns(task) -> dict[str, str]:
+    """Column -> key of a row, for a task with several languages; without labels none of them was trained on."""
+    return {task.train_language: "score", "zero-shot": "zero_shot_mean"} if task.labels else {"mean": "zero_shot_mean"}
+
+
+def mean_of(row: dict, key: str) -> float:
+    """The mean over all test sets."""
+    return statistics.fmean(test[key] for test in row["languages"].values())
+
+
 # ---------------------------------------------------------------------------------------- tables
 def report_table(results: dict, task) -> str:
     """The report as a Markdown table, one row per method."""
@@ -54,9 +64,7 @@ def report_table(results: dict, task) -> str:
     columns = {title: key for title, key in task.columns.items() if key in first_test(methods)}
     # Means over all test sets, of metrics that methods are not compared by.
     further = {title: key for title, key in columns.items() if key not in task.metrics}
-    means = {task.train_language: "score", "zero-shot": "zero_shot_mean"}
-    if not task.labels:
-        means = {"mean": "zero_shot_mean"}  # of languages that no language was trained for
+    means = mean_columns(task)
 
     def figures(row: dict) -> list[str]:
         tests = row["languages"].values()  # of mnli two
@@ -64,7 +72,7 @@ def report_table(results: dict, task) -> str:
             return [" / ".join(f"{test[key]:.2f}" for test in tests) for key in columns.values()]
         worst = worst_language([row], others)
         scores = ["-" if row[key] is None else f"{row[key]:.2f}" for key in means.values()]
-        more = [f"{statistics.fmean(test[key] for test in tests):.2f}" for key in further.values()]
+        more = [f"{mean_of(row, key):.2f}" for key in further.values()]
         return [*scores, f"{worst} {row['languages'][worst]['score']:.1f}", *more]
 
     header = [*means, "worst", *further] if by_language else list(columns)

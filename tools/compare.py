@@ -31,7 +31,7 @@ from config import METHODS, SAME_RUN, TrainConfig
 from data.metrics import spearman
 from data.tasks import TASKS, Task, find_task
 from kit.common import UserError, exit_status, flag, markdown_table
-from kit.report import compared_score, recovered_percent, worst_language
+from kit.report import compared_score, mean_columns, mean_of, recovered_percent, worst_language
 
 PEERS = ("onnxruntime", "openvino")  # added by tools/peers.py
 METHOD_ORDER = (*METHODS, *PEERS)
@@ -41,7 +41,7 @@ MAY_DIFFER = {"seed", "bits", "act_bits", "distill", "methods", "recipe", "name"
 # students have their defaults.
 MAY_DIFFER_JOINT = {"tt_rank", "tt_embedding_rank", "lr", "epochs", "weight_range", "act_range"}
 MAY_DIFFER_JOINT |= {"student_dropout", "student_epochs", "student_lr"}
-VARIANTS = "per_tensor act_range weights".split()  # named in a row's label where runs differ in them
+VARIANTS = "per_tensor act_range weights weight_range".split()  # named in a row's label where runs differ in them
 ROW = "name task seed bits act_bits tt_rank tt_embedding_rank distill".split()  # tell two runs apart
 
 
@@ -102,7 +102,7 @@ def check_comparable(runs: list[dict]) -> None:
     for i, run in enumerate(runs):
         config = run["config"]
         for name in [name for name in config if name not in may_differ]:
-            same = [] if name in shared else ["task", *(width if name == "student_lr" else [])]
+            same = [] if name in shared else ["task", "name", *(width if name == "student_lr" else [])]
             other = next((each for each in runs[:i] if all(each["config"][k] == config[k] for k in same)), run)
             theirs = other["config"].get(name, config[name])
             if (theirs or None) != (config[name] or None):  # None, 0 and False: off
@@ -171,7 +171,7 @@ def width_of(config: dict, variants: Iterable[str] = ()) -> str:
     words = [f"W{config['bits']}A{config['act_bits']}"]
     for name in variants:
         value, text = config[name], name.replace("_", " ")
-        if value != getattr(TrainConfig, name):
+        if value not in (getattr(TrainConfig, name), "minmax", *words):
             words.append(value if isinstance(value, str) else text if value is True else f"{text} {value:g}")
     return " ".join(words)
 
@@ -218,9 +218,11 @@ def score_cells(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[st
     for task in tasks:
         mine = [row for (name, _), row in rows.items() if name == task.name]
         if task.zero_shot and len(tasks) == 1:
-            for title, key in (task.train_language, "score"), ("zero-shot", "zero_shot_mean"):
+            for title, key in mean_columns(task).items():
                 cells[title] = format_mean(row[key] for row in mine if row[key] is not None)
             cells["worst"] = worst_cell(mine, task.train_language)
+            if not task.labels:
+                cells["cosine"] = format_mean(mean_of(row, "cosine") for row in mine)
             continue
         title, cell = ", ".join(task.metrics), format_mean(row["compared"] for row in mine)
         if task.zero_shot:
@@ -328,10 +330,8 @@ def paired_table(runs: list[dict], base: str) -> str:
         raise UserError(f"no row of {base}: --minus takes one of {' '.join(dict.fromkeys(x.method for x in groups))}")
     evaluations = [each for run in runs for row in run["methods"].values() for each in row["languages"].values()]
     translated = len({each.get("total") for each in evaluations}) == 1
-    if task.metrics != ("accuracy",) or not translated or not all("correct_rows" in each for each in evaluations):
-        raise UserError(
-            "--minus pairs rows that are the same in all languages, by accuracy: these files hold no such rows"
-        )
+    if not translated or not all("correct_rows" in each for each in evaluations):
+        raise UserError("--minus pairs rows that are the same in all languages: these files hold no such rows")
     for label, rows in groups.items():
         bases = [x for x in groups if x.method == base and x.width in ("", label.width) and x.name == label.name]
         base_rows = groups[bases[0]] if bases else {}
@@ -340,22 +340,25 @@ def paired_table(runs: list[dict], base: str) -> str:
             continue
         others = [name for name in pairs[0][0]["languages"] if name != task.train_language]
         cells = {}
-        for title, names in ((task.train_language, [task.train_language]), ("zero-shot", others)):
+        sets = [[task.train_language], others][-len(mean_columns(task)) :]
+        for title, names in zip(mean_columns(task), sets, strict=True):
             each = [[correct_rows(a, name) - correct_rows(b, name) for name in names] for a, b in pairs]
             cells[title] = 100 * np.array(each)  # (seeds, languages, rows)
-        zero_shot, means = cells["zero-shot"], [format_difference(values.mean((0, 1))) for values in cells.values()]
+        zero_shot, means = [*cells.values()][-1], [format_difference(values.mean((0, 1))) for values in cells.values()]
         by_seed = " ".join(f"{value:+.2f}" for value in zero_shot.mean((1, 2)))
         accuracy = np.mean([[row["languages"][name]["score"] for name in others] for _, row in pairs], axis=0)
         rho = spearman(accuracy, -zero_shot.mean((0, 2)))
         lines.append([str(label), str(len(pairs)), *means, by_seed, f"{rho:+.2f}"])
-    return markdown_table([f"minus {base}", "seeds", *cells, "zero-shot by seed", "rank correlation"], lines)
+    *_, mean = cells
+    return markdown_table([f"minus {base}", "seeds", *cells, f"{mean} by seed", "rank correlation"], lines)
 
 
 def correct_rows(row: dict, language: str) -> np.ndarray:
-    """1.0 for each test row that was predicted right, in the order of the file."""
+    """1.0 for each test row that was predicted right, in the order of the file; of pairs the mean of both directions."""
     evaluation = row["languages"][language]
     packed = np.frombuffer(bytes.fromhex(evaluation["correct_rows"]), np.uint8)
-    return np.unpackbits(packed, count=evaluation["total"]).astype(float)
+    directions, total = 1 + ("retrieval" in evaluation), evaluation["total"]
+    return np.unpackbits(packed, count=directions * total).reshape(directions, total).mean(axis=0)
 
 
 def format_difference(values: np.ndarray) -> str:
