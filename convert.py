@@ -155,6 +155,7 @@ def read_folder(folder: str) -> tuple[dict[str, Tensor], dict, Encoder, dict[str
     return tensors, settings, tokenizer, sentences
 
 
+PROMPTS = {"multilingual-e5-small": "query: "}  # of models whose cards ask for one that no file names
 POOLING = {"pooling_mode_mean_tokens": "mean", "mean": "mean", "pooling_mode_cls_token": "first", "cls": "first"}
 
 
@@ -384,13 +385,15 @@ def main(argv: list[str] | None = None) -> None:
     model, labels = convert_tensors(name, tensors, settings, tokenizer)
     model.config = replace(model.config, pooling=sentences["pooling"])
     notes = {"name": name, "labels": "\t".join(labels), "modules": sentences["modules"]}
-    notes["prompt"] = sentences["prompt"] if args.prompt is None else args.prompt
+    notes["prompt"] = args.prompt if args.prompt is not None else sentences["prompt"] or PROMPTS.get(name, "")
     size = save_model(out, model, tokenizer.bytes, notes)
     count = sum(tensor.numel() for tensor in model.state_dict().values())
     classes = f" ({', '.join(labels)})" if labels else ""
     print(f"wrote {out}: {model.config.head} head{classes}, {count:,} parameters, {size / 1e6:,.1f} MB")
-    made = os.path.join(".", args.out) if args.out else name
-    print(f"next: python train.py --task {'rte' if tokenizer.typed else 'xnli'} --model {made}")
+    if notes["prompt"]:
+        print(f"as a sentence encoder it puts {notes['prompt']!r} before every text")
+    made, pools = os.path.join(".", args.out) if args.out else name, model.config.pooling in ("mean", "first")
+    print(f"next: python train.py --task {'embed' if pools else 'rte' if tokenizer.typed else 'xnli'} --model {made}")
 
 
 if __name__ == "__main__":

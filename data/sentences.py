@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from functools import lru_cache
 
-from data.files import Example, existing, open_text, read_tsv
+from data.files import Example, existing, not_empty, open_text, read_tsv
 from kit.common import UserError
 
 FILES = {"train": "train.txt", "dev": "dev.tsv", "test": "test.tsv"}
@@ -67,7 +67,7 @@ def read_pairs(path: str) -> dict[str, list[Example]]:
         if language and any(mark in language for mark in "\t\r\n"):  # it would break a line of a report
             raise UserError(f"{path}, line {number}: the language {language[:50]!r} holds a tab or a line end")
         found.setdefault(language or ALL, []).append(Example(text, text2, number_of(score, path, number)))
-    return {language: checked(pairs, path, language) for language, pairs in found.items()}
+    return {language: checked(pairs, path, language) for language, pairs in not_empty(found, path, "").items()}
 
 
 def number_of(score: str | None, path: str, number: int) -> float | None:

@@ -39,9 +39,9 @@ def write(path, **settings):
     path.write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
 
 
-def converted(folder, name="small"):
+def converted(folder, name="small", *options):
     out = os.path.join(os.path.dirname(folder), f"{name}.safetensors")
-    assert convert.main([name, "--from", str(folder), "--out", out]) == 0
+    assert convert.main([name, "--from", str(folder), "--out", out, *options]) == 0
     return out
 
 

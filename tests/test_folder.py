@@ -17,7 +17,7 @@ from test_convert import BERT, contents, converted, error_of, write
 
 import convert
 import train
-from checkpoint import fake_quantized, load_model, read_student, save_model
+from checkpoint import fake_quantized, load_model, read_model, read_student, save_model
 from data.tasks import NLI_LABELS, XNLI_LANGUAGES, find_task, load, match_labels
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import read_tokenizer, read_tokenizer_json
@@ -151,19 +151,32 @@ def test_shards_are_checked(folder, capsys):
 
 
 def test_an_encoder_of_sentence_transformers(folder, tmp_path, capsys):
-    """modules.json names the folder of the encoder, and what else the model has."""
+    """modules.json names the folder of the encoder, its pooling and its prompts."""
     root = tmp_path / "model"
     shutil.copytree(folder, root / "0_Transformer")
     kinds = {"0_Transformer": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
     (root / "modules.json").write_text(json.dumps(modules))
+    (root / "1_Pooling").mkdir()
+    write(root / "1_Pooling" / "config.json", word_embedding_dimension=32, pooling_mode_cls_token=True)
     write(root / "config_sentence_transformers.json", prompts={"query": "query: "})
     write(root / "0_Transformer" / "sentence_bert_config.json", max_seq_length=128, do_lower_case=False)
     assert same_tensors(converted(folder), converted(root, "again"))
-    found = f"the encoder is {root}/0_Transformer; not converted: Pooling, Normalize, max_seq_length 128, prompts"
-    assert found in capsys.readouterr().out
+    left_out = "max_seq_length 128 (--max-length), prompts {'query': 'query: '} (--prompt TEXT)"
+    printed = capsys.readouterr().out
+    assert f"the encoder is {root}/0_Transformer; not converted: {left_out}\n" in printed and "--task embed" in printed
+    read = read_model(converted(root, "again"))
+    assert (read.config.pooling, read.notes["prompt"]) == ("first", "")
+    assert read_model(converted(root, "own", "--prompt", "passage: ")).notes["prompt"] == "passage: "
+    write(root / "1_Pooling" / "config.json", word_embedding_dimension=32, pooling_mode="mean")  # as written since 5.0
+    write(root / "config_sentence_transformers.json", prompts={"query": "query: "}, default_prompt_name="query")
+    read = read_model(converted(root, "mean"))
+    assert (read.config.pooling, read.notes["prompt"]) == ("mean", "query: ")
+    for pooling in ({"pooling_mode": "max"}, {"pooling_mode": ["cls", "max"]}, {"include_prompt": False}):
+        write(root / "1_Pooling" / "config.json", **{"pooling_mode": "mean", **pooling})
+        assert read_model(converted(root, "other")).config.pooling == "other"
     (folder / "modules.json").write_text(json.dumps([{**modules[0], "path": ""}]))  # it lies beside modules.json
-    converted(folder, "third")
+    assert read_model(converted(folder, "third")).config.pooling == "other"
     assert "not converted: nothing" in capsys.readouterr().out
     (root / "modules.json").write_text(json.dumps([{**modules[0], "path": "elsewhere"}]))
     assert f"{root}/elsewhere: No such file" in error_of(root, capsys)

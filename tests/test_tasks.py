@@ -49,12 +49,13 @@ def test_every_row_is_complete(name):
     task = find_task(name)
     assert task.name == name and task.head in HEADS and set(task.files) == {"train", "dev", "test"}
     languages = task.languages or (task.train_language,)  # None: those in its files
-    assert task.train_language in languages and len(set(languages)) == len(languages) and task.labels
+    assert task.train_language in languages and len(set(languages)) == len(languages)
+    assert task.labels or task.head == "embedding"
     joint = {"accuracy", "exact", *slot_scores([["O"]], [["O"]])}
-    keys = joint if task.head == "joint" else {"accuracy", "precision", *METRICS}
+    keys = joint if task.head == "joint" else {"accuracy", "precision", "retrieval", "cosine", *METRICS}
     assert {*task.metrics, *task.columns.values()} <= keys and task.columns
     # of mnli, both tests are in the training language
-    assert task.zero_shot == (name in ("xnli", "tsv", "tags", *XGLUE))
+    assert task.zero_shot == (name in ("xnli", "embed", "tsv", "tags", *XGLUE))
     if task.sample:
         assert os.path.isdir(os.path.join(ROOT, "data", task.sample)) and task.fetch
 
@@ -158,10 +159,16 @@ def test_held_out_rows_share_no_premise_with_the_rest():
     assert held == load(XNLI, "held-out", "en", SAMPLE)
 
 
-def test_reported_rows_do_not_select_the_epoch():
-    assert selection_splits(XNLI, "test") == ("train", "dev")
-    assert selection_splits(XNLI, "dev") == ("rest", "held-out")
-    assert selection_splits(find_task("stsb"), "dev") == ("train", "dev")  # dev is a part of train.tsv there
+def test_reported_rows_do_not_select_the_epoch(tmp_path):
+    def splits(task):
+        return [selection_splits(task, split, str(tmp_path)) for split in ("test", "dev")]
+
+    selected, held_out = ("train", "dev"), ("rest", "held-out")
+    assert splits(XNLI) == [selected, held_out]
+    assert splits(find_task("stsb")) == [selected, selected]  # dev is a part of train.tsv there
+    assert splits(find_task("embed")) == [held_out, held_out]
+    (tmp_path / "dev.tsv").touch()
+    assert splits(find_task("embed")) == [selected, held_out]
 
 
 # ------------------------------------------------------------------------------------ your own rows
