@@ -244,6 +244,17 @@ def sentence_vectors(
     return np.stack([known[key] for key in keys])
 
 
+def set_references(teacher: Model, datasets: list[Dataset], device: torch.device) -> dict[bytes, np.ndarray]:
+    """Where there are no labels, give each data set the teacher's vectors, which students are compared with. Returns them
+    by the ids of their sentences.
+    """
+    known: dict[bytes, np.ndarray] = {}
+    for dataset in datasets:
+        if dataset.labels is None:
+            dataset.reference = sentence_vectors(teacher, dataset, device, known)
+    return known
+
+
 @torch.no_grad()
 def evaluate(
     model: Model, dataset: Dataset, device: torch.device, known: dict[bytes, np.ndarray] | None = None

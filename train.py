@@ -24,7 +24,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ from kit.report import analysis_tables, caveats, report, report_table
 from kit.run import STUDENT, TEACHER_PART, Run, Training
 from model import Model, set_dropout
 from pq import STAGES, begin_stage, product_quantizers
-from predict import batches_on, evaluate, evaluate_languages, in_words, load_tests, sentence_vectors
+from predict import batches_on, evaluate, evaluate_languages, in_words, load_tests, set_references
 from prepare import calibrate, prepare
 from tt import tensorize
 
@@ -459,9 +458,7 @@ def main(argv: list[str] | None = None) -> None:
     parallel.start(config.device)
     run, start, data = open_run(config, resume)
     teacher, teacher_bytes, teacher_seconds = get_teacher(run, start, data)
-    known: dict[bytes, np.ndarray] = {}  # without labels, the teacher's vectors are what students are compared with
-    for dataset in (data.dev, *data.tests.values()) if data.dev.labels is None else ():
-        dataset.reference = sentence_vectors(teacher, dataset, run.device, known)
+    known = set_references(teacher, [data.dev, *data.tests.values()], run.device)
     for method in run.config.methods:
         if method in run.results["methods"]:  # of a run that was stopped later
             continue

@@ -46,19 +46,25 @@ def test_rows_are_added(finished, monkeypatch, capsys):
     for _ in range(2):  # once more: the same
         assert peers.main([str(finished)]) == 0
         found = rows_of(finished)
+        times = [row.pop("milliseconds") for row in found.values()]
+        assert all(set(each) == {"1", "32"} and min(each.values()) > 0 for each in times)
         assert [*found] == ["fp32", "ptq", "onnxruntime"] and found["ptq"] == before["ptq"]
         assert found["onnxruntime"]["languages"] == before["fp32"]["languages"]
         assert found["onnxruntime"]["size_bytes"] > 5e6
     out = capsys.readouterr().out
     assert "openvino: not measured, openvino and nncf not installed" in out
     assert "| onnxruntime |" in (finished / "report.md").read_text()
-    assert compare([str(finished / "results.json")]) == 0 and "onnxruntime W8A8" in capsys.readouterr().out
+    assert compare([str(finished / "results.json")]) == 0 and "onnxruntime W8A8" in (table := capsys.readouterr().out)
+    assert "| ms x 1 | ms x 32 |" in table
     assert train.main([*OPTIONS.split(), "--out", str(finished), "--resume"]) == 0  # not in the way of --analyze
 
 
 def test_what_is_refused(finished, tmp_path, capsys):
     config = json.loads((finished / "config.json").read_text())
-    for change, message in ({"task": "atis"}, "one label a text"), ({"nonsense": 1}, "holds no run of train.py"):
+    for change, message in (
+        ({"task": "atis"}, "one label or vector per text"),
+        ({"nonsense": 1}, "holds no run of train.py"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         assert peers.main([str(tmp_path)]) == 2
         assert message in capsys.readouterr().err

@@ -42,6 +42,7 @@ MAY_DIFFER = {"seed", "bits", "act_bits", "distill", "methods", "recipe", "name"
 MAY_DIFFER_JOINT = {"tt_rank", "tt_embedding_rank", "lr", "epochs", "weight_range", "act_range"}
 MAY_DIFFER_JOINT |= {"student_dropout", "student_epochs", "student_lr"}
 VARIANTS = "per_tensor act_range weights weight_range".split()  # named in a row's label where runs differ in them
+SIZES = ("1", "32")  # texts in a call that tools/peers.py timed
 ROW = "name task seed bits act_bits tt_rank tt_embedding_rank distill".split()  # tell two runs apart
 
 
@@ -206,8 +207,10 @@ def scores_table(runs: list[dict]) -> str:
         seeds = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
         scores = score_cells(rows, tasks).values()
         megabytes = statistics.fmean(row["size_bytes"] / 1e6 for row in rows.values())
-        lines.append([str(label), seeds, *scores, format_recovered(means, label), f"{megabytes:.1f}"])
-    header = ["", "seeds", *score_cells({}, tasks), "recovered %", "MB"]
+        cells = [str(label), seeds, *scores, format_recovered(means, label), f"{megabytes:.1f}"]
+        times = [row.get("milliseconds", {}) for row in rows.values()]  # of tools/peers.py
+        lines.append(cells + [format_mean(t[size] for t in times if size in t).split()[0] for size in SIZES])
+    header = ["", "seeds", *score_cells({}, tasks), "recovered %", "MB", *(f"ms x {size}" for size in SIZES)]
     told = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]  # no empty columns
     return markdown_table([header[i] for i in told], [[line[i] for i in told] for line in lines])
 

@@ -1,4 +1,5 @@
-"""What other libraries make of a run's teacher: two more rows in its results.json, on the same test rows.
+"""What other libraries make of a run's teacher: two more rows in its results.json, on the same test rows. And the times
+of all of them, of the teacher and of the run's student, for 1 and for 32 test texts.
 
     python tools/peers.py out/NAME    # the --out of a finished run of train.py; then tools/compare.py as before
 
@@ -15,23 +16,30 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from bench import interleave, medians
+from checkpoint import read_student
 from config import TrainConfig
-from data.batches import unpadded_batches
+from data.batches import collate, unpadded_batches
 from data.tasks import find_task, selection_splits
+from int8 import integer_model
 from kit.common import UserError, exit_status
 from kit.files import write_text
 from kit.report import report, report_table
+from kit.run import STUDENT
+from predict import set_references
 from tools.backends import Runner, is_installed, load_onnx, load_openvino, write_onnx, write_openvino
 from tools.compare import read_runs
 from train import evaluate_languages, get_teacher, open_run
 
 CALIBRATION = 300  # texts
+TIMED, ROUNDS = (1, 32), 15  # texts in a call, and calls
 NEEDS = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("openvino", "nncf")}
 
 
@@ -56,8 +64,8 @@ def read_config(out: str) -> TrainConfig:
         config = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"{out} holds no run of train.py: name the --out of one") from None
-    if find_task(config.task).head != "sequence":
-        raise UserError(f"{out}: peers are measured for tasks with one label a text")
+    if find_task(config.task).head not in ("sequence", "embedding"):
+        raise UserError(f"{out}: peers are measured for tasks with one label or vector per text")
     return replace(config, out=out)
 
 
@@ -69,6 +77,11 @@ def add_peers(out: str) -> None:
         raise UserError(f"{start.name} has token types: peers are measured for XLM-R's tokenizer")
     run.results["environment"] = before["environment"]  # of the training
     teacher, cpu = get_teacher(run, start, data)[0].cpu(), torch.device("cpu")
+    set_references(teacher, [*data.tests.values()], cpu)
+    student = read_student(run.path(STUDENT))
+    models = {"fp32": teacher}
+    if 32 not in (student.quant.weight_bits, student.quant.act_bits):
+        models[student.notes["method"]] = integer_model(student)
     config, task = run.config, start.task
     calibrated = partial(write_openvino, calibration=unpadded_batches(data.train, CALIBRATION, 1, config.seed))
     peers = {"onnxruntime": (write_onnx, load_onnx, ".onnx"), "openvino": (calibrated, load_openvino, ".bin")}
@@ -80,9 +93,19 @@ def add_peers(out: str) -> None:
             path = os.path.join(folder, name + suffix)
             write(teacher, path)
             size = sum(entry.stat().st_size for entry in os.scandir(folder))
-            row = {"size_bytes": size, "train_seconds": 0.0}
-            row |= evaluate_languages(name, Peer(load(path)), data.tests, task, cpu)
+            row, models[name] = {"size_bytes": size, "train_seconds": 0.0}, Peer(load(path))
+            row |= evaluate_languages(name, models[name], data.tests, task, cpu)
         run.finish_row(name, row)
+    dataset = next(iter(data.tests.values()))
+    batches = [collate(dataset, np.arange(min(size, len(dataset)))) for size in TIMED]
+    for size, batch in zip(TIMED, batches, strict=True):
+        calls = {name: partial(model, batch.ids, batch.mask, types=None) for name, model in models.items()}
+        with torch.inference_mode():
+            times = medians(interleave(calls, ROUNDS, warm=True))
+        for name, measured in times.items():
+            row = run.results["methods"][name]
+            row["milliseconds"] = row.get("milliseconds", {}) | {str(size): measured["median_ms"]}
+            run.finish_row(name, row)
     write_text(
         run.path("report.md"), report(run.results, task, selection_splits(task, config.eval_split, start.folder)[1])
     )
