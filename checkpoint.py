@@ -40,8 +40,8 @@ CHUNK = 1 << 22  # codes made or unpacked at a time, a multiple of 8: XLM-R's em
 LIMITS = {"vocab_size": (1, 10**7), "hidden_size": (1, 2**14), "num_layers": (1, 200), "num_heads": (1, 2**10)}
 LIMITS |= {"ffn_size": (1, 2**17), "max_tokens": (1, 2**17), "type_vocab_size": (1, 16), "position_offset": (0, 16)}
 LIMITS |= {"pad_id": (0, 10**7), "num_labels": (0, 10**5), "num_slots": (0, 10**5)}
-POOLINGS = ("", "mean", "first", "other")  # the last are not implemented
 LIMITS |= {"norm_eps": (0.0, 0.1), "dropout": (0.0, 0.99)}
+POOLINGS = ("", "mean", "first", "other")  # the last is not implemented
 
 
 # ----------------------------------------------------------------------------------- float models

@@ -158,8 +158,8 @@ def map_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
 def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """1 - cos(student, teacher), mean over real tokens; between 0 and 2.
 
-    student, teacher: (B, T, C), or (B, C).  mask: (B, T) bool, None if all are real.  A zero vector has no direction: its token
-    costs nothing and gets no gradient.
+    student, teacher: (B, T, C), or (B, C) of sentences.  mask: (B, T) bool, None if all are real.  A zero vector has no
+    direction: its token costs nothing and gets no gradient.
     """
     student, teacher = student.float(), teacher.detach().float()
     counted = student.any(dim=-1) & teacher.any(dim=-1)  # (B, T)
