@@ -50,7 +50,7 @@ DEFAULTS: dict[str, dict] = {
     | {"label_smoothing": 0.1},
     "joint, built-in sample": dict(shape="2x128", epochs=20, batch_size=8, lr=2e-3),
     "embed": dict(methods=("fp32", "ptq", "sdq"), epochs=0, student_epochs=3, student_steps=200, alpha=100.0)
-    | dict(student_lr=1e-4, student_lr_at={2: 1e-3, 3: 3e-4}),
+    | dict(student_lr=3e-4, student_lr_at={}),
     # --recipe
     "sdq": {},
     "kd": dict(bits=2, weights="ternary", attention_bits=8, noise=1.0, distill="logits+map", alpha=1.0, beta=600.0),

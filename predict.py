@@ -249,9 +249,12 @@ def set_references(teacher: Model, datasets: list[Dataset], device: torch.device
     by the ids of their sentences.
     """
     known: dict[bytes, np.ndarray] = {}
-    for dataset in datasets:
-        if dataset.labels is None:
-            dataset.reference = sentence_vectors(teacher, dataset, device, known)
+    datasets = [dataset for dataset in datasets if dataset.labels is None]
+    progress = Progress("vectors to compare with, data sets", len(datasets))
+    for i, dataset in enumerate(datasets):
+        dataset.reference = sentence_vectors(teacher, dataset, device, known)
+        progress.update(i + 1)
+    progress.clear()
     return known
 
 
