@@ -322,8 +322,10 @@ def get_teacher(run: Run, start: Start, data: Data) -> tuple[Model, int, float]:
 
     Its file is named by all that it depends on, except the code: a teacher of other code is used, with a note.
     """
-    key = [getattr(run.config, name) for name in TEACHER_OPTIONS] + [*start.identity, *(start.classes or ())]
-    key += [WARMUP, WEIGHT_DECAY, CLIP_NORM, data.train.sha256, data.dev.sha256, run.device.type]
+    changes = run.config.epochs or start.read is None  # else it is a converted model as it stands
+    key = [getattr(run.config, name) for name in (TEACHER_OPTIONS if changes else ["task"])]
+    key += [*start.identity, *(start.classes or ())]
+    key += [WARMUP, WEIGHT_DECAY, CLIP_NORM, data.train.sha256, data.dev.sha256, run.device.type] if changes else []
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     path = os.path.join(run.teachers, f"{run.config.task}-{start.name}-{digest}.safetensors")
     code = code_digests()
