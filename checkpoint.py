@@ -263,14 +263,14 @@ def fake_quantized(read: Checkpoint) -> Model:
 
 
 def tokenizer_of(path: str, read: Checkpoint, head: str = "") -> Encoder:
-    """The tokenizer (of any kind) of a file, with the model's prompt for an embedding head.  head: if it will be another
-    than the file's. Raises UserError unless its ids fit into the model's table.
+    """The tokenizer (of any kind) of a file, with the model's prompt for an embedding head.  head: of the model to be built,
+    if not the file's. Raises UserError unless its ids fit into the model's table.
     """
     tokenizer = load_tokenizer(read.vocabulary.numpy().tobytes(), path)
     if tokenizer.vocab_size > read.config.vocab_size:  # a table may have reserved rows
         raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} ids, its model {read.config.vocab_size:,}")
     if (head or read.config.head) == "embedding":
-        tokenizer.prompt = read.notes.get("prompt", "")
+        tokenizer.set_prompt(read.notes.get("prompt", ""))
     return tokenizer
 
 

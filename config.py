@@ -226,7 +226,7 @@ def resolve(given: dict) -> TrainConfig:
     kind = "scratch" if model == "scratch" or scratch_shape(model) else model
     rows = [kind] if kind in ("mini", "scratch") else []
     rows += ["glue"] if task.subfolder.startswith("glue/") else []
-    rows += [{"token": "token", "embedding": "embed"}[task.head]] if task.head in ("token", "embedding") else []
+    rows += {"token": ["token"], "embedding": ["embed"]}.get(task.head, [])
     if task.head == "joint" and kind == "scratch":
         built_in = find_data(task, given.get("data_dir"), kind) not in (given.get("data_dir"), RAW_DIR)
         rows += ["joint", "joint, built-in sample"][: 1 + built_in]

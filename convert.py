@@ -156,7 +156,8 @@ def read_folder(folder: str) -> tuple[dict[str, Tensor], dict, Encoder, dict[str
 
 
 PROMPTS = {"multilingual-e5-small": "query: "}  # of models whose cards ask for one that no file names
-POOLING = {"pooling_mode_mean_tokens": "mean", "mean": "mean", "pooling_mode_cls_token": "first", "cls": "first"}
+OLD_POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}  # sentence-transformers' modes
+POOLING = {"mean": "mean", "cls": "first", **OLD_POOLING}  # and those of files written since version 5
 
 
 def sentence_settings(folder: str) -> tuple[str, dict[str, str]]:
@@ -169,20 +170,28 @@ def sentence_settings(folder: str) -> tuple[str, dict[str, str]]:
             return folder, {"pooling": "", "prompt": "", "modules": ""}
         paths = [os.path.normpath(os.path.join(folder, module["path"])) for module in modules]
         kinds = [module["type"].rpartition(".")[2] for module in modules]
-        known = kinds[1:2] == ["Pooling"] and kinds[2:] in ([], ["Normalize"])
-        how = read_json(f"{paths[1]}/config.json") if known else {}
-        modes = [mode for mode, on in how.items() if on is True and mode.startswith("pooling_mode_")]
-        mode = str(how.get("pooling_mode") or "+".join(modes))
-        pooling = POOLING.get(mode, "other") if how.get("include_prompt", True) else "other"
-        more = read_json(f"{paths[0]}/sentence_bert_config.json")
-        more |= read_json(f"{folder}/config_sentence_transformers.json")
-        prompts = more.get("prompts") or {}
-        prompt = str(prompts.get(more.get("default_prompt_name")) or "")
-        left_out = [f"max_seq_length {more['max_seq_length']} (--max-length)"] if more.get("max_seq_length") else []
+    if kinds[0] != "Transformer":
+        raise UserError(f"{folder}/modules.json: its first module is a {kinds[0]}, not a Transformer")
+    pooling, mode = read_pooling(paths[1]) if kinds[1:] in (["Pooling"], ["Pooling", "Normalize"]) else ("other", "")
+    with reading(path := f"{folder}/config_sentence_transformers.json"):
+        settings = read_json(path)
+        prompts = settings.get("prompts") or {}
+        prompt = prompts.get(settings.get("default_prompt_name")) or ""
+        length = read_json(f"{paths[0]}/sentence_bert_config.json").get("max_seq_length")
+        left_out = [f"max_seq_length {length} (--max-length)"] if length else []
         left_out += [f"prompts {prompts} (--prompt TEXT)"] if any(prompts.values()) and not prompt else []
-        left_out += kinds[1:] if pooling == "other" else []
-        print(f"sentence-transformers: the encoder is {paths[0]}; not converted: {', '.join(left_out) or 'nothing'}")
-    return paths[0], {"pooling": pooling, "prompt": prompt, "modules": ", ".join([*kinds, mode])}
+    left_out += kinds[1:] if pooling == "other" else []
+    print(f"sentence-transformers: the encoder is {paths[0]}; not converted: {', '.join(left_out) or 'nothing'}")
+    return paths[0], {"pooling": pooling, "prompt": prompt, "modules": ", ".join(filter(None, (*kinds, mode)))}
+
+
+def read_pooling(folder: str) -> tuple[str, str]:
+    """The pooling of ModelConfig, "other" if it is not implemented, and its name in the folder of a Pooling module."""
+    with reading(path := f"{folder}/config.json"):
+        settings = read_json(path)
+        modes = [name for name, on in settings.items() if on is True and name.startswith("pooling_mode_")]
+        mode = str(settings.get("pooling_mode") or "+".join(modes) or "without its config.json")
+        return (POOLING.get(mode, "other") if settings.get("include_prompt", True) else "other"), mode
 
 
 # ------------------------------------------------------------------------------------- conversion
@@ -317,9 +326,7 @@ def export(path: str, folder: str) -> None:
         "attention_probs_dropout_prob": config.dropout,
         "hidden_act": "gelu",
     }
-    if config.head == "embedding":
-        export_sentences(folder, config, tokenizer.prompt, student.max_length)
-    else:
+    if config.head != "embedding":
         settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if isinstance(tokenizer, WordPieceTokenizer):
         rules = {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lower}
@@ -335,8 +342,10 @@ def export(path: str, folder: str) -> None:
     write_tensors(os.path.join(folder, "model.safetensors"), tensors, format="pt")  # as transformers calls it
     write_json(os.path.join(folder, "tokenizer_config.json"), rules)
     write_text(os.path.join(folder, name), vocabulary)
+    if config.head == "embedding":
+        export_sentences(folder, config, tokenizer.prompt, student.max_length)
     write_json(os.path.join(folder, "config.json"), settings)  # last: now the folder is a model
-    print(f"wrote {folder}: config.json, model.safetensors, {name}, tokenizer_config.json")
+    print(f"wrote {folder}: {', '.join(sorted(os.listdir(folder)))}")
 
 
 def export_sentences(folder: str, config: ModelConfig, prompt: str, max_length: int) -> None:
@@ -347,7 +356,7 @@ def export_sentences(folder: str, config: ModelConfig, prompt: str, max_length: 
         for i, (kind, path) in enumerate(paths.items())
     ]
     pooling = config.pooling or "mean"
-    modes = {mode: kind == pooling for mode, kind in POOLING.items() if mode.startswith("pooling_mode_")}
+    modes = {mode: kind == pooling for mode, kind in OLD_POOLING.items()}
     files = {
         "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, **modes},
         "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
@@ -368,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="of a sentence encoder: put before every text, as 'query: '")
     parser.add_argument("--export", nargs=2, metavar=("STUDENT", "DIR"), help="write a student as a folder instead")
     args = parser.parse_args(argv)
-    if bool(args.export) == bool(args.name):
+    if bool(args.export) == bool(args.name) or (args.export and args.prompt is not None):
         parser.error("give the name of a model, or --export STUDENT DIR alone")
     if args.export:
         return export(*args.export)
@@ -385,7 +394,8 @@ def main(argv: list[str] | None = None) -> None:
     model, labels = convert_tensors(name, tensors, settings, tokenizer)
     model.config = replace(model.config, pooling=sentences["pooling"])
     notes = {"name": name, "labels": "\t".join(labels), "modules": sentences["modules"]}
-    notes["prompt"] = args.prompt if args.prompt is not None else sentences["prompt"] or PROMPTS.get(name, "")
+    tokenizer.set_prompt(args.prompt if args.prompt is not None else sentences["prompt"] or PROMPTS.get(name, ""))
+    notes["prompt"] = tokenizer.prompt
     size = save_model(out, model, tokenizer.bytes, notes)
     count = sum(tensor.numel() for tensor in model.state_dict().values())
     classes = f" ({', '.join(labels)})" if labels else ""

@@ -127,14 +127,18 @@ def embed(student: Student, texts: Iterable[str]) -> np.ndarray:
 
     Raises UserError for a text that the student can't read, and for a student that makes no vectors.
     """
-    if student.model.config.head != "embedding":
-        raise UserError("this student predicts labels: vectors come from one of --task embed")
+    check_makes_vectors(student)
     device = next(student.model.parameters()).device
     parts = (
         sentence_vectors(student.model, encode(student, chunk), device, None, TOKENS)
         for chunk in chunks(student, texts)
     )
     return np.concatenate([np.empty((0, student.model.config.hidden_size), dtype=np.float32), *parts])
+
+
+def check_makes_vectors(student: Student) -> None:
+    if student.model.config.head != "embedding":
+        raise UserError("this student predicts labels: vectors come from one of --task embed")
 
 
 def chunks(student: Student, texts: Iterable) -> Iterator[list]:
@@ -221,50 +225,50 @@ def batches_on(device: torch.device, dataset: Dataset, tokens: int = 0) -> Itera
     return (batch.to(device) for batch in evaluation_batches(dataset, tokens or EVAL_TOKENS[device.type]))
 
 
+Cache = dict[bytes, np.ndarray]  # the ids of a sentence -> its vector
+
+
 @torch.no_grad()
 def sentence_vectors(
-    model: Model, dataset: Dataset, device: torch.device, known: dict[bytes, np.ndarray] | None = None, tokens: int = 0
+    model: Model, dataset: Dataset, device: torch.device, cache: Cache | None = None, tokens: int = 0
 ) -> np.ndarray:
     """The vectors of a data set's sentences, float32 (N, C).
 
-    known: vectors by the ids of their sentence, which are not computed again; the others are added.  tokens: see
-    batches_on.
+    cache: of the same model; what it holds is not computed again, and all others are added.  tokens: see batches_on.
     """
     model.eval()
-    known = {} if known is None else known
+    cache, found = {} if cache is None else cache, []
     keys = [row.tobytes() for row in np.split(dataset.ids, dataset.starts[1:-1])]
-    new = {key: i for i, key in enumerate(keys) if key not in known}
-    order = evaluation_order(dataset)
-    order, found = order[np.isin(order, [*new.values()])], []
+    last = {key: i for i, key in enumerate(keys) if key not in cache}  # one row per different sentence
+    order = np.array([i for i in evaluation_order(dataset) if last.get(keys[i]) == i], dtype=np.int64)
     for batch in parallel.mine(evaluation_batches(dataset, tokens or EVAL_TOKENS[device.type], order)):
         batch = batch.to(device)
         found.append(model(batch.ids, batch.mask, types=batch.types)[0].float().cpu().numpy())
-    rows = chain.from_iterable(parallel.gather(found))
-    known |= zip((keys[i] for i in order), rows, strict=True)
-    return np.stack([known[key] for key in keys])
+    cache |= zip((keys[i] for i in order), chain.from_iterable(parallel.gather(found)), strict=True)
+    return np.stack([cache[key] for key in keys])
 
 
-def set_references(teacher: Model, datasets: list[Dataset], device: torch.device) -> dict[bytes, np.ndarray]:
-    """Where there are no labels, give each data set the teacher's vectors, which students are compared with. Returns them
-    by the ids of their sentences.
+def set_references(teacher: Model, datasets: list[Dataset], device: torch.device) -> Cache:
+    """Where there are no labels, give each data set the teacher's vectors, which students are compared with. Returns the
+    cache of its vectors.
     """
-    known: dict[bytes, np.ndarray] = {}
+    cache: Cache = {}
     datasets = [dataset for dataset in datasets if dataset.labels is None]
     progress = Progress("vectors to compare with, data sets", len(datasets))
     for i, dataset in enumerate(datasets):
-        dataset.reference = sentence_vectors(teacher, dataset, device, known)
+        dataset.reference = sentence_vectors(teacher, dataset, device, cache)
         progress.update(i + 1)
     progress.clear()
-    return known
+    return cache
 
 
 @torch.no_grad()
-def evaluate(
-    model: Model, dataset: Dataset, device: torch.device, known: dict[bytes, np.ndarray] | None = None
-) -> dict:
-    """The metrics of the dataset in %, "score" (their mean) and the counts behind them.  known: see sentence_vectors."""
+def evaluate(model: Model, dataset: Dataset, device: torch.device, cache: Cache | None = None) -> dict:
+    """The metrics of the dataset in %, "score" (the mean of those that models are compared by) and the counts behind them.
+    cache: see sentence_vectors.
+    """
     if dataset.labels is None:
-        vectors = sentence_vectors(model, dataset, device, known)
+        vectors = sentence_vectors(model, dataset, device, cache)
         return sentence_scores(*dataset.metrics, vectors, dataset.scores, dataset.reference)
     model.eval()
     predictions, labels = [], []  # of sequences, one array per batch
@@ -298,12 +302,12 @@ def in_words(evaluation: dict, dataset: Dataset) -> str:
 
 
 def evaluate_languages(
-    name: str, model: Model, tests: dict[str, Dataset], task: Task, device: torch.device, known: dict | None = None
+    name: str, model: Model, tests: dict[str, Dataset], task: Task, device: torch.device, cache: Cache | None = None
 ) -> dict:
-    """A row of results.json without its size and time.  known: see sentence_vectors; shared by the languages."""
-    progress, found, known = Progress(name + ", languages", len(tests)), {}, {} if known is None else known
+    """A row of results.json without its size and time.  cache: see sentence_vectors; languages share it."""
+    progress, found, cache = Progress(name + ", languages", len(tests)), {}, {} if cache is None else cache
     for i, (language, dataset) in enumerate(tests.items()):
-        found[language] = evaluate(model, dataset, device, known)
+        found[language] = evaluate(model, dataset, device, cache)
         progress.update(i + 1, f"{language} {in_words(found[language], dataset)}")
     progress.clear()
     return summarize_languages(found, task.train_language)
@@ -353,8 +357,16 @@ def evaluate_student(path: str, args: argparse.Namespace) -> None:
 
 
 # ----------------------------------------------------------------------------------- command line
+def npy(path: str) -> str:
+    """An argparse type."""
+    if not path.endswith(".npy"):
+        raise argparse.ArgumentTypeError(f"{path}: choose a name that ends with .npy")
+    return path
+
+
 def write_vectors(student: Student, path: str, out: str) -> None:
     """Write the vectors of all lines of a file as one .npy. Raises UserError naming the first line that has none."""
+    check_makes_vectors(student)
     texts = []
     for number, (text, wrong) in enumerate(lines_of(path), start=1):
         if wrong := wrong or (problem(student, text) if text else "is empty"):
@@ -396,7 +408,7 @@ def main(argv: list[str] | None = None) -> None:
     about = "one text per line, two separated by a tab (default: standard input)"
     parser.add_argument("texts", nargs="?", default="-", help=about)
     parser.add_argument(
-        "--out", metavar="FILE.npy", help="of a student of --task embed: write vectors, one row per line"
+        "--out", type=npy, metavar="FILE.npy", help="of a student of --task embed: write vectors, one row per line"
     )
     parser.add_argument("--prompt", metavar="TEXT", help="put before every sentence instead of the model's own")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
@@ -408,12 +420,14 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--eval-split", default="test", choices=("test", "dev"), help="default: test")
     group.add_argument("--max-eval", type=COUNT, metavar="N", help="N random examples per language (default: all)")
     args = parser.parse_args(argv)
+    if args.evaluate and args.out:
+        parser.error("--evaluate prints a table, --out writes vectors: choose one")
     if args.evaluate:
         evaluate_student(args.student, args)
         return
     student = load(args.student, args.device, args.threads)
     if args.prompt is not None:
-        student.tokenizer.prompt = args.prompt
+        student.tokenizer.set_prompt(args.prompt)
     if args.out:
         write_vectors(student, args.texts, args.out)
     else:

@@ -322,10 +322,10 @@ def get_teacher(run: Run, start: Start, data: Data) -> tuple[Model, int, float]:
 
     Its file is named by all that it depends on, except the code: a teacher of other code is used, with a note.
     """
-    changes = run.config.epochs or start.read is None  # else it is a converted model as it stands
-    key = [getattr(run.config, name) for name in (TEACHER_OPTIONS if changes else ["task"])]
+    is_made = run.config.epochs or start.read is None  # else a converted model as it stands, for all seeds and data
+    key = [getattr(run.config, name) for name in (TEACHER_OPTIONS if is_made else ["task"])]
     key += [*start.identity, *(start.classes or ())]
-    key += [WARMUP, WEIGHT_DECAY, CLIP_NORM, data.train.sha256, data.dev.sha256, run.device.type] if changes else []
+    key += [WARMUP, WEIGHT_DECAY, CLIP_NORM, data.train.sha256, data.dev.sha256, run.device.type] if is_made else []
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     path = os.path.join(run.teachers, f"{run.config.task}-{start.name}-{digest}.safetensors")
     code = code_digests()
@@ -460,13 +460,13 @@ def main(argv: list[str] | None = None) -> None:
     parallel.start(config.device)
     run, start, data = open_run(config, resume)
     teacher, teacher_bytes, teacher_seconds = get_teacher(run, start, data)
-    known = set_references(teacher, [data.dev, *data.tests.values()], run.device)
+    cache = set_references(teacher, [data.dev, *data.tests.values()], run.device)
     for method in run.config.methods:
         if method in run.results["methods"]:  # of a run that was stopped later
             continue
         if method == "fp32":
             row = {"size_bytes": teacher_bytes, "train_seconds": teacher_seconds}
-            row |= evaluate_languages(method, teacher, data.tests, start.task, run.device, known)
+            row |= evaluate_languages(method, teacher, data.tests, start.task, run.device, cache)
         else:
             row = run_student(run, start, teacher, method, data)
         run.finish_row(method, row)

@@ -26,7 +26,7 @@ from data.files import Example, Sentence
 from data.slots import Names
 from data.tasks import Task, languages_of, load, names_of
 from data.tokenizer import PAD, Encoder
-from kit.common import Progress
+from kit.common import Progress, UserError
 
 ENCODED = 20_000  # texts or pairs that are encoded at once
 POOL = 50  # batches whose rows are sorted by length together: more gives less padding and shuffling
@@ -49,8 +49,8 @@ class Dataset:
     cut: int = 0  # rows that were cut to the longest length
     lost: int = 0  # the tokens that they lost
     metrics: tuple[str, ...] = ("accuracy",)  # see data.tasks.Task
-    # Of sentences with "retrieval" or "spearman" the second half of the rows are partners of the first, which may have
-    # scores, (N / 2,) float32. The vectors of a float32 model (N, C), to compare with.
+    # Of sentences without labels: if they are pairs, rows 0 .. N/2 - 1 are the first ones, the others their partners in
+    # the same order. Their scores, (N/2,) float64, None for retrieval; the float32 model's vectors, (N, C).
     scores: np.ndarray | None = None
     reference: np.ndarray | None = None
     epoch: tuple | None = None  # (key, batches) of the epoch that training_batch drew last
@@ -62,14 +62,8 @@ class Dataset:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of all arrays and the names of the tags."""
-        parts = (
-            self.ids,
-            self.starts,
-            self.labels,
-            self.tags,
-            self.second,
-            *([self.scores] if self.labels is None else []),
-        )
+        labels = self.scores if self.labels is None else self.labels
+        parts = (self.ids, self.starts, labels, self.tags, self.second)
         each = [part is not None and hashlib.sha256(part.tobytes()).hexdigest() for part in parts]
         return hashlib.sha256(repr((each, self.slots)).encode()).hexdigest()
 
@@ -122,6 +116,10 @@ def encode_split(
     if limit is not None and limit < len(examples):
         examples = draw(examples, limit, 1 if split == "train" else task.together)
     if task.head == "embedding":
+        if examples[0].text_b is not None and len(examples) < 2:
+            raise UserError(
+                f"{task.name}: there is one {split} pair of {language}, which any model would find: use two or more"
+            )
         return encode_unlabelled(examples, tokenizer, max_length)
     if task.head == "sequence":
         first, second, labels = zip(*examples, strict=True)
@@ -136,10 +134,14 @@ def encode_unlabelled(examples: list[Example], tokenizer: Encoder, max_length: i
     """Sentences, or all first ones of pairs and then all second ones, behind the model's prompt."""
     first, second, scores = zip(*examples, strict=True)
     pairs, scored = second[0] is not None, scores[0] is not None
+    if len(tokenizer.encode(tokenizer.prompt)) >= max_length:
+        raise UserError(
+            f"the prompt, {tokenizer.prompt[:40]!r} ..., leaves no room for a sentence in {max_length} tokens"
+        )
     texts = [tokenizer.prompt + text for text in (*first, *(second if pairs else ()))]
     dataset = replace(encode_texts(tokenizer, texts, None, max_length, None), pad=tokenizer.pad_id)
     metric = "spearman" if scored else "retrieval" if pairs else "cosine"
-    return replace(dataset, metrics=(metric,), scores=np.array(scores, dtype=np.float32) if scored else None)
+    return replace(dataset, metrics=(metric,), scores=np.array(scores) if scored else None)
 
 
 def encode_texts(
@@ -290,7 +292,8 @@ def facts(
     ends.  names: of the classes.  length: where texts are cut.
     """
     rows = sum(map(len, tests.values()))
-    lines = [f"{len(train):,} training examples, {rows:,} test examples in {len(tests)} sets"]
+    what = "sentences" if train.labels is None else "examples"
+    lines = [f"{len(train):,} training {what}, {rows:,} test {what} in {len(tests)} sets"]
     if len(names) > 1:
         labels = train.labels if task.head != "token" else train.tags[train.tags != IGNORE]
         counts = sorted(zip(np.bincount(labels, minlength=len(names)).tolist(), names, strict=True), reverse=True)

@@ -17,14 +17,13 @@ import os
 import re
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import chain
 
 import numpy as np
 
 from data.files import Example, Names, Sentence, Task, existing, read_examples, read_tsv
 from data.glue import GLUE
 from data.metrics import are_spans
-from data.sentences import ALL, find_sentences, read_unlabelled
+from data.sentences import ALL, find_sentences, merged, read_unlabelled
 from data.sentences import FILES as SENTENCE_FILES
 from data.slots import FILES, SPLITS, read_names, read_sentences, read_tokens
 from data.xglue import XGLUE
@@ -53,8 +52,8 @@ def load(task: Task, split: str, language: str, folder: str) -> list[Example] | 
     if split in ("held-out", "rest"):
         return hold_out(load(task, "train", language, folder), split)
     found = task.read(task_folder(task, folder), split)
-    if language == ALL:
-        return list(chain(*found.values()))
+    if language == ALL and len(found) > 1:
+        return merged(found.values())
     if not found.get(language):
         there = " ".join(name for name in found if found[name]) or "none"
         raise UserError(f"{task.name}: no {split} row in language {language!r} under {folder}, only in: {there}")
@@ -296,7 +295,7 @@ TASKS = {
         find=partial(find_sentences, XNLI_FILES),
         fetch=XNLI_FETCH,
         languages=None,
-        train_language=ALL,
+        train_language=ALL,  # of no test set
         zero_shot=True,
         metrics=("retrieval", "spearman"),  # one of them
         columns={"retrieval": "retrieval", "spearman": "spearman", "cosine": "cosine"},

@@ -48,14 +48,19 @@ class Encoder:
     contents: the bytes that load_tokenizer reads.  vocab_size: the number of ids.
     """
 
-    prompt = ""  # of a sentence encoder: what stands before every sentence
     typed = False  # whether a second text has token type 1
     separators = 2  # between two texts
     cls_id, pad_id, sep_id, unk_id = BOS, PAD, EOS, UNK
 
     def __init__(self, contents: bytes, vocab_size: int):
-        self.bytes, self.vocab_size = contents, vocab_size
+        self.bytes, self.vocab_size, self.prompt = contents, vocab_size, ""
         self.sha256 = hashlib.sha256(contents).hexdigest()
+
+    def set_prompt(self, text: object) -> None:
+        """What a sentence encoder puts before every sentence. Raises UserError if it is no text."""
+        if not isinstance(text, str) or text.encode("utf-8", "ignore").decode() != text:
+            raise UserError(f"the prompt {text!r:.80} is not a text")
+        self.prompt = text
 
     def encode(self, a: str, b: str | None = None, max_length: int | None = None) -> list[int]:
         """One text or a pair -> ids with the special tokens, cut to max_length if given."""

@@ -46,7 +46,7 @@ def recovered(methods: dict[str, dict], name: str, task) -> float | None:
 
 
 def mean_columns(task) -> dict[str, str]:
-    """Column -> key of a row, for a task with several languages; without labels none of them was trained on."""
+    """Column -> key of a row, for a task with several languages. Sentences without labels have no training language."""
     return {task.train_language: "score", "zero-shot": "zero_shot_mean"} if task.labels else {"mean": "zero_shot_mean"}
 
 
@@ -144,14 +144,15 @@ def report(results: dict, task, selected: str) -> str:
     run, where, steps = results["config"], results["environment"], results["steps"]
     selected += ", which flatters every trained row" if selected == run["eval_split"] else ""
     tests = ", ".join(f"{name} {rows:,}" for name, rows in results["test_examples"].items()).removeprefix("all ")
+    rows, examples = ("rows", "examples") if task.labels else ("sentences", "sentences")
     notes = [
         f"{run['task']}, model {results['model']}, seed {run['seed']}; metrics in % on {run['eval_split']} ({tests} "
-        f"rows), trained on {results['train_examples']:,} examples: teacher {steps['teacher']:,} steps, students "
+        f"{rows}), trained on {results['train_examples']:,} {examples}: teacher {steps['teacher']:,} steps, students "
         f"{steps['students']:,}, of {run['batch_size']}.",
         *([quantization(run)] if set(run["methods"]) != {"fp32"} else []),
         *caveats(results, task),
         f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}.",
-        f"The epoch was selected on {selected}, in the training language.",
+        f"The epoch was selected on {selected}{', in the training language' if task.labels else ''}.",
         "Rows are of the integer model where weights and activations are quantized. MB: the checkpoint on disk. "
         "recovered: of the loss of ptq. train s: wall time, with evaluations on dev and saved states.",
     ]

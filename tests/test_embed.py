@@ -1,7 +1,9 @@
 """Sentence encoders (--task embed): vectors, retrieval and its files, from training to an exported folder."""
 
+import copy
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -21,6 +23,7 @@ from data.sentences import read_pairs
 from data.tasks import find_task, load
 from kit.common import UserError
 from model import HEADS, ModelConfig, build_model, with_head
+from tools import compare
 from train import sdq_loss
 
 EMBED, DATA = find_task("embed"), os.path.join(ROOT, "data", "mini")
@@ -126,13 +129,24 @@ def test_your_own_files(tmp_path, capsys):
     folder = [*SMALL, *SCRATCH, "--data-dir", str(tmp_path), "--student-steps", "2"]
     assert train.main([*folder, "--out", str(tmp_path / "pairs")]) == 0
     printed = capsys.readouterr().out
-    assert "30 training examples" in printed and "20 test examples in 2 sets" in printed and "| cosine |" in printed
-    write(tmp_path, test=SCORED, dev=PAIRS)
+    assert "30 training sentences, 20 test sentences in 2 sets" in printed and "| cosine |" in printed
+    write(tmp_path, test=SCORED, dev=[line.removesuffix("\tsw").removesuffix("\tde") for line in PAIRS[1:]])
+    (tmp_path / "dev.tsv").write_text("text\ttext2\n" + (tmp_path / "dev.tsv").read_text())
     read_pairs.cache_clear()
     assert train.main([*folder, "--out", str(tmp_path / "scored")]) == 0
     printed = capsys.readouterr().out
-    assert "33 training examples, 8 test examples" in printed and "| spearman | cosine |" in printed
+    assert "33 training sentences, 8 test sentences" in printed and "| spearman | cosine |" in printed
     assert "dev retrieval" in printed
+    write(tmp_path, dev=PAIRS)  # a text has a partner in each language: sentences alone
+    read_pairs.cache_clear()
+    assert len(load(EMBED, "dev", "all", str(tmp_path))) == 10
+    assert train.main([*folder, "--out", str(tmp_path / "languages")]) == 0
+    assert "dev cosine" in capsys.readouterr().out
+    runs = [str(tmp_path / name / "results.json") for name in ("pairs", "scored")]
+    assert compare.main(runs[:1]) == 0 and "| worst |" in " ".join(capsys.readouterr().out.split())
+    assert compare.main(runs[1:]) == 0 and re.search(
+        r"\| sdq W8A8 +\| +1 \| -?[\d.]+ \| +[\d.]+ \|", capsys.readouterr().out
+    )
     assert set(results(tmp_path, "scored")["methods"]["sdq"]["languages"]) == {"all"}
 
 
@@ -146,9 +160,11 @@ def test_your_own_files(tmp_path, capsys):
         ({"test": ["text\ttext2\tlanguage", "a\tb\tde", "c\td\t"]}, "line 3: the language is empty"),
         ({"test": ["text\ttext2\tscore", "a\tb\t1", "c\td\t"]}, "line 3: the score '' is no number, and all rows need"),
         ({"test": ["text\ttext2\tscore", "a\tb\tnan", "c\td\t1"]}, "line 2: the score 'nan' is no number"),
-        ({"test": ["text\ttext2", "a\tb"]}, "test.tsv has one pair in language 'all'"),
+        ({"test": ["text\ttext2", "a\tb"]}, "embed: there is one test pair of all, which any model would find"),
         ({"test": ["text\ttext2"]}, "test.tsv has no rows"),
-        ({"train": None}, "train.txt: fetch it with 'python data/fetch.py xnli', or name its folder"),
+        ({"test": ["text\ttext2\tlanguage", "a\tb\tall", "c\td\tall"]}, "'all' can't be the name of a language"),
+        ({"test": ["text\ttext2\tscore", "a\tb\t1", "c\td\t1.0"]}, "all scores in language 'all' are equal"),
+        ({"train": None}, "train.txt: fetch XNLI with 'python data/fetch.py xnli', or name a folder with --data-dir"),
     ],
 )
 def test_files_that_cannot_be_read(files, message, tmp_path, capsys):
@@ -160,10 +176,28 @@ def test_files_that_cannot_be_read(files, message, tmp_path, capsys):
     assert status == 2 and message in error and not (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("options", ["--methods qat", "--epochs 1"])
-def test_what_needs_labels(options, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--methods qat", "--task embed has no labels"),
+        ("--epochs 1", "--task embed has no labels"),
+        ("--max-eval 1", "there is one test pair of ar"),
+        ("--model scratch", "--model scratch needs --tokenizer"),
+    ],
+)
+def test_options_that_cannot_be(options, message, tmp_path, capsys):
     status, error = answer(capsys, "--task", "embed", *options.split(), "--out", str(tmp_path / "run"))
-    assert status == 2 and "--task embed has no labels" in error
+    assert status == 2 and message in error
+
+
+def test_prompts(tokenizer, tmp_path, capsys):
+    for prompt in (3, None, {"query": "query: "}, "\udcff"):
+        with pytest.raises(UserError, match="is not a text"):
+            tokenizer.set_prompt(prompt)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.set_prompt("the girl reads a book. " * 20)
+    with pytest.raises(UserError, match="leaves no room for a sentence in 32 tokens"):
+        encode_split(EMBED, "test", "de", DATA, tokenizer, 32)
 
 
 # --------------------------------------------------------------------- training, predicting, export
@@ -236,11 +270,14 @@ def test_mistakes_with_vectors(student, tmp_path, capsys):
         assert predict.main([path, str(texts), "--out", str(out)]) == 2 and not out.exists()
         assert message in capsys.readouterr().err
     assert predict.main([path, str(texts)]) == 2 and "--out vectors.npy" in capsys.readouterr().err
+    for options in (["--out", "texts.txt"], ["--out", "x.npy", "--evaluate"]):
+        with pytest.raises(SystemExit, match="2"):
+            predict.main([path, *options])
     with pytest.raises(UserError, match="give a list of texts"):
         predict.embed(predict.load(path), "a text")
     assert run(tmp_path, *"--languages de --steps 1 --methods ptq".split()) == 0
-    with pytest.raises(UserError, match="vectors come from one of --task embed"):
-        predict.embed(predict.load(str(tmp_path / "run" / "student.safetensors")), ["a text"])
+    assert predict.main([str(tmp_path / "run" / "student.safetensors"), str(texts), "--out", str(out)]) == 2
+    assert "vectors come from one of --task embed" in capsys.readouterr().err
 
 
 def test_an_exported_student_makes_the_same_vectors(student, tmp_path, capsys):

@@ -175,6 +175,12 @@ def test_an_encoder_of_sentence_transformers(folder, tmp_path, capsys):
     for pooling in ({"pooling_mode": "max"}, {"pooling_mode": ["cls", "max"]}, {"include_prompt": False}):
         write(root / "1_Pooling" / "config.json", **{"pooling_mode": "mean", **pooling})
         assert read_model(converted(root, "other")).config.pooling == "other"
+    for prompts, message in ((["a"], "_transformers.json is damaged"), ({"query": 3}, "the prompt 3 is not a text")):
+        write(root / "config_sentence_transformers.json", prompts=prompts, default_prompt_name="query")
+        assert message in error_of(root, capsys)
+    clip = [{"path": "", "type": "sentence_transformers.models.CLIPModel"}]
+    (folder / "modules.json").write_text(json.dumps(clip))
+    assert "its first module is a CLIPModel, not a Transformer" in error_of(folder, capsys)
     (folder / "modules.json").write_text(json.dumps([{**modules[0], "path": ""}]))  # it lies beside modules.json
     assert read_model(converted(folder, "third")).config.pooling == "other"
     assert "not converted: nothing" in capsys.readouterr().out

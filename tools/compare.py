@@ -172,7 +172,7 @@ def width_of(config: dict, variants: Iterable[str] = ()) -> str:
     words = [f"W{config['bits']}A{config['act_bits']}"]
     for name in variants:
         value, text = config[name], name.replace("_", " ")
-        if value not in (getattr(TrainConfig, name), "minmax", *words):
+        if value not in (getattr(TrainConfig, name), "minmax", *words):  # "lsq" once, though it names two options
             words.append(value if isinstance(value, str) else text if value is True else f"{text} {value:g}")
     return " ".join(words)
 
@@ -224,7 +224,8 @@ def score_cells(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[st
             for title, key in mean_columns(task).items():
                 cells[title] = format_mean(row[key] for row in mine if row[key] is not None)
             cells["worst"] = worst_cell(mine, task.train_language)
-            if not task.labels:
+            if not task.labels:  # the mean over languages, or over all pairs where these have no language
+                cells["mean"] = format_mean(row["compared"] for row in mine)
                 cells["cosine"] = format_mean(mean_of(row, "cosine") for row in mine)
             continue
         title, cell = ", ".join(task.metrics), format_mean(row["compared"] for row in mine)
@@ -343,8 +344,8 @@ def paired_table(runs: list[dict], base: str) -> str:
             continue
         others = [name for name in pairs[0][0]["languages"] if name != task.train_language]
         cells = {}
-        sets = [[task.train_language], others][-len(mean_columns(task)) :]
-        for title, names in zip(mean_columns(task), sets, strict=True):
+        sets = {task.train_language: [task.train_language], "zero-shot": others} if task.labels else {"mean": others}
+        for title, names in sets.items():
             each = [[correct_rows(a, name) - correct_rows(b, name) for name in names] for a, b in pairs]
             cells[title] = 100 * np.array(each)  # (seeds, languages, rows)
         zero_shot, means = [*cells.values()][-1], [format_difference(values.mean((0, 1))) for values in cells.values()]

@@ -1,5 +1,5 @@
 """What other libraries make of a run's teacher: two more rows in its results.json, on the same test rows. And the times
-of all of them, of the teacher and of the run's student, for 1 and for 32 test texts.
+of both, of the teacher and of the run's student for 1 and for 32 test texts.
 
     python tools/peers.py out/NAME    # the --out of a finished run of train.py; then tools/compare.py as before
 
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -32,11 +33,11 @@ from int8 import integer_model
 from kit.common import UserError, exit_status
 from kit.files import write_text
 from kit.report import report, report_table
-from kit.run import STUDENT
+from kit.run import STUDENT, Run
 from predict import set_references
 from tools.backends import Runner, is_installed, load_onnx, load_openvino, write_onnx, write_openvino
 from tools.compare import read_runs
-from train import evaluate_languages, get_teacher, open_run
+from train import Data, evaluate_languages, get_teacher, open_run
 
 CALIBRATION = 300  # texts
 TIMED, ROUNDS = (1, 32), 15  # texts in a call, and calls
@@ -78,9 +79,9 @@ def add_peers(out: str) -> None:
     run.results["environment"] = before["environment"]  # of the training
     teacher, cpu = get_teacher(run, start, data)[0].cpu(), torch.device("cpu")
     set_references(teacher, [*data.tests.values()], cpu)
-    student = read_student(run.path(STUDENT))
-    models = {"fp32": teacher}
-    if 32 not in (student.quant.weight_bits, student.quant.act_bits):
+    models: dict[str, Callable] = {"fp32": teacher}
+    if os.path.exists(run.path(STUDENT)) and 32 not in (config.bits, config.act_bits):
+        student = read_student(run.path(STUDENT))
         models[student.notes["method"]] = integer_model(student)
     config, task = run.config, start.task
     calibrated = partial(write_openvino, calibration=unpadded_batches(data.train, CALIBRATION, 1, config.seed))
@@ -96,9 +97,18 @@ def add_peers(out: str) -> None:
             row, models[name] = {"size_bytes": size, "train_seconds": 0.0}, Peer(load(path))
             row |= evaluate_languages(name, models[name], data.tests, task, cpu)
         run.finish_row(name, row)
+    time_models({name: model for name, model in models.items() if name in run.results["methods"]}, run, data)
+    write_text(
+        run.path("report.md"), report(run.results, task, selection_splits(task, config.eval_split, start.folder)[1])
+    )
+    print(f"\n{report_table(run.results, task)}\n\nwrote {out}/results.json, report.md")
+
+
+def time_models(models: dict[str, Callable], run: Run, data: Data) -> None:
+    """Add the median milliseconds of a call to the rows of models."""
     dataset = next(iter(data.tests.values()))
-    batches = [collate(dataset, np.arange(min(size, len(dataset)))) for size in TIMED]
-    for size, batch in zip(TIMED, batches, strict=True):
+    for size in TIMED:
+        batch = collate(dataset, np.arange(min(size, len(dataset))))
         calls = {name: partial(model, batch.ids, batch.mask, types=None) for name, model in models.items()}
         with torch.inference_mode():
             times = medians(interleave(calls, ROUNDS, warm=True))
@@ -106,10 +116,6 @@ def add_peers(out: str) -> None:
             row = run.results["methods"][name]
             row["milliseconds"] = row.get("milliseconds", {}) | {str(size): measured["median_ms"]}
             run.finish_row(name, row)
-    write_text(
-        run.path("report.md"), report(run.results, task, selection_splits(task, config.eval_split, start.folder)[1])
-    )
-    print(f"\n{report_table(run.results, task)}\n\nwrote {out}/results.json, report.md")
 
 
 @exit_status()
