@@ -89,7 +89,8 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
     elif program == "convert.py":
         assert arguments[0] in (*fetch.MODELS, "--export") or arguments[1:] == ["--from", "DIR"]
     elif program == "predict.py":
-        assert len(arguments) <= 2 and arguments[0].endswith("student.safetensors")
+        assert len(arguments) <= 4 and arguments[0].endswith("student.safetensors")
+        assert {word for word in arguments if word[:2] == "--"} <= literal_flags(program)
     elif program in ("bench.py", "tools/plot.py"):
         {"bench.py": bench, "tools/plot.py": plot}[program].build_parser().parse_args(arguments)
     else:
