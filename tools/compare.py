@@ -375,7 +375,8 @@ def compare(args: argparse.Namespace) -> str:
     check_comparable(runs)
     task = runs[0]["task"]
     if args.languages or args.minus:
-        several = task.zero_shot and (args.languages or {task.train_language} < set(runs[0]["languages"]))
+        trained_on = {task.train_language} if task.labels else set()
+        several = task.zero_shot and (args.languages or trained_on < set(runs[0]["languages"]))
         if not several or any(run["task"].name != task.name for run in runs):
             name = "--languages" if args.languages else "--minus"
             raise UserError(f"these files are not of one task with several languages: leave out {name}")
