@@ -55,6 +55,8 @@ def check_same(runs: list[dict], *names: str, instead: str = "") -> None:
 # ------------------------------------------------------------------------------- scores of methods
 def metric_name(task: Task) -> str:
     """What a task's score is: "accuracy, %", or "mean of pearson and spearman, %"."""
+    if not task.labels:  # whichever the test files are for
+        return " or ".join(task.metrics) + ", %"
     return ("mean of " if len(task.metrics) > 1 else "") + " and ".join(task.metrics) + ", %"
 
 
