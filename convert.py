@@ -372,7 +372,12 @@ def export_sentences(folder: str, config: ModelConfig, prompt: str, max_length: 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help=f"{', '.join(sorted(MODELS))}; with --from also any name of your own")
-    parser.add_argument("--from", dest="folder", metavar="DIR", help="a local Hugging Face folder; default: download")
+    parser.add_argument(
+        "--from",
+        dest="folder",
+        metavar="DIR",
+        help="a local Hugging Face folder; default: download (HF_ENDPOINT: a mirror)",
+    )
     parser.add_argument("--out", metavar="FILE", help="default: weights/NAME.safetensors")
     parser.add_argument("--prompt", metavar="TEXT", help="of a sentence encoder: put before every text, as 'query: '")
     parser.add_argument("--export", nargs=2, metavar=("STUDENT", "DIR"), help="write a student as a folder instead")
