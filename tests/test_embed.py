@@ -185,7 +185,7 @@ def test_files_that_cannot_be_read(files, message, tmp_path, capsys):
         ("--model scratch", "--model scratch needs --tokenizer"),
     ],
 )
-def test_options_that_cannot_be(options, message, tmp_path, capsys):
+def test_options_that_cannot_be(options, message, tmp_path, capsys, nothing_downloaded):
     status, error = answer(capsys, "--task", "embed", *options.split(), "--out", str(tmp_path / "run"))
     assert status == 2 and message in error
 

@@ -155,6 +155,7 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
         variants = [config[name] != getattr(TrainConfig, name) for name in VARIANTS]
         place = (rank, embedding_rank, method != "fp32", -config["bits"], -config["act_bits"], method in PEERS)
         place += (variants, config["weights"], row["place"], len(losses), losses, loss, config["name"])
+        place += ("milliseconds" not in row,)  # of equal rows the one that was timed
         found.append((place, label, (config["task"], config["seed"]), row))
     groups: dict[Label, dict[tuple[str, int], dict]] = {}
     for _, label, key, row in sorted(found, key=lambda entry: entry[0]):
