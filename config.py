@@ -19,6 +19,7 @@ from distill import LAYERWISE, LOSSES
 from kit.common import UserError, flag, multiplies_bf16
 from prepare import WEIGHTS, check_quant, default_keep
 from quant import QuantConfig
+from repair import REPAIRS
 from tt import TTConfig
 
 METHODS = {
@@ -27,7 +28,7 @@ METHODS = {
     "ptq-static": "the same with activation ranges from calibration batches",
     "qat": "trained through the quantizers, with quantization noise and the loss of the task",
     "sdq": "qat, and distilled from the teacher",
-}
+}  # each but fp32 may be followed by rows of REPAIRS: ptq+gptq+norm
 TRAINED = ("qat", "sdq")
 RECIPES = {
     "sdq": "8 bits with quantization noise, logits and attention contexts (arXiv 2307.05972)",
@@ -197,13 +198,29 @@ def tt_config(config: TrainConfig) -> TTConfig | None:
     return TTConfig(*ranks) if any(ranks) else None
 
 
+def base_of(method: str) -> str:
+    """The row of METHODS that a method begins with: sdq of sdq+gptq."""
+    return method.partition("+")[0]
+
+
+def trains(method: str) -> bool:
+    """Whether a row of the report is of a model that was trained after it was quantized."""
+    return base_of(method) in TRAINED
+
+
+def is_method(method: str) -> bool:
+    """Whether it is a row of METHODS, or one that is quantized and rows of REPAIRS in their order."""
+    base, *repairs = method.split("+")
+    return base in METHODS and repairs == [name for name in REPAIRS if name in repairs and base != "fp32"]
+
+
 def quant_config(config: TrainConfig, method: str) -> QuantConfig:
     """How a row of the report is quantized."""
     act_range = config.act_range
-    if method == "ptq-static" or (act_range == "learned" and method not in TRAINED):
+    if base_of(method) == "ptq-static" or (act_range == "learned" and not trains(method)):
         act_range = "static"  # where learning starts
     same = {name: getattr(config, name) for name in ("act_bits", "attention_bits", "weights", "weight_range")}
-    fine, noise = not config.per_tensor, config.noise if method in TRAINED else 1.0
+    fine, noise = not config.per_tensor, config.noise if trains(method) else 1.0
     keep = default_keep(tt_config(config))
     return QuantConfig(
         config.bits, per_channel=fine, per_token=fine, act_range=act_range, noise=noise, keep=keep, **same
@@ -284,7 +301,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    lists = {"recipes": RECIPES, "methods": METHODS}
+    title = f"methods, followed by repairs if wanted, as in ptq+{'+'.join(REPAIRS)}, or in sdq+norm before the training"
+    lists = {"recipes": RECIPES, title: METHODS | {f"+{name}": row.help for name, row in REPAIRS.items()}}
     texts = [f"{title}:\n" + "".join(f"  {k:<11} {v}\n" for k, v in rows.items()) for title, rows in lists.items()]
     parser = OneLineParser(
         prog="train.py",
@@ -328,10 +346,15 @@ def check(config: TrainConfig, task: Task) -> None:
         names = {"weight_bits": "bits", "rank": "tt_rank", "embedding_rank": "tt_embedding_rank"}
         text = re.sub(r"\b(\w+)=", lambda m: flag(names.get(m[1], m[1])) + " ", str(error))
         raise UserError(text) from None
-    unknown = [name for name in config.methods if name not in METHODS]
+    unknown = [name for name in config.methods if not is_method(name)]
+    parts = {part for name in config.methods for part in name.split("+")}  # rows of METHODS and of REPAIRS
     shape, layerwise, weights = scratch_shape(config.model), config.distill in LAYERWISE, f"--weights {config.weights}"
+    known = f"{' '.join(METHODS)}, with repairs in this order: ptq+{'+'.join(REPAIRS)}"
+    no_grid = config.bits == 32 or config.weights == "pq" or config.tt_rank
+    rounding = ", ".join(name for name in REPAIRS if name in parts and REPAIRS[name].needs_grid)
+    off_grid = f"--methods: {rounding} rounds to a grid of scales: not with --bits 32, --weights pq or --tt-rank"
     no_words = shape and task.head in ("sequence", "embedding") and not config.tokenizer
-    needs_labels = config.epochs or "qat" in config.methods
+    needs_labels = config.epochs or "qat" in parts
     odd = f"--model {config.model}: choose a hidden size that is a multiple of 64, or less than 128"
     zero = "--noise 1 sets all blocks of --weights pq to 0 while they wait for their stage: choose less"
     distills = layerwise or any(weight for name, weight in losses.items() if name != "task")
@@ -339,7 +362,8 @@ def check(config: TrainConfig, task: Task) -> None:
     cores = f"{weights} is for matrices: cores of tensor trains have learned scales"
     stages = f"{weights} has stages of its own: not with --distill {config.distill}"
     for is_wrong, message in (
-        (unknown, f"--methods: {', '.join(map(repr, unknown))} is unknown; choose from {' '.join(METHODS)}"),
+        (unknown, f"--methods: {', '.join(map(repr, unknown))} is unknown; choose from {known}"),
+        (rounding and no_grid, off_grid),
         (no_words, "--model scratch needs --tokenizer FILE, a SentencePiece model"),
         (
             task.head == "embedding" and needs_labels,
@@ -349,7 +373,7 @@ def check(config: TrainConfig, task: Task) -> None:
         (config.weights == "pq" and layerwise, stages),
         (config.weights == "pq" and config.noise == 1.0, zero),
         (shape and shape[1] % max(1, shape[1] // 64), odd),
-        ("sdq" in config.methods and not distills, nothing),
+        ("sdq" in parts and not distills, nothing),
     ):
         if is_wrong:
             raise UserError(message)

@@ -273,6 +273,11 @@ class WeightQuantizer(nn.Module):
         scale = self.scale(weight)
         return quantize(weight, scale, scale.new_zeros(()), self.quant_min, self.quant_max), scale
 
+    def keep_scale(self, weight: Tensor, scale: Tensor) -> None:
+        """Called when a repair has put the weight on the grid of this scale (repair.py): codes() must return the same
+        integers. Nothing to do where the scale is a parameter or follows from the integers.
+        """
+
     def forward(self, weight: Tensor) -> Tensor:
         """The weight on its grid, in training only where the noise falls; differentiable."""
         if self.training and self.noise == 0.0:
@@ -320,6 +325,13 @@ class UniformQuantizer(WeightQuantizer):
         if self.clip is not None:
             low, high = low * self.clip, high * self.clip
         return choose_qparams(low, high, self.quant_min, self.quant_max, symmetric=True)[0]
+
+    @torch.no_grad()
+    def keep_scale(self, weight: Tensor, scale: Tensor) -> None:
+        """Choose the factor with which the weight's new range has this scale. In training the scale follows the range."""
+        self.clip, self.clips = None, True
+        usual = self.scale(weight)
+        self.clip = torch.where(usual > SMALLEST_SCALE, scale / usual, 1.0)  # a row of zeros has no range
 
 
 class TernaryQuantizer(WeightQuantizer):

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import checkpoint
 from analyze import attention_recovery, layer_errors
 from checkpoint import Start
-from config import SAME_RUN, TRAINED, TrainConfig, default_out, fit, introduction, parse_args, quant_config, tt_config
+from config import SAME_RUN, TrainConfig, default_out, fit, introduction, parse_args, quant_config, trains, tt_config
 from data.batches import IGNORE, Batch, Dataset, encode_split, facts, training_batch, unpadded_batches
 from data.tasks import find_data, find_task, selection_splits
 from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_terms
@@ -45,6 +45,7 @@ from model import Model, set_dropout
 from pq import STAGES, begin_stage, product_quantizers
 from predict import batches_on, evaluate, evaluate_languages, in_words, load_tests, set_references
 from prepare import calibrate, prepare
+from repair import repair
 from tt import tensorize
 
 WARMUP = 0.1  # fraction of the steps in which the learning rate rises
@@ -193,9 +194,9 @@ class Plan:
 
     def __init__(self, config: TrainConfig, model: Model, teacher: Model | None, examples: int, method: str):
         self.config, self.model, self.teacher = config, model, teacher
-        self.steps = total_steps(config, examples, method in TRAINED)
+        self.steps = total_steps(config, examples, trains(method))
         self.per_epoch = -(-examples // config.batch_size)
-        self.peak = config.student_lr if method in TRAINED else config.lr
+        self.peak = config.student_lr if trains(method) else config.lr
 
     def begin(self, step: int, optimizers: list[torch.optim.Optimizer]) -> None:
         """Change what changes in the course of the training: the place for schedules of your own."""
@@ -359,8 +360,8 @@ def code_digests() -> str:
     return " ".join(digests)
 
 
-def make_student(run: Run, teacher: Model, method: str, data: Data) -> Model:
-    """The teacher's copy, as tensor trains if wanted, fake-quantized and calibrated."""
+def make_student(run: Run, teacher: Model, method: str, data: Data) -> tuple[Model, float]:
+    """The teacher's copy, as tensor trains if wanted, fake-quantized, calibrated and repaired, and seconds of repair."""
     config = run.config
     student = copy.deepcopy(teacher)
     if config.tt_rank and not student.config.tt:
@@ -373,21 +374,21 @@ def make_student(run: Run, teacher: Model, method: str, data: Data) -> Model:
         summary = prepare(student, quant)
     except ValueError as error:  # a quantizer that needs other shapes
         raise UserError(f"{method}: {error}") from None
-    begin_stage(student, 0 if method in TRAINED else len(STAGES) - 1)
+    print(f"{method}: {summary}")
+    begin_stage(student, 0 if trains(method) else len(STAGES) - 1)
+    batches = [b.to(run.device) for b in unpadded_batches(data.train, CALIBRATION, 32, config.seed)]
     if quant.act_range != "dynamic":
         torch.manual_seed(config.seed)
-        batches = [b.to(run.device) for b in unpadded_batches(data.train, CALIBRATION, 32, config.seed)]
         calibrate(student, ((b.ids, b.mask, b.types) for b in batches))
-    print(f"{method}: {summary}")
-    return student
+    return student, repair(method, student, teacher, batches)
 
 
 def run_student(run: Run, start: Start, teacher: Model, method: str, data: Data) -> dict:
     """One quantized row of the report. Writes student.safetensors."""
     config, task = run.config, start.task
-    student = make_student(run, teacher, method, data)
-    distills_from = teacher if method == "sdq" else None
-    seconds = train(student, distills_from, data, run, method) if method in TRAINED else 0.0
+    student, seconds = make_student(run, teacher, method, data)
+    distills_from = teacher if method.startswith("sdq") else None  # also sdq+gptq
+    seconds += train(student, distills_from, data, run, method) if trains(method) else 0.0
     begin_stage(student, len(STAGES) - 1)  # nothing waits any more, even if a resumed training had no step left
     quant = quant_config(config, method)
     notes = dict(task=config.task, model=start.name, method=method, data=start.data)
@@ -444,9 +445,9 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Start, Data]:
 
 def check_steps(config: TrainConfig, layers: int, steps: int) -> None:
     """Raises UserError, before the teacher is trained, if a student has too few steps for its stages."""
-    staged = config.weights == "pq" and {*TRAINED} & {*config.methods}
+    staged = config.weights == "pq" and any(map(trains, config.methods))
     option, least = "--weights pq", len(STAGES) if staged else 0
-    if config.distill in LAYERWISE and "sdq" in config.methods:
+    if config.distill in LAYERWISE and any(method.startswith("sdq") for method in config.methods):
         option, least = f"--distill {config.distill}", layers + 1
     if steps < least:
         raise UserError(f"{option} needs {least} steps or more, not {steps}: raise --student-epochs or --student-steps")

@@ -136,7 +136,8 @@ def quantization(config: dict) -> str:
     text += f"; inside attention {config['attention_bits']} bits" if config["attention_bits"] != 32 else ""
     words = {"ptq-static": "static ranges", "qat": f"noise {config['noise']:g}"}
     words["sdq"] = f"{words['qat']}, {config['distill']}"
-    return ". ".join([text, *(f"{name}: {words[name]}" for name in config["methods"] if name in words)]) + "."
+    bases = dict.fromkeys(name.partition("+")[0] for name in config["methods"])  # without repairs
+    return ". ".join([text, *(f"{name}: {words[name]}" for name in bases if name in words)]) + "."
 
 
 def report(results: dict, task, selected: str) -> str:
@@ -154,6 +155,6 @@ def report(results: dict, task, selected: str) -> str:
         f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}.",
         f"The epoch was selected on {selected}{', in the training language' if task.labels else ''}.",
         "Rows are of the integer model where weights and activations are quantized. MB: the checkpoint on disk. "
-        "recovered: of the loss of ptq. train s: wall time, with evaluations on dev and saved states.",
+        "recovered: of the loss of ptq. train s: wall time, with repairs, evaluations on dev and saved states.",
     ]
     return report_table(results, task) + "\n\n" + "\n".join(notes) + "\n"

@@ -11,6 +11,7 @@ from data.tasks import TASKS
 from distill import LAYERWISE, LOSSES
 from kit.common import flag
 from prepare import WEIGHTS
+from repair import REPAIRS
 from tt import TTConfig
 
 
@@ -29,7 +30,7 @@ def test_help_is_short(capsys):
     text = "".join("".join(lines).split())  # wherever lines are wrapped
     for field in fields(TrainConfig):
         assert flag(field.name) + " " in "\n".join(lines) + " " and "".join(field.metadata["help"].split()) in text
-    for name in ("--resume", *RECIPES, *TASKS, *METHODS, *LOSSES, *LAYERWISE, *WEIGHTS):
+    for name in ("--resume", *RECIPES, *TASKS, *METHODS, *REPAIRS, *LOSSES, *LAYERWISE, *WEIGHTS):
         assert name in text
 
 
@@ -169,7 +170,10 @@ def test_quantizers_of_each_row(nothing_downloaded):
     assert quant_config(config, "ptq").noise == 1.0  # it is not trained
     tensor = quant_config(parse("--per-tensor"), "ptq")
     assert not tensor.per_channel and not tensor.per_token and tensor.act_range == "dynamic"
-    assert quant_config(parse(), "ptq-static").act_range == "static"
+    assert (
+        quant_config(parse(), "ptq-static").act_range == quant_config(parse(), "ptq-static+norm").act_range == "static"
+    )
+    assert quant_config(config, "sdq+gptq") == quant and quant_config(config, "ptq+gptq").noise == 1.0
     trains = parse("--tt-rank 3 --tt-embedding-rank 7")
     assert tt_config(trains) == TTConfig(3, 7) and quant_config(trains, "ptq").keep == ()
     assert tt_config(parse()) is None
@@ -205,6 +209,13 @@ def test_default_folders_tell_settings_apart(options, name, nothing_downloaded):
         ("--noise 1.5", "--noise 1.5: choose a fraction from 0 to 1"),
         # rows of the report and quantizers
         ("--methods fp32 magic", "'magic' is unknown"),
+        ("--methods ptq+magic", "'ptq+magic' is unknown; choose from fp32 ptq ptq-static qat sdq, with repairs in"),
+        ("--methods fp32+norm ptq+norm+gptq", "'fp32+norm', 'ptq+norm+gptq' is unknown"),
+        ("--methods ptq+gptq+gptq", "with repairs in this order: ptq+gptq+norm"),
+        ("--methods fp32 ptq+gptq --bits 32", "gptq rounds to a grid of scales: not with --bits 32, --weights pq or"),
+        ("--methods sdq+gptq --weights pq", "not with --bits 32, --weights pq or --tt-rank"),
+        ("--methods ptq-static+gptq+norm --tt-rank 4", "not with --bits 32, --weights pq or --tt-rank"),
+        ("--methods fp32 ptq sdq+norm --distill 1*task", "so sdq would be qat"),
         ("--act-range fixed", "--act-range 'fixed': choose from dynamic, static"),
         ("--weight-range lsq", "--weight-range 'lsq': --weights uniform has minmax, mse"),
         ("--recipe kd --bits 4", "--weights ternary has 2 bits, not --bits 4"),

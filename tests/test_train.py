@@ -596,7 +596,7 @@ def test_a_student_starts_as_its_teachers_svd(pretrained, tmp_path, monkeypatch)
         config = parse_args([*pretrained, "--tt-rank", str(rank), "--out", str(tmp_path / out)])[0]
         opened, start, data = train.open_run(config, False)
         teacher = start.build().eval()
-        student = train.make_student(opened, teacher, "sdq", data)
+        student, _ = train.make_student(opened, teacher, "sdq", data)
         rows = training_batch(data.train, 8, 0, 0)
         return layerwise_loss(student, teacher, rows, config, (1, 2), False)["hidden"].item()
 

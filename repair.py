@@ -1,0 +1,185 @@
+"""Repairs: what a few hundred unlabelled sentences can still do for a quantized model, without training it.
+
+    python train.py --task xnli --bits 3 --methods fp32 ptq ptq+gptq ptq+gptq+norm
+
+A repair changes a quantized model in place and reads the batches that also set static ranges: sequences without
+padding, and no labels. No gradient goes through the network. It works from the bottom up, block by block (embeddings,
+attention, ffn, attention, ...), on what the *quantized* model computes there: the repair of a block is in effect for
+the next one, which so makes up for errors of the blocks below.
+
+    gptq    chooses which way each weight is rounded, up or down
+    norm    chooses gain and bias of each norm
+
+REPAIRS is the order in which they run. A training may follow: sdq+gptq is SDQ that starts from the repaired weights.
+The embedding table is left alone: its rows are looked up, so no later weight of the same row could make up for one.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.batches import Batch
+from kit import parallel
+from kit.common import UserError
+from model import Attention, Embeddings, FeedForward, Model
+from prepare import QKV
+from quant import Codes, QuantLinear, dequantize
+
+DAMPING = 0.01  # of the mean of H's diagonal, added to it (GPTQ, sec. 3.3)
+COLUMNS = 128  # that are rounded before the rest of the matrix is updated
+PRODUCTS = {Attention: (QKV, ("output",)), FeedForward: (("up",), ("down",))}  # of a block, in order; by what they read
+
+
+# ------------------------------------------------------------------------------- block by block
+def blocks(model: Model) -> Iterator[nn.Module]:
+    """Embeddings, attention and ffn of each layer: each ends with a norm, whose output the next one reads."""
+    yield model.encoder.embeddings
+    for layer in model.encoder.layers:
+        yield layer.attention
+        yield layer.ffn
+
+
+def run(block: nn.Module, state: Batch | Tensor) -> Tensor:
+    """What a block returns, (B, T, C). state: what it reads: a batch without padding, then (B, T, C)."""
+    if isinstance(block, Embeddings):
+        return block(state.ids, state.types)
+    return block(state, None, {}) if isinstance(block, Attention) else block(state)
+
+
+def read_by(module: nn.Module, block: nn.Module, states: list) -> Iterator[Tensor | Codes]:
+    """What a module of a block reads, state by state."""
+    read = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    for state in states:
+        run(block, state)
+        yield read.pop()
+    handle.remove()
+
+
+# ------------------------------------------------------------------------------------------ gptq
+def round_columns(weight: Tensor, H: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Integers of a weight (rows, N), chosen for the least error of its product (GPTQ, Frantar et al. 2023).
+
+    H: (N, N), the sum of x x^T over the inputs x of the product. So (w - q) H (w - q)^T is the squared error of a
+    row's output.  scale: of the grid, (rows, 1) or ().
+
+    One column is rounded after the other. Each time the columns that are not rounded yet move to where the error of
+    the output is least again. With H^-1 of these columns, j the first one,
+
+        e = (w_j - q_j) / H^-1[j, j]          w_k -= e H^-1[j, k]   for k > j
+
+    and the rows of U, H^-1 = U^T U, are these H^-1[j, :] up to a factor, for all j at once: U does not change.
+
+    >>> H, one = torch.tensor([[1.0, 0.9], [0.9, 1.0]]), torch.tensor(1.0)
+    >>> round_columns(torch.tensor([[0.4, 0.4]]), H, one, -1, 1)   # 0 for 0.4; so 0.4 + 0.36 is left for the other
+    tensor([[0., 1.]])
+    """
+    W, scale, stop = weight.double(), scale.double().flatten(), 0
+    H = H.double() + torch.eye(len(H), device=H.device) * DAMPING * H.diagonal().mean()
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    codes = torch.empty_like(W)
+    while stop < len(H):
+        start, stop = stop, min(stop + COLUMNS, len(H))
+        errors = torch.empty_like(W[:, start:stop])
+        for j in range(start, stop):
+            codes[:, j] = (W[:, j] / scale).round_().clamp_(quant_min, quant_max)
+            errors[:, j - start] = (W[:, j] - codes[:, j] * scale) / U[j, j]
+            W[:, j:stop] -= torch.outer(errors[:, j - start], U[j, j:stop])
+        W[:, stop:] -= errors @ U[start:stop, stop:]
+    return codes.float()
+
+
+@torch.no_grad()
+def gptq(student: Model, teacher: Model, batches: list[Batch]) -> None:
+    """Second-order rounding of all matrices, on the scales that they have. The teacher is not read.
+
+    Differs from the authors' code: a weight whose input is always 0 here is rounded to the nearest integer, not set
+    to 0, since other languages may use it.
+    """
+    states, found = batches, False
+    for block in blocks(student):
+        for names in PRODUCTS.get(type(block), ()):
+            layers = [layer for name in names if isinstance(layer := getattr(block, name), QuantLinear)]
+            if not layers:
+                continue
+            H, found = 0.0, True
+            for x in read_by(layers[0], block, states):
+                x = layers[0].act_quantizer(x)  # query, key and value read Codes, and have none
+                x = (dequantize(*x) if isinstance(x, Codes) else x).flatten(0, -2)
+                H = H + (x.T @ x).double()
+            for layer in layers:
+                quantizer, weight = layer.weight_quantizer, layer.weight
+                _, scale = quantizer.codes(weight)
+                codes = round_columns(weight, H, scale, quantizer.quant_min, quantizer.quant_max)
+                weight.copy_(codes * scale)
+                quantizer.keep_scale(weight, scale)
+                assert torch.equal(quantizer.codes(weight)[0], codes), f"{type(quantizer).__name__}.keep_scale"
+        states = [run(block, x) for x in states]
+    if not found:
+        raise UserError("gptq rounds matrices of Linear layers, which this model does not have")
+
+
+# ------------------------------------------------------------------------------------------ norm
+def fit_lines(x: Tensor, y: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and intercept (C) of the least squared error of slope * x + intercept against y, channel by channel.
+
+    x, y: (N, C).  old: slopes of channels in which x is constant, so that any would do.
+
+    >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> fit_lines(x, 3 * x + 1, old=torch.ones(1))
+    (tensor([3.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
+    """
+    x, y = x.double(), y.double()
+    from_mean = x - x.mean(dim=0)
+    variance = from_mean.square().mean(dim=0)
+    slope = torch.where(variance > 1e-12, (from_mean * y).mean(dim=0) / variance, old.double())
+    return slope, y.mean(dim=0) - slope * x.mean(dim=0)
+
+
+@torch.no_grad()
+def norm(student: Model, teacher: Model, batches: list[Batch]) -> None:
+    """Gain and bias of each norm for the least squared error against the teacher's output of that norm, after Norm
+    Tweaking (Li et al. 2024).
+
+    NOTE: differs: they take a step of Adam on the difference of means and variances. Here the norm comes last in its
+    block (post-LN), so its output is a line in each channel, gain * z + bias, z being normalized. That has an optimum
+    in closed form.
+    """
+    read = wanted = batches
+    for block, original in zip(blocks(student), blocks(teacher), strict=True):
+        wanted = [run(original, x) for x in wanted]
+        z = (F.layer_norm(x, x.shape[-1:], eps=block.norm.eps) for x in read_by(block.norm, block, read))
+        found, targets = (torch.cat([x.flatten(0, -2) for x in some]) for some in (z, wanted))
+        gain, bias = fit_lines(found, targets, block.norm.weight)
+        block.norm.weight.copy_(gain)
+        block.norm.bias.copy_(bias)
+        read = [run(block, x) for x in read]
+
+
+# ------------------------------------------------------------------------------------- the table
+class Repair(NamedTuple):
+    function: Callable[[Model, Model, list[Batch]], None]  # (student, teacher, batches), in place
+    help: str
+    needs_grid: bool = False  # quantized matrices with scales: no float32, product quantization or tensor trains
+
+
+REPAIRS = {  # in the order of work
+    "gptq": Repair(gptq, "rounds columns in turn, the rest makes up for each (arXiv 2210.17323)", needs_grid=True),
+    "norm": Repair(norm, "fits the gain and bias of norms to the teacher's (arXiv 2309.02784)"),
+}
+
+
+def repair(method: str, student: Model, teacher: Model, batches: list[Batch]) -> float:
+    """Apply the repairs that a method such as ptq+gptq+norm names, in place. Returns the seconds."""
+    total = 0.0
+    for name in method.split("+")[1:]:
+        started = time.monotonic()
+        REPAIRS[name].function(student, teacher, batches)
+        parallel.same(student)
+        total += (seconds := time.monotonic() - started)
+        print(f"{method}: {name} took {seconds:.1f} s")
+    return total
