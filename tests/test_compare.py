@@ -298,3 +298,14 @@ def test_committed_results(options, line, tmp_path, capsys):
     """README's and the pages' tables: test_readme.py."""
     file, *option = options.split()
     assert table_of(tmp_path, capsys, [], os.path.join(ROOT, "results", file), *option)[-1] == line
+
+
+def test_repaired_rows_follow_their_methods(tmp_path, capsys):
+    """In the order of work; where losses name the rows of SDQ, with what it started from."""
+    scores = {"sdq+gptq": 88.0, "ptq+norm": 81.0, "sdq": 85.0, "ptq+gptq+norm": 84.0, "ptq+gptq": 83.0, "ptq": 80.0}
+    made = [made_up(task, 0, "logits", scores | {"fp32": 90.0}) for task in ("rte", "xnli")]
+    order = [f"{name} W2A8" for name in ("ptq", "ptq+gptq", "ptq+gptq+norm", "ptq+norm")]
+    for run, names in zip(made, (("logits", "logits from gptq"), ("sdq", "sdq+gptq")), strict=True):
+        table = table_of(tmp_path, capsys, [run])
+        assert [line[0] for line in table[2:]] == ["fp32", *order, *(f"{name} W2A8" for name in names)]
+    assert "30" in table[4]  # recovered

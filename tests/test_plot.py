@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 from test_compare import made_up, write_runs
 
+from analyze import PLACES
 from tools import plot
 from tools.compare import read_runs
 
@@ -100,6 +101,21 @@ def test_percentages_end_at_100(kind, scores, tmp_path):
     for panel in plot.draw_figure(write_runs(tmp_path, runs), kind).axes:
         least, largest = panel.get_ylim()
         assert least < low <= high <= largest <= 100
+
+
+@pytest.mark.parametrize("kind", [None, "languages", "errors"])
+def test_repaired_rows_have_colors_of_their_own(kind, tmp_path):
+    pytest.importorskip("matplotlib")
+    names = ["fp32", "ptq", "ptq+gptq", "ptq+gptq+norm", "ptq+norm", "sdq", "sdq+gptq"]
+    run = made_up("xnli", 0, "logits", {name: {"en": 90.0, "de": 80.0} for name in names})
+    for name in names[1:]:
+        errors = {place: [{"relative": 0.1}] for place in PLACES}
+        run["methods"][name]["errors"] = {"accumulated": errors, "local": errors}
+    panel = plot.draw_figure(write_runs(tmp_path, [run]), kind).axes[0]
+    _, labels = panel.get_legend_handles_labels()
+    drawn = list(dict.fromkeys(label.partition(",")[0] for label in labels))
+    assert drawn == names["fp32" not in drawn :]
+    assert len({str(plot.color_of(name)) for name in names}) == len(names)
 
 
 def test_points_of_tensor_trains(tmp_path):

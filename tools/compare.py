@@ -27,11 +27,12 @@ import numpy as np
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from config import METHODS, SAME_RUN, TrainConfig
+from config import METHODS, SAME_RUN, TrainConfig, base_of
 from data.metrics import spearman
 from data.tasks import TASKS, Task, find_task
 from kit.common import UserError, exit_status, flag, markdown_table
 from kit.report import compared_score, mean_columns, mean_of, recovered_percent, worst_language
+from repair import REPAIRS
 
 PEERS = ("onnxruntime", "openvino")  # added by tools/peers.py
 METHOD_ORDER = (*METHODS, *PEERS)
@@ -79,7 +80,9 @@ def read_runs(arguments: list[str]) -> list[dict]:
             task = find_task(run["config"]["task"], config["train_language"])
             run |= {"path": path, "task": task, "config": config}
             for method, row in run["methods"].items():
-                row |= {"config": config, "compared": compared_score(row, task), "place": METHOD_ORDER.index(method)}
+                base, *repairs = method.split("+")
+                place = METHOD_ORDER.index(base), *map([*REPAIRS].index, repairs)
+                row |= {"config": config, "compared": compared_score(row, task), "place": place}
         runs.append(run)
     if len({run["task"].name for run in runs}) > 1:
         for row in (row for run in runs if run["task"].zero_shot for row in run["methods"].values()):
@@ -127,7 +130,9 @@ class Label(NamedTuple):
     name: str  # that of NAME=FILE
 
     def __str__(self) -> str:
-        return " ".join(filter(None, (self.shape, self.loss or self.method, self.width, self.name)))
+        repairs = self.method.partition("+")[2]  # that distillation started from
+        loss = f"{self.loss} from {repairs}" if self.loss and repairs else self.loss
+        return " ".join(filter(None, (self.shape, loss or self.method, self.width, self.name)))
 
 
 def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
@@ -135,7 +140,7 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
 
     Several files may have the same row: float32 of every width, PTQ and QAT of every loss. It is counted once.
     """
-    losses = {run["config"]["distill"] for run in runs if "sdq" in run["methods"]}
+    losses = {run["config"]["distill"] for run in runs if "sdq" in map(base_of, run["methods"])}
     is_joint = runs[0]["task"].head == "joint"
     by_loss = not (is_joint or runs[0]["task"].zero_shot) or len(losses) > 1
     quantized = [run["config"] for run in runs if {*run["methods"]} - {"fp32", *PEERS}]
@@ -144,7 +149,7 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
     found = []
     for row, method in ((row, name) for run in runs for name, row in run["methods"].items()):
         config = row["config"]
-        loss = config["distill"] if method == "sdq" else ""
+        loss = config["distill"] if base_of(method) == "sdq" else ""
         losses = [part.rpartition("*")[2] for part in loss.split("+")]  # without their weights
         rank, embedding_rank = tt_rank(config, method), config["tt_embedding_rank"]
         shape = f"TT rank {rank}" if rank else "dense"

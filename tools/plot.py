@@ -23,8 +23,10 @@ import numpy as np
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from config import base_of
 from data.tasks import TASKS, Task
 from kit.common import UserError, exit_status, flag
+from repair import REPAIRS
 from tools.compare import VARIANTS, check_comparable, group_runs, read_runs, tt_rank, width_of
 
 GREEN, ORANGE, PURPLE, GRAY = "#1b9e77", "#d95f02", "#7570b3", "#555555"
@@ -32,6 +34,15 @@ COLORS = {"fp32": GRAY, "ptq": ORANGE, "ptq-static": "#e6ab02", "qat": PURPLE, "
 COLORS |= {"onnxruntime": "#8da0cb", "openvino": "#66a9d9"}
 LOSS_COLORS = (GREEN, "#e7298a", "#66a61e", "#1f78b4", "#e6ab02", "#a6761d", "#666666")
 BITS_COLORS = {32: GRAY, 8: GREEN, 4: PURPLE, 2: ORANGE}
+
+
+def color_of(method: str) -> str | tuple[float, ...]:
+    """The color of a row; a darker one for each combination of repairs that follow it."""
+    base, *repairs = method.split("+")
+    if not repairs:
+        return COLORS[base]
+    darker = sum(2**i for i, name in enumerate(REPAIRS) if name in repairs) / 2 ** len(REPAIRS)
+    return tuple(int(COLORS[base][i : i + 2], 16) / 255 * (1 - 0.8 * darker) for i in (1, 3, 5))
 
 
 def mean_and_std(values: list) -> tuple[np.ndarray, np.ndarray]:
@@ -70,12 +81,12 @@ def draw_bits(axes, runs: list[dict]) -> None:
     widths = list(dict.fromkeys(width for _, width in scores if width))[::-1]
     if ("fp32", "") in scores:
         axes.axhline(mean_and_std(scores["fp32", ""])[0], color=GRAY, ls="--", label="fp32")
-    methods = [name for name in COLORS if any((name, width) in scores for width in widths)]
+    methods = list(dict.fromkeys(name for base in COLORS for name, width in scores if width and base_of(name) == base))
     for i, name in enumerate(methods):
         places = [k for k, width in enumerate(widths) if (name, width) in scores]
         points = [mean_and_std(scores[name, widths[k]]) for k in places]
         shifted = [k + 0.06 * (i - (len(methods) - 1) / 2) for k in places]
-        looks = {"color": COLORS[name], "marker": "o", "capsize": 3}
+        looks = {"color": color_of(name), "marker": "o", "capsize": 3}
         axes.errorbar(shifted, *zip(*points, strict=True), label=name, **looks)
     run, task = runs[0], runs[0]["task"]
     is_mean = task.zero_shot and any(row["zero_shot_mean"] is not None for row in run["methods"].values())
@@ -110,7 +121,7 @@ def draw_languages(axes, runs: list[dict]) -> None:
         places = [k - 0.4 + bar * (i + 0.5) for k in range(len(names))]
         both = {key: row for key, row in full.items() if key in rows}
         means, deviations = mean_and_std(scores(rows) - scores(both))
-        looks = {"label": label.method if one_width else str(label), "color": COLORS[label.method]}
+        looks = {"label": label.method if one_width else str(label), "color": color_of(label.method)}
         axes.bar(places, means, bar, yerr=deviations if len(both) > 1 else None, error_kw={"lw": 0.8}, **looks)
     axes.set_xticks(range(len(names)), [f"{name}\n{accuracy[name]:.1f}" for name in names])
     axes.axhline(0, color=GRAY, lw=0.8)
@@ -154,7 +165,7 @@ def draw_errors(axes, runs: list[dict]) -> None:
             for kind, style in ("accumulated", "-"), ("local", ":"):
                 values = [100 * layer["relative"] for layer in kinds[kind][place]]
                 layers = range(1, len(values) + 1)
-                panel.plot(layers, values, style, color=COLORS[name], marker=".", label=f"{name}, {kind}")
+                panel.plot(layers, values, style, color=color_of(name), marker=".", label=f"{name}, {kind}")
         panel.set(title=place, xlabel="layer", xticks=layers[:: 1 + len(layers) // 9])
     axes[0].set_ylabel("relative error, %")
     axes[0].figure.suptitle(f"{run['model']}, {width_of(run['config'])}, against its float32 self")
