@@ -22,6 +22,7 @@ import config
 import distill
 import prepare
 import quant
+import repair
 import train
 from data import fetch, tasks
 from tools import compare, plot
@@ -189,9 +190,10 @@ def test_the_headline_can_be_typed():
 @pytest.fixture
 def extended():
     """The examples of docs/extending.md, run as if they stood at the end of their files."""
-    tables = (distill.LOSSES, prepare.WEIGHTS, tasks.TASKS)
+    tables = (distill.LOSSES, prepare.WEIGHTS, repair.REPAIRS, tasks.TASKS)
     before = [dict(table) for table in tables]
-    modules = {"distill.py": distill, "quant.py": quant, "prepare.py": prepare, "data/tasks.py": tasks}
+    modules = {"distill.py": distill, "quant.py": quant, "prepare.py": prepare, "repair.py": repair}
+    modules["data/tasks.py"] = tasks
     for block in blocks("docs/extending.md", "python"):
         name = block.splitlines()[0].removeprefix("# ")
         exec(compile(block, name, "exec"), vars(modules[name]))
@@ -216,6 +218,16 @@ def test_the_new_quantizer(extended, tmp_path):
     packed = checkpoint.read_student(str(tmp_path / "run" / "student.safetensors"))
     scales = [w.scale.log2() for w in packed.weights.values()]
     assert all(bool((scale == scale.round()).all()) for scale in scales)
+
+
+def test_the_new_repair(extended, tmp_path):
+    """Also of the new quantizer."""
+    methods = ["ptq", "ptq+bias", "ptq+gptq", "sdq+gptq+bias"]
+    assert run(tmp_path, *"--steps 2 --bits 4 --weights pow2 --analyze --methods".split(), *methods) == 0
+    rows = results(tmp_path)["methods"]
+    assert list(rows) == methods and all(row["student"]["languages"] == row["languages"] for row in rows.values())
+    errors = [rows[name]["errors"]["accumulated"]["context"][0]["mae"] for name in methods[:3]]
+    assert len(set(errors)) == 3
 
 
 @pytest.fixture
