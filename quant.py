@@ -43,6 +43,7 @@ from model import random_mask
 # 64 * 2 is not (see int8.py). Fewer than 8 bits never saturate.
 PORTABLE = 64
 SMALLEST_SCALE = 1e-12  # an all-zero tensor has the range [0, 0]; its scale must still divide
+CELL = 0.45  # in steps of a grid: a weight that is not farther from an integer is surely rounded to it
 
 
 # --------------------------------------------------------------------------------------- the grid
@@ -273,10 +274,14 @@ class WeightQuantizer(nn.Module):
         scale = self.scale(weight)
         return quantize(weight, scale, scale.new_zeros(()), self.quant_min, self.quant_max), scale
 
-    def keep_scale(self, weight: Tensor, scale: Tensor) -> None:
-        """Called when a repair has put the weight on the grid of this scale (repair.py): codes() must return the same
-        integers. Nothing to do where the scale is a parameter or follows from the integers.
+    @torch.no_grad()
+    def settle(self, weight: Tensor, codes: Tensor, scale: Tensor) -> None:
+        """Change the weight, as little as that needs, so that these are its codes and scale (repair.py).
+
+        Each weight is moved to the border of its integer's cell, if it is outside. A training that follows would hardly
+        get it out of the middle.
         """
+        weight.copy_(((weight / scale - codes).clamp_(-CELL, CELL) + codes) * scale)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight on its grid, in training only where the noise falls; differentiable."""
@@ -327,8 +332,9 @@ class UniformQuantizer(WeightQuantizer):
         return choose_qparams(low, high, self.quant_min, self.quant_max, symmetric=True)[0]
 
     @torch.no_grad()
-    def keep_scale(self, weight: Tensor, scale: Tensor) -> None:
-        """Choose the factor with which the weight's new range has this scale. In training the scale follows the range."""
+    def settle(self, weight: Tensor, codes: Tensor, scale: Tensor) -> None:
+        """Also choose the factor with which the new range has this scale. In training the scale follows the range."""
+        super().settle(weight, codes, scale)
         self.clip, self.clips = None, True
         usual = self.scale(weight)
         self.clip = torch.where(usual > SMALLEST_SCALE, scale / usual, 1.0)  # a row of zeros has no range
@@ -361,6 +367,11 @@ class TernaryQuantizer(WeightQuantizer):
         scale = large.mul_(size).sum(**over).div_(count).clamp_(min=SMALLEST_SCALE)
         # In steps of 2 delta, rounded: half a step goes to 0, more to 1.
         return torch.mul(weight, (2 * threshold).reciprocal()).round_().clamp_(-1, 1), scale
+
+    @torch.no_grad()
+    def settle(self, weight: Tensor, codes: Tensor, scale: Tensor) -> None:
+        """In the middle of the cells: from there delta and alpha are what they were."""
+        weight.copy_(codes * scale)
 
 
 class FixedQuantizer(WeightQuantizer):

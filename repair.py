@@ -115,9 +115,8 @@ def gptq(student: Model, teacher: Model, batches: list[Batch]) -> None:
                 quantizer, weight = layer.weight_quantizer, layer.weight
                 _, scale = quantizer.codes(weight)
                 codes = round_columns(weight, H, scale, quantizer.quant_min, quantizer.quant_max)
-                weight.copy_(codes * scale)
-                quantizer.keep_scale(weight, scale)
-                assert torch.equal(quantizer.codes(weight)[0], codes), f"{type(quantizer).__name__}.keep_scale"
+                quantizer.settle(weight, codes, scale)
+                assert torch.equal(quantizer.codes(weight)[0], codes), f"{type(quantizer).__name__}.settle: other codes"
         states = [run(block, x) for x in states]
     if not found:
         raise UserError("gptq rounds matrices of Linear layers, which this model does not have")

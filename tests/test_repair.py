@@ -123,7 +123,7 @@ GRIDS = [row for row in ROWS if WEIGHTS[row[0]].matrix is not WEIGHTS["pq"].matr
 
 @pytest.mark.parametrize("per_row", [True, False])
 @pytest.mark.parametrize(("name", "bits", "weight_range"), GRIDS)
-def test_a_weight_on_its_grid_keeps_its_integers(name, bits, weight_range, per_row):
+def test_a_weight_takes_the_integers_that_it_is_given(name, bits, weight_range, per_row):
     """Also where no weight has the largest integer any more, and in a row of zeros; and scales go on being trained."""
     config = QuantConfig(weight_bits=bits, weights=name, weight_range=weight_range, noise=0.5)
     weight = torch.randn(20, 30)
@@ -131,10 +131,15 @@ def test_a_weight_on_its_grid_keeps_its_integers(name, bits, weight_range, per_r
     codes, scale = quantizer.codes(weight)
     codes = codes.clamp(-2, 2)
     codes[0], codes[1:4] = 0.0, codes[1:4].clamp(-1, 1)
-    weight = codes * scale
-    quantizer.keep_scale(weight, scale)
-    found, kept = quantizer.codes(weight)
+    moved = weight.clone()
+    quantizer.settle(moved, codes, scale)
+    found, kept = quantizer.codes(moved)
     assert torch.equal(found, codes) and quantizer.noise == 0.5
+    if name != "ternary":  # as close to where it was as its integer allows
+        assert (moved / scale - codes).abs().max() < 0.451
+        stays = (weight / scale - codes).abs() < 0.45
+        assert stays.any() and not stays.all()
+        torch.testing.assert_close(moved[stays], weight[stays], rtol=1e-5, atol=1e-6)
     rows = slice(1, None) if per_row else ...
     torch.testing.assert_close(kept[rows], scale[rows], rtol=1e-6, atol=0)
     trained = list(quantizer.parameters())
@@ -219,9 +224,7 @@ def test_gptq_needs_matrices(tiny_config, batches):
 # --------------------------------------------------------------------------------- in train.py
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_training_goes_on_with_the_quantizers_that_it_would_have(kind, models, batches):
-    """From the repaired weights on their grid, each of which gets its gradient. lsq: its extremes may get none, where
-    x / s is rounded to more than the largest integer; until the scale moves.
-    """
+    """From weights with the integers of the repair, each of which gets its gradient; in lsq those within the grid."""
     values = KINDS[kind] | {"noise": 0.5}
     _, plain = student_of(models[0], batches, **values)
     _, student = student_of(models[0], batches, ["gptq"], **values)
@@ -232,10 +235,13 @@ def test_a_training_goes_on_with_the_quantizers_that_it_would_have(kind, models,
         assert type(quantizer) is type(usual) and quantizer.noise == 0.5
     for name, (weight, quantizer) in quantized(student).items():
         if "word" not in name:
-            torch.testing.assert_close(quantizer.train()(weight), weight, rtol=1e-6, atol=1e-7)
-            quantizer.noise = 1.0
-            quantizer(weight).sum().backward()
-            assert torch.equal(weight.grad, torch.ones_like(weight)) or kind == "lsq"
+            codes, scale = quantizer.codes(weight)
+            quantizer.train().noise = 1.0
+            rounded = quantizer(weight)
+            assert torch.equal(rounded, codes * scale)
+            rounded.sum().backward()
+            inside = (weight / scale).clamp(quantizer.quant_min, quantizer.quant_max) == weight / scale
+            assert torch.equal(weight.grad, (inside if kind == "lsq" else torch.ones_like(inside)).float())
 
 
 def test_rows_of_a_report(tmp_path, capsys):
