@@ -303,7 +303,7 @@ class OneLineParser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     title = f"methods, followed by repairs if wanted, as in ptq+{'+'.join(REPAIRS)}, or in sdq+norm before the training"
     lists = {"recipes": RECIPES, title: METHODS | {f"+{name}": row.help for name, row in REPAIRS.items()}}
-    texts = [f"{title}:\n" + "".join(f"  {k:<11} {v}\n" for k, v in rows.items()) for title, rows in lists.items()]
+    texts = [f"{title}:\n" + "".join(f"  {k:<12} {v}\n" for k, v in rows.items()) for title, rows in lists.items()]
     parser = OneLineParser(
         prog="train.py",
         usage="python train.py [options]",
@@ -351,8 +351,8 @@ def check(config: TrainConfig, task: Task) -> None:
     shape, layerwise, weights = scratch_shape(config.model), config.distill in LAYERWISE, f"--weights {config.weights}"
     known = f"{' '.join(METHODS)}, with repairs in this order: ptq+{'+'.join(REPAIRS)}"
     no_grid = config.bits == 32 or config.weights == "pq" or config.tt_rank
-    rounding = ", ".join(name for name in REPAIRS if name in parts and REPAIRS[name].needs_grid)
-    off_grid = f"--methods: {rounding} rounds to a grid of scales: not with --bits 32, --weights pq or --tt-rank"
+    rounding = ", ".join(name for name in REPAIRS if name in parts and REPAIRS[name].needs_scales)
+    off_grid = f"--methods: {rounding} needs weights with scales: not with --bits 32, --weights pq or --tt-rank"
     no_words = shape and task.head in ("sequence", "embedding") and not config.tokenizer
     needs_labels = config.epochs or "qat" in parts
     odd = f"--model {config.model}: choose a hidden size that is a multiple of 64, or less than 128"

@@ -3,17 +3,19 @@
     python train.py --task xnli --bits 3 --methods fp32 ptq ptq+gptq ptq+gptq+norm
 
 A repair changes a quantized model in place and reads the batches that also set static ranges: sequences without
-padding, and no labels. No gradient goes through the network. It works from the bottom up, block by block (embeddings,
+padding, and no labels. No gradient goes through more than a layer. It works from the bottom up, block by block (embeddings,
 attention, ffn, attention, ...), on what the *quantized* model computes there: the repair of a block is in effect for
 the next one, which so makes up for errors of the blocks below.
 
-    gptq    chooses which way each weight is rounded, up or down
-    norm    chooses gain and bias of each norm
+    gptq         chooses which way each weight is rounded, up or down
+    norm         chooses gain and bias of each norm
+    reconstruct  trains all that a layer has, for a few seconds
 
 REPAIRS is the order in which they run. A training may follow: sdq+gptq is SDQ that starts from the repaired weights.
 The embedding table is left alone: its rows are looked up, so no later weight of the same row could make up for one.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -27,9 +29,10 @@ from kit import parallel
 from kit.common import UserError
 from model import Attention, Embeddings, FeedForward, Model
 from prepare import QKV
-from quant import Codes, QuantLinear, dequantize
+from quant import ActQuantizer, Codes, QuantLinear, WeightQuantizer, dequantize
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it (GPTQ, sec. 3.3)
+STEPS, RATE = 100, 3e-4  # of Adam in each layer of reconstruct; the rate falls linearly to 0
 COLUMNS = 128  # that are rounded before the rest of the matrix is updated
 PRODUCTS = {Attention: (QKV, ("output",)), FeedForward: (("up",), ("down",))}  # of a block, in order; by what they read
 
@@ -159,16 +162,66 @@ def norm(student: Model, teacher: Model, batches: list[Batch]) -> None:
         read = [run(block, x) for x in read]
 
 
+# ----------------------------------------------------------------------------------- reconstruct
+def reconstruct(student: Model, teacher: Model, batches: list[Batch]) -> None:
+    """Train one layer after the other to return what the teacher's returns, after MREM (Bai et al. 2022).
+
+    Each fourth batch is held out: the parameters with the least error there are kept, those at the start included.
+    NOTE: differs: modules of one layer, not of several, and no teacher forcing.
+    """
+    held_out, others = batches[::4], [batch for i, batch in enumerate(batches) if i % 4]
+    sets = held_out, others or held_out
+    with torch.no_grad():
+        read, wanted = ([[run(m.encoder.embeddings, b) for b in some] for some in sets] for m in (student, teacher))
+    for layer, original in zip(student.encoder.layers, teacher.encoder.layers, strict=True):
+        with torch.no_grad():
+            wanted = [[original(x, None, {}) for x in some] for some in wanted]
+        train_layer(layer, *(list(zip(*some, strict=True)) for some in zip(read, wanted, strict=True)))
+        with torch.no_grad():
+            read = [[layer(x, None, {}) for x in some] for some in read]
+
+
+def train_layer(layer: nn.Module, held_out: list[tuple[Tensor, Tensor]], pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Minimize the squared error of a layer, quantized as in evaluation.  held_out, pairs: (input, target)."""
+
+    @torch.no_grad()
+    def error() -> float:
+        layer.eval()
+        return sum(float((layer(x, None, {}) - target).square().sum()) for x, target in held_out)
+
+    quantizers = [module for module in layer.modules() if isinstance(module, (WeightQuantizer, ActQuantizer))]
+    noise = {module: module.noise for module in quantizers if isinstance(module, WeightQuantizer)}
+    optimizer = torch.optim.Adam(layer.parameters())
+    least, best = error(), copy.deepcopy(layer.state_dict())
+    for quantizer in noise:
+        quantizer.noise = 1.0
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+        x, target = pairs[step % len(pairs)]
+        for quantizer in quantizers:  # not the layer: dropout stays off
+            quantizer.train()
+        F.mse_loss(layer(x, None, {}), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 10 == 0 and (found := error()) < least:
+            least, best = found, copy.deepcopy(layer.state_dict())
+    layer.load_state_dict(best)
+    for quantizer, before in noise.items():
+        quantizer.noise = before
+    layer.eval()
+
+
 # ------------------------------------------------------------------------------------- the table
 class Repair(NamedTuple):
     function: Callable[[Model, Model, list[Batch]], None]  # (student, teacher, batches), in place
     help: str
-    needs_grid: bool = False  # quantized matrices with scales: no float32, product quantization or tensor trains
+    needs_scales: bool = False  # of quantized matrices: no float32, product quantization or tensor trains
 
 
 REPAIRS = {  # in the order of work
-    "gptq": Repair(gptq, "rounds columns in turn, the rest makes up for each (arXiv 2210.17323)", needs_grid=True),
+    "gptq": Repair(gptq, "rounds columns in turn, the rest makes up for each (arXiv 2210.17323)", needs_scales=True),
     "norm": Repair(norm, "fits the gain and bias of norms to the teacher's (arXiv 2309.02784)"),
+    "reconstruct": Repair(reconstruct, "trains layer by layer, alone (arXiv 2109.15082)", needs_scales=True),
 }
 
 

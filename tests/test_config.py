@@ -212,7 +212,7 @@ def test_default_folders_tell_settings_apart(options, name, nothing_downloaded):
         ("--methods ptq+magic", "'ptq+magic' is unknown; choose from fp32 ptq ptq-static qat sdq, with repairs in"),
         ("--methods fp32+norm ptq+norm+gptq", "'fp32+norm', 'ptq+norm+gptq' is unknown"),
         ("--methods ptq+gptq+gptq", "with repairs in this order: ptq+gptq+norm"),
-        ("--methods fp32 ptq+gptq --bits 32", "gptq rounds to a grid of scales: not with --bits 32, --weights pq or"),
+        ("--methods fp32 ptq+gptq --bits 32", "gptq needs weights with scales: not with --bits 32, --weights pq or"),
         ("--methods sdq+gptq --weights pq", "not with --bits 32, --weights pq or --tt-rank"),
         ("--methods ptq-static+gptq+norm --tt-rank 4", "not with --bits 32, --weights pq or --tt-rank"),
         ("--methods fp32 ptq sdq+norm --distill 1*task", "so sdq would be qat"),
