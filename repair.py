@@ -3,9 +3,9 @@
     python train.py --task xnli --bits 3 --methods fp32 ptq ptq+gptq ptq+gptq+norm
 
 A repair changes a quantized model in place and reads the batches that also set static ranges: sequences without
-padding, and no labels. No gradient goes through more than a layer. It works from the bottom up, block by block (embeddings,
-attention, ffn, attention, ...), on what the *quantized* model computes there: the repair of a block is in effect for
-the next one, which so makes up for errors of the blocks below.
+padding, and no labels. No gradient goes through more than one layer. It works from the bottom up, block by block
+(embeddings, attention, ffn, attention, ...), on what the *quantized* model computes there: the repair of a block is in
+effect for the next one, which so makes up for errors of the blocks below.
 
     gptq         chooses which way each weight is rounded, up or down
     norm         chooses gain and bias of each norm
@@ -81,7 +81,7 @@ def round_columns(weight: Tensor, H: Tensor, scale: Tensor, quant_min: int, quan
     >>> round_columns(torch.tensor([[0.4, 0.4]]), H, one, -1, 1)   # 0 for 0.4; so 0.4 + 0.36 is left for the other
     tensor([[0., 1.]])
     """
-    W, scale, stop = weight.double(), scale.double().flatten(), 0
+    W, scale, stop = weight.double().clone(), scale.double().flatten(), 0
     H = H.double() + torch.eye(len(H), device=H.device) * DAMPING * H.diagonal().mean()
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     codes = torch.empty_like(W)
@@ -100,7 +100,7 @@ def round_columns(weight: Tensor, H: Tensor, scale: Tensor, quant_min: int, quan
 def gptq(student: Model, teacher: Model, batches: list[Batch]) -> None:
     """Second-order rounding of all matrices, on the scales that they have. The teacher is not read.
 
-    Differs from the authors' code: a weight whose input is always 0 here is rounded to the nearest integer, not set
+    NOTE: differs from the authors' code: a weight whose input is always 0 here is rounded to the nearest integer, not set
     to 0, since other languages may use it.
     """
     states, found = batches, False

@@ -22,7 +22,6 @@ from quant import QuantConfig, QuantLinear, WeightQuantizer, dequantize
 from repair import REPAIRS, fit_lines, round_columns
 from tt import TTConfig
 
-CHAINS = [(name,) for name in REPAIRS] + [tuple(REPAIRS)]
 CHANGED = {"gptq": MATRICES, "norm": ["norm"], "reconstruct": ["encoder.layers", "quantizer"]}  # parts of names
 KINDS = {
     "uniform": {},
@@ -31,6 +30,9 @@ KINDS = {
     "lsq": {"weights": "lsq", "weight_range": "lsq"},
     "static": {"per_channel": False, "per_token": False, "act_range": "static"},
 }
+
+
+CASES = [("uniform", [name]) for name in REPAIRS] + [(kind, list(REPAIRS)) for kind in KINDS]
 
 
 @pytest.fixture
@@ -210,8 +212,7 @@ def test_layers_return_what_the_teachers_return(models, batches, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------- every repair
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chain", CHAINS, ids="+".join)
+@pytest.mark.parametrize(("kind", "chain"), CASES, ids=[f"{kind}+{'+'.join(chain)}" for kind, chain in CASES])
 def test_repairs_reduce_the_error_and_keep_the_bits(kind, chain, models, batches, tmp_path, tokenizer_bytes):
     """On held-out rows; student, file and integer model agree; no other tensor changes; one input, one result."""
     teacher, held_out = models[0], [batch([9, 14, 20, 28])]
