@@ -209,11 +209,7 @@ def read_examples(
         name, group = cells.pop(), "all" if group is None else group
         if not fetch:
             name, group = name.strip(), group.strip()
-            for what, cell in (("text", cells[0].strip()), ("label", name), ("language", group)):
-                if not cell:
-                    raise UserError(f"{path}, line {number}: the {what} is empty")
-                if what != "text" and any(mark in cell for mark in "\t\r\n"):  # it would break a line of a report
-                    raise UserError(f"{path}, line {number}: the {what} {cell[:50]!r} holds a tab or a line end")
+            check_own(f"{path}, line {number}", text=cells[0].strip(), label=name, language=group)
         value = spelled.get(name) if labels else similarity(name)
         if value is None:
             known = ", ".join(spelled)[:200] or "a number from 0 to 5"
@@ -231,6 +227,15 @@ def similarity(text: str) -> float | None:
     except ValueError:
         return None
     return value if 0 <= value <= 5 else None
+
+
+def check_own(where: str, **cells: str) -> None:
+    """Raise UserError for an empty cell of the user's own rows, or a name that would break a line of a report."""
+    for name, cell in cells.items():
+        if not cell:
+            raise UserError(f"{where}: the {name} is empty")
+        if not name.startswith("text") and any(mark in cell for mark in "\t\r\n"):
+            raise UserError(f"{where}: the {name} {cell[:50]!r} holds a tab or a line end")
 
 
 def not_empty(found: dict | list, path: str, fetch: str) -> dict | list:

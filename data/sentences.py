@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import chain
 
-from data.files import Example, existing, not_empty, open_text, read_tsv
+from data.files import Example, check_own, existing, not_empty, open_text, read_tsv
 from kit.common import UserError
 
 FILES = {"train": "train.txt", "dev": "dev.tsv", "test": "test.tsv"}
@@ -67,10 +67,10 @@ def read_pairs(path: str) -> dict[str, list[Example]]:
     found: dict[str, list[Example]] = {}
     for number, cells in read_tsv(path, ("text", "text2", "language", "score"), "", optional=("language", "score")):
         text, text2, language, score = (cell if cell is None else cell.strip() for cell in cells)
-        if empty := [name for name, cell in (("text", text), ("text2", text2), ("language", language)) if cell == ""]:
-            raise UserError(f"{path}, line {number}: the {empty[0]} is empty")
-        if language == ALL or (language and any(mark in language for mark in "\t\r\n|")):  # it would break a report
-            raise UserError(f"{path}, line {number}: {language[:50]!r} can't be the name of a language")
+        where = f"{path}, line {number}"
+        check_own(where, text=text, text2=text2, **({} if language is None else {"language": language}))
+        if language == ALL or "|" in (language or ""):  # which would break a table
+            raise UserError(f"{where}: {language[:50]!r} can't be the name of a language")
         found.setdefault(language or ALL, []).append(Example(text, text2, number_of(score, path, number)))
     for language, pairs in not_empty(found, path, "").items():
         if pairs[0].label is None:
