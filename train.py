@@ -376,7 +376,9 @@ def make_student(run: Run, teacher: Model, method: str, data: Data) -> tuple[Mod
         raise UserError(f"{method}: {error}") from None
     print(f"{method}: {summary}")
     begin_stage(student, 0 if trains(method) else len(STAGES) - 1)
-    batches = [b.to(run.device) for b in unpadded_batches(data.train, CALIBRATION, 32, config.seed)]
+    reads = quant.act_range != "dynamic" or "+" in method  # static ranges or repairs
+    batches = unpadded_batches(data.train, CALIBRATION, 32, config.seed) if reads else []
+    batches = [batch.to(run.device) for batch in batches]
     if quant.act_range != "dynamic":
         torch.manual_seed(config.seed)
         calibrate(student, ((b.ids, b.mask, b.types) for b in batches))
@@ -461,10 +463,9 @@ def main(argv: list[str] | None = None) -> None:
     parallel.start(config.device)
     run, start, data = open_run(config, resume)
     teacher, teacher_bytes, teacher_seconds = get_teacher(run, start, data)
-    cache = set_references(teacher, [data.dev, *data.tests.values()], run.device)
-    for method in run.config.methods:
-        if method in run.results["methods"]:  # of a run that was stopped later
-            continue
+    left = [method for method in run.config.methods if method not in run.results["methods"]]  # of a stopped run
+    cache = set_references(teacher, [data.dev, *data.tests.values()], run.device) if left else {}
+    for method in left:
         if method == "fp32":
             row = {"size_bytes": teacher_bytes, "train_seconds": teacher_seconds}
             row |= evaluate_languages(method, teacher, data.tests, start.task, run.device, cache)
