@@ -139,9 +139,9 @@ def encode_unlabelled(examples: list[Example], tokenizer: Encoder, max_length: i
             f"the prompt, {tokenizer.prompt[:40]!r} ..., leaves no room for a sentence in {max_length} tokens"
         )
     texts = [tokenizer.prompt + text for text in (*first, *(second if pairs else ()))]
-    dataset = replace(encode_texts(tokenizer, texts, None, max_length, None), pad=tokenizer.pad_id)
     metric = "spearman" if scored else "retrieval" if pairs else "cosine"
-    return replace(dataset, metrics=(metric,), scores=np.array(scores) if scored else None)
+    found = dict(metrics=(metric,), scores=np.array(scores) if scored else None, pad=tokenizer.pad_id)
+    return replace(encode_texts(tokenizer, texts, None, max_length, None), **found)
 
 
 def encode_texts(

@@ -23,7 +23,7 @@ def compared_score(row: dict, task) -> float:
     """The score by which methods are compared: the zero-shot mean, or the mean over the test sets."""
     if task.zero_shot and row["zero_shot_mean"] is not None:
         return row["zero_shot_mean"]
-    return statistics.fmean(found["score"] for found in row["languages"].values())
+    return mean_of(row, "score")
 
 
 def worst_language(rows: list[dict], languages: list[str]) -> str:

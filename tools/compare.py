@@ -86,7 +86,7 @@ def read_runs(arguments: list[str]) -> list[dict]:
         runs.append(run)
     if len({run["task"].name for run in runs}) > 1:
         for row in (row for run in runs if run["task"].zero_shot for row in run["methods"].values()):
-            row["compared"] = statistics.fmean(evaluation["score"] for evaluation in row["languages"].values())
+            row["compared"] = mean_of(row, "score")
     return runs
 
 
@@ -227,11 +227,11 @@ def score_cells(rows: dict[tuple[str, int], dict], tasks: list[Task]) -> dict[st
     for task in tasks:
         mine = [row for (name, _), row in rows.items() if name == task.name]
         if task.zero_shot and len(tasks) == 1:
-            for title, key in mean_columns(task).items():
+            means = mean_columns(task) if task.labels else {"mean": "compared"}  # where pairs have no language, of all
+            for title, key in means.items():
                 cells[title] = format_mean(row[key] for row in mine if row[key] is not None)
             cells["worst"] = worst_cell(mine, task.train_language)
-            if not task.labels:  # the mean over languages, or over all pairs where these have no language
-                cells["mean"] = format_mean(row["compared"] for row in mine)
+            if not task.labels:
                 cells["cosine"] = format_mean(mean_of(row, "cosine") for row in mine)
             continue
         title, cell = ", ".join(task.metrics), format_mean(row["compared"] for row in mine)

@@ -113,9 +113,9 @@ def time_models(models: dict[str, Callable], run: Run, data: Data) -> None:
         with torch.inference_mode():
             times = medians(interleave(calls, ROUNDS, warm=True))
         for name, measured in times.items():
-            row = run.results["methods"][name]
-            row["milliseconds"] = row.get("milliseconds", {}) | {str(size): measured["median_ms"]}
-            run.finish_row(name, row)
+            run.results["methods"][name].setdefault("milliseconds", {})[str(size)] = measured["median_ms"]
+    for name in models:
+        run.finish_row(name, run.results["methods"][name])
 
 
 @exit_status()
