@@ -33,6 +33,7 @@ TRAINED = ("qat", "sdq")
 RECIPES = {
     "sdq": "8 bits with quantization noise, logits and attention contexts (arXiv 2307.05972)",
     "kd": "ternary weights, logits and attention maps (arXiv 2211.11014)",
+    "lsq": "trained scales; logits, scores and hidden states (arXiv 2101.05938)",
     "tt": "quantized tensor trains, layer by layer (arXiv 2306.01076); --task atis",
 }
 # Defaults in place of TrainConfig's, later rows before earlier ones; what is typed comes before all of them.
@@ -47,14 +48,14 @@ DEFAULTS: dict[str, dict] = {
     # scratch
     "glue": dict(epochs=3, student_epochs=2, lr=1e-4, dropout=0.1, beta=600.0, student_lr_at={2: 3e-4}),
     "token": dict(max_length=256),
-    "joint": dict(shape="2x768", epochs=25, student_epochs=6, lr=1e-3, student_lr=5e-4, dropout=0.2)
-    | {"label_smoothing": 0.1},
+    "joint": dict(shape="2x768", epochs=25, student_epochs=6, lr=1e-3, student_lr=5e-4, dropout=0.2),
     "joint, built-in sample": dict(shape="2x128", epochs=20, batch_size=8, lr=2e-3),
     "embed": dict(methods=("fp32", "ptq", "sdq"), epochs=0, student_epochs=3, student_steps=200, alpha=100.0)
     | dict(student_lr=3e-4, student_lr_at={}),
     # --recipe
     "sdq": {},
     "kd": dict(bits=2, weights="ternary", attention_bits=8, noise=1.0, distill="logits+map", alpha=1.0, beta=600.0),
+    "lsq": dict(bits=2, weights="lsq", act_range="learned", distill="logits+score+hidden"),
     "tt": dict(
         task="atis", tt_rank=20, act_range="static", weight_range="mse", distill="layerwise", student_dropout=0.1
     ),
@@ -124,10 +125,13 @@ class TrainConfig:
     attention_bits: int = option(32, "bits of Q, K, V and the attention probabilities: 2 to 8, 32 for float32", int)
     weights: str = option("uniform", ", ".join(f"{name} ({row.help})" for name, row in WEIGHTS.items()))
     weight_range: str | None = option(
-        None, "minmax; mse: clip outliers; lsq: where trained scales start (default: minmax, of lsq lsq)"
+        None, "minmax; mse: outliers are clipped (default below 8 bits); lsq: where trained scales start"
     )
     per_tensor: bool = option(False, "one scale per matrix and activation, not per channel and token")
     act_range: str = option("dynamic", "dynamic: at run time; static: calibrated; learned: trained from there")
+    calibration: str | None = option(
+        None, "texts, one per line, that set static ranges and that repairs read (default: of train)", str, "FILE"
+    )
     noise: float = option(0.5, "fraction of weights quantized at a step (lsq: all; pq: set to 0, default 0.1)", float)
 
     distill: str = option(
@@ -149,7 +153,6 @@ class TrainConfig:
     accumulate: int = option(1, "parts in which a batch is computed, for less memory", COUNT)
     lr: float = option(2e-5, "peak learning rate", RATE)
     student_lr: float | None = option(None, "of qat and sdq (default: --lr; higher below 8 bits)", RATE)
-    label_smoothing: float = option(0.0, "of the cross-entropy", FRACTION)
     dropout: float = option(0.1, "while the teacher trains", FRACTION)
     student_dropout: float = option(0.0, "while qat and sdq train; it disturbs distillation", FRACTION)
 
@@ -252,7 +255,8 @@ def resolve(given: dict) -> TrainConfig:
     values |= recipe | given
     width = "pq" if values.get("weights") == "pq" else values.get("bits", 8)
     weights = WEIGHTS.get(values.get("weights"), WEIGHTS["uniform"])
-    values = {"noise": weights.noise, "weight_range": weights.ranges[0]} | values
+    clips = weights.ranges == ("minmax", "mse") and values.get("bits", 8) < 8
+    values = {"noise": weights.noise, "weight_range": "mse" if clips else weights.ranges[0]} | values
     values |= {"task": task.name, "model": f"scratch-{shape}" if model == "scratch" else model}
     values["student_lr"] = given.get("student_lr") or rates.get(width) or values.get("student_lr")
     if not task.train_language and values.get("data_dir"):
@@ -311,9 +315,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Fine-tune a teacher, quantize it in several ways, and report all of them.",
         epilog="\n".join(texts) + "\nexamples:\n"
         "  python train.py --task xnli --bits 8\n"
-        "  python train.py --task xnli --bits 4 --distill logits            # one ablation\n"
-        "  python train.py --task stsb --recipe kd\n"
-        "  python train.py --task atis --recipe tt --bits 4",
+        "  python train.py --task stsb --recipe kd --distill logits            # one ablation",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=112, max_help_position=28),
     )
     for spec in fields(TrainConfig):

@@ -32,7 +32,7 @@ import checkpoint
 from analyze import attention_recovery, layer_errors
 from checkpoint import Start
 from config import SAME_RUN, TrainConfig, default_out, fit, introduction, parse_args, quant_config, trains, tt_config
-from data.batches import IGNORE, Batch, Dataset, encode_split, facts, training_batch, unpadded_batches
+from data.batches import IGNORE, Batch, Dataset, encode_file, encode_split, facts, training_batch, unpadded_batches
 from data.tasks import find_data, find_task, selection_splits
 from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_terms
 from int8 import to_integer
@@ -51,11 +51,12 @@ from tt import tensorize
 WARMUP = 0.1  # fraction of the steps in which the learning rate rises
 WEIGHT_DECAY = 0.01  # of AdamW, on matrices only
 CLIP_NORM = 1.0  # largest norm of all gradients
-CALIBRATION = 256  # training examples that set static activation ranges
+CALIBRATION = 256  # rows that set static activation ranges and that repairs read
+LABEL_SMOOTHING = 0.1  # where words have tags and the sentence a label: what ATIS from scratch was tuned with
 LAST_STAGE_LR = 1 / 20  # of the last stage of layer-by-layer distillation, relative to the peak
 HERE = os.path.dirname(os.path.abspath(__file__))
 TEACHER_OPTIONS = (  # all that the parameters of a teacher depend on, besides model, data and how batches are cut
-    "task max_train max_eval max_length epochs steps batch_size lr dropout seed eval_every label_smoothing precision"
+    "task max_train max_eval max_length epochs steps batch_size lr dropout seed eval_every precision"
 ).split()
 TEACHER_CODE = (
     "train.py model.py tt.py checkpoint.py predict.py kit/parallel.py kit/run.py data/batches.py data/metrics.py "
@@ -67,6 +68,7 @@ class Data(NamedTuple):
     train: Dataset
     dev: Dataset
     tests: dict[str, Dataset]  # by language
+    calibration: Dataset  # train, or rows of --calibration
 
 
 # --------------------------------------------------------------------------------------- the loss
@@ -83,7 +85,7 @@ def forward(
         return model(batch.ids, batch.mask, capture, batch.types, depth)
 
 
-def task_terms(logits: Logits, batch: Batch, smoothing: float) -> dict[str, Tensor]:
+def task_terms(logits: Logits, batch: Batch) -> dict[str, Tensor]:
     """The loss of the task: cross-entropy with the labels, of words where they have tags; of a joint head, both
     ("task" and "slots"). In a regression (STS-B), the squared error. Without labels, none.
     """
@@ -92,9 +94,9 @@ def task_terms(logits: Logits, batch: Batch, smoothing: float) -> dict[str, Tens
     if batch.labels.is_floating_point():
         return {"task": F.mse_loss(logits[:, 0].float(), batch.labels)}
     if batch.tags is None:
-        return {"task": F.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing)}
+        return {"task": F.cross_entropy(logits.float(), batch.labels)}
     intents, slots = logits if isinstance(logits, tuple) else (None, logits)
-    words = batch.tags != IGNORE
+    words, smoothing = batch.tags != IGNORE, LABEL_SMOOTHING if intents is not None else 0.0
     of_words = F.cross_entropy(slots[words].float(), batch.tags[words], label_smoothing=smoothing)
     if intents is None:
         return {"task": of_words}
@@ -116,7 +118,7 @@ def sdq_loss(student: Model, teacher: Model | None, batch: Batch, config: TrainC
     losses = {name: weight for name, weight in weights.items() if name in LOSSES}
     taps = tuple(LOSSES[name].tap for name in losses if name != "logits")
     logits, student_taps = forward(student, batch, config, taps)
-    terms = task_terms(logits, batch, config.label_smoothing)
+    terms = task_terms(logits, batch)
     if teacher is None:
         return terms
     terms = {name: weights.get("task", 1.0) * term for name, term in terms.items()}
@@ -146,7 +148,7 @@ def layerwise_loss(
     if is_last:
         costs = logits_terms(logits, teacher_logits, config.temperature, batch.mask, student.config.head)
         terms |= {name: config.alpha * cost for name, cost in costs.items()}
-        terms |= task_terms(logits, batch, config.label_smoothing)
+        terms |= task_terms(logits, batch)
     return terms
 
 
@@ -377,7 +379,7 @@ def make_student(run: Run, teacher: Model, method: str, data: Data) -> tuple[Mod
     print(f"{method}: {summary}")
     begin_stage(student, 0 if trains(method) else len(STAGES) - 1)
     reads = quant.act_range != "dynamic" or "+" in method  # static ranges or repairs
-    batches = unpadded_batches(data.train, CALIBRATION, 32, config.seed) if reads else []
+    batches = unpadded_batches(data.calibration, CALIBRATION, 32, config.seed) if reads else []
     batches = [batch.to(run.device) for batch in batches]
     if quant.act_range != "dynamic":
         torch.manual_seed(config.seed)
@@ -425,13 +427,22 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Start, Data]:
     language, how = task.train_language, (folder, start.tokenizer, config.max_length)
     splits = zip(selection_splits(task, config.eval_split, folder), (config.max_train, config.max_eval), strict=True)
     tests = load_tests(task, config.eval_split, config.languages, *how, config.max_eval)
-    data = Data(*(encode_split(task, split, language, *how, limit) for split, limit in splits), tests)
+    train_set, dev = (encode_split(task, split, language, *how, limit) for split, limit in splits)
+    calibration = train_set
+    if config.calibration:
+        calibration = encode_file(config.calibration, train_set.pairs, start.tokenizer, config.max_length)
+    data = Data(train_set, dev, tests, calibration)
     steps = {name: total_steps(config, len(data.train), name == "students") for name in ("teacher", "students")}
-    print(*facts(*data, task, folder, start.labels, config.max_length), sep="\n")
+    print(*facts(*data[:3], task, folder, start.labels, config.max_length), sep="\n")
     print(f"steps of {config.batch_size}: " + ", ".join(f"{name} {count:,}" for name, count in steps.items()))
     check_steps(config, start.config.num_layers, steps["students"])
 
-    sets = {"train": data.train, "dev": data.dev, **{f"test, {name}": each for name, each in tests.items()}}
+    sets = {
+        "train": data.train,
+        "dev": data.dev,
+        "calibration": data.calibration,
+        **{f"test, {name}": each for name, each in tests.items()},
+    }
     made_of = repr([start.identity, start.labels, start.slots])
     contents = {"the model and its classes": hashlib.sha256(made_of.encode()).hexdigest()}
     contents |= {f"the data ({name})": each.sha256 for name, each in sets.items()}

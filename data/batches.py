@@ -12,6 +12,7 @@ the second text begins. XLM-R has no types.
 """
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from data.files import Example, Sentence
+from data.sentences import read_sentences
 from data.slots import Names
 from data.tasks import Task, languages_of, load, names_of
 from data.tokenizer import PAD, Encoder
@@ -142,6 +144,18 @@ def encode_unlabelled(examples: list[Example], tokenizer: Encoder, max_length: i
     metric = "spearman" if scored else "retrieval" if pairs else "cosine"
     found = dict(metrics=(metric,), scores=np.array(scores) if scored else None, pad=tokenizer.pad_id)
     return replace(encode_texts(tokenizer, texts, None, max_length, None), **found)
+
+
+def encode_file(path: str, pairs: bool, tokenizer: Encoder, max_length: int) -> Dataset:
+    """The rows of --calibration: a text per line, or two by a tab where the task reads pairs."""
+    if not os.path.isfile(path):
+        raise UserError(f"--calibration: no file {path}")
+    rows = [(tokenizer.prompt + example.text_a).split("\t") for example in read_sentences(path)]
+    if {len(row) for row in rows} not in ({1}, {2} if pairs else {1}):
+        raise UserError(f"--calibration {path}: write one text per line{', or two by a tab in each' * pairs}")
+    first, *second = zip(*rows, strict=True)
+    dataset = encode_texts(tokenizer, first, second[0] if second else None, max_length, None)
+    return replace(dataset, pad=tokenizer.pad_id)
 
 
 def encode_texts(

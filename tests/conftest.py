@@ -144,7 +144,7 @@ def xnli_run(tmp_path_factory):
 def flights_run(tmp_path_factory):
     """Words, intents and slots in quantized tensor trains, of a model that has learned some of them; analyzed."""
     options = "--task atis --model scratch-1x128 --tt-rank 8 --bits 4 --act-range static --weight-range mse --analyze"
-    options += " --epochs 6 --student-epochs 1 --batch-size 8 --lr 1e-2 --dropout 0 --label-smoothing 0 --data-dir"
+    options += " --epochs 6 --student-epochs 1 --batch-size 8 --lr 1e-2 --dropout 0 --data-dir"
     return user_run(tmp_path_factory.mktemp("flights"), f"{options} {FLIGHTS}")
 
 

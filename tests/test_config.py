@@ -48,10 +48,14 @@ DOCUMENTED = {
         "act_range": "dynamic", "distill": "logits+map", "alpha": 1.0, "beta": 600.0,
         "student_lr": 1e-3,
     },
+    "lsq": {
+        "task": "xnli", "bits": 2, "act_bits": 8, "weights": "lsq", "weight_range": "lsq", "act_range": "learned",
+        "distill": "logits+score+hidden", "alpha": 0.5, "beta": 100.0, "student_lr": 1e-3,
+    },
     "tt": {
         "task": "atis", "model": "scratch-2x128", "methods": ("fp32", "ptq", "qat", "sdq"), "bits": 8,
         "act_bits": 8, "tt_rank": 20, "act_range": "static", "weight_range": "mse",
-        "distill": "layerwise", "student_dropout": 0.1, "dropout": 0.2, "label_smoothing": 0.1,
+        "distill": "layerwise", "student_dropout": 0.1, "dropout": 0.2,
     },
 }  # fmt: skip
 
@@ -70,7 +74,8 @@ def test_every_option_overrides_the_recipe(recipe, nothing_downloaded):
     other = {
         "recipe": "kd" if recipe == "tt" else "tt", "task": "snips", "data_dir": "d",
         "languages": ("de",), "eval_split": "dev", "train_language": "de", "model": "other.safetensors",
-        "tokenizer": "t", "methods": ("sdq",), "weights": "lsq", "weight_range": "lsq", "act_range": "learned",
+        "tokenizer": "t", "methods": ("sdq",), "weights": "pq", "weight_range": "x", "calibration": "c",
+        "act_range": "learned" if recipe != "lsq" else "static",
         "distill": "hidden", "device": "cuda", "out": "o", "bits": 5, "precision": "float32",
     }  # fmt: skip
     for field in fields(TrainConfig):
@@ -105,11 +110,13 @@ def test_order_of_defaults(nothing_downloaded, monkeypatch):
         ("--task ner", dict(model="xlmr-base", max_length=256)),
         (f"--task atis --data-dir {FLIGHTS}", dict(model="scratch-2x768", epochs=25, batch_size=32, student_lr=5e-4)),
         ("--task atis", dict(model="scratch-2x128", epochs=20, batch_size=8, lr=2e-3, student_epochs=6)),
-        ("--task snips --model scratch-1x64", dict(model="scratch-1x64", epochs=25, label_smoothing=0.1)),
+        ("--task snips --model scratch-1x64", dict(model="scratch-1x64", epochs=25)),
         (f"--model scratch --tokenizer {TOKENIZER}", dict(model="scratch-4x256", epochs=3, lr=5e-4, dropout=0.1)),
-        ("", dict(model="mini", beta=100.0, label_smoothing=0.0, dropout=0.0, student_lr=3e-5)),
+        ("", dict(model="mini", beta=100.0, dropout=0.0, student_lr=3e-5)),
         ("--bits 2", dict(student_lr=1e-3)),
-        ("--bits 4", dict(student_lr=1e-4)),
+        ("--bits 4", dict(student_lr=1e-4, weight_range="mse")),
+        ("--bits 2 --weights ternary", dict(weight_range="minmax")),
+        ("--bits 32 --act-bits 4", dict(weight_range="minmax")),
         ("--weights pq", dict(student_lr=1e-4, noise=0.1)),
         ("--bits 2 --student-lr 1e-5", dict(student_lr=1e-5)),
         ("--task cola --bits 2", dict(student_lr=3e-4)),

@@ -12,8 +12,10 @@ from test_prepare import MATRICES, ROWS, prepared, quantized
 
 import quant
 import repair
+import train
 from analyze import layer_errors
-from checkpoint import fake_quantized, read_student, save_student
+from checkpoint import fake_quantized, read_model, read_student, save_student, tokenizer_of
+from data.batches import encode_file
 from int8 import to_integer
 from kit.common import UserError
 from model import set_dropout
@@ -292,3 +294,40 @@ def test_rows_of_a_report(tmp_path, capsys):
         assert (len(rows[name].get("dev_curve", [])) > 0) == (name == "sdq+gptq+norm")
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert "ptq-static: static ranges. sdq: noise 0.5, logits+context." in report
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["one text", "two texts"])
+def test_calibration_text(pairs, tmp_path, monkeypatch):
+    """Static ranges and repairs read the user's rows, whole; the teacher is trained on train."""
+    lines = [f"Ein Satz{chr(9) * pairs}{'noch einer ' * (i % 3)}." for i in range(9)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
+    read, of = [], train.unpadded_batches
+    monkeypatch.setattr(train, "unpadded_batches", lambda dataset, *rest: read.append(dataset) or of(dataset, *rest))
+    options = f"--steps 1 --methods fp32 ptq-static ptq+norm --calibration {tmp_path / 'texts.txt'}".split()
+    assert run(tmp_path, *options) == 0 == run(tmp_path, *options[:-2], out="usual")
+    (teacher,) = (tmp_path / "teachers").iterdir()
+    tokenizer = tokenizer_of(str(teacher), read_model(str(teacher)))
+    rows = [text.split("\t") for text in lines]
+    expected = tokenizer.encode_batch(*([list(column) for column in zip(*rows, strict=True)] + [None])[:2])
+    for dataset in read[:2]:
+        assert [ids.tolist() for ids in np.split(dataset.ids, dataset.starts[1:-1])] == [list(ids) for ids in expected]
+    assert len(read[2]) > 9
+
+
+@pytest.mark.parametrize(
+    ("pairs", "text", "message"),
+    [
+        (True, None, "--calibration: no file texts.txt"),
+        (True, "a\nb\tc\n", "--calibration texts.txt: write one text per line, or two by a tab in each"),
+        (True, "a\tb\tc\nd\te\tf\n", "--calibration texts.txt: write one text per line, or two by a tab in each"),
+        (False, "a\tb\nc\td\n", "--calibration texts.txt: write one text per line"),
+        (True, "a\n\n", "texts.txt has fewer than two different sentences: write one per line"),
+    ],
+)
+def test_calibration_text_that_is_none(pairs, text, message, tmp_path, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "texts.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as wrong:
+        encode_file("texts.txt", pairs, tokenizer, 32)
+    assert str(wrong.value) == message
