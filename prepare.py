@@ -39,7 +39,7 @@ def table_quantizer(config: QuantConfig, *arguments) -> nn.Module:
 
 
 WEIGHTS = {  # QuantConfig.weights
-    "uniform": WeightKind(UniformQuantizer, UniformQuantizer, "equal steps up to the largest weight"),
+    "uniform": WeightKind(UniformQuantizer, UniformQuantizer, "equal steps"),
     "ternary": WeightKind(TernaryQuantizer, TernaryQuantizer, "-a, 0, a with 2 bits", bits=(2,), ranges=("minmax",)),
     "lsq": WeightKind(LearnedScale, table_quantizer, "scales are trained", ranges=("lsq", "minmax", "mse")),
     "pq": WeightKind(ProductQuantizer, ProductQuantizer, "a byte for 4 or 8 weights", (8,), ("minmax",), noise=0.1),

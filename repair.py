@@ -7,6 +7,7 @@ padding, and no labels. No gradient goes through more than one layer. It works f
 (embeddings, attention, ffn, attention, ...), on what the *quantized* model computes there: the repair of a block is in
 effect for the next one, which so makes up for errors of the blocks below.
 
+    keys         centres the keys of attention, which no attention depends on
     gptq         chooses which way each weight is rounded, up or down
     norm         chooses gain and bias of each norm
     reconstruct  trains all that a layer has, for a few seconds
@@ -61,6 +62,23 @@ def read_by(module: nn.Module, block: nn.Module, states: list) -> Iterator[Tenso
         run(block, state)
         yield read.pop()
     handle.remove()
+
+
+# ------------------------------------------------------------------------------------------ keys
+@torch.no_grad()
+def keys(student: Model, teacher: Model, batches: list[Batch]) -> None:
+    """The bias of the keys with which their mean is 0, so that a grid (--attention-bits) covers less (after the
+    "smoothing" of SageAttention, Zhang et al. 2025). The teacher is not read.
+
+    A bias b adds q b to all scores of a query q, and softmax(scores + constant) = softmax(scores): in floats nothing
+    changes.
+    """
+    states = batches
+    for block in blocks(student):
+        if isinstance(block, Attention):
+            found = [block.key(inputs).flatten(0, -2) for inputs in [*read_by(block.key, block, states)]]
+            block.key.bias.sub_(torch.cat(found).mean(dim=0))
+        states = [run(block, x) for x in states]
 
 
 # ------------------------------------------------------------------------------------------ gptq
@@ -219,6 +237,7 @@ class Repair(NamedTuple):
 
 
 REPAIRS = {  # in the order of work
+    "keys": Repair(keys, "centres keys, for --attention-bits below 8 (arXiv 2410.02367)"),
     "gptq": Repair(gptq, "rounds columns in turn, the rest makes up for each (arXiv 2210.17323)", needs_scales=True),
     "norm": Repair(norm, "fits the gain and bias of norms to the teacher's (arXiv 2309.02784)"),
     "reconstruct": Repair(reconstruct, "trains layer by layer, alone (arXiv 2109.15082)", needs_scales=True),

@@ -24,17 +24,25 @@ from quant import QuantConfig, QuantLinear, WeightQuantizer, dequantize
 from repair import REPAIRS, fit_lines, round_columns
 from tt import TTConfig
 
-CHANGED = {"gptq": MATRICES, "norm": ["norm"], "reconstruct": ["encoder.layers", "quantizer"]}  # parts of names
+CHANGED = {
+    "keys": ["key.bias"],
+    "gptq": MATRICES,
+    "norm": ["norm"],
+    "reconstruct": ["encoder.layers", "quantizer"],
+}  # parts of names
 KINDS = {
     "uniform": {},
     "mse": {"weight_range": "mse"},
     "ternary": {"weight_bits": 2, "weights": "ternary"},
     "lsq": {"weights": "lsq", "weight_range": "lsq"},
+    "attention": {"attention_bits": 4},
     "static": {"per_channel": False, "per_token": False, "act_range": "static"},
 }
 
 
-CASES = [("uniform", [name]) for name in REPAIRS] + [(kind, list(REPAIRS)) for kind in KINDS]
+CASES = [("attention" if name == "keys" else "uniform", [name]) for name in REPAIRS] + [
+    (kind, list(REPAIRS)) for kind in KINDS
+]
 
 
 @pytest.fixture
@@ -54,6 +62,30 @@ def student_of(teacher, batches, chain=(), **values):
     for name in chain:
         REPAIRS[name].function(student, teacher, batches)
     return config, student
+
+
+# ------------------------------------------------------------------------------------------ keys
+def with_key_biases(model):
+    """As trained models have; random ones start with 0."""
+    for layer in model.encoder.layers:
+        torch.nn.init.normal_(layer.attention.key.bias, std=2.0)
+    return model
+
+
+def test_centred_keys_change_no_map_but_their_range(models, batches):
+    """In floats; with 4-bit keys the maps come closer to the teacher's."""
+    teacher, errors = with_key_biases(models[0]), []
+    for bits, chain in ((32, ["keys"]), (4, []), (4, ["keys"])):
+        _, student = student_of(teacher, batches, chain, weight_bits=32, act_bits=32, attention_bits=bits)
+        with torch.no_grad():
+            (found, expected) = (model(batches[0].ids, capture=("map", "key"))[1] for model in (student, teacher))
+        errors.append([float((a - b).abs().max()) for a, b in zip(found["map"], expected["map"], strict=True)])
+        if chain and bits == 32:
+            mean = torch.cat(
+                [student(b.ids, capture=("key",))[1]["key"][0].transpose(1, 2).flatten(0, 1) for b in batches]
+            )
+            assert mean.mean(dim=0).abs().max() < 1e-5 < expected["key"][0].mean(dim=(0, 2)).abs().max()
+    assert max(errors[0]) < 1e-5 and errors[2][0] < errors[1][0]
 
 
 # ------------------------------------------------------------------------------------------ gptq
@@ -217,15 +249,15 @@ def test_layers_return_what_the_teachers_return(models, batches, monkeypatch):
 @pytest.mark.parametrize(("kind", "chain"), CASES, ids=[f"{kind}+{'+'.join(chain)}" for kind, chain in CASES])
 def test_repairs_reduce_the_error_and_keep_the_bits(kind, chain, models, batches, tmp_path, tokenizer_bytes):
     """On held-out rows; student, file and integer model agree; no other tensor changes; one input, one result."""
-    teacher, held_out = models[0], [batch([9, 14, 20, 28])]
+    teacher, held_out = with_key_biases(models[0]) if "keys" in chain else models[0], [batch([9, 14, 20, 28])]
     before = copy.deepcopy(teacher.state_dict())
     _, plain = student_of(teacher, batches, **KINDS[kind])
     config, student = student_of(teacher, batches, chain, **KINDS[kind])
     _, again = student_of(teacher, batches, chain, **KINDS[kind])
 
     def error(model):
-        places = layer_errors(teacher, model, held_out)["accumulated"].values()
-        return sum(layer["relative"] for place in places for layer in place)
+        places = layer_errors(teacher, model, held_out)["accumulated"].items()
+        return sum(layer["relative"] for name, place in places if name != "key" for layer in place)
 
     assert error(student) < error(plain)
     assert all(map(torch.equal, teacher.state_dict().values(), before.values()))
@@ -248,8 +280,9 @@ def test_repairs_reduce_the_error_and_keep_the_bits(kind, chain, models, batches
 def test_nothing_to_repair(name, models, batches):
     """At 32 bits the student is its teacher, up to rounding."""
     _, student = student_of(models[0], batches, [name], weight_bits=32, act_bits=32)
-    for found, expected in zip(student.parameters(), models[0].parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        found, expected = (model(batches[0].ids, capture=("hidden",))[1]["hidden"] for model in (student, models[0]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gptq_needs_matrices(tiny_config, batches):
