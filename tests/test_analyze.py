@@ -67,12 +67,13 @@ def test_errors_and_recovery_as_tables_and_json(models):
     errors, found = layer_errors(*models, [batch([5])]), attention_recovery(*models, [batch([7, 4])])
     row = {"errors": errors, "recovery": found}
     assert json.loads(json.dumps(row)) == row
-    first, second = analysis_tables({"fp32": {}, "ptq": row, "sdq": row}).split("\n\n")
+    first, second, third = analysis_tables({"fp32": {}, "ptq": row, "sdq": row}).split("\n\n")
     relative = errors["accumulated"]["context"][1]["relative"]
     assert "layer 2" in first and f"{100 * relative:.1f} |" in first and first.count("\n") == 5
     ranking, cover = 100 * found["ranking"][1], 100 * found["cover"][1]
     assert "layer 2" in second and f"{ranking:.1f} / {cover:.1f} |" in second
     assert second.count("\n") == 3
+    assert f"| fp32     | {found['kurtosis'][0]:7.1f} | {found['kurtosis'][1]:7.1f} |" in third
 
 
 # ------------------------------------------------------------------------- ranking and cover length
@@ -156,9 +157,11 @@ def test_rows_by_hand():
 def test_recovery_of_padded_batches_equals_that_of_single_sequences(models):
     batches = [batch([9, 5, 3]), batch([6, 6]), batch([1, 1])]
     found = attention_recovery(*models, batches)
-    taps = [[model(ids, None, ("score", "map", "normed"))[1] for model in models] for ids in sequences_of(batches)]
+    taps = [
+        [model(ids, None, ("score", "map", "normed", "hidden"))[1] for model in models] for ids in sequences_of(batches)
+    ]
     for layer in range(2):
-        lists, kl, mse, tokens = [], 0.0, 0.0, 0
+        lists, kl, mse, tokens, kurtosis = [], 0.0, 0.0, 0, []
         for target, seen in taps:
             t, s = target["map"][layer], seen["map"][layer]
             n = t.shape[-1]
@@ -166,6 +169,10 @@ def test_recovery_of_padded_batches_equals_that_of_single_sequences(models):
             kl += n * map_loss(seen["score"][layer], target["score"][layer], None).item()
             mse += n * vector_loss(seen["normed"][layer], target["normed"][layer], None).item()
             tokens += n
+            for y in (
+                target["hidden"][layer + 1][0] - target["hidden"][layer + 1][0].mean(dim=1, keepdim=True)
+            ).numpy():
+                kurtosis.append((y**4).mean() / (y**2).mean() ** 2)
         ranks = [flips / pairs for flips, pairs in (flips_of(*each) for each in lists) if pairs]
         covers = [cover_of(*each) for each in lists]
         # other rounding in a batch may swap a few keys that are nearly equal
@@ -173,6 +180,7 @@ def test_recovery_of_padded_batches_equals_that_of_single_sequences(models):
         assert found["cover"][layer] == pytest.approx(sum(covers) / len(covers), abs=2e-3)
         assert found["map_kl"][layer] == pytest.approx(kl / tokens, rel=1e-4)
         assert found["output_mse"][layer] == pytest.approx(mse / tokens, rel=1e-4)
+        assert found["kurtosis"][layer] == pytest.approx(sum(kurtosis) / tokens, rel=1e-4)
         assert 0 < found["ranking"][layer] < 0.5
 
 

@@ -88,11 +88,11 @@ def test_report_says_what_was_run():
     for options, words in (
         ({}, "xnli, model mini, seed 0; metrics in % on test (en 750, de 751, sw 752 rows), trained on 1,234 examples"),
         ({}, "teacher 77 steps, students 39, of 32."),
-        ({}, "W2A8: uniform weights, one scale per channel, ranges minmax; activations with ranges at run time, per t"),
+        ({}, "W2A8: uniform weights, one scale per channel, ranges mse; activations with ranges at run time, per tok"),
         ({}, "qat: noise 0.5. sdq: noise 0.5, logits+context."),
         ({}, "a processor, 3 threads, torch 2.0."),
         ({}, "selected on dev, in"),
-        ({"per_tensor": True}, "one scale per tensor, ranges minmax; activations with ranges at run time, per tensor."),
+        ({"per_tensor": True}, "one scale per tensor, ranges mse; activations with ranges at run time, per tensor."),
         ({"act_range": "static", "attention_bits": 4}, "with ranges static; inside attention 4 bits."),
         ({"weights": "lsq", "weight_range": "mse"}, "lsq weights, one scale per channel, ranges mse;"),
         ({"selected": "held-out", "eval_split": "dev"}, "selected on held-out, in"),
