@@ -54,13 +54,22 @@ def run(block: nn.Module, state: Batch | Tensor) -> Tensor:
     return block(state, None, {}) if isinstance(block, Attention) else block(state)
 
 
+class Read(Exception):
+    """Carries what a module reads out of its block, of which nothing more is computed."""
+
+
 def read_by(module: nn.Module, block: nn.Module, states: list) -> Iterator[Tensor | Codes]:
     """What a module of a block reads, state by state."""
-    read = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+
+    def stop(_, inputs: tuple) -> None:
+        raise Read(inputs[0])
+
+    handle = module.register_forward_pre_hook(stop)
     for state in states:
-        run(block, state)
-        yield read.pop()
+        try:
+            run(block, state)
+        except Read as read:
+            yield read.args[0]
     handle.remove()
 
 
@@ -121,25 +130,29 @@ def gptq(student: Model, teacher: Model, batches: list[Batch]) -> None:
     NOTE: differs from the authors' code: a weight whose input is always 0 here is rounded to the nearest integer, not set
     to 0, since other languages may use it.
     """
-    states, found = batches, False
+    states, found = batches, None
     for block in blocks(student):
         for names in PRODUCTS.get(type(block), ()):
             layers = [layer for name in names if isinstance(layer := getattr(block, name), QuantLinear)]
             if not layers:
                 continue
-            H, found = 0.0, True
+            H = torch.zeros(2 * [layers[0].in_features], device=layers[0].weight.device)
             for x in read_by(layers[0], block, states):
                 x = layers[0].act_quantizer(x)  # query, key and value read Codes, and have none
                 x = (dequantize(*x) if isinstance(x, Codes) else x).flatten(0, -2)
-                H = H + (x.T @ x).double()
-            for layer in layers:
-                quantizer, weight = layer.weight_quantizer, layer.weight
-                _, scale = quantizer.codes(weight)
-                codes = round_columns(weight, H, scale, quantizer.quant_min, quantizer.quant_max)
-                quantizer.settle(weight, codes, scale)
-                assert torch.equal(quantizer.codes(weight)[0], codes), f"{type(quantizer).__name__}.settle: other codes"
+                H.addmm_(x.T, x)
+            scales = [layer.weight_quantizer.codes(layer.weight)[1] for layer in layers]
+            rows, grid = [len(layer.weight) for layer in layers], layers[0].weight_quantizer
+            of_rows = torch.cat([scale.expand(count, 1) for scale, count in zip(scales, rows, strict=True)])
+            weight = torch.cat([layer.weight for layer in layers])
+            codes = round_columns(weight, H, of_rows, grid.quant_min, grid.quant_max).split(rows)
+            for layer, own, scale in zip(layers, codes, scales, strict=True):
+                quantizer = layer.weight_quantizer
+                quantizer.settle(layer.weight, own, scale)
+                found = quantizer.codes(layer.weight)[0]
+                assert torch.equal(found, own), f"{type(quantizer).__name__}.settle: other codes"
         states = [run(block, x) for x in states]
-    if not found:
+    if found is None:
         raise UserError("gptq rounds matrices of Linear layers, which this model does not have")
 
 
