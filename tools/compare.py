@@ -91,7 +91,7 @@ def read_runs(arguments: list[str]) -> list[dict]:
 
 
 def check_comparable(runs: list[dict]) -> None:
-    """Raise UserError for two runs that must not stand in one table, or are the same one.
+    """Raise UserError for two runs that must not stand in one table, or have the same row.
 
     Each task may have its own recipe, and each width its own --student-lr. An option that no longer exists is compared
     where both files have it.
@@ -112,11 +112,12 @@ def check_comparable(runs: list[dict]) -> None:
             if (theirs or None) != (config[name] or None):  # None, 0 and False: off
                 what = f"differ in {flag(name)}: put them in separate tables"
                 raise UserError(f"{run['path']} and {other['path']} {what}")
-        key = tuple(config[name] for name in (*ROW, *width))
-        if key in seen:
-            what = "have the same seed, width and rank: give one of them, or put a label before one, as in NAME="
-            raise UserError(f"{run['path']} and {seen[key]} {what}{run['path']}")
-        seen[key] = run["path"]
+        for method in {*run["methods"]} - {"fp32"}:
+            key = tuple(config[name] for name in (*ROW, *width)), method
+            if key in seen:
+                what = "have the same seed, width and rank: give one of them, or put a label before one, as in NAME="
+                raise UserError(f"{run['path']} and {seen[key]} {what}{run['path']}")
+            seen[key] = run["path"]
 
 
 # ------------------------------------------------------------------------------------- grouping
@@ -199,7 +200,7 @@ def format_mean(values: Iterable[float]) -> str:
 # --------------------------------------------------------------------------------------- tables
 def scores_table(runs: list[dict]) -> str:
     """A row per method and width, or loss and width. Columns: the training language and the zero-shot mean, or each
-    task's score and their mean.
+    task's score and their mean; beside repairs also the seconds of each row's work.
 
     "recovered" compares means over the tasks, of the seeds that have them all.
     """
@@ -207,16 +208,17 @@ def scores_table(runs: list[dict]) -> str:
     there = {run["task"].name: run["task"] for run in runs}
     tasks = [there[name] for name in TASKS if name in there]
     means = {label: mean_over_tasks(rows, tasks) for label, rows in groups.items()}
-    lines = []
+    lines, repaired = [], any("+" in label.method for label in groups)
     for label, rows in groups.items():
         counts = [sum(name == task.name for name, _ in rows) for task in tasks]
         seeds = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
         scores = score_cells(rows, tasks).values()
         megabytes = statistics.fmean(row["size_bytes"] / 1e6 for row in rows.values())
         cells = [str(label), seeds, *scores, format_recovered(means, label), f"{megabytes:.1f}"]
+        cells.append(f"{statistics.fmean(row['train_seconds'] for row in rows.values()):.0f}" if repaired else "-")
         times = [row.get("milliseconds", {}) for row in rows.values()]  # of tools/peers.py
         lines.append(cells + [format_mean(t[size] for t in times if size in t).split()[0] for size in SIZES])
-    header = ["", "seeds", *score_cells({}, tasks), "recovered %", "MB", *(f"ms x {size}" for size in SIZES)]
+    header = ["", "seeds", *score_cells({}, tasks), "recovered %", "MB", "work s", *(f"ms x {size}" for size in SIZES)]
     told = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]  # no empty columns
     return markdown_table([header[i] for i in told], [[line[i] for i in told] for line in lines])
 
