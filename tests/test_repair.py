@@ -108,8 +108,9 @@ def by_inverses(weight, H, scale, low, high):
 
 @pytest.mark.parametrize("columns", [4, 128])  # rounded before the rest is updated: no influence
 @pytest.mark.parametrize("bits", [2, 3, 8])
-@pytest.mark.parametrize("scale", [torch.rand(9, 1) / 4 + 0.05, torch.tensor(0.1)])
-def test_integers_are_those_of_the_papers_algorithm(columns, bits, scale, monkeypatch):
+@pytest.mark.parametrize("per_row", [True, False])
+def test_integers_are_those_of_the_papers_algorithm(columns, bits, per_row, monkeypatch):
+    scale = torch.rand(9, 1) / 4 + 0.05 if per_row else torch.tensor(0.1)
     monkeypatch.setattr(repair, "COLUMNS", columns)
     low, high = quant.quant_range(bits, symmetric=True)
     x = torch.randn(40, 14) @ torch.randn(14, 14)  # correlated
