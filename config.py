@@ -125,7 +125,7 @@ class TrainConfig:
     attention_bits: int = option(32, "bits of Q, K, V and the attention probabilities: 2 to 8, 32 for float32", int)
     weights: str = option("uniform", ", ".join(f"{name} ({row.help})" for name, row in WEIGHTS.items()))
     weight_range: str | None = option(
-        None, "minmax; mse: outliers are clipped (default below 8 bits); lsq: where trained scales start"
+        None, "minmax; mse: outliers are clipped (default below 8 bits or --per-tensor); lsq: where trained ones start"
     )
     per_tensor: bool = option(False, "one scale per matrix and activation, not per channel and token")
     act_range: str = option("dynamic", "dynamic: at run time; static: calibrated; learned: trained from there")
@@ -255,7 +255,7 @@ def resolve(given: dict) -> TrainConfig:
     values |= recipe | given
     width = "pq" if values.get("weights") == "pq" else values.get("bits", 8)
     weights = WEIGHTS.get(values.get("weights"), WEIGHTS["uniform"])
-    clips = weights.ranges == ("minmax", "mse") and values.get("bits", 8) < 8
+    clips = weights.ranges == ("minmax", "mse") and (values.get("bits", 8) < 8 or values.get("per_tensor"))
     values = {"noise": weights.noise, "weight_range": "mse" if clips else weights.ranges[0]} | values
     values |= {"task": task.name, "model": f"scratch-{shape}" if model == "scratch" else model}
     values["student_lr"] = given.get("student_lr") or rates.get(width) or values.get("student_lr")
@@ -305,7 +305,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    title = f"methods, followed by repairs if wanted, as in ptq+{'+'.join(REPAIRS)}, or in sdq+norm before the training"
+    title = "methods, followed by repairs in this order if wanted, as in ptq+gptq+norm, or in sdq+norm before the training"
     lists = {"recipes": RECIPES, title: METHODS | {f"+{name}": row.help for name, row in REPAIRS.items()}}
     texts = [f"{title}:\n" + "".join(f"  {k:<12} {v}\n" for k, v in rows.items()) for title, rows in lists.items()]
     parser = OneLineParser(

@@ -115,6 +115,7 @@ def test_order_of_defaults(nothing_downloaded, monkeypatch):
         ("", dict(model="mini", beta=100.0, dropout=0.0, student_lr=3e-5)),
         ("--bits 2", dict(student_lr=1e-3)),
         ("--bits 4", dict(student_lr=1e-4, weight_range="mse")),
+        ("--per-tensor", dict(weight_range="mse")),
         ("--bits 2 --weights ternary", dict(weight_range="minmax")),
         ("--bits 32 --act-bits 4", dict(weight_range="minmax")),
         ("--weights pq", dict(student_lr=1e-4, noise=0.1)),
@@ -192,7 +193,7 @@ def test_quantizers_of_each_row(nothing_downloaded):
         ("--recipe sdq --task xnli --bits 8 --epochs 2", "xnli-mini-w8a8-s0"),  # its defaults
         ("--threads 1 --device cpu --analyze --accumulate 2", "xnli-mini-w8a8-s0"),  # what changes no result
         ("--bits 4 --distill logits --languages de fr", "xnli-mini-w4a8-s0-languages-de-fr-distill-logits"),
-        ("--noise 1 --lr 1e-3 --per-tensor", "xnli-mini-w8a8-s0-per_tensor-noise-1.0-lr-0.001"),
+        ("--noise 1 --lr 1e-3 --per-tensor", "xnli-mini-w8a8-s0-weight_range-mse-per_tensor-noise-1.0-lr-0.001"),
         ("--recipe kd --task stsb --seed 3", "stsb-minilm-kd-w2a8-s3"),
         ("--recipe tt --bits 4", "atis-scratch-2x128-tt-w4a8-s0"),
         ("--model a/mine.safetensors", "xnli-mine-w8a8-s0"),
@@ -218,7 +219,7 @@ def test_default_folders_tell_settings_apart(options, name, nothing_downloaded):
         ("--methods fp32 magic", "'magic' is unknown"),
         ("--methods ptq+magic", "'ptq+magic' is unknown; choose from fp32 ptq ptq-static qat sdq, with repairs in"),
         ("--methods fp32+norm ptq+norm+gptq", "'fp32+norm', 'ptq+norm+gptq' is unknown"),
-        ("--methods ptq+gptq+gptq", "with repairs in this order: ptq+gptq+norm"),
+        ("--methods ptq+gptq+gptq", "with repairs in this order: ptq+keys+gptq+norm"),
         ("--methods fp32 ptq+gptq --bits 32", "gptq needs weights with scales: not with --bits 32, --weights pq or"),
         ("--methods sdq+gptq --weights pq", "not with --bits 32, --weights pq or --tt-rank"),
         ("--methods ptq-static+gptq+norm --tt-rank 4", "not with --bits 32, --weights pq or --tt-rank"),
