@@ -305,7 +305,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    title = "methods, followed by repairs in this order if wanted, as in ptq+gptq+norm, or in sdq+norm before the training"
+    title = (
+        "methods, followed by repairs in this order if wanted, as in ptq+gptq+norm, or in sdq+norm before the training"
+    )
     lists = {"recipes": RECIPES, title: METHODS | {f"+{name}": row.help for name, row in REPAIRS.items()}}
     texts = [f"{title}:\n" + "".join(f"  {k:<12} {v}\n" for k, v in rows.items()) for title, rows in lists.items()]
     parser = OneLineParser(

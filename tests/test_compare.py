@@ -62,6 +62,20 @@ def test_over_seeds(tmp_path, capsys):
     assert lines[0] == ["", "en", "de"] and lines[4] == ["ptq W2A8", "53.0", "40.0"]
 
 
+def test_rows_of_a_run_in_several_files(tmp_path, capsys):
+    """And the seconds of work, where a row has repairs."""
+    parts = (
+        {"fp32": {"en": 90.0, "de": 80.0}, "ptq": {"en": 60.0, "de": 50.0}},
+        {"ptq+norm": {"en": 70.0, "de": 60.0}},
+    )
+    runs = [made_up("xnli", 0, "logits", rows) for rows in parts]
+    runs[1]["methods"]["ptq+norm"]["train_seconds"] = 30.4
+    lines = table_of(tmp_path, capsys, runs)
+    assert [line[0] for line in lines[2:]] == ["fp32", "ptq W2A8", "ptq+norm W2A8"]
+    assert lines[0][-1] == "work s" and lines[4][-3:] == ["33", "8.0", "30"]
+    assert "work s" not in table_of(tmp_path, capsys, runs[:1])[0]
+
+
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
