@@ -70,6 +70,7 @@ def test_rows_of_a_run_in_several_files(tmp_path, capsys):
     )
     runs = [made_up("xnli", 0, "logits", rows) for rows in parts]
     runs[1]["methods"]["ptq+norm"]["train_seconds"] = 30.4
+    runs[1]["config"]["student_lr"] = 1e-3  # of no effect
     lines = table_of(tmp_path, capsys, runs)
     assert [line[0] for line in lines[2:]] == ["fp32", "ptq W2A8", "ptq+norm W2A8"]
     assert lines[0][-1] == "work s" and lines[4][-3:] == ["33", "8.0", "30"]

@@ -27,7 +27,7 @@ import numpy as np
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from config import METHODS, SAME_RUN, TrainConfig, base_of
+from config import METHODS, SAME_RUN, TrainConfig, base_of, trains
 from data.metrics import spearman
 from data.tasks import TASKS, Task, find_task
 from kit.common import UserError, exit_status, flag, markdown_table
@@ -104,10 +104,13 @@ def check_comparable(runs: list[dict]) -> None:
         shared.add("task")
     seen = {}
     for i, run in enumerate(runs):
-        config = run["config"]
+        config, trained = run["config"], any(map(trains, run["methods"]))
         for name in [name for name in config if name not in may_differ]:
             same = [] if name in shared else ["task", "name", *(width if name == "student_lr" else [])]
-            other = next((each for each in runs[:i] if all(each["config"][k] == config[k] for k in same)), run)
+            others = [each for each in runs[:i] if all(each["config"][k] == config[k] for k in same)]
+            if name.startswith("student_"):  # of no effect where no student was trained
+                others = [each for each in others if trained and any(map(trains, each["methods"]))]
+            other = next(iter(others), run)
             theirs = other["config"].get(name, config[name])
             if (theirs or None) != (config[name] or None):  # None, 0 and False: off
                 what = f"differ in {flag(name)}: put them in separate tables"
