@@ -125,7 +125,7 @@ class TrainConfig:
     attention_bits: int = option(32, "bits of Q, K, V and the attention probabilities: 2 to 8, 32 for float32", int)
     weights: str = option("uniform", ", ".join(f"{name} ({row.help})" for name, row in WEIGHTS.items()))
     weight_range: str | None = option(
-        None, "minmax; mse: outliers are clipped (default below 8 bits or --per-tensor); lsq: where trained ones start"
+        None, "minmax; mse: outliers are clipped (default below 8 bits or --per-tensor); lsq: where its scales start"
     )
     per_tensor: bool = option(False, "one scale per matrix and activation, not per channel and token")
     act_range: str = option("dynamic", "dynamic: at run time; static: calibrated; learned: trained from there")
@@ -255,7 +255,11 @@ def resolve(given: dict) -> TrainConfig:
     values |= recipe | given
     width = "pq" if values.get("weights") == "pq" else values.get("bits", 8)
     weights = WEIGHTS.get(values.get("weights"), WEIGHTS["uniform"])
-    clips = weights.ranges == ("minmax", "mse") and (values.get("bits", 8) < 8 or values.get("per_tensor"))
+    clips = (
+        weights.ranges[0] == "minmax"
+        and "mse" in weights.ranges
+        and (values.get("bits", 8) < 8 or values.get("per_tensor"))
+    )
     values = {"noise": weights.noise, "weight_range": "mse" if clips else weights.ranges[0]} | values
     values |= {"task": task.name, "model": f"scratch-{shape}" if model == "scratch" else model}
     values["student_lr"] = given.get("student_lr") or rates.get(width) or values.get("student_lr")
@@ -359,6 +363,8 @@ def check(config: TrainConfig, task: Task) -> None:
     off_grid = f"--methods: {rounding} needs weights with scales: not with --bits 32, --weights pq or --tt-rank"
     no_words = shape and task.head in ("sequence", "embedding") and not config.tokenizer
     needs_labels = config.epochs or "qat" in parts
+    reads = config.act_range != "dynamic" or "ptq-static" in parts or parts & {*REPAIRS}
+    unread = f"--calibration {config.calibration}: only static ranges and repairs read it, as in --methods ptq-static"
     odd = f"--model {config.model}: choose a hidden size that is a multiple of 64, or less than 128"
     zero = "--noise 1 sets all blocks of --weights pq to 0 while they wait for their stage: choose less"
     distills = layerwise or any(weight for name, weight in losses.items() if name != "task")
@@ -373,6 +379,7 @@ def check(config: TrainConfig, task: Task) -> None:
             task.head == "embedding" and needs_labels,
             f"--task {task.name} has no labels: --epochs 0, and no qat in --methods",
         ),
+        (config.calibration and not reads, unread),
         (config.tt_rank and config.weights != "uniform", cores),
         (config.weights == "pq" and layerwise, stages),
         (config.weights == "pq" and config.noise == 1.0, zero),
@@ -392,9 +399,8 @@ def introduction(config: TrainConfig, task: Task, folder: str) -> str:
     if folder != RAW_DIR and not config.data_dir:
         model = f"python convert.py {task.models[0]}, then " if config.model == "mini" else ""
         text += f": built in. For the real thing: {model}{task.fetch}"
-    if (config.bits, config.weights, config.weight_range) == (2, "uniform", "minmax") and config.methods != ("fp32",):
-        better = "--weight-range mse" if config.tt_rank else "--weights lsq"
-        text += f"\n2 bits: most weights round to 0; {better} keeps far more"
+    if (config.bits, config.weights, config.tt_rank) == (2, "uniform", 0) and config.methods != ("fp32",):
+        text += "\n2 bits: most weights round to 0; --weights lsq keeps far more"
     return text
 
 

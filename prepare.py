@@ -29,7 +29,7 @@ class WeightKind:
     table: Callable[..., nn.Module]
     help: str
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-    ranges: tuple[str, ...] = ("minmax", "mse")  # of weight_range; the first is the default
+    ranges: tuple[str, ...] = ("minmax", "mse")  # of weight_range
     noise: float = 0.5  # default of --noise
 
 

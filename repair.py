@@ -69,7 +69,8 @@ def read_by(module: nn.Module, block: nn.Module, states: list) -> Iterator[Tenso
         try:
             run(block, state)
         except Read as read:
-            yield read.args[0]
+            (inputs,) = read.args
+        yield inputs
     handle.remove()
 
 
@@ -79,14 +80,17 @@ def keys(student: Model, teacher: Model, batches: list[Batch]) -> None:
     """The bias of the keys with which their mean is 0, so that a grid (--attention-bits) covers less (after the
     "smoothing" of SageAttention, Zhang et al. 2025). The teacher is not read.
 
-    A bias b adds q b to all scores of a query q, and softmax(scores + constant) = softmax(scores): in floats nothing
-    changes.
+    A bias b adds q b to all scores of a query q, and softmax(scores + constant) = softmax(scores): in floats no map
+    changes. The scores do, so that a student does not start from here with the loss of scores.
     """
     states = batches
     for block in blocks(student):
         if isinstance(block, Attention):
             found = [block.key(inputs).flatten(0, -2) for inputs in [*read_by(block.key, block, states)]]
-            block.key.bias.sub_(torch.cat(found).mean(dim=0))
+            mean, quantizer = torch.cat(found).mean(dim=0), block.key_quantizer
+            block.key.bias.sub_(mean)
+            if getattr(quantizer, "static", False):
+                quantizer.set_range(*quantizer.covering(*(torch.cat(found) - mean).aminmax()))
         states = [run(block, x) for x in states]
 
 
@@ -128,9 +132,10 @@ def gptq(student: Model, teacher: Model, batches: list[Batch]) -> None:
     """Second-order rounding of all matrices, on the scales that they have. The teacher is not read.
 
     NOTE: differs from the authors' code: a weight whose input is always 0 here is rounded to the nearest integer, not set
-    to 0, since other languages may use it.
+    to 0, since other languages may use it. Weights beyond the grid are clipped first, so that the others make up for
+    rounding and not for clipping, with which they would fit the calibration text too closely (docs/results-repairs.md).
     """
-    states, found = batches, None
+    states, rounds = batches, False
     for block in blocks(student):
         for names in PRODUCTS.get(type(block), ()):
             layers = [layer for name in names if isinstance(layer := getattr(block, name), QuantLinear)]
@@ -144,15 +149,17 @@ def gptq(student: Model, teacher: Model, batches: list[Batch]) -> None:
             scales = [layer.weight_quantizer.codes(layer.weight)[1] for layer in layers]
             rows, grid = [len(layer.weight) for layer in layers], layers[0].weight_quantizer
             of_rows = torch.cat([scale.expand(count, 1) for scale, count in zip(scales, rows, strict=True)])
-            weight = torch.cat([layer.weight for layer in layers])
-            codes = round_columns(weight, H, of_rows, grid.quant_min, grid.quant_max).split(rows)
+            limits = grid.quant_min, grid.quant_max
+            weight = torch.cat([layer.weight for layer in layers]).clamp(*(limit * of_rows for limit in limits))
+            codes = round_columns(weight, H, of_rows, *limits).split(rows)
+            rounds = True
             for layer, own, scale in zip(layers, codes, scales, strict=True):
                 quantizer = layer.weight_quantizer
                 quantizer.settle(layer.weight, own, scale)
                 found = quantizer.codes(layer.weight)[0]
                 assert torch.equal(found, own), f"{type(quantizer).__name__}.settle: other codes"
         states = [run(block, x) for x in states]
-    if found is None:
+    if not rounds:
         raise UserError("gptq rounds matrices of Linear layers, which this model does not have")
 
 

@@ -52,7 +52,7 @@ WARMUP = 0.1  # fraction of the steps in which the learning rate rises
 WEIGHT_DECAY = 0.01  # of AdamW, on matrices only
 CLIP_NORM = 1.0  # largest norm of all gradients
 CALIBRATION = 256  # rows that set static activation ranges and that repairs read
-LABEL_SMOOTHING = 0.1  # where words have tags and the sentence a label: what ATIS from scratch was tuned with
+LABEL_SMOOTHING = 0.1  # where words have tags and the sentence a label, as in ATIS
 LAST_STAGE_LR = 1 / 20  # of the last stage of layer-by-layer distillation, relative to the peak
 HERE = os.path.dirname(os.path.abspath(__file__))
 TEACHER_OPTIONS = (  # all that the parameters of a teacher depend on, besides model, data and how batches are cut
@@ -328,7 +328,11 @@ def get_teacher(run: Run, start: Start, data: Data) -> tuple[Model, int, float]:
     is_made = run.config.epochs or start.read is None  # else a converted model as it stands, for all seeds and data
     key = [getattr(run.config, name) for name in (TEACHER_OPTIONS if is_made else ["task"])]
     key += [*start.identity, *(start.classes or ())]
-    key += [WARMUP, WEIGHT_DECAY, CLIP_NORM, data.train.sha256, data.dev.sha256, run.device.type] if is_made else []
+    key += (
+        [WARMUP, WEIGHT_DECAY, CLIP_NORM, LABEL_SMOOTHING, data.train.sha256, data.dev.sha256, run.device.type]
+        if is_made
+        else []
+    )
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     path = os.path.join(run.teachers, f"{run.config.task}-{start.name}-{digest}.safetensors")
     code = code_digests()
@@ -433,7 +437,7 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Start, Data]:
         calibration = encode_file(config.calibration, train_set.pairs, start.tokenizer, config.max_length)
     data = Data(train_set, dev, tests, calibration)
     steps = {name: total_steps(config, len(data.train), name == "students") for name in ("teacher", "students")}
-    print(*facts(*data[:3], task, folder, start.labels, config.max_length), sep="\n")
+    print(*facts(train_set, dev, tests, task, folder, start.labels, config.max_length), sep="\n")
     print(f"steps of {config.batch_size}: " + ", ".join(f"{name} {count:,}" for name, count in steps.items()))
     check_steps(config, start.config.num_layers, steps["students"])
 

@@ -150,10 +150,11 @@ def encode_file(path: str, pairs: bool, tokenizer: Encoder, max_length: int) -> 
     """The rows of --calibration: a text per line, or two by a tab where the task reads pairs."""
     if not os.path.isfile(path):
         raise UserError(f"--calibration: no file {path}")
-    rows = [(tokenizer.prompt + example.text_a).split("\t") for example in read_sentences(path)]
+    rows = [example.text_a.split("\t") for example in read_sentences(path)]
     if {len(row) for row in rows} not in ({1}, {2} if pairs else {1}):
         raise UserError(f"--calibration {path}: write one text per line{', or two by a tab in each' * pairs}")
     first, *second = zip(*rows, strict=True)
+    first = [tokenizer.prompt + text for text in first]
     dataset = encode_texts(tokenizer, first, second[0] if second else None, max_length, None)
     return replace(dataset, pad=tokenizer.pad_id)
 

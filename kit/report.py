@@ -104,7 +104,7 @@ def analysis_tables(methods: dict[str, dict]) -> str:
         if "recovery" in row:
             layers = zip(row["recovery"]["ranking"], row["recovery"]["cover"], strict=True)
             recoveries.append([name, *(f"{100 * flips:.1f} / {100 * cover:.1f}" for flips, cover in layers)])
-            kurtosis = [["fp32", *(f"{value:.1f}" for value in row["recovery"]["kurtosis"])]]
+            kurtosis = [["fp32", *(f"{value:.1f}" for value in row["recovery"].get("kurtosis", ()))]]
     header = [f"layer {i + 1}" for i in range(len(errors[0]) - 1)]
     tables = {"error of context, %": errors, "flipped / cover, %": recoveries, "kurtosis": kurtosis}
     return "\n\n".join(markdown_table([title, *header], rows) for title, rows in tables.items())
@@ -132,6 +132,7 @@ def quantization(config: dict) -> str:
     """How the rows of a run were quantized, in words: W8A8 ..."""
     scale, row = ("tensor", "tensor") if config["per_tensor"] else ("channel", "token")
     act_range = f"at run time, per {row}" if config["act_range"] == "dynamic" else config["act_range"]
+    act_range += f"; calibrated on {config['calibration']}" if config["calibration"] else ""
     text = f"W{config['bits']}A{config['act_bits']}: {config['weights']} weights, one scale per {scale}, ranges "
     text += f"{config['weight_range']}; activations with ranges {act_range}"
     text += f"; inside attention {config['attention_bits']} bits" if config["attention_bits"] != 32 else ""

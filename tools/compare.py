@@ -115,7 +115,7 @@ def check_comparable(runs: list[dict]) -> None:
             if (theirs or None) != (config[name] or None):  # None, 0 and False: off
                 what = f"differ in {flag(name)}: put them in separate tables"
                 raise UserError(f"{run['path']} and {other['path']} {what}")
-        for method in {*run["methods"]} - {"fp32"}:
+        for method in {*run["methods"]} - {"fp32"} or {"fp32"}:
             key = tuple(config[name] for name in (*ROW, *width)), method
             if key in seen:
                 what = "have the same seed, width and rank: give one of them, or put a label before one, as in NAME="
