@@ -219,6 +219,7 @@ def test_default_folders_tell_settings_apart(options, name, nothing_downloaded):
         ("--methods fp32 magic", "'magic' is unknown"),
         ("--methods ptq+magic", "'ptq+magic' is unknown; choose from fp32 ptq ptq-static qat sdq, with repairs in"),
         ("--methods fp32+norm ptq+norm+gptq", "'fp32+norm', 'ptq+norm+gptq' is unknown"),
+        ("--methods fp32 ptq sdq --calibration x", "--calibration x: only static ranges and repairs read it"),
         ("--methods ptq+gptq+gptq", "with repairs in this order: ptq+keys+gptq+norm"),
         ("--methods fp32 ptq+gptq --bits 32", "gptq needs weights with scales: not with --bits 32, --weights pq or"),
         ("--methods sdq+gptq --weights pq", "not with --bits 32, --weights pq or --tt-rank"),
