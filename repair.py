@@ -132,8 +132,9 @@ def gptq(student: Model, teacher: Model, batches: list[Batch]) -> None:
     """Second-order rounding of all matrices, on the scales that they have. The teacher is not read.
 
     NOTE: differs from the authors' code: a weight whose input is always 0 here is rounded to the nearest integer, not set
-    to 0, since other languages may use it. Weights beyond the grid are clipped first, so that the others make up for
-    rounding and not for clipping, with which they would fit the calibration text too closely (docs/results-repairs.md).
+    to 0, since other languages may use it. Weights far beyond the grid are first clipped to a step beyond it: the others
+    make up for a rounding error, not for many steps of clipping, with which they would fit the calibration text too
+    closely (docs/results-repairs.md).
     """
     states, rounds = batches, False
     for block in blocks(student):
@@ -149,9 +150,9 @@ def gptq(student: Model, teacher: Model, batches: list[Batch]) -> None:
             scales = [layer.weight_quantizer.codes(layer.weight)[1] for layer in layers]
             rows, grid = [len(layer.weight) for layer in layers], layers[0].weight_quantizer
             of_rows = torch.cat([scale.expand(count, 1) for scale, count in zip(scales, rows, strict=True)])
-            limits = grid.quant_min, grid.quant_max
-            weight = torch.cat([layer.weight for layer in layers]).clamp(*(limit * of_rows for limit in limits))
-            codes = round_columns(weight, H, of_rows, *limits).split(rows)
+            low, high = grid.quant_min, grid.quant_max
+            weight = torch.cat([layer.weight for layer in layers]).clamp((low - 1) * of_rows, (high + 1) * of_rows)
+            codes = round_columns(weight, H, of_rows, low, high).split(rows)
             rounds = True
             for layer, own, scale in zip(layers, codes, scales, strict=True):
                 quantizer = layer.weight_quantizer
