@@ -159,6 +159,12 @@ TABLES = {  # arguments of tools/compare.py -> the page that holds all of its ou
     "embed/w3-mse-*.json ten=embed-ten/w3-*.json --languages": "docs/results-embed.md",
     "embed-ten/w2-*.json": "docs/results-embed.md",
     "embed-sts/*.json": "docs/results-embed.md",
+    "embed/w3-mse-*.json repairs/embed-w3-*.json": "docs/results-repairs.md",
+    "embed/w8-pt-static-*.json repairs/embed-w8-*.json": "docs/results-repairs.md",
+    "English=repairs/embed-w3-*.json ten=repairs-ten/embed-w3-*.json": "docs/results-repairs.md",
+    "repairs/xnli-*.json": "docs/results-repairs.md",
+    "repairs/ner-*.json": "docs/results-repairs.md",
+    "repairs/stsb-*.json": "docs/results-repairs.md",
 }
 
 
