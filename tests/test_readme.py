@@ -164,6 +164,7 @@ TABLES = {  # arguments of tools/compare.py -> the page that holds all of its ou
     "English=repairs/embed-w3-*.json ten=repairs-ten/embed-w3-*.json": "docs/results-repairs.md",
     "repairs/xnli-*.json": "docs/results-repairs.md",
     "repairs/ner-*.json": "docs/results-repairs.md",
+    "repairs/ner-fp32-*.json repairs/ner-w3-sdq-*.json repairs-no-labels/*.json": "docs/results-repairs.md",
     "repairs/stsb-*.json": "docs/results-repairs.md",
 }
 
