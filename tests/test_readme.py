@@ -166,6 +166,7 @@ TABLES = {  # arguments of tools/compare.py -> the page that holds all of its ou
     "repairs/ner-*.json": "docs/results-repairs.md",
     "repairs/ner-fp32-*.json repairs/ner-w3-sdq-*.json repairs-no-labels/*.json": "docs/results-repairs.md",
     "repairs/stsb-*.json": "docs/results-repairs.md",
+    "repairs-lsq/stsb-s0.json": "docs/results-repairs.md",
 }
 
 
