@@ -86,11 +86,11 @@ def keys(student: Model, teacher: Model, batches: list[Batch]) -> None:
     states = batches
     for block in blocks(student):
         if isinstance(block, Attention):
-            found = [block.key(inputs).flatten(0, -2) for inputs in [*read_by(block.key, block, states)]]
-            mean, quantizer = torch.cat(found).mean(dim=0), block.key_quantizer
+            key = torch.cat([block.key(x).flatten(0, -2) for x in [*read_by(block.key, block, states)]])
+            mean, quantizer = key.mean(dim=0), block.key_quantizer
             block.key.bias.sub_(mean)
             if getattr(quantizer, "static", False):
-                quantizer.set_range(*quantizer.covering(*(torch.cat(found) - mean).aminmax()))
+                quantizer.set_range(*quantizer.covering(*(key - mean).aminmax()))
         states = [run(block, x) for x in states]
 
 

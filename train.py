@@ -328,11 +328,8 @@ def get_teacher(run: Run, start: Start, data: Data) -> tuple[Model, int, float]:
     is_made = run.config.epochs or start.read is None  # else a converted model as it stands, for all seeds and data
     key = [getattr(run.config, name) for name in (TEACHER_OPTIONS if is_made else ["task"])]
     key += [*start.identity, *(start.classes or ())]
-    key += (
-        [WARMUP, WEIGHT_DECAY, CLIP_NORM, LABEL_SMOOTHING, data.train.sha256, data.dev.sha256, run.device.type]
-        if is_made
-        else []
-    )
+    if is_made:
+        key += [WARMUP, WEIGHT_DECAY, CLIP_NORM, LABEL_SMOOTHING, data.train.sha256, data.dev.sha256, run.device.type]
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     path = os.path.join(run.teachers, f"{run.config.task}-{start.name}-{digest}.safetensors")
     code = code_digests()
@@ -441,12 +438,8 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Run, Start, Data]:
     print(f"steps of {config.batch_size}: " + ", ".join(f"{name} {count:,}" for name, count in steps.items()))
     check_steps(config, start.config.num_layers, steps["students"])
 
-    sets = {
-        "train": data.train,
-        "dev": data.dev,
-        "calibration": data.calibration,
-        **{f"test, {name}": each for name, each in tests.items()},
-    }
+    sets = {"train": train_set, "dev": dev, "calibration": calibration}
+    sets |= {f"test, {name}": each for name, each in tests.items()}
     made_of = repr([start.identity, start.labels, start.slots])
     contents = {"the model and its classes": hashlib.sha256(made_of.encode()).hexdigest()}
     contents |= {f"the data ({name})": each.sha256 for name, each in sets.items()}
