@@ -21,6 +21,9 @@ row, and quantization disturbs that order. Per layer, against the teacher:
                  divided by the number of keys
     map_kl       KL(teacher || student) of the row, in nats: distill.map_loss
     output_mse   MSE of the result of self-attention after residual and norm: the tap "normed"
+    generation   relative error of the context with the student's maps and the teacher's values, and
+    propagation  with the teacher's maps and the student's values: which half of self-attention errs (SA-GEN, SA-PROP)
+    smallest, largest   of the student's "normed": outliers widen the range of one scale
 
 And of the teacher alone, per layer, what makes activations hard to quantize with one scale:
 
@@ -28,6 +31,7 @@ And of the teacher alone, per layer, what makes activations hard to quantize wit
                  distribution, 3 of a Gaussian, up to the number of channels if one is far larger than all others
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
@@ -156,24 +160,36 @@ def kurtosis(states: Tensor, mask: Tensor | None) -> float:
 
 @torch.no_grad()
 def attention_recovery(teacher: Model, student: Model, batches: Iterable[Batch]) -> dict:
-    """{"ranking", "cover", "map_kl", "output_mse", "kurtosis": [layer 0, 1, ...]}: means over real tokens, see the top."""
+    """{name of the list at the top: [layer 0, 1, ...]}: means over real tokens, but the smallest and largest of all."""
     teacher.eval()
     student.eval()
     layers = len(student.encoder.layers)
-    sums = {name: np.zeros((layers, 2)) for name in ("ranking", "cover", "map_kl", "output_mse", "kurtosis")}
+    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((layers, 2)))
+    extremes = {"smallest": [float("inf")] * layers, "largest": [float("-inf")] * layers}
 
     def add(name: str, layer: int, mean: float, weight: int) -> None:
         sums[name][layer] += mean * weight, weight
 
     for batch in batches:
         mask, types = batch.mask, batch.types
-        _, target = teacher(batch.ids, mask, ("score", "map", "normed", "hidden"), types=types)
-        _, found = student(batch.ids, mask, ("score", "map", "normed"), types=types)
+        _, target = teacher(batch.ids, mask, ("score", "map", "value", "context", "normed", "hidden"), types=types)
+        _, found = student(batch.ids, mask, ("score", "map", "value", "normed"), types=types)
         for i in range(layers):
             rows = [real_rows(taps["map"][i].float(), mask) for taps in (found, target)]
             add("ranking", i, *ranking_loss(*rows))
             add("cover", i, float(cover_length(*rows).double().mean()), len(rows[0]))
             add("map_kl", i, float(map_loss(found["score"][i], target["score"][i], mask)), batch.tokens)
             add("output_mse", i, float(vector_loss(found["normed"][i], target["normed"][i], mask)), batch.tokens)
+            context, swapped = target["context"][i], {"generation": (found, target), "propagation": (target, found)}
+            for name, (maps, values) in swapped.items():
+                add(name, i, float(vector_loss(maps["map"][i] @ values["value"][i], context, mask)), batch.tokens)
+            add("context", i, float(vector_loss(context, torch.zeros_like(context), mask)), batch.tokens)
+            normed = found["normed"][i] if mask is None else found["normed"][i][mask]
+            for name, choose in {"smallest": min, "largest": max}.items():
+                extremes[name][i] = choose(extremes[name][i], float(choose(normed.aminmax())))
             add("kurtosis", i, kurtosis(target["hidden"][i + 1], mask), batch.tokens)
-    return {name: [total / max(weight, 1) for total, weight in row.tolist()] for name, row in sums.items()}
+    means = {name: [total / max(weight, 1) for total, weight in row.tolist()] for name, row in sums.items()}
+    squares = means.pop("context")
+    for name in ("generation", "propagation"):
+        means[name] = [(error / square) ** 0.5 for error, square in zip(means[name], squares, strict=True)]
+    return means | extremes

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 
 from data.tasks import RAW_DIR, TASKS, WEIGHTS_DIR, Task, find_data, find_task, own_language
-from distill import LAYERWISE, LOSSES
+from distill import LAST, LAYERWISE, LOSSES
 from kit.common import UserError, flag, multiplies_bf16
 from prepare import WEIGHTS, check_quant, default_keep
 from quant import QuantConfig
@@ -32,10 +32,12 @@ METHODS = {
 TRAINED = ("qat", "sdq")
 RECIPES = {
     "sdq": "8 bits with quantization noise, logits and attention contexts (arXiv 2307.05972)",
-    "kd": "ternary weights, logits and attention maps (arXiv 2211.11014)",
+    "kd": "ternary weights; logits, hidden states, attention maps, no labels (arXiv 2211.11014)",
+    "ternary": "the same with labels and scales per channel and token, without hidden states",
     "lsq": "trained scales; logits, scores and hidden states (arXiv 2101.05938)",
     "tt": "quantized tensor trains, layer by layer (arXiv 2306.01076); --task atis",
 }
+TERNARY = dict(bits=2, weights="ternary", attention_bits=8, noise=1.0, distill="logits+map", alpha=1.0, beta=600.0)
 # Defaults in place of TrainConfig's, later rows before earlier ones; what is typed comes before all of them.
 # student_lr_at: bits, or pq -> student_lr. With few bits a weight must move far to reach the next step of its grid.
 # Chosen on dev with seed 0, the same for QAT and SDQ (docs/log.md).
@@ -49,12 +51,15 @@ DEFAULTS: dict[str, dict] = {
     "glue": dict(epochs=3, student_epochs=2, lr=1e-4, dropout=0.1, beta=600.0, student_lr_at={2: 3e-4}),
     "token": dict(max_length=256),
     "joint": dict(shape="2x768", epochs=25, student_epochs=6, lr=1e-3, student_lr=5e-4, dropout=0.2),
-    "joint, built-in sample": dict(shape="2x128", epochs=20, batch_size=8, lr=2e-3),
+    "joint sample": dict(shape="2x128", epochs=20, batch_size=8, lr=2e-3),
     "embed": dict(methods=("fp32", "ptq", "sdq"), epochs=0, student_epochs=3, student_steps=200, alpha=100.0)
     | dict(student_lr=3e-4, student_lr_at={}),
     # --recipe
     "sdq": {},
-    "kd": dict(bits=2, weights="ternary", attention_bits=8, noise=1.0, distill="logits+map", alpha=1.0, beta=600.0),
+    "kd": TERNARY | dict(per_tensor=True, distill="0*task+logits+hidden+map"),
+    "kd, cola": dict(max_length=64, batch_size=16),
+    "kd, sst2": dict(max_length=64),
+    "ternary": TERNARY,
     "lsq": dict(bits=2, weights="lsq", act_range="learned", distill="logits+score+hidden"),
     "tt": dict(
         task="atis", tt_rank=20, act_range="static", weight_range="mse", distill="layerwise", student_dropout=0.1
@@ -116,33 +121,33 @@ class TrainConfig:
         "M",
     )
     tokenizer: str | None = option(None, "SentencePiece model for scratch (atis, snips: words of train)", str, "FILE")
-    tt_rank: int = option(0, "rank of tensor trains (of a pretrained model: of its students); 0: none", UINT, "R")
+    tt_rank: int = option(0, "rank of tensor trains (of a pretrained model: its students); 0: none", UINT, "R")
     tt_embedding_rank: int = option(0, "rank of the word embeddings; 0 keeps the table", UINT, "R")
 
     methods: tuple[str, ...] = option(("fp32", "ptq", "qat", "sdq"), "rows of the report, see below")
-    bits: int = option(8, "bits of weights and word embeddings: 2 to 8, 32 for float32", int)
-    act_bits: int = option(8, "bits of activations: 2 to 8, 32 for float32", int)
-    attention_bits: int = option(32, "bits of Q, K, V and the attention probabilities: 2 to 8, 32 for float32", int)
+    bits: int = option(8, "bits of weights and word embeddings: 2 to 8; 32: float32", int)
+    act_bits: int = option(8, "bits of activations: 2 to 8; 32: float32", int)
+    attention_bits: int = option(32, "bits of Q, K, V and the attention maps: 2 to 8; 32: float32", int)
     weights: str = option("uniform", ", ".join(f"{name} ({row.help})" for name, row in WEIGHTS.items()))
     weight_range: str | None = option(
-        None, "minmax; mse: outliers are clipped (default below 8 bits or --per-tensor); lsq: where its scales start"
+        None, "minmax; mse: clips outliers (default below 8 bits or --per-tensor); lsq: where its scales start"
     )
     per_tensor: bool = option(False, "one scale per matrix and activation, not per channel and token")
-    act_range: str = option("dynamic", "dynamic: at run time; static: calibrated; learned: trained from there")
+    act_range: str = option("dynamic", "dynamic: at run time; static: calibrated; or learned")
     calibration: str | None = option(
         None, "texts, one per line, that set static ranges and that repairs read (default: of train)", str, "FILE"
     )
-    noise: float = option(0.5, "fraction of weights quantized at a step (lsq: all; pq: set to 0, default 0.1)", float)
+    noise: float = option(0.5, "fraction of weights quantized per step (lsq: all; pq: set to 0)", float)
 
     distill: str = option(
         "logits+context",
-        f"losses joined by '+', each with a weight before it if wanted (logits+150*map): {' '.join(LOSSES)}; 0*task "
-        f"distills without labels; or none; or {', '.join(LAYERWISE)}",
+        f"losses joined by '+', with weights if wanted (logits+150*map): {' '.join(LOSSES)}; map@last: of the last layer; "
+        f"0*task: without labels; or none; or {', '.join(LAYERWISE)}",
         str,
         "LOSSES",
     )
     alpha: float = option(0.5, "weight of the logits", FACTOR)
-    beta: float = option(100.0, "weight of every other loss that has none in --distill", FACTOR)
+    beta: float = option(100.0, "weight of every other loss without its own", FACTOR)
     temperature: float = option(1.0, "softens the logits of teacher and student", between(float, 1e-3, 1e3))
 
     epochs: int = option(3, "passes over the training set; 0: the model is a teacher as it stands", UINT)
@@ -152,12 +157,13 @@ class TrainConfig:
     batch_size: int = option(32, "examples per step", COUNT)
     accumulate: int = option(1, "parts in which a batch is computed, for less memory", COUNT)
     lr: float = option(2e-5, "peak learning rate", RATE)
-    student_lr: float | None = option(None, "of qat and sdq (default: --lr; higher below 8 bits)", RATE)
+    student_lr: float | None = option(None, "of qat and sdq (default: --lr; more for few bits)", RATE)
     dropout: float = option(0.1, "while the teacher trains", FRACTION)
     student_dropout: float = option(0.0, "while qat and sdq train; it disturbs distillation", FRACTION)
 
     analyze: bool = option(False, "also measure each layer's error and attention, evaluate the fake-quantized student")
     seed: int = option(0, "of weights, batches, dropout and noise", UINT)
+    gate: float | None = option(None, "exit status 1 if the last row loses over X points, mean or a language", FACTOR)
     device: str = option("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
     threads: int | None = option(None, "CPU threads (default: all cores)", COUNT)
     precision: str = option(
@@ -170,15 +176,15 @@ class TrainConfig:
 
     @cached_property
     def loss_weights(self) -> dict[str, float]:
-        """The losses of --distill, "task" or keys of distill.LOSSES, and their weights: their own, alpha of the logits,
-        or beta; {} for none and layer-by-layer distillation.
+        """The losses of --distill and their weights: their own, alpha of the logits, or beta; {} for none and
+        layer-by-layer distillation.  Losses: "task", keys of distill.LOSSES, and "map@last".
 
         Raises ValueError for an unknown or repeated loss and for a weight that is no number >= 0.
         """
         text, found, usual = self.distill, {}, {"logits": self.alpha, "task": 1.0}
         for part in [] if text == "none" or text in LAYERWISE else text.split("+"):
             weight, star, name = part.rpartition("*")
-            if name not in LOSSES and name != "task":
+            if name.removesuffix(LAST) not in (LOSSES if name != "logits" + LAST else ()) and name != "task":
                 known = f"join any of {', '.join(LOSSES)} with '+', or use none or {', '.join(LAYERWISE)}"
                 raise ValueError(f"distill={text}: {name!r} is unknown: {known}")
             if name in found:
@@ -193,7 +199,7 @@ class TrainConfig:
 
 # Options that do not make it another run. NOTE: threads, device and parts change the last bits of a result, so resuming
 # is bit-exact only with the same ones.
-SAME_RUN = ("device", "threads", "accumulate", "out", "analyze")
+SAME_RUN = ("device", "threads", "accumulate", "out", "analyze", "gate")
 
 
 def tt_config(config: TrainConfig) -> TTConfig | None:
@@ -249,10 +255,10 @@ def resolve(given: dict) -> TrainConfig:
     rows += {"token": ["token"], "embedding": ["embed"]}.get(task.head, [])
     if task.head == "joint" and kind == "scratch":
         built_in = find_data(task, given.get("data_dir"), kind) not in (given.get("data_dir"), RAW_DIR)
-        rows += ["joint", "joint, built-in sample"][: 1 + built_in]
+        rows += ["joint", "joint sample"][: 1 + built_in]
     values = {name: value for row in rows for name, value in DEFAULTS.get(row, {}).items()}
     shape, rates = values.pop("shape", ""), values.pop("student_lr_at", {})
-    values |= recipe | given
+    values |= recipe | DEFAULTS.get(f"{given.get('recipe')}, {task.name}", {}) | given
     width = "pq" if values.get("weights") == "pq" else values.get("bits", 8)
     weights = WEIGHTS.get(values.get("weights"), WEIGHTS["uniform"])
     clips = (
@@ -292,9 +298,15 @@ def defaults_in_words(spec) -> str:
     """The defaults of an option for its help text, such as (default: 2e-05; mini 0.0003, glue 0.0001)."""
 
     def word(value) -> str:
+        if value is True:
+            return "on"
         return " ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
-    others = ", ".join(f"{name} {word(row[spec.name])}" for name, row in DEFAULTS.items() if spec.name in row)
+    names: dict[str, list[str]] = {}  # of rows, by their default
+    for name, row in DEFAULTS.items():
+        if spec.name in row and not name.startswith("kd, "):
+            names.setdefault(word(row[spec.name]), []).append(name)
+    others = ", ".join(f"{'/'.join(each)} {text}" for text, each in names.items())
     usual = "" if spec.default in (None, (), False) else word(spec.default)
     title = "" if "default: " in spec.metadata["help"] else "default: "
     return f" ({title}{'; '.join(filter(None, (usual, others)))})" if usual or others else ""
@@ -371,6 +383,7 @@ def check(config: TrainConfig, task: Task) -> None:
     nothing = f"--distill {config.distill} has no loss with a weight, so sdq would be qat: use --methods fp32 ptq qat"
     cores = f"{weights} is for matrices: cores of tensor trains have learned scales"
     stages = f"{weights} has stages of its own: not with --distill {config.distill}"
+    gate = "--gate compares the last row of --methods with fp32, which must be there, too: --methods fp32 ptq"
     for is_wrong, message in (
         (unknown, f"--methods: {', '.join(map(repr, unknown))} is unknown; choose from {known}"),
         (rounding and no_grid, off_grid),
@@ -385,6 +398,7 @@ def check(config: TrainConfig, task: Task) -> None:
         (config.weights == "pq" and config.noise == 1.0, zero),
         (shape and shape[1] % max(1, shape[1] // 64), odd),
         ("sdq" in parts and not distills, nothing),
+        (config.gate is not None and "fp32" not in config.methods[:-1], gate),
     ):
         if is_wrong:
             raise UserError(message)

@@ -193,6 +193,9 @@ LOSSES: dict[str, Loss] = {
 }
 
 
+LAST = "@last"  # after the name of a loss: of the last layer alone, as MiniLM distills (arXiv 2002.10957)
+
+
 def layer_mean(loss: Callable, student: list[Tensor], teacher: list[Tensor], mask: Tensor | None) -> Tensor:
     """The mean of a loss over the tensors of one tap, one per layer."""
     layers = [loss(s, t, mask) for s, t in zip(student, teacher, strict=True)]

@@ -34,12 +34,12 @@ from checkpoint import Start
 from config import SAME_RUN, TrainConfig, default_out, fit, introduction, parse_args, quant_config, trains, tt_config
 from data.batches import IGNORE, Batch, Dataset, encode_file, encode_split, facts, training_batch, unpadded_batches
 from data.tasks import find_data, find_task, selection_splits
-from distill import LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_terms
+from distill import LAST, LAYERWISE, LOSSES, LayerSchedule, Logits, layer_mean, layerwise_terms, logits_terms
 from int8 import to_integer
 from kit import parallel
 from kit.common import UserError, choose_device, clock, exit_status, hardware
 from kit.files import write_text
-from kit.report import analysis_tables, caveats, report, report_table
+from kit.report import analysis_tables, caveats, failed_gate, report, report_table
 from kit.run import STUDENT, TEACHER_PART, Run, Training
 from model import Model, set_dropout
 from pq import STAGES, begin_stage, product_quantizers
@@ -107,7 +107,7 @@ def means_over(head: str) -> dict[str, str]:
     """What each term of a loss is a mean over, of which a part of a batch has a share (parallel.backward)."""
     of_words = head == "token"
     terms = {"task": "words" if of_words else "rows", "logits": "tokens" if of_words else "rows", "slots": "words"}
-    return {name: row.over for name, row in LOSSES.items()} | terms
+    return {name + place: row.over for name, row in LOSSES.items() for place in ("", LAST)} | terms
 
 
 def sdq_loss(student: Model, teacher: Model | None, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
@@ -115,8 +115,9 @@ def sdq_loss(student: Model, teacher: Model | None, batch: Batch, config: TrainC
     (arXiv 2307.05972); or the losses of --distill. Without a teacher: CE alone.
     """
     weights = config.loss_weights if teacher is not None else {}
-    losses = {name: weight for name, weight in weights.items() if name in LOSSES}
-    taps = tuple(LOSSES[name].tap for name in losses if name != "logits")
+    losses = {name: weight for name, weight in weights.items() if name != "task"}
+    rows = {name: LOSSES[name.removesuffix(LAST)] for name in losses}
+    taps = tuple(row.tap for row in rows.values() if row.tap)
     logits, student_taps = forward(student, batch, config, taps)
     terms = task_terms(logits, batch)
     if teacher is None:
@@ -128,8 +129,8 @@ def sdq_loss(student: Model, teacher: Model | None, batch: Batch, config: TrainC
         if name == "logits":
             costs = logits_terms(logits, teacher_logits, config.temperature, batch.mask, student.config.head)
         else:
-            tap, loss, _ = LOSSES[name]
-            costs = {name: layer_mean(loss, student_taps[tap], teacher_taps[tap], batch.mask)}
+            of_layers = [each[rows[name].tap][-1 if name.endswith(LAST) else 0 :] for each in (student_taps, teacher_taps)]
+            costs = {name: layer_mean(rows[name].loss, *of_layers, batch.mask)}
         terms |= {term: weight * cost for term, cost in costs.items()}
     return terms
 
@@ -464,8 +465,8 @@ def check_steps(config: TrainConfig, layers: int, steps: int) -> None:
 
 
 @exit_status(": the same command with --resume continues")
-def main(argv: list[str] | None = None) -> None:
-    """All rows of the report."""
+def main(argv: list[str] | None = None) -> int:
+    """All rows of the report. Returns the exit status: 1 if the last row does not pass --gate."""
     started = time.monotonic()
     config, resume = parse_args(argv)
     parallel.start(config.device)
@@ -489,6 +490,9 @@ def main(argv: list[str] | None = None) -> None:
     print("", report_table(results, task), "", *caveats(results, task), wrote, sep="\n")
     print(f"{clock(time.monotonic() - started)} in all")
     parallel.stop()
+    failed = failed_gate(results, task, run.config.gate) if run.config.gate is not None else ""
+    print(failed, end="\n" if failed else "")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -23,19 +23,19 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def exit_status(after_interrupt: str = "") -> Callable[[Callable[..., None]], Callable[..., int]]:
-    """Decorator of a program's main(): it returns the exit status, 0; 2 for a mistake and 130 for Ctrl-C, each told in
-    one line on stderr, without a traceback.
+def exit_status(after_interrupt: str = "") -> Callable[[Callable[..., int | None]], Callable[..., int]]:
+    """Decorator of a program's main(): it returns the exit status, that of main() or 0; 2 for a mistake and 130 for
+    Ctrl-C, each told in one line on stderr, without a traceback.
     """
 
-    def decorate(main: Callable[..., None]) -> Callable[..., int]:
+    def decorate(main: Callable[..., int | None]) -> Callable[..., int]:
         @wraps(main)
         def told(*arguments) -> int:
             status = 2
             try:
-                main(*arguments)
+                result = main(*arguments) or 0
                 sys.stdout.flush()
-                return 0
+                return result
             except BrokenPipeError:  # whoever read the output, such as head, has ended; told if work is left undone
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
                 message, status = after_interrupt and f"the output was closed{after_interrupt}", 1

@@ -55,6 +55,17 @@ def mean_of(row: dict, key: str) -> float:
     return statistics.fmean(test[key] for test in row["languages"].values())
 
 
+def failed_gate(results: dict, task, most: float) -> str:
+    """What --gate says where the last row loses more than `most` points against fp32; "" if it does not."""
+    methods, name = results["methods"], results["config"]["methods"][-1]
+    row, teacher = methods[name], methods["fp32"]
+    losses = {"on the mean": compared_score(teacher, task) - compared_score(row, task)}
+    losses |= {f"in {key}": test["score"] - row["languages"][key]["score"] for key, test in teacher["languages"].items()}
+    where = max(losses, key=losses.get)
+    text = f"--gate {most:g}: {name} loses {losses[where]:.2f} points {where} against fp32"
+    return text if losses[where] > most + 1e-9 else ""
+
+
 # ---------------------------------------------------------------------------------------- tables
 def report_table(results: dict, task) -> str:
     """The report as a Markdown table, one row per method."""

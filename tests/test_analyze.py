@@ -158,10 +158,11 @@ def test_recovery_of_padded_batches_equals_that_of_single_sequences(models):
     batches = [batch([9, 5, 3]), batch([6, 6]), batch([1, 1])]
     found = attention_recovery(*models, batches)
     taps = [
-        [model(ids, None, ("score", "map", "normed", "hidden"))[1] for model in models] for ids in sequences_of(batches)
+        [model(ids, None, ("score", "map", "value", "normed", "hidden"))[1] for model in models]
+        for ids in sequences_of(batches)
     ]
     for layer in range(2):
-        lists, kl, mse, tokens, kurtosis = [], 0.0, 0.0, 0, []
+        lists, kl, mse, tokens, kurtosis, halves, normed = [], 0.0, 0.0, 0, [], [0.0, 0.0, 0.0], []
         for target, seen in taps:
             t, s = target["map"][layer], seen["map"][layer]
             n = t.shape[-1]
@@ -169,6 +170,10 @@ def test_recovery_of_padded_batches_equals_that_of_single_sequences(models):
             kl += n * map_loss(seen["score"][layer], target["score"][layer], None).item()
             mse += n * vector_loss(seen["normed"][layer], target["normed"][layer], None).item()
             tokens += n
+            (M, V), (N, W) = ((taps["map"][layer], taps["value"][layer]) for taps in (target, seen))
+            for i, wrong in enumerate((N @ V - M @ V, M @ W - M @ V, M @ V)):
+                halves[i] += wrong.square().sum().item()
+            normed.append(seen["normed"][layer])
             for y in (
                 target["hidden"][layer + 1][0] - target["hidden"][layer + 1][0].mean(dim=1, keepdim=True)
             ).numpy():
@@ -181,6 +186,10 @@ def test_recovery_of_padded_batches_equals_that_of_single_sequences(models):
         assert found["map_kl"][layer] == pytest.approx(kl / tokens, rel=1e-4)
         assert found["output_mse"][layer] == pytest.approx(mse / tokens, rel=1e-4)
         assert found["kurtosis"][layer] == pytest.approx(sum(kurtosis) / tokens, rel=1e-4)
+        for name, squares in zip(("generation", "propagation"), halves, strict=False):
+            assert found[name][layer] == pytest.approx((squares / halves[2]) ** 0.5, rel=1e-4)
+        assert found["smallest"][layer] == pytest.approx(min(x.min().item() for x in normed), rel=1e-5)
+        assert found["largest"][layer] == pytest.approx(max(x.max().item() for x in normed), rel=1e-5)
         assert 0 < found["ranking"][layer] < 0.5
 
 

@@ -20,7 +20,7 @@ from checkpoint import fake_quantized, read_model, read_student, save_model, tea
 from config import TrainConfig, default_out, parse_args
 from data.batches import IGNORE, Batch, Dataset, training_batch
 from data.glue import GLUE
-from distill import LAYERWISE, LOSSES, logits_loss, logits_terms
+from distill import LAYERWISE, LOSSES, logits_loss, logits_terms, vector_loss
 from kit.common import UserError
 from kit.run import Run
 from model import build_model, set_dropout
@@ -137,6 +137,17 @@ def test_weights_in_distill_replace_alpha_and_beta(models):
     assert weighted == pytest.approx({name: weight * found[name].item() for name, weight in weights.items()})
     alone = sdq_loss(student, None, rows, config)  # fp32 and qat: the labels, with their whole weight
     assert list(alone) == ["task"] and alone["task"].item() == pytest.approx(found["task"].item())
+
+
+def test_a_loss_of_the_last_layer_alone(models):
+    teacher, student = models
+    rows = labeled([6, 4, 1])
+    (_, target), (_, taps) = (forward(model, rows, TrainConfig(), ("context", "hidden")) for model in models)
+    found = sdq_loss(student, teacher, rows, TrainConfig(distill="3*context@last+context+2*hidden@last", beta=1.0))
+    for name, weight in {"context": 3, "hidden": 2}.items():
+        alone = vector_loss(taps[name][-1], target[name][-1], rows.mask).item()
+        assert found[f"{name}@last"].item() == pytest.approx(weight * alone)
+    assert train.means_over("sequence")["context@last"] == "tokens" and found["context"] != found["context@last"] / 3
 
 
 def test_logits_of_a_joint_head_are_two_terms_with_alpha(tiny_config):
@@ -464,7 +475,7 @@ def test_recipes_run_offline(options, real_thing, tmp_path, capsys, nothing_down
     assert found["model"] == ("scratch-2x64-tt20" if "tt" in options else "mini")
     assert list(found["methods"]) == ["fp32", "ptq", "qat", "sdq"]
     last = steps_of(tmp_path, "sdq")[-1]
-    assert {"logits", "map"} <= set(last) and ("hidden" in last) == ("tt" in options)
+    assert {"logits", "map", "hidden"} <= set(last) and ("cosine" in last) == ("tt" in options)
     student = fake_quantized(read_student(str(tmp_path / "run" / "student.safetensors")))
     assert any(isinstance(m, TensorTrain) for m in student.modules()) == ("tt" in options)
 
