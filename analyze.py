@@ -37,6 +37,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from data.batches import Batch
 from distill import map_loss, real_pairs, vector_loss
@@ -45,6 +46,7 @@ from model import Model
 PLACES = ("query", "key", "value", "context", "output")
 KINDS = ("accumulated", "local")
 TOP = 5  # keys of the teacher that the student's order must cover
+TOKENS = 128  # of the sequence whose operations are counted
 PAIRS_AT_ONCE = 2**18  # elements of a tensor of all pairs of keys: small enough for the cache
 
 
@@ -89,6 +91,16 @@ def layer_errors(teacher: Model, student: Model, batches: Iterable[Batch]) -> di
                 for i in range(len(layers)):
                     sums[kind][place][i] += error_sums(taps[place][i], target[place][i], batch.mask)
     return {kind: {place: list(map(summary, row)) for place, row in places.items()} for kind, places in sums.items()}
+
+
+@torch.no_grad()
+def count_flops(model: Model, tokens: int = TOKENS) -> int:
+    """Floating-point operations of one sequence: all products, those of attention and of a tensor train's cores too."""
+    device = next(model.parameters()).device
+    ids = torch.full((1, min(tokens, model.config.max_tokens)), model.config.pad_id + 1, device=device)
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(ids, capture=("map",))  # fused attention would not be counted on every device
+    return counter.get_total_flops()
 
 
 # -------------------------------------------------------------------------------------- recovery

@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -276,6 +277,7 @@ def resolve(given: dict) -> TrainConfig:
     return replace(config, student_epochs=epochs, student_steps=config.student_steps or config.steps, student_lr=lr)
 
 
+MOST_LETTERS = 190
 NAMED = ("recipe", "task", "model", "bits", "act_bits")  # in the name of each run; other defaults depend on them
 
 
@@ -290,7 +292,10 @@ def default_out(config: TrainConfig) -> str:
         if value != getattr(defaults, spec.name) and spec.name not in (*NAMED, "seed", *SAME_RUN):
             text = "" if value is True else " ".join(value) if isinstance(value, tuple) else str(value)
             name += f"-{spec.name} {text}"
-    return os.path.join("out", re.sub(r"[^\w.+]+", "-", name, flags=re.ASCII).strip("-")[:200])
+    text = re.sub(r"[^\w.+]+", "-", name, flags=re.ASCII).strip("-")
+    if len(text) > MOST_LETTERS:  # a file's name has at most 255
+        text = f"{text[:MOST_LETTERS]}-{zlib.crc32(text.encode()):08x}"
+    return os.path.join("out", text)
 
 
 # ----------------------------------------------------------------------------------- command line

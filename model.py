@@ -79,6 +79,7 @@ PRESETS = {
     "xlmr-large": ModelConfig(hidden_size=1024, num_layers=24, num_heads=16, ffn_size=4096),
     "infoxlm-base": ModelConfig(),  # the same architecture, other weights (Chi et al. 2021)
     "bert-base": BERT,
+    "bert-large": replace(BERT, hidden_size=1024, num_layers=24, num_heads=16, ffn_size=4096),
     "minilm": replace(BERT, hidden_size=384, num_layers=6, ffn_size=1536),  # all-MiniLM-L6-v2
     # BERT's shape with XLM-R's tokenizer, 250,002 ids and 35 rows that are not used
     **dict.fromkeys(

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from analyze import attention_recovery, layer_errors
+from analyze import attention_recovery, count_flops, layer_errors
 from checkpoint import Start
 from config import SAME_RUN, TrainConfig, default_out, fit, introduction, parse_args, quant_config, trains, tt_config
 from data.batches import IGNORE, Batch, Dataset, encode_file, encode_split, facts, training_batch, unpadded_batches
@@ -404,7 +404,7 @@ def run_student(run: Run, start: Start, teacher: Model, method: str, data: Data)
     size = checkpoint.save_student(run.path(STUDENT), student, quant, start.tokenizer.bytes, notes)
     floats = 32 in (config.bits, config.act_bits)  # there are no integers to multiply
     model = student if floats else to_integer(student, quant, run.device)
-    row = {"size_bytes": size, "train_seconds": seconds}
+    row = {"size_bytes": size, "train_seconds": seconds, "flops": count_flops(student)}
     row |= evaluate_languages(method, model, data.tests, task, run.device)
     if not floats and (config.analyze or run.device.type == "cuda"):
         row["student"] = evaluate_languages(f"{method}, fake-quantized", student, data.tests, task, run.device)
@@ -476,7 +476,7 @@ def main(argv: list[str] | None = None) -> int:
     cache = set_references(teacher, [data.dev, *data.tests.values()], run.device) if left else {}
     for method in left:
         if method == "fp32":
-            row = {"size_bytes": teacher_bytes, "train_seconds": teacher_seconds}
+            row = {"size_bytes": teacher_bytes, "train_seconds": teacher_seconds, "flops": count_flops(teacher)}
             row |= evaluate_languages(method, teacher, data.tests, start.task, run.device, cache)
         else:
             row = run_student(run, start, teacher, method, data)

@@ -306,7 +306,7 @@ def test_latency_stands_beside_its_backend(tmp_path, capsys):
     ("options", "line"),
     [
         ("xnli-minilm/*.json --languages", ["sdq W4A8", "67.1"]),
-        ("layerwise/*.json", ["layerwise-together W32A32", "3", "97.87 ± 0.13", "1.5"]),
+        ("layerwise/*.json", ["TT rank 24, embedding 48 layerwise-together W32A32", "3", "97.87 ± 0.13", "1.5"]),
     ],
 )
 def test_committed_results(options, line, tmp_path, capsys):

@@ -4,7 +4,8 @@ import pytest
 
 from config import resolve
 from data.tasks import TASKS, find_task
-from kit.report import caveats, compared_score, recovered, recovered_percent, report, report_table, summarize_languages
+from kit.report import caveats, compared_score, failed_gate, recovered, recovered_percent, report, report_table
+from kit.report import summarize_languages
 
 XNLI = find_task("xnli")
 
@@ -45,6 +46,20 @@ def test_recovered():
     assert recovered_percent(70.0, 60.0, 61.9) is None is recovered_percent(70.0, 70.0, 60.0)  # nothing worth it
     assert compared_score(row(en=60, de=50.0, sw=30.0), XNLI) == 40.0
     assert compared_score(row(matched=60.0, mismatched=79.0), find_task("mnli")) == 69.5
+
+
+def test_gate():
+    """The last row against fp32, on the mean and in each language."""
+    methods = {"fp32": row(en=90.0, de=80.0, sw=70.0), "ptq": row(en=0.0, de=0.0, sw=0.0)}
+    methods["sdq"] = row(en=90.5, de=79.8, sw=68.5)  # means: 75, 74.15
+    found = {"methods": methods, "config": {"methods": ["fp32", "ptq", "sdq"]}}
+    assert failed_gate(found, XNLI, 1.0) == "--gate 1: sdq loses 1.50 points in sw against fp32"
+    assert failed_gate(found, XNLI, 1.5) == ""
+    methods["sdq"] = row(en=95.0, de=81.0, sw=75.0)
+    assert failed_gate(found, XNLI, 0.0) == ""
+    tests = {"fp32": row(en=80.25), "ptq": row(en=80.0)}
+    found = {"methods": tests, "config": {"methods": ["ptq"]}}
+    assert failed_gate(found, find_task("sst2"), 0.2) == "--gate 0.2: ptq loses 0.25 points on the mean against fp32"
 
 
 def test_table_has_every_row_and_language():

@@ -5,11 +5,13 @@
     python tools/compare.py --minus qat out/*/results.json   # differences from a method, paired over rows
     python tools/compare.py out/a/results.json new=out/b/results.json  # "new" in its rows: runs of different code
     python tools/compare.py out/atis*/results.json --latency tt.json   # with times of bench.py tt
+    python tools/compare.py out/atis*/results.json --front   # which rows no smaller one equals
 
 The layout follows the task: a zero-shot task has columns for the training language and the mean of the others, a joint
 task has rows for dense models and tensor trains, and other tasks stand side by side, a column each. So do several
 zero-shot tasks, with the mean over all their languages, as XGLUE is scored. Seeds are averaged only over runs that
-agree in every other option.
+agree in every other option. Where rows differ in it, GFLOP says how many operations (1e9) a sequence of 128 tokens
+takes, whatever their bits.
 """
 
 import argparse
@@ -37,10 +39,11 @@ from repair import REPAIRS
 PEERS = ("onnxruntime", "openvino")  # added by tools/peers.py
 METHOD_ORDER = (*METHODS, *PEERS)
 # Options that a table has rows for or averages over, and those that do not change the result.
-MAY_DIFFER = {"seed", "bits", "act_bits", "distill", "methods", "recipe", "name", *SAME_RUN}
+MAY_DIFFER = {"seed", "bits", "act_bits", "tt_rank", "tt_embedding_rank", "distill", "methods", "recipe", "name"}
+MAY_DIFFER |= {*SAME_RUN}
 # Dense models and tensor trains learn at rates of their own, and where only the teacher was trained the options of
 # students have their defaults.
-MAY_DIFFER_JOINT = {"tt_rank", "tt_embedding_rank", "lr", "epochs", "weight_range", "act_range"}
+MAY_DIFFER_JOINT = {"lr", "epochs", "weight_range", "act_range"}
 MAY_DIFFER_JOINT |= {"student_dropout", "student_epochs", "student_lr"}
 VARIANTS = "per_tensor act_range weights weight_range".split()  # named in a row's label where runs differ in them
 SIZES = ("1", "32")  # texts in a call that tools/peers.py timed
@@ -146,6 +149,7 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
     """
     losses = {run["config"]["distill"] for run in runs if "sdq" in map(base_of, run["methods"])}
     is_joint = runs[0]["task"].head == "joint"
+    has_shapes = is_joint or any(run["config"]["tt_rank"] for run in runs)
     by_loss = not (is_joint or runs[0]["task"].zero_shot) or len(losses) > 1
     quantized = [run["config"] for run in runs if {*run["methods"]} - {"fp32", *PEERS}]
     quantized += [vars(TrainConfig()) for run in runs if {*run["methods"]} & {*PEERS}]  # they have a scale per channel
@@ -160,7 +164,7 @@ def group_runs(runs: list[dict]) -> dict[Label, dict[tuple[str, int], dict]]:
         if rank and embedding_rank:
             shape += f", embedding {embedding_rank}"
         width = "" if method == "fp32" else "W8A8" if method in PEERS else width_of(config, told)
-        label = Label(shape if is_joint else "", method, loss if by_loss else "", width, config["name"])
+        label = Label(shape if has_shapes else "", method, loss if by_loss else "", width, config["name"])
         variants = [config[name] != getattr(TrainConfig, name) for name in VARIANTS]
         place = (rank, embedding_rank, method != "fp32", -config["bits"], -config["act_bits"], method in PEERS)
         place += (variants, config["weights"], row["place"], len(losses), losses, loss, config["name"])
@@ -200,10 +204,26 @@ def format_mean(values: Iterable[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
+def gflops(rows: dict[tuple[str, int], dict]) -> str:
+    """The operations of a row, "-" in results that do not tell."""
+    counts = [row["flops"] for row in rows.values() if "flops" in row]
+    return f"{counts[0] / 1e9:.2f}" if counts else "-"
+
+
+def front(groups: dict[Label, dict[tuple[str, int], dict]]) -> set[Label]:
+    """The rows that no other row beats: one that is not larger and not worse."""
+    means = {}  # of bytes, and of what is lost
+    for label, rows in groups.items():
+        pairs = [(row["size_bytes"], -row["compared"]) for row in rows.values()]
+        means[label] = tuple(map(statistics.fmean, zip(*pairs, strict=True)))
+    points = set(means.values())
+    return {x for x, (size, lost) in means.items() if not any(p[0] <= size and p[1] <= lost for p in points - {means[x]})}
+
+
 # --------------------------------------------------------------------------------------- tables
-def scores_table(runs: list[dict]) -> str:
+def scores_table(runs: list[dict], with_front: bool) -> str:
     """A row per method and width, or loss and width. Columns: the training language and the zero-shot mean, or each
-    task's score and their mean; beside repairs also the seconds of each row's work.
+    task's score and their mean; beside repairs also the seconds of each row's work; with_front: which rows are on it.
 
     "recovered" compares means over the tasks, of the seeds that have them all.
     """
@@ -212,16 +232,18 @@ def scores_table(runs: list[dict]) -> str:
     tasks = [there[name] for name in TASKS if name in there]
     means = {label: mean_over_tasks(rows, tasks) for label, rows in groups.items()}
     lines, repaired = [], any("+" in label.method for label in groups)
+    best, counts_flops = front(groups) if with_front else set(), len({*map(gflops, groups.values())}) > 1
     for label, rows in groups.items():
         counts = [sum(name == task.name for name, _ in rows) for task in tasks]
         seeds = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
         scores = score_cells(rows, tasks).values()
         megabytes = statistics.fmean(row["size_bytes"] / 1e6 for row in rows.values())
         cells = [str(label), seeds, *scores, format_recovered(means, label), f"{megabytes:.1f}"]
+        cells += ["yes" if label in best else "-", gflops(rows) if counts_flops else "-"]
         cells.append(f"{statistics.fmean(row['train_seconds'] for row in rows.values()):.0f}" if repaired else "-")
         times = [row.get("milliseconds", {}) for row in rows.values()]  # of tools/peers.py
         lines.append(cells + [format_mean(t[size] for t in times if size in t).split()[0] for size in SIZES])
-    header = ["", "seeds", *score_cells({}, tasks), "recovered %", "MB", "work s", *(f"ms x {size}" for size in SIZES)]
+    header = ["", "seeds", *score_cells({}, tasks), "recovered %", "MB", "front", "GFLOP", "work s", *(f"ms x {size}" for size in SIZES)]
     told = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]  # no empty columns
     return markdown_table([header[i] for i in told], [[line[i] for i in told] for line in lines])
 
@@ -270,7 +292,8 @@ def format_recovered(means: dict[Label, dict[int, float]], label: Label) -> str:
     """The percentage of PTQ's mean loss that a method recovers, over the seeds of all three rows; "-" where that is not
     defined. ±: of the percentages of single seeds, if PTQ loses two points with each of them.
     """
-    ptq, fp32 = Label("", "ptq", "", label.width, label.name), Label("", "fp32", "", "", label.name)
+    ptq, dense = Label(label.shape, "ptq", "", label.width, label.name), "dense" if label.shape else ""
+    fp32 = Label(dense, "fp32", "", "", label.name)
     rows = [means.get(row, {}) for row in (label, ptq, fp32)]
     seeds = set.intersection(*map(set, rows))
     if label in (ptq, fp32) or not seeds:
@@ -281,7 +304,7 @@ def format_recovered(means: dict[Label, dict[int, float]], label: Label) -> str:
     return "-" if percent is None else f"{percent:.0f}{spread}"
 
 
-def joint_table(runs: list[dict], latency: tuple[int, dict]) -> str:
+def joint_table(runs: list[dict], latency: tuple[int, dict], with_front: bool) -> str:
     """Dense models and tensor trains of all ranks and widths: a row each, a column per metric.
 
     "smaller": how many times smaller the file is than the dense float32 checkpoint, if that is there. latency: what
@@ -289,6 +312,7 @@ def joint_table(runs: list[dict], latency: tuple[int, dict]) -> str:
     """
     groups, task = group_runs(runs), runs[0]["task"]
     sizes = {label: statistics.fmean(row["size_bytes"] for row in rows.values()) for label, rows in groups.items()}
+    best, counts_flops = front(groups) if with_front else set(), len({*map(gflops, groups.values())}) > 1
     rank, times = latency
     batch_sizes = dict.fromkeys(size for _, size in times)
     lines = []
@@ -297,12 +321,14 @@ def joint_table(runs: list[dict], latency: tuple[int, dict]) -> str:
         results = [row["languages"][task.train_language] for row in rows.values()]
         cells = [str(label), str(len(rows)), f"{sizes[label] / 1e3:,.0f}"]
         cells.append(f"{dense / sizes[label]:.0f}x" if dense else "-")
+        cells += [gflops(rows)] * counts_flops + ["yes" if label in best else "-"] * with_front
         cells += [format_mean(each[key] for each in results) for key in task.columns.values()]
         backend = benchmarked_backend(label, next(iter(rows.values()))["config"], rank)
         milliseconds = [times.get((backend, size)) for size in batch_sizes]
         lines.append([*cells, *("-" if ms is None else f"{ms:.1f}" for ms in milliseconds)])
     titles = [*task.columns, *(f"ms x {size}" for size in batch_sizes)]
-    return markdown_table(["", "seeds", "kB", "smaller", *titles], lines)
+    more = ["GFLOP"] * counts_flops + ["front"] * with_front
+    return markdown_table(["", "seeds", "kB", "smaller", *more, *titles], lines)
 
 
 def benchmarked_backend(label: Label, config: dict, rank: int) -> str:
@@ -393,12 +419,11 @@ def compare(args: argparse.Namespace) -> str:
             raise UserError(f"these files are not of one task with several languages: leave out {name}")
         return languages_table(runs) if args.languages else paired_table(runs, args.minus)
     if task.head == "joint":
-        return joint_table(runs, read_latency(args.latency))
-    return scores_table(runs)
+        return joint_table(runs, read_latency(args.latency), args.front)
+    return scores_table(runs, args.front)
 
 
-@exit_status()
-def main(argv: list[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="One table over the seeds of several runs.")
     parser.add_argument("files", nargs="+", metavar="[NAME=]RESULTS.json", help="NAME: a label for its rows")
     parser.add_argument("--languages", action="store_true", help="a column per language instead")
@@ -406,8 +431,13 @@ def main(argv: list[str] | None = None) -> None:
         "--minus", metavar="METHOD", help="differences from a method (fp32, qat, ...), paired over rows"
     )
     parser.add_argument("--latency", metavar="JSON", help="joint tasks: add times from bench.py tt --json")
-    args = parser.parse_args(argv)
-    print(compare(args))
+    parser.add_argument("--front", action="store_true", help="say which rows no other beats in bytes and score")
+    return parser
+
+
+@exit_status()
+def main(argv: list[str] | None = None) -> None:
+    print(compare(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":
