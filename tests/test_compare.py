@@ -62,6 +62,28 @@ def test_over_seeds(tmp_path, capsys):
     assert lines[0] == ["", "en", "de"] and lines[4] == ["ptq W2A8", "53.0", "40.0"]
 
 
+def test_front_and_operations(tmp_path, capsys):
+    """A row is on the front if no other is as small and as good; operations are told where they differ."""
+    runs = []
+    for rank, bits, size, score in ((0, 8, 9e6, 80.0), (30, 8, 3e6, 79.0), (30, 4, 2e6, 79.0), (60, 4, 5e6, 78.5)):
+        runs.append(made_up("sst2", 0, "layerwise", {"fp32": 85.0, "sdq": score}, bits=bits, tt_rank=rank, model="m"))
+        runs[-1]["methods"]["fp32"] |= {"size_bytes": 4e7, "flops": 2_000_000_000}
+        runs[-1]["methods"]["sdq"] |= {"size_bytes": size, "flops": 2_000_000_000 if rank == 0 else 10_000_000 * rank}
+    lines = table_of(tmp_path, capsys, runs, "--front")
+    assert lines[0][-3:] == ["MB", "front", "GFLOP"]
+    found = {line[0]: line[-3:] for line in lines[2:]}
+    assert found["dense fp32"] == ["40.0", "yes", "2.00"] and found["dense layerwise W8A8"] == ["9.0", "yes", "2.00"]
+    assert found["TT rank 30 layerwise W8A8"] == ["3.0", "-", "0.30"]
+    assert found["TT rank 30 layerwise W4A8"] == ["2.0", "yes", "0.30"]
+    assert found["TT rank 60 layerwise W4A8"] == ["5.0", "-", "0.60"]
+    assert table_of(tmp_path, capsys, runs[:1])[0][-1] == "MB"  # without --front, of one shape
+    flights = [made_up("atis", 0, "none", {"fp32": 90.0}, model="scratch-1x8", tt_rank=rank) for rank in (0, 5)]
+    for run, size in zip(flights, (2e6, 1e6), strict=True):
+        run["methods"]["fp32"] |= {"size_bytes": size, "flops": int(1e3 * size)}
+    lines = table_of(tmp_path, capsys, flights, "--front")
+    assert [line[3:6] for line in (lines[0], *lines[2:])] == [["smaller", "GFLOP", "front"], ["1x", "2.00", "-"], ["2x", "1.00", "yes"]]
+
+
 def test_rows_of_a_run_in_several_files(tmp_path, capsys):
     """And the seconds of work, where a row has repairs."""
     parts = (
@@ -306,7 +328,7 @@ def test_latency_stands_beside_its_backend(tmp_path, capsys):
     ("options", "line"),
     [
         ("xnli-minilm/*.json --languages", ["sdq W4A8", "67.1"]),
-        ("layerwise/*.json", ["TT rank 24, embedding 48 layerwise-together W32A32", "3", "97.87 ± 0.13", "1.5"]),
+        ("layerwise/*.json", ["TT rank 24, embedding 48 layerwise-together W32A32", "3", "97.87 ± 0.13", "1.5", "0.10"]),
     ],
 )
 def test_committed_results(options, line, tmp_path, capsys):

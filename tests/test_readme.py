@@ -25,7 +25,7 @@ import quant
 import repair
 import train
 from data import fetch, tasks
-from tools import compare, plot
+from tools import compare, plot, sweep
 
 NAMES = ["README.md", *sorted(glob.glob("docs/*.md", root_dir=ROOT))]
 PAGES = {name: Path(ROOT, name).read_text(encoding="utf-8") for name in NAMES}
@@ -92,11 +92,21 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
     elif program == "predict.py":
         assert len(arguments) <= 4 and arguments[0].endswith("student.safetensors")
         assert {word for word in arguments if word[:2] == "--"} <= literal_flags(program)
+    elif program == "tools/sweep.py":
+        sweep.plan(arguments)
     elif program in ("bench.py", "tools/plot.py"):
         {"bench.py": bench, "tools/plot.py": plot}[program].build_parser().parse_args(arguments)
     else:
         assert program.startswith("tools/")
         assert {word for word in arguments if word[:2] == "--"} <= literal_flags(program)
+
+
+def test_commands_run_as_printed():
+    """They stand in blocks that the test above reads, and no value stands for several."""
+    for page, text in PAGES.items():
+        loose = [line for line in re.sub(r"```.*?```", "", text, flags=re.S).splitlines() if re.match(r" +(python |\$)", line)]
+        assert page in ("docs/extending.md", "docs/exercises.md", "docs/export.md") or not loose, (page, loose)
+    assert not [command for command in COMMANDS if re.search(r"--[a-z-]+ \S+\|", command)]
 
 
 def literal_flags(program):
@@ -106,7 +116,7 @@ def literal_flags(program):
 def test_every_flag_that_is_named_exists():
     parsers = "".join(module.build_parser().format_help() for module in (config, plot))
     known = {"--resume", "--noise-rise", "--index-url", "--nproc-per-node", *re.findall(r"--[a-z-]+", parsers)}
-    known |= set().union(*map(literal_flags, ("convert.py", "tools/compare.py", "bench.py", "predict.py")))
+    known |= set().union(*map(literal_flags, ("convert.py", "tools/compare.py", "tools/sweep.py", "bench.py", "predict.py")))
     for page, text in PAGES.items():
         if page != LOG:
             named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
