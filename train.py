@@ -129,8 +129,9 @@ def sdq_loss(student: Model, teacher: Model | None, batch: Batch, config: TrainC
         if name == "logits":
             costs = logits_terms(logits, teacher_logits, config.temperature, batch.mask, student.config.head)
         else:
-            of_layers = [each[rows[name].tap][-1 if name.endswith(LAST) else 0 :] for each in (student_taps, teacher_taps)]
-            costs = {name: layer_mean(rows[name].loss, *of_layers, batch.mask)}
+            row, first = rows[name], -1 if name.endswith(LAST) else 0
+            layers = [each[row.tap][first:] for each in (student_taps, teacher_taps)]
+            costs = {name: layer_mean(row.loss, *layers, batch.mask)}
         terms |= {term: weight * cost for term, cost in costs.items()}
     return terms
 

@@ -60,7 +60,9 @@ def failed_gate(results: dict, task, most: float) -> str:
     methods, name = results["methods"], results["config"]["methods"][-1]
     row, teacher = methods[name], methods["fp32"]
     losses = {"on the mean": compared_score(teacher, task) - compared_score(row, task)}
-    losses |= {f"in {key}": test["score"] - row["languages"][key]["score"] for key, test in teacher["languages"].items()}
+    losses |= {
+        f"in {key}": test["score"] - row["languages"][key]["score"] for key, test in teacher["languages"].items()
+    }
     where = max(losses, key=losses.get)
     text = f"--gate {most:g}: {name} loses {losses[where]:.2f} points {where} against fp32"
     return text if losses[where] > most + 1e-9 else ""

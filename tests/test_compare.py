@@ -81,7 +81,11 @@ def test_front_and_operations(tmp_path, capsys):
     for run, size in zip(flights, (2e6, 1e6), strict=True):
         run["methods"]["fp32"] |= {"size_bytes": size, "flops": int(1e3 * size)}
     lines = table_of(tmp_path, capsys, flights, "--front")
-    assert [line[3:6] for line in (lines[0], *lines[2:])] == [["smaller", "GFLOP", "front"], ["1x", "2.00", "-"], ["2x", "1.00", "yes"]]
+    assert [line[3:6] for line in (lines[0], *lines[2:])] == [
+        ["smaller", "GFLOP", "front"],
+        ["1x", "2.00", "-"],
+        ["2x", "1.00", "yes"],
+    ]
 
 
 def test_rows_of_a_run_in_several_files(tmp_path, capsys):
@@ -328,7 +332,10 @@ def test_latency_stands_beside_its_backend(tmp_path, capsys):
     ("options", "line"),
     [
         ("xnli-minilm/*.json --languages", ["sdq W4A8", "67.1"]),
-        ("layerwise/*.json", ["TT rank 24, embedding 48 layerwise-together W32A32", "3", "97.87 ± 0.13", "1.5", "0.10"]),
+        (
+            "layerwise/*.json",
+            ["TT rank 24, embedding 48 layerwise-together W32A32", "3", "97.87 ± 0.13", "1.5", "0.10"],
+        ),
     ],
 )
 def test_committed_results(options, line, tmp_path, capsys):

@@ -104,7 +104,11 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
 def test_commands_run_as_printed():
     """They stand in blocks that the test above reads, and no value stands for several."""
     for page, text in PAGES.items():
-        loose = [line for line in re.sub(r"```.*?```", "", text, flags=re.S).splitlines() if re.match(r" +(python |\$)", line)]
+        loose = [
+            line
+            for line in re.sub(r"```.*?```", "", text, flags=re.S).splitlines()
+            if re.match(r" +(python |\$)", line)
+        ]
         assert page in ("docs/extending.md", "docs/exercises.md", "docs/export.md") or not loose, (page, loose)
     assert not [command for command in COMMANDS if re.search(r"--[a-z-]+ \S+\|", command)]
 
@@ -116,7 +120,9 @@ def literal_flags(program):
 def test_every_flag_that_is_named_exists():
     parsers = "".join(module.build_parser().format_help() for module in (config, plot))
     known = {"--resume", "--noise-rise", "--index-url", "--nproc-per-node", *re.findall(r"--[a-z-]+", parsers)}
-    known |= set().union(*map(literal_flags, ("convert.py", "tools/compare.py", "tools/sweep.py", "bench.py", "predict.py")))
+    known |= set().union(
+        *map(literal_flags, ("convert.py", "tools/compare.py", "tools/sweep.py", "bench.py", "predict.py"))
+    )
     for page, text in PAGES.items():
         if page != LOG:
             named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))

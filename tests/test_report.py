@@ -4,8 +4,16 @@ import pytest
 
 from config import resolve
 from data.tasks import TASKS, find_task
-from kit.report import caveats, compared_score, failed_gate, recovered, recovered_percent, report, report_table
-from kit.report import summarize_languages
+from kit.report import (
+    caveats,
+    compared_score,
+    failed_gate,
+    recovered,
+    recovered_percent,
+    report,
+    report_table,
+    summarize_languages,
+)
 
 XNLI = find_task("xnli")
 

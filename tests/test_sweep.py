@@ -84,7 +84,10 @@ def test_a_sweep_that_is_killed_in_its_third_run(tmp_path, monkeypatch, capfd):
     wait = time.sleep
     monkeypatch.setattr(sweep.time, "sleep", lambda seconds: wait(seconds / 50))
     monkeypatch.setattr(Forked, "begun", 0)
-    line = [*SMALL, *"--epochs 2 --steps 4 --eval-every 1 --bits 4 --seed 0,1 --methods fp32 ptq sdq --noise 1,0.5".split()]
+    line = [
+        *SMALL,
+        *"--epochs 2 --steps 4 --eval-every 1 --bits 4 --seed 0,1 --methods fp32 ptq sdq --noise 1,0.5".split(),
+    ]
     found = []
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()

@@ -422,12 +422,17 @@ def test_a_gate_ends_with_status_1(tmp_path, monkeypatch, capsys):
     """After everything was written."""
     options = "--steps 1 --methods fp32 ptq --gate".split()
     assert run(tmp_path, *options, "100") == 0
-    monkeypatch.setattr("kit.report.compared_score", lambda row, task: -row["size_bytes"])  # fp32 is worse: it is larger
+    monkeypatch.setattr(
+        "kit.report.compared_score", lambda row, task: -row["size_bytes"]
+    )  # fp32 is worse: it is larger
     assert run(tmp_path, *options, "100") == 0
     monkeypatch.setattr("kit.report.compared_score", lambda row, task: row["size_bytes"])
     capsys.readouterr()
     assert run(tmp_path, *options, "100") == 1
-    assert re.search(r"^--gate 100: ptq loses \d+.00 points on the mean against fp32\n$", capsys.readouterr().out.splitlines(True)[-1])
+    assert re.search(
+        r"^--gate 100: ptq loses \d+.00 points on the mean against fp32\n$",
+        capsys.readouterr().out.splitlines(True)[-1],
+    )
     assert (tmp_path / "run" / "report.md").exists()
 
 

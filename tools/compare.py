@@ -217,7 +217,9 @@ def front(groups: dict[Label, dict[tuple[str, int], dict]]) -> set[Label]:
         pairs = [(row["size_bytes"], -row["compared"]) for row in rows.values()]
         means[label] = tuple(map(statistics.fmean, zip(*pairs, strict=True)))
     points = set(means.values())
-    return {x for x, (size, lost) in means.items() if not any(p[0] <= size and p[1] <= lost for p in points - {means[x]})}
+    return {
+        x for x, (size, lost) in means.items() if not any(p[0] <= size and p[1] <= lost for p in points - {means[x]})
+    }
 
 
 # --------------------------------------------------------------------------------------- tables
@@ -243,7 +245,17 @@ def scores_table(runs: list[dict], with_front: bool) -> str:
         cells.append(f"{statistics.fmean(row['train_seconds'] for row in rows.values()):.0f}" if repaired else "-")
         times = [row.get("milliseconds", {}) for row in rows.values()]  # of tools/peers.py
         lines.append(cells + [format_mean(t[size] for t in times if size in t).split()[0] for size in SIZES])
-    header = ["", "seeds", *score_cells({}, tasks), "recovered %", "MB", "front", "GFLOP", "work s", *(f"ms x {size}" for size in SIZES)]
+    header = [
+        "",
+        "seeds",
+        *score_cells({}, tasks),
+        "recovered %",
+        "MB",
+        "front",
+        "GFLOP",
+        "work s",
+        *(f"ms x {size}" for size in SIZES),
+    ]
     told = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]  # no empty columns
     return markdown_table([header[i] for i in told], [[line[i] for i in told] for line in lines])
 

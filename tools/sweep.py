@@ -116,7 +116,9 @@ def tables(cells: list[Cell]) -> list[str]:
 @exit_status(": the same command continues")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once; they share the CPU (default: 1)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at once; they share the CPU (default: 1)"
+    )
     parser.add_argument("--table", default="out/sweep", help="beginning of its files' names (default: out/sweep)")
     own, words = parser.parse_known_args(argv)
     if own.jobs > 1 and "--threads" not in words:
