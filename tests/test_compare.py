@@ -70,12 +70,12 @@ def test_front_and_operations(tmp_path, capsys):
         runs[-1]["methods"]["fp32"] |= {"size_bytes": 4e7, "flops": 2_000_000_000}
         runs[-1]["methods"]["sdq"] |= {"size_bytes": size, "flops": 2_000_000_000 if rank == 0 else 10_000_000 * rank}
     lines = table_of(tmp_path, capsys, runs, "--front")
-    assert lines[0][-3:] == ["MB", "front", "GFLOP"]
+    assert lines[0][-3:] == ["MB", "GFLOP", "front"]
     found = {line[0]: line[-3:] for line in lines[2:]}
-    assert found["dense fp32"] == ["40.0", "yes", "2.00"] and found["dense layerwise W8A8"] == ["9.0", "yes", "2.00"]
-    assert found["TT rank 30 layerwise W8A8"] == ["3.0", "-", "0.30"]
-    assert found["TT rank 30 layerwise W4A8"] == ["2.0", "yes", "0.30"]
-    assert found["TT rank 60 layerwise W4A8"] == ["5.0", "-", "0.60"]
+    assert found["dense fp32"] == ["40.0", "2.00", "yes"] and found["dense layerwise W8A8"] == ["9.0", "2.00", "yes"]
+    assert found["TT rank 30 layerwise W8A8"] == ["3.0", "0.30", "-"]
+    assert found["TT rank 30 layerwise W4A8"] == ["2.0", "0.30", "yes"]
+    assert found["TT rank 60 layerwise W4A8"] == ["5.0", "0.60", "-"]
     assert table_of(tmp_path, capsys, runs[:1])[0][-1] == "MB"  # without --front, of one shape
     flights = [made_up("atis", 0, "none", {"fp32": 90.0}, model="scratch-1x8", tt_rank=rank) for rank in (0, 5)]
     for run, size in zip(flights, (2e6, 1e6), strict=True):

@@ -204,22 +204,20 @@ def format_mean(values: Iterable[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
-def gflops(rows: dict[tuple[str, int], dict]) -> str:
-    """The operations of a row, "-" in results that do not tell."""
-    counts = [row["flops"] for row in rows.values() if "flops" in row]
-    return f"{counts[0] / 1e9:.2f}" if counts else "-"
-
-
-def front(groups: dict[Label, dict[tuple[str, int], dict]]) -> set[Label]:
-    """The rows that no other row beats: one that is not larger and not worse."""
-    means = {}  # of bytes, and of what is lost
-    for label, rows in groups.items():
-        pairs = [(row["size_bytes"], -row["compared"]) for row in rows.values()]
-        means[label] = tuple(map(statistics.fmean, zip(*pairs, strict=True)))
-    points = set(means.values())
-    return {
-        x for x, (size, lost) in means.items() if not any(p[0] <= size and p[1] <= lost for p in points - {means[x]})
-    }
+def more_columns(groups: dict[Label, dict[tuple[str, int], dict]], with_front: bool) -> dict[str, dict[Label, str]]:
+    """Title -> cells: operations, where rows differ in them, and which rows no other beats: not larger and not worse."""
+    flops = {label: [row["flops"] for row in rows.values() if "flops" in row] for label, rows in groups.items()}
+    columns = {"GFLOP": {label: f"{counts[0] / 1e9:.2f}" if counts else "-" for label, counts in flops.items()}}
+    if len({*columns["GFLOP"].values()}) == 1:
+        del columns["GFLOP"]
+    if with_front:
+        means = {}
+        for label, rows in groups.items():
+            pairs = [(row["size_bytes"], -row["compared"]) for row in rows.values()]
+            means[label] = np.mean(pairs, axis=0)
+        beaten = {a for a in means for b in means if (means[b] <= means[a]).all() and (means[b] < means[a]).any()}
+        columns["front"] = {label: "-" if label in beaten else "yes" for label in groups}
+    return columns
 
 
 # --------------------------------------------------------------------------------------- tables
@@ -234,28 +232,19 @@ def scores_table(runs: list[dict], with_front: bool) -> str:
     tasks = [there[name] for name in TASKS if name in there]
     means = {label: mean_over_tasks(rows, tasks) for label, rows in groups.items()}
     lines, repaired = [], any("+" in label.method for label in groups)
-    best, counts_flops = front(groups) if with_front else set(), len({*map(gflops, groups.values())}) > 1
+    more = more_columns(groups, with_front)
     for label, rows in groups.items():
         counts = [sum(name == task.name for name, _ in rows) for task in tasks]
         seeds = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
         scores = score_cells(rows, tasks).values()
         megabytes = statistics.fmean(row["size_bytes"] / 1e6 for row in rows.values())
         cells = [str(label), seeds, *scores, format_recovered(means, label), f"{megabytes:.1f}"]
-        cells += ["yes" if label in best else "-", gflops(rows) if counts_flops else "-"]
+        cells += [column[label] for column in more.values()]
         cells.append(f"{statistics.fmean(row['train_seconds'] for row in rows.values()):.0f}" if repaired else "-")
         times = [row.get("milliseconds", {}) for row in rows.values()]  # of tools/peers.py
         lines.append(cells + [format_mean(t[size] for t in times if size in t).split()[0] for size in SIZES])
-    header = [
-        "",
-        "seeds",
-        *score_cells({}, tasks),
-        "recovered %",
-        "MB",
-        "front",
-        "GFLOP",
-        "work s",
-        *(f"ms x {size}" for size in SIZES),
-    ]
+    header = ["", "seeds", *score_cells({}, tasks), "recovered %", "MB", *more, "work s"]
+    header += [f"ms x {size}" for size in SIZES]
     told = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]  # no empty columns
     return markdown_table([header[i] for i in told], [[line[i] for i in told] for line in lines])
 
@@ -324,7 +313,7 @@ def joint_table(runs: list[dict], latency: tuple[int, dict], with_front: bool) -
     """
     groups, task = group_runs(runs), runs[0]["task"]
     sizes = {label: statistics.fmean(row["size_bytes"] for row in rows.values()) for label, rows in groups.items()}
-    best, counts_flops = front(groups) if with_front else set(), len({*map(gflops, groups.values())}) > 1
+    more = more_columns(groups, with_front)
     rank, times = latency
     batch_sizes = dict.fromkeys(size for _, size in times)
     lines = []
@@ -333,13 +322,12 @@ def joint_table(runs: list[dict], latency: tuple[int, dict], with_front: bool) -
         results = [row["languages"][task.train_language] for row in rows.values()]
         cells = [str(label), str(len(rows)), f"{sizes[label] / 1e3:,.0f}"]
         cells.append(f"{dense / sizes[label]:.0f}x" if dense else "-")
-        cells += [gflops(rows)] * counts_flops + ["yes" if label in best else "-"] * with_front
+        cells += [column[label] for column in more.values()]
         cells += [format_mean(each[key] for each in results) for key in task.columns.values()]
         backend = benchmarked_backend(label, next(iter(rows.values()))["config"], rank)
         milliseconds = [times.get((backend, size)) for size in batch_sizes]
         lines.append([*cells, *("-" if ms is None else f"{ms:.1f}" for ms in milliseconds)])
     titles = [*task.columns, *(f"ms x {size}" for size in batch_sizes)]
-    more = ["GFLOP"] * counts_flops + ["front"] * with_front
     return markdown_table(["", "seeds", "kB", "smaller", *more, *titles], lines)
 
 
