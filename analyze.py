@@ -197,8 +197,8 @@ def attention_recovery(teacher: Model, student: Model, batches: Iterable[Batch])
                 add(name, i, float(vector_loss(maps["map"][i] @ values["value"][i], context, mask)), batch.tokens)
             add("context", i, float(vector_loss(context, torch.zeros_like(context), mask)), batch.tokens)
             normed = found["normed"][i] if mask is None else found["normed"][i][mask]
-            for name, choose in {"smallest": min, "largest": max}.items():
-                extremes[name][i] = choose(extremes[name][i], float(choose(normed.aminmax())))
+            extremes["smallest"][i] = min(extremes["smallest"][i], float(normed.min()))
+            extremes["largest"][i] = max(extremes["largest"][i], float(normed.max()))
             add("kurtosis", i, kurtosis(target["hidden"][i + 1], mask), batch.tokens)
     means = {name: [total / max(weight, 1) for total, weight in row.tolist()] for name, row in sums.items()}
     squares = means.pop("context")

@@ -58,6 +58,7 @@ DEFAULTS: dict[str, dict] = {
     # --recipe
     "sdq": {},
     "kd": TERNARY | dict(per_tensor=True, distill="0*task+logits+hidden+map"),
+    # the authors' lengths and batches; --help leaves these rows out
     "kd, cola": dict(max_length=64, batch_size=16),
     "kd, sst2": dict(max_length=64),
     "ternary": TERNARY,
@@ -138,7 +139,7 @@ class TrainConfig:
     calibration: str | None = option(
         None, "texts, one per line, that set static ranges and that repairs read (default: of train)", str, "FILE"
     )
-    noise: float = option(0.5, "fraction of weights quantized per step (lsq: all; pq: set to 0)", float)
+    noise: float = option(0.5, "share of weights quantized per step (lsq all, pq 0.1 zeroed)", float)
 
     distill: str = option(
         "logits+context",
@@ -185,8 +186,8 @@ class TrainConfig:
         text, found, usual = self.distill, {}, {"logits": self.alpha, "task": 1.0}
         for part in [] if text == "none" or text in LAYERWISE else text.split("+"):
             weight, star, name = part.rpartition("*")
-            if name.removesuffix(LAST) not in (LOSSES if name != "logits" + LAST else ()) and name != "task":
-                known = f"join any of {', '.join(LOSSES)} with '+', or use none or {', '.join(LAYERWISE)}"
+            if name not in ("task", *LOSSES, *(row + LAST for row in LOSSES if row != "logits")):
+                known = f"join any of {', '.join(LOSSES)} with '+', as in logits+map{LAST}, or use none or {', '.join(LAYERWISE)}"
                 raise ValueError(f"distill={text}: {name!r} is unknown: {known}")
             if name in found:
                 raise ValueError(f"distill={text}: it names {name} twice")
@@ -277,7 +278,7 @@ def resolve(given: dict) -> TrainConfig:
     return replace(config, student_epochs=epochs, student_steps=config.student_steps or config.steps, student_lr=lr)
 
 
-MOST_LETTERS = 190
+MAX_NAME = 190
 NAMED = ("recipe", "task", "model", "bits", "act_bits")  # in the name of each run; other defaults depend on them
 
 
@@ -293,8 +294,8 @@ def default_out(config: TrainConfig) -> str:
             text = "" if value is True else " ".join(value) if isinstance(value, tuple) else str(value)
             name += f"-{spec.name} {text}"
     text = re.sub(r"[^\w.+]+", "-", name, flags=re.ASCII).strip("-")
-    if len(text) > MOST_LETTERS:  # a file's name has at most 255
-        text = f"{text[:MOST_LETTERS]}-{zlib.crc32(text.encode()):08x}"
+    if len(text) > MAX_NAME:  # a file's name has at most 255
+        text = f"{text[:MAX_NAME]}-{zlib.crc32(text.encode()):08x}"
     return os.path.join("out", text)
 
 

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import copy
 import hashlib
 import os
+import sys
 import time
 from dataclasses import asdict
 from functools import partial
@@ -491,9 +492,10 @@ def main(argv: list[str] | None = None) -> int:
     print("", report_table(results, task), "", *caveats(results, task), wrote, sep="\n")
     print(f"{clock(time.monotonic() - started)} in all")
     parallel.stop()
-    failed = failed_gate(results, task, run.config.gate) if run.config.gate is not None else ""
-    print(failed, end="\n" if failed else "")
-    return 1 if failed else 0
+    failed = "" if run.config.gate is None else failed_gate(results, task, run.config.gate)
+    if failed:
+        print(failed, file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -81,8 +81,9 @@ class Progress:
         self.shown = now
         line = f"{self.name} {done:,.0f}"
         if self.total is not None:
-            seconds = (now - self.started) / max(done - self.first, 1e-9) * (self.total - done)
-            line += f"/{self.total:,.0f}, {clock(seconds)} left"
+            line += f"/{self.total:,.0f}"
+            if done > self.first:
+                line += f", {clock((now - self.started) / (done - self.first) * (self.total - done))} left"
         line += f"  {text}"
         if self.live:  # a longer line would wrap, and \r comes back to its last part alone
             line = "\r\033[K" + line[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]

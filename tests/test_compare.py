@@ -72,10 +72,10 @@ def test_front_and_operations(tmp_path, capsys):
     lines = table_of(tmp_path, capsys, runs, "--front")
     assert lines[0][-3:] == ["MB", "GFLOP", "front"]
     found = {line[0]: line[-3:] for line in lines[2:]}
-    assert found["dense fp32"] == ["40.0", "2.00", "yes"] and found["dense layerwise W8A8"] == ["9.0", "2.00", "yes"]
-    assert found["TT rank 30 layerwise W8A8"] == ["3.0", "0.30", "-"]
-    assert found["TT rank 30 layerwise W4A8"] == ["2.0", "0.30", "yes"]
-    assert found["TT rank 60 layerwise W4A8"] == ["5.0", "0.60", "-"]
+    assert found["dense fp32"] == ["40.0", "2", "yes"] and found["dense layerwise W8A8"] == ["9.0", "2", "yes"]
+    assert found["TT rank 30 layerwise W8A8"] == ["3.0", "0.3", "-"]
+    assert found["TT rank 30 layerwise W4A8"] == ["2.0", "0.3", "yes"]
+    assert found["TT rank 60 layerwise W4A8"] == ["5.0", "0.6", "-"]
     assert table_of(tmp_path, capsys, runs[:1])[0][-1] == "MB"  # without --front, of one shape
     flights = [made_up("atis", 0, "none", {"fp32": 90.0}, model="scratch-1x8", tt_rank=rank) for rank in (0, 5)]
     for run, size in zip(flights, (2e6, 1e6), strict=True):
@@ -83,9 +83,46 @@ def test_front_and_operations(tmp_path, capsys):
     lines = table_of(tmp_path, capsys, flights, "--front")
     assert [line[3:6] for line in (lines[0], *lines[2:])] == [
         ["smaller", "GFLOP", "front"],
-        ["1x", "2.00", "-"],
-        ["2x", "1.00", "yes"],
+        ["1x", "2", "-"],
+        ["2x", "1", "yes"],
     ]
+
+
+def test_rows_are_compared_with_those_of_their_shape(tmp_path, capsys):
+    """PTQ of another shape is another model; float32 may be dense, or tensor trains itself."""
+    scores = {"dense": (90.0, 80.0, 85.0), "trains": (88.0, 60.0, 81.0)}
+    runs = [
+        made_up(
+            "xnli", 0, "logits", {m: {"en": 90.0, "de": v} for m, v in zip(("fp32", "ptq", "sdq"), each, strict=True)}
+        )
+        for each in scores.values()
+    ]
+    runs[1]["config"]["tt_rank"] = 8
+    lines = table_of(tmp_path, capsys, runs)
+    recovered = {line[0]: line[-2] for line in lines[2:]}
+    assert lines[0][-2] == "recovered %" and recovered["dense sdq W2A8"] == "50"
+    assert recovered["TT rank 8 sdq W2A8"] == "70"  # 21 of 30: the teacher is the dense one
+    for run in runs:
+        run["config"]["model"] = "scratch-2x64"
+    lines = table_of(tmp_path, capsys, runs)
+    assert {line[0]: line[-2] for line in lines[2:]}["TT rank 8 sdq W2A8"] == "75"  # 21 of 28: trains, too
+    for run in runs:
+        for row in run["methods"].values():
+            for test in row["languages"].values():
+                right = round(test["score"] / 10)
+                test |= {"total": 10, "correct_rows": np.packbits([1] * right + [0] * (10 - right)).tobytes().hex()}
+    lines = table_of(tmp_path, capsys, runs, "--minus", "ptq")
+    assert {line[0]: line[4] for line in lines[2:]}["TT rank 8 sdq W2A8"] == "+20.00"
+
+
+def test_front_over_several_tasks(tmp_path, capsys):
+    """Of the means of seeds that have all tasks; equal rows are both on it."""
+    runs = []
+    for task, scores in {"rte": (60.0, 60.0, None), "sst2": (90.0, 90.0, 99.0)}.items():
+        methods = {name: score for name, score in zip(("fp32", "ptq", "qat"), scores, strict=True) if score}
+        runs.append(made_up(task, 0, "logits", methods))
+    lines = table_of(tmp_path, capsys, runs, "--front")
+    assert {line[0]: line[-1] for line in lines[2:]} == {"fp32": "yes", "ptq W2A8": "yes", "qat W2A8": "-"}
 
 
 def test_rows_of_a_run_in_several_files(tmp_path, capsys):
@@ -334,7 +371,7 @@ def test_latency_stands_beside_its_backend(tmp_path, capsys):
         ("xnli-minilm/*.json --languages", ["sdq W4A8", "67.1"]),
         (
             "layerwise/*.json",
-            ["TT rank 24, embedding 48 layerwise-together W32A32", "3", "97.87 ± 0.13", "1.5", "0.10"],
+            ["TT rank 24, embedding 48 layerwise-together W32A32", "3", "97.87 ± 0.13", "1.5", "0.104"],
         ),
     ],
 )

@@ -5,7 +5,7 @@
     python tools/compare.py --minus qat out/*/results.json   # differences from a method, paired over rows
     python tools/compare.py out/a/results.json new=out/b/results.json  # "new" in its rows: runs of different code
     python tools/compare.py out/atis*/results.json --latency tt.json   # with times of bench.py tt
-    python tools/compare.py out/atis*/results.json --front   # which rows no smaller one equals
+    python tools/compare.py out/atis*/results.json --front   # which rows no other beats in both bytes and score
 
 The layout follows the task: a zero-shot task has columns for the training language and the mean of the others, a joint
 task has rows for dense models and tensor trains, and other tasks stand side by side, a column each. So do several
@@ -96,7 +96,7 @@ def read_runs(arguments: list[str]) -> list[dict]:
 def check_comparable(runs: list[dict]) -> None:
     """Raise UserError for two runs that must not stand in one table, or have the same row.
 
-    Each task may have its own recipe, and each width its own --student-lr. An option that no longer exists is compared
+    Each task may have its own recipe, and each width its own --student-lr and --noise. An option that no longer exists is compared
     where both files have it.
     """
     is_joint = any(run["task"].head == "joint" for run in runs)
@@ -109,7 +109,7 @@ def check_comparable(runs: list[dict]) -> None:
     for i, run in enumerate(runs):
         config, trained = run["config"], any(map(trains, run["methods"]))
         for name in [name for name in config if name not in may_differ]:
-            same = [] if name in shared else ["task", "name", *(width if name == "student_lr" else [])]
+            same = [] if name in shared else ["task", "name", *(width if name in ("student_lr", "noise") else [])]
             others = [each for each in runs[:i] if all(each["config"][k] == config[k] for k in same)]
             if name.startswith("student_"):  # of no effect where no student was trained
                 others = [each for each in others if trained and any(map(trains, each["methods"]))]
@@ -204,20 +204,27 @@ def format_mean(values: Iterable[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
-def more_columns(groups: dict[Label, dict[tuple[str, int], dict]], with_front: bool) -> dict[str, dict[Label, str]]:
-    """Title -> cells: operations, where rows differ in them, and which rows no other beats: not larger and not worse."""
+def more_columns(groups: dict[Label, dict[tuple[str, int], dict]], scores: dict | None) -> dict[str, dict[Label, str]]:
+    """Title -> cells: operations, where rows differ in them; with scores (label -> one per seed), which rows no other
+    beats: not larger, not worse, and not equal.
+    """
     flops = {label: [row["flops"] for row in rows.values() if "flops" in row] for label, rows in groups.items()}
-    columns = {"GFLOP": {label: f"{counts[0] / 1e9:.2f}" if counts else "-" for label, counts in flops.items()}}
-    if len({*columns["GFLOP"].values()}) == 1:
+    columns = {"GFLOP": {label: f"{counts[0] / 1e9:.3g}" if counts else "-" for label, counts in flops.items()}}
+    if len({*columns["GFLOP"].values()} - {"-"}) < 2:
         del columns["GFLOP"]
-    if with_front:
-        means = {}
-        for label, rows in groups.items():
-            pairs = [(row["size_bytes"], -row["compared"]) for row in rows.values()]
-            means[label] = np.mean(pairs, axis=0)
-        beaten = {a for a in means for b in means if (means[b] <= means[a]).all() and (means[b] < means[a]).any()}
-        columns["front"] = {label: "-" if label in beaten else "yes" for label in groups}
+    if scores is not None:
+        bytes_of = {label: statistics.fmean(row["size_bytes"] for row in groups[label].values()) for label in groups}
+        costs = {label: np.array([bytes_of[label], -np.mean(each)]) for label, each in scores.items() if each}
+        beaten = {a for a, x in costs.items() for y in costs.values() if (y <= x).all() and (y < x).any()}
+        columns["front"] = {label: "yes" if label in costs and label not in beaten else "-" for label in groups}
     return columns
+
+
+def baseline(labels: Iterable[Label], label: Label, method: str) -> Label | None:
+    """The row of a method that a row is compared with: of its shape and width; float32 may be dense instead."""
+    shapes = (label.shape, "dense") if method == "fp32" else (label.shape,)
+    found = (x for shape in shapes for x in labels if (x.shape, x.method, x.name) == (shape, method, label.name))
+    return next((x for x in found if x.width in ("", label.width)), None)
 
 
 # --------------------------------------------------------------------------------------- tables
@@ -232,7 +239,7 @@ def scores_table(runs: list[dict], with_front: bool) -> str:
     tasks = [there[name] for name in TASKS if name in there]
     means = {label: mean_over_tasks(rows, tasks) for label, rows in groups.items()}
     lines, repaired = [], any("+" in label.method for label in groups)
-    more = more_columns(groups, with_front)
+    more = more_columns(groups, {x: [*each.values()] for x, each in means.items()} if with_front else None)
     for label, rows in groups.items():
         counts = [sum(name == task.name for name, _ in rows) for task in tasks]
         seeds = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
@@ -293,8 +300,7 @@ def format_recovered(means: dict[Label, dict[int, float]], label: Label) -> str:
     """The percentage of PTQ's mean loss that a method recovers, over the seeds of all three rows; "-" where that is not
     defined. ±: of the percentages of single seeds, if PTQ loses two points with each of them.
     """
-    ptq, dense = Label(label.shape, "ptq", "", label.width, label.name), "dense" if label.shape else ""
-    fp32 = Label(dense, "fp32", "", "", label.name)
+    ptq, fp32 = (baseline(means, label, method) for method in ("ptq", "fp32"))
     rows = [means.get(row, {}) for row in (label, ptq, fp32)]
     seeds = set.intersection(*map(set, rows))
     if label in (ptq, fp32) or not seeds:
@@ -313,7 +319,8 @@ def joint_table(runs: list[dict], latency: tuple[int, dict], with_front: bool) -
     """
     groups, task = group_runs(runs), runs[0]["task"]
     sizes = {label: statistics.fmean(row["size_bytes"] for row in rows.values()) for label, rows in groups.items()}
-    more = more_columns(groups, with_front)
+    scores = {label: [row["compared"] for row in rows.values()] for label, rows in groups.items()}
+    more = more_columns(groups, scores if with_front else None)
     rank, times = latency
     batch_sizes = dict.fromkeys(size for _, size in times)
     lines = []
@@ -374,8 +381,7 @@ def paired_table(runs: list[dict], base: str) -> str:
     if not translated or not all("correct_rows" in each for each in evaluations):
         raise UserError("--minus pairs rows that are the same in all languages: these files hold no such rows")
     for label, rows in groups.items():
-        bases = [x for x in groups if x.method == base and x.width in ("", label.width) and x.name == label.name]
-        base_rows = groups[bases[0]] if bases else {}
+        base_rows = groups.get(baseline(groups, label, base), {})
         pairs = [(row, base_rows[key]) for key, row in rows.items() if key in base_rows]
         if label.method == base or not pairs:
             continue
