@@ -107,19 +107,21 @@ def first_test(methods: dict[str, dict]) -> dict:
 
 
 def analysis_tables(methods: dict[str, dict]) -> str:
-    """Markdown tables with a column per layer (analyze.py): the relative error of the contexts in %, ranking loss / cover
-    length ratio in %, and the kurtosis of the teacher.
+    """Markdown tables with a column per layer (analyze.py): the relative error of the contexts in %, that from the
+    student's maps / values alone, ranking loss / cover length ratio in %, and the kurtosis of the teacher.
     """
-    errors, recoveries, kurtosis = [], [], []
+    errors, halves, recoveries, kurtosis = [], [], [], []
     for name, row in methods.items():
         for kind, places in row.get("errors", {}).items():
             errors.append([f"{name} {kind}", *(f"{100 * layer['relative']:.1f}" for layer in places["context"])])
         if "recovery" in row:
-            layers = zip(row["recovery"]["ranking"], row["recovery"]["cover"], strict=True)
-            recoveries.append([name, *(f"{100 * flips:.1f} / {100 * cover:.1f}" for flips, cover in layers)])
+            for rows, *pair in ((halves, "generation", "propagation"), (recoveries, "ranking", "cover")):
+                layers = zip(*(row["recovery"][key] for key in pair), strict=True)
+                rows.append([name, *(f"{100 * a:.1f} / {100 * b:.1f}" for a, b in layers)])
             kurtosis = [["fp32", *(f"{value:.1f}" for value in row["recovery"].get("kurtosis", ()))]]
     header = [f"layer {i + 1}" for i in range(len(errors[0]) - 1)]
-    tables = {"error of context, %": errors, "flipped / cover, %": recoveries, "kurtosis": kurtosis}
+    tables = {"error of context, %": errors, "by maps / values, %": halves, "flipped / cover, %": recoveries}
+    tables["kurtosis"] = kurtosis
     return "\n\n".join(markdown_table([title, *header], rows) for title, rows in tables.items())
 
 

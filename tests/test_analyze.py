@@ -67,7 +67,8 @@ def test_errors_and_recovery_as_tables_and_json(models):
     errors, found = layer_errors(*models, [batch([5])]), attention_recovery(*models, [batch([7, 4])])
     row = {"errors": errors, "recovery": found}
     assert json.loads(json.dumps(row)) == row
-    first, second, third = analysis_tables({"fp32": {}, "ptq": row, "sdq": row}).split("\n\n")
+    first, halves, second, third = analysis_tables({"fp32": {}, "ptq": row, "sdq": row}).split("\n\n")
+    assert f"{100 * found['generation'][1]:.1f} / {100 * found['propagation'][1]:.1f} |" in halves
     relative = errors["accumulated"]["context"][1]["relative"]
     assert "layer 2" in first and f"{100 * relative:.1f} |" in first and first.count("\n") == 5
     ranking, cover = 100 * found["ranking"][1], 100 * found["cover"][1]
