@@ -56,6 +56,7 @@ from kit.common import Progress, UserError, choose_device, clock, exit_status, h
 from kit.files import atomic_write
 from kit.report import caveats, report_table, summarize_languages
 from model import Model
+from quant import ActQuantizer
 
 EVAL_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens per evaluation batch, padding included
 CHUNK = 1024  # texts that are sorted by length together
@@ -158,7 +159,7 @@ def predict_chunk(student: Student, texts: list[str | tuple[str, str]]) -> list[
     model, device = student.model, next(student.model.parameters()).device
     dataset = replace(encode(student, texts), pad=student.tokenizer.pad_id)
     rows, tags = [], []
-    for batch in batches_on(device, dataset, TOKENS):
+    for batch in batches_on(device, dataset, batch_tokens(model, device, TOKENS)):
         logits, _ = model(batch.ids, batch.mask, types=batch.types)
         logits, slots = logits if isinstance(logits, tuple) else (logits, logits)
         rows += best(logits, student.labels) if student.labels else ()
@@ -220,9 +221,18 @@ def lines_of(path: str) -> Iterator[tuple[str | tuple[str, str], str]]:
 
 
 # ------------------------------------------------------------------------------------- evaluation
-def batches_on(device: torch.device, dataset: Dataset, tokens: int = 0) -> Iterator:
-    """Batches of all rows once, longest first.  tokens: per batch, padding included; as in an evaluation if not given."""
-    return (batch.to(device) for batch in evaluation_batches(dataset, tokens or EVAL_TOKENS[device.type]))
+def batch_tokens(model: Model, device: torch.device, tokens: int = 0) -> int:
+    """The tokens of a batch, padding included; by default those of an evaluation. Dynamic ranges per tensor are those of
+    a batch: such a student gets one row at a time, or its result would depend on the others and their padding.
+    """
+    acts = (module for module in model.modules() if isinstance(module, ActQuantizer))
+    alone = any(not (act.static or act.per_token) for act in acts)
+    return 1 if alone else tokens or EVAL_TOKENS[device.type]
+
+
+def batches_on(device: torch.device, dataset: Dataset, tokens: int) -> Iterator:
+    """Batches of all rows once, longest first.  tokens: see batch_tokens."""
+    return (batch.to(device) for batch in evaluation_batches(dataset, tokens))
 
 
 Cache = dict[bytes, np.ndarray]  # the ids of a sentence -> its vector
@@ -234,14 +244,14 @@ def sentence_vectors(
 ) -> np.ndarray:
     """The vectors of a data set's sentences, float32 (N, C).
 
-    cache: of the same model; what it holds is not computed again, and all others are added.  tokens: see batches_on.
+    cache: of the same model; what it holds is not computed again, and all others are added.  tokens: see batch_tokens.
     """
     model.eval()
     cache, found = {} if cache is None else cache, []
     keys = [row.tobytes() for row in np.split(dataset.ids, dataset.starts[1:-1])]
     last = {key: i for i, key in enumerate(keys) if key not in cache}  # one row per different sentence
     order = np.array([i for i in evaluation_order(dataset) if last.get(keys[i]) == i], dtype=np.int64)
-    for batch in parallel.mine(evaluation_batches(dataset, tokens or EVAL_TOKENS[device.type], order)):
+    for batch in parallel.mine(evaluation_batches(dataset, batch_tokens(model, device, tokens), order)):
         batch = batch.to(device)
         found.append(model(batch.ids, batch.mask, types=batch.types)[0].float().cpu().numpy())
     cache |= zip((keys[i] for i in order), chain.from_iterable(parallel.gather(found)), strict=True)
@@ -273,7 +283,7 @@ def evaluate(model: Model, dataset: Dataset, device: torch.device, cache: Cache 
     model.eval()
     predictions, labels = [], []  # of sequences, one array per batch
     tags, slots = [], []  # labels and predictions of words, one list of arrays per batch, one array per sequence
-    for batch in parallel.mine(evaluation_batches(dataset, EVAL_TOKENS[device.type])):
+    for batch in parallel.mine(evaluation_batches(dataset, batch_tokens(model, device))):
         batch = batch.to(device)
         logits, _ = model(batch.ids, batch.mask, types=batch.types)
         if batch.tags is not None:

@@ -44,7 +44,7 @@ from kit.report import analysis_tables, caveats, failed_gate, report, report_tab
 from kit.run import STUDENT, TEACHER_PART, Run, Training
 from model import Model, set_dropout
 from pq import STAGES, begin_stage, product_quantizers
-from predict import batches_on, evaluate, evaluate_languages, in_words, load_tests, set_references
+from predict import batch_tokens, batches_on, evaluate, evaluate_languages, in_words, load_tests, set_references
 from prepare import calibrate, prepare
 from repair import repair
 from tt import tensorize
@@ -411,7 +411,7 @@ def run_student(run: Run, start: Start, teacher: Model, method: str, data: Data)
     if not floats and (config.analyze or run.device.type == "cuda"):
         row["student"] = evaluate_languages(f"{method}, fake-quantized", student, data.tests, task, run.device)
     if config.analyze:
-        batches = list(batches_on(run.device, data.dev))
+        batches = list(batches_on(run.device, data.dev, batch_tokens(student, run.device)))
         row["errors"] = layer_errors(teacher, student, batches)
         row["recovery"] = attention_recovery(teacher, student, batches)
     return row

@@ -8,15 +8,20 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import FLIGHTS, SAMPLE, SCRATCH, results
+import torch
+from conftest import FLIGHTS, SAMPLE, SCRATCH, random_ids, results
 
 import predict
 import train
 from data.files import read_examples
 from data.metrics import slot_scores
 from data.tasks import NLI_LABELS, find_task, load
+from int8 import to_integer
 from kit.common import UserError
 from kit.run import STUDENT
+from model import build_model
+from prepare import calibrate, prepare
+from quant import QuantConfig
 
 
 def trained(folder, words):
@@ -190,6 +195,22 @@ def test_a_student_is_evaluated_again(student, capsys, monkeypatch):
     assert cells[:3] == ["qat W8A8", f"{scores[0]:.2f}", f"{sum(scores[1:]) / 2:.2f}"] and seen == {32}
     assert cells[-2:] == [f"{score:.1f}" for score in scores[1:]] and "\nintegers, " in output
     evaluate(capsys, path, f"--data-dir {SAMPLE} --eval-split dev --max-eval 1")
+
+
+def test_dynamic_ranges_per_tensor_get_one_row_at_a_time(tiny_config):
+    """Else a prediction would depend on the batch; in the student and in the integer model made of it."""
+    dynamic = dict(per_token=False, per_channel=False)
+    for options, expected in (
+        ({}, 1024), (dynamic, 1), (dynamic | dict(act_range="static"), 1024), (dynamic | dict(act_bits=32), 1024),
+        (dict(act_bits=32, attention_bits=8, per_token=False), 1), (dict(attention_bits=8), 1024),
+    ):  # fmt: skip
+        model, quant = build_model(tiny_config).eval(), QuantConfig(**options)
+        prepare(model, quant)
+        if quant.act_range == "static":
+            calibrate(model, [random_ids([9, 9], 442)])
+        models = [model] if quant.act_bits == 32 else [model, to_integer(model, quant)]
+        assert [predict.batch_tokens(each, torch.device("cpu")) for each in models] == [expected] * len(models)
+        assert predict.batch_tokens(model, torch.device("cpu"), 4096) == (4096 if expected > 1 else 1)
 
 
 def test_a_joint_student_is_evaluated_again(flights_run, tmp_path, capsys, monkeypatch):
