@@ -22,7 +22,7 @@ def plot_to(tmp_path, files, *kind):
         *(f"bench-{name}.json" for name in plot.BENCHMARKS),
         *("xnli-mini/*.json", "xnli-mini/w8-s0.json", "xnli-mini/w3-s0.json --errors", "glue/stsb-map-s?.json"),
         "xnli-e5/w8-pt-static-*.json --languages",
-        *("atis-sweep/*.json --sweep", "layerwise/*.json --curves", "glue/*.json --recovery"),
+        *("layerwise/*.json --curves", "glue/*.json --recovery"),
     ],
 )
 def test_figures_come_from_the_committed_files(options, tmp_path):
@@ -48,8 +48,6 @@ def measured(**config):
         ("--errors", [made_up("xnli", 0, "logits", NO_FP32)], "run train.py with --analyze"),
         ("--errors", [made_up("xnli", i, "logits", NO_FP32) for i in range(2)], "one results.json"),
         ("--curves", [made_up("xnli", 0, "logits", NO_FP32)], "no sdq row with evaluations on dev"),
-        ("--sweep", [made_up("xnli", 0, "logits", NO_FP32)], "has no slots: --sweep draws runs of atis"),
-        ("--sweep", [made_up("atis", 0, "logits", {"qat": 1.0}, lr=i) for i in (1, 2)], "a second run of rank 0"),
         (None, [made_up("stsb", 0, loss, {"sdq": 1.0}) for loss in ("logits", "map")], "differ in --distill"),
         ("--recovery", [made_up("cola", 0, "logits", {"sdq": 1.0})], "no recovery in this file"),
         ("--recovery", [measured(), measured()], "the same seed"),
@@ -88,14 +86,13 @@ def test_widths_of_a_figure_by_language(peer, tmp_path):
     assert axes.get_title() == f"xnli dev, m, {'' if peer else 'W8A8 per tensor static, '}1 seed"
 
 
-@pytest.mark.parametrize("kind", [None, "curves", "sweep"])
+@pytest.mark.parametrize("kind", [None, "curves"])
 @pytest.mark.parametrize("scores", [(10.0, 60.0), (96.0, 100.0), (100.0, 100.0)])
 def test_percentages_end_at_100(kind, scores, tmp_path):
     """Whatever the margins, and error bars."""
     pytest.importorskip("matplotlib")
     low, high = scores
-    task = "atis" if kind == "sweep" else "xnli"
-    runs = [made_up(task, i, "logits", {"sdq": {"en": x, "de": x}}, tt_rank=0) for i, x in enumerate(scores)]
+    runs = [made_up("xnli", i, "logits", {"sdq": {"en": x, "de": x}}, tt_rank=0) for i, x in enumerate(scores)]
     for each in runs:
         each["methods"]["sdq"]["dev_curve"] = [[1, low], [2, high]]
     for panel in plot.draw_figure(write_runs(tmp_path, runs), kind).axes:
@@ -116,20 +113,6 @@ def test_repaired_rows_have_colors_of_their_own(kind, tmp_path):
     drawn = list(dict.fromkeys(label.partition(",")[0] for label in labels))
     assert drawn == names["fp32" not in drawn :]
     assert len({str(plot.color_of(name)) for name in names}) == len(names)
-
-
-def test_points_of_tensor_trains(tmp_path):
-    """The teacher of a pretrained model is dense."""
-    runs = [
-        made_up("atis", seed, "logits", {"fp32": 95.0, "sdq": 90.0}, model="scratch-2x768", tt_rank=rank, bits=bits)
-        for rank, bits, seed in ((0, 8, 0), (5, 8, 0), (5, 8, 1), (20, 8, 0), (20, 2, 0), (5, 2, 0))
-    ]
-    points = plot.read_sweep(read_runs(write_runs(tmp_path, runs)))
-    ranks = {bits: sorted(rank for b, rank in points if b == bits) for bits in (32, 8, 2)}
-    assert ranks == {32: [0, 5, 20], 8: [0, 5, 20], 2: [5, 20]}
-    assert len(points[32, 5]) == len(points[8, 5]) == 2 and points[8, 20][0] == (8.0, 90.0, 90.0)
-    pretrained = made_up("atis", 0, "logits", {"fp32": 95.0, "sdq": 90.0}, model="minilm", tt_rank=20)
-    assert set(plot.read_sweep(read_runs(write_runs(tmp_path, [pretrained])))) == {(32, 0), (2, 20)}
 
 
 def test_curves_of_recovery(tmp_path):

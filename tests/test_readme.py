@@ -167,6 +167,7 @@ TABLES = {  # arguments of tools/compare.py -> the page that holds all of its ou
     "xglue-e5/ner-*.json": "docs/results-xglue.md",
     "xglue-e5/ner-*.json --languages": "docs/results-xglue.md",
     "atis/*.json --latency bench-tt.json": "docs/results-tt.md",
+    "atis-sweep/*.json atis/dense-s0.json --front": "docs/results-tt.md",
     "glue/*.json": "docs/results-glue.md",
     "embed/*.json": "docs/results-embed.md",
     "embed/*.json --languages": "docs/results-embed.md",

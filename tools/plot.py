@@ -5,7 +5,6 @@
     python tools/plot.py out/NAME/results.json --errors --out errors.png   # --analyze: error by layer
     python tools/plot.py out/*/results.json --recovery --out recovery.png  # --analyze: attention order by loss
     python tools/plot.py out/*/results.json --curves --out curves.png      # score on dev against step, by loss
-    python tools/plot.py out/atis*/results.json --sweep --out sweep.png    # tensor trains: score against size
     python tools/plot.py train.json --out steps.png           # bench.py train|model|matmul|tt --json
 
 Means and standard deviations are over seeds.
@@ -24,16 +23,15 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from config import base_of
-from data.tasks import TASKS, Task
+from data.tasks import Task
 from kit.common import UserError, exit_status, flag
 from repair import REPAIRS
-from tools.compare import VARIANTS, check_comparable, group_runs, read_runs, tt_rank, width_of
+from tools.compare import VARIANTS, check_comparable, group_runs, read_runs, width_of
 
 GREEN, ORANGE, PURPLE, GRAY = "#1b9e77", "#d95f02", "#7570b3", "#555555"
 COLORS = {"fp32": GRAY, "ptq": ORANGE, "ptq-static": "#e6ab02", "qat": PURPLE, "sdq": GREEN}
 COLORS |= {"onnxruntime": "#8da0cb", "openvino": "#66a9d9"}
 LOSS_COLORS = (GREEN, "#e7298a", "#66a61e", "#1f78b4", "#e6ab02", "#a6761d", "#666666")
-BITS_COLORS = {32: GRAY, 8: GREEN, 4: PURPLE, 2: ORANGE}
 
 
 def color_of(method: str) -> str | tuple[float, ...]:
@@ -74,7 +72,7 @@ def metric_name(task: Task) -> str:
 def draw_bits(axes, runs: list[dict]) -> None:
     """Score against bit width: a line per method, error bars of one standard deviation over seeds."""
     check_comparable(runs)
-    check_same(runs, "task", "distill", "tt_rank", instead=", or use --recovery or --sweep")
+    check_same(runs, "task", "distill", "tt_rank", instead=", or use --recovery")
     scores = {}
     for label, rows in group_runs(runs).items():
         scores[label.method, label.width] = [row["compared"] for row in rows.values()]
@@ -222,59 +220,6 @@ def draw_recovery(axes, runs: list[dict]) -> None:
     axes[0].figure.suptitle(title, fontsize=10)
 
 
-# ---------------------------------------------------------------------------------- tensor trains
-def read_sweep(runs: list[dict]) -> dict:
-    """(bits, rank) -> seed -> (MB, the first two columns of a joint task). Rank 0 is the dense model.
-
-    Each run gives its float32 row and its last quantized one.
-    """
-    check_same(runs, "task", "eval_split")
-    points = {}
-    for run in runs:
-        config, methods, task = run["config"], run["methods"], run["task"]
-        if task.head != "joint":
-            joint = " or ".join(name for name, row in TASKS.items() if row.head == "joint")
-            raise UserError(f"{run['path']} has no slots: --sweep draws runs of {joint}")
-        for name in (name for name in methods if name in ("fp32", [*methods][-1])):
-            row, bits = methods[name], 32 if name == "fp32" else config["bits"]
-            seeds = points.setdefault((bits, tt_rank(config, name)), {})
-            if config["seed"] in seeds and bits != 32:
-                what = f"rank {config['tt_rank']}, {bits} bits, seed {config['seed']}"
-                raise UserError(f"{run['path']}: a second run of {what}")
-            scores = row["languages"][task.train_language]
-            values = [scores[key] for key in list(task.columns.values())[:2]]
-            seeds[config["seed"]] = (row["size_bytes"] / 1e6, *values)
-    return points
-
-
-def draw_sweep(axes, runs: list[dict]) -> None:
-    """Scores against file size: a line per bit width, a point per rank, error bars of one standard deviation over
-    seeds; the dense models stand alone.
-    """
-    points, config = read_sweep(runs), runs[0]["config"]
-    lines = {}  # (bits, whether it is dense) -> rank -> mean and deviation of each value
-    for (bits, rank), seeds in sorted(points.items(), key=lambda item: (-item[0][0], item[0][1])):
-        lines.setdefault((bits, rank == 0), {})[rank] = mean_and_std(list(seeds.values()))
-    for i, title in enumerate(list(runs[0]["task"].columns)[:2]):
-        for (bits, is_dense), ranks in lines.items():
-            means, deviations = map(np.array, zip(*ranks.values(), strict=True))  # (ranks, values)
-            sizes, scores = means[:, 0], means[:, i + 1]
-            kind, marker, style = ("dense", "D", "") if is_dense else ("tensor trains", "o", "-")
-            label = f"{kind}, {'float32' if bits == 32 else f'{bits} bits'}"
-            looks = {"color": BITS_COLORS.get(bits), "marker": marker, "ls": style, "capsize": 3}
-            axes[i].errorbar(sizes, scores, deviations[:, i + 1], label=label, **looks)
-            if is_dense and bits == 32:
-                axes[i].axhline(scores[0], color=GRAY, lw=0.8, ls="--")
-            for rank, *point in zip(ranks, sizes, scores, strict=True):
-                near = {"xytext": (-4, 5), "textcoords": "offset points", "ha": "right"}
-                if rank:
-                    axes[i].annotate(str(rank), point, fontsize=7, color=looks["color"], **near)
-        axes[i].set(xscale="log", xlabel="MB on disk", ylabel=f"{title}, %")
-        axes[i].grid(axis="y", alpha=0.3)
-    seeds = count_seeds(max(map(len, points.values())))
-    axes[0].figure.suptitle(f"{config['task']} {config['eval_split']}, {seeds}; points are labeled with the rank")
-
-
 # ------------------------------------------------------------------------------------- benchmarks
 def measured_on(result: dict) -> str:
     return f"{result['hardware']}, {result['threads']} threads"
@@ -347,7 +292,7 @@ def draw_tt(axes, result: dict) -> None:
         mine = [row for row in rows if row["batch_size"] == size]
         for i, row in enumerate(mine):
             is_train, is_float = row["name"].startswith("TT"), "fp32" in row["name"]
-            color = BITS_COLORS[8 if is_float else 4] if is_train else GRAY
+            color = (GREEN if is_float else PURPLE) if is_train else GRAY
             draw_time(panel, i, row, color, capsize=3)
             text = f"  {row['median_ms']:.2f} ms, {1 / row['ratio']:.2f}x as fast"
             panel.text(row["quartiles_ms"][1], i, text, va="center", fontsize=8)
@@ -373,7 +318,6 @@ KINDS = {  # option -> the same, and its help text
     "errors": (draw_errors, 5, (12, 3.2), "error by layer, measured by train.py --analyze"),
     "recovery": (draw_recovery, 2, (9, 4), "order of attention by layer and --distill, measured by train.py --analyze"),
     "curves": (draw_curves, 1, (8, 4), "score on dev against step, by --distill"),
-    "sweep": (draw_sweep, 2, (9, 4), "joint tasks: score against size for several --tt-rank and --bits"),
 }
 
 
@@ -396,7 +340,7 @@ def draw_figure(files: list[str], kind: str | None):
         data = read_runs(files)
         check_same(data, "name")
         draw, panels, size, _ = KINDS[kind]
-    figure, sharey = Figure(figsize=size, layout="constrained"), kind not in ("recovery", "sweep")
+    figure, sharey = Figure(figsize=size, layout="constrained"), kind != "recovery"
     axes = figure.subplots(1, panels, sharey=sharey)  # one panel: no array
     draw(axes, data)
     handles, labels = figure.axes[0].get_legend_handles_labels()  # those of all panels
