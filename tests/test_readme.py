@@ -172,6 +172,7 @@ TABLES = {  # arguments of tools/compare.py -> the page that holds all of its ou
     "atis/*.json --latency bench-tt.json": "docs/results-tt.md",
     "atis-sweep/*.json atis/dense-s0.json --front": "docs/results-tt.md",
     "glue/*.json": "docs/results-glue.md",
+    "kd/*.json": "docs/results-glue.md",
     "embed/*.json": "docs/results-embed.md",
     "embed/*.json --languages": "docs/results-embed.md",
     "embed/*.json --minus=fp32": "docs/results-embed.md",
