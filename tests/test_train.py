@@ -429,10 +429,8 @@ def test_a_gate_ends_with_status_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("kit.report.compared_score", lambda row, task: row["size_bytes"])
     capsys.readouterr()
     assert run(tmp_path, *options, "100") == 1
-    assert re.search(
-        r"^--gate 100: ptq loses \d+.00 points on the mean against fp32\n$",
-        capsys.readouterr().out.splitlines(True)[-1],
-    )
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"--gate 100: ptq loses \d+.00 points on the mean against fp32", last)
     assert (tmp_path / "run" / "report.md").exists()
 
 

@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if __package__ in (None, ""):  # run as a script: put the repository root on the path
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -44,16 +44,14 @@ TIMED, ROUNDS = (1, 32), 15  # texts in a call, and calls
 NEEDS = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("openvino", "nncf")}
 
 
-class Peer:
+class Peer(nn.Module):
     """Another library's model, called like ours."""
 
     def __init__(self, run: Runner):
+        super().__init__()
         self.run = run
 
-    def eval(self) -> None:
-        pass
-
-    def __call__(self, ids: Tensor, mask: Tensor | None, types: None) -> tuple[Tensor, dict]:
+    def forward(self, ids: Tensor, mask: Tensor | None, types: None) -> tuple[Tensor, dict]:
         return self.run(ids, mask), {}
 
 
