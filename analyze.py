@@ -94,10 +94,10 @@ def layer_errors(teacher: Model, student: Model, batches: Iterable[Batch]) -> di
 
 
 @torch.no_grad()
-def count_flops(model: Model, tokens: int = TOKENS) -> int:
-    """Floating-point operations of one sequence: all products, those of attention and of a tensor train's cores too."""
+def count_flops(model: Model) -> int:
+    """Floating-point operations of a sequence of TOKENS: all products, also those of attention and of a train's cores."""
     device = next(model.parameters()).device
-    ids = torch.full((1, min(tokens, model.config.max_tokens)), model.config.pad_id + 1, device=device)
+    ids = torch.full((1, min(TOKENS, model.config.max_tokens)), model.config.pad_id + 1, device=device)
     with FlopCounterMode(display=False) as counter:
         model.eval()(ids, capture=("map",))  # fused attention would not be counted on every device
     return counter.get_total_flops()

@@ -116,7 +116,7 @@ def test_rows_are_compared_with_those_of_their_shape(tmp_path, capsys):
 
 
 def test_front_over_several_tasks(tmp_path, capsys):
-    """Of the means of seeds that have all tasks; equal rows are both on it."""
+    """The mean of the seeds that have all tasks counts; two equal rows are both on the front."""
     runs = []
     for task, scores in {"rte": (60.0, 60.0, None), "sst2": (90.0, 90.0, 99.0)}.items():
         methods = {name: score for name, score in zip(("fp32", "ptq", "qat"), scores, strict=True) if score}

@@ -96,8 +96,8 @@ def read_runs(arguments: list[str]) -> list[dict]:
 def check_comparable(runs: list[dict]) -> None:
     """Raise UserError for two runs that must not stand in one table, or have the same row.
 
-    Each task may have its own recipe, and each width its own --student-lr and --noise. An option that no longer exists is compared
-    where both files have it.
+    Each task may have its own recipe, and each width its own --student-lr and --noise. An option that no longer exists
+    is compared where both files have it.
     """
     is_joint = any(run["task"].head == "joint" for run in runs)
     may_differ = MAY_DIFFER | (MAY_DIFFER_JOINT if is_joint else {*VARIANTS})

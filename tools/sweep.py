@@ -58,8 +58,8 @@ def plan(words: list[str]) -> list[list[Cell]]:
         axes.append((name[2:].replace("-", "_"), values or [word]))
     axes.sort(key=lambda axis: axis[0] in (*TEACHER_OPTIONS, "model"))  # runs at once then train different teachers
     groups, folders = {}, set()
-    for words in itertools.product(*(values for _, values in axes)):
-        config, resume = parse_args([*words])
+    for chosen in itertools.product(*(values for _, values in axes)):
+        config, resume = parse_args([*chosen])
         if resume or config.gate is not None:
             raise UserError("--resume and --gate are for a single run: leave them out")
         out, task = config.out or default_out(config), find_task(config.task, config.train_language)
@@ -69,10 +69,11 @@ def plan(words: list[str]) -> list[list[Cell]]:
         told = {"task", *compare.MAY_DIFFER} - {"recipe"} | ({*compare.VARIANTS} if task.head != "joint" else set())
         label = (
             f"{name} {word}"
-            for (name, values), word in zip(axes, words, strict=True)
+            for (name, values), word in zip(axes, chosen, strict=True)
             if values[1:] and name not in told
         )
-        cell = Cell(" ".join(label).translate({47: 95, 61: 95}), [*words, "--out", out], config, task)  # no / and =
+        name = " ".join(label).translate(str.maketrans("/=", "__"))  # NAME=FILE has none of both
+        cell = Cell(name, [*chosen, "--out", out], config, task)
         key = config.model, config.eval_split, task.zero_shot, task.train_language, task.head == "joint" and task.name
         groups.setdefault(key, []).append(cell)
     for cells in groups.values():
