@@ -49,6 +49,7 @@ def interleave(variants: dict[str, Callable], rounds: int, calls: int = 1, warm:
     more before, so that the caches hold its weights and not those of another variant, as a server would have it.
     """
     times, wake_up = {name: [] for name in variants}, torch.zeros(1 << 17)
+    counts = dict.fromkeys(variants, calls)
     measurements = [(i, name) for i in range(-2, rounds) for name in variants]
     progress = Progress("measurement", len(measurements))
     for done, (i, name) in enumerate(measurements):
@@ -56,14 +57,17 @@ def interleave(variants: dict[str, Callable], rounds: int, calls: int = 1, warm:
         time.sleep(0.02)  # other libraries' threads spin for a while after their work,
         for _ in range(20):  # and PyTorch's have to be woken
             wake_up.add_(1)
-        for count in (1, calls) if warm else (calls,):  # the last one is measured
+        for count in (1, counts[name]) if warm else (counts[name],):  # the last one is measured
             started = time.perf_counter()
             for _ in range(count):
                 variants[name]()
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
+        seconds = (time.perf_counter() - started) / counts[name]
         if i >= 0:
-            times[name].append((time.perf_counter() - started) / calls)
+            times[name].append(seconds)
+        elif torch.cuda.is_initialized():  # enough calls that the GPU, not their launches and the wait, is measured
+            counts[name] = max(calls, min(100, round(0.02 / seconds)))
     progress.clear()
     return times
 

@@ -73,15 +73,14 @@ def logits_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask
     A single column is not a distribution but the prediction of a regression (STS-B). Its loss is the mean squared
     error, without temperature, as in TernaryBERT.
     """
-    if student.dim() == 3:  # every real token is a prediction: (n, classes)
-        if mask is None:
-            student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
-        else:
-            student, teacher = student[mask], teacher[mask]
+    count = student.shape[:-1].numel()
+    if student.dim() == 3 and mask is not None:  # every real token is a prediction; equal rows have no divergence
+        count, padded = mask.sum(), ~mask[..., None]
+        student, teacher = (x.masked_fill(padded, 0.0) for x in (student, teacher))
     if student.shape[-1] == 1:
-        return F.mse_loss(student.float(), teacher.detach().float())
+        return F.mse_loss(student.float(), teacher.detach().float(), reduction="sum") / count
     divergence = row_kl(student.float() / temperature, teacher.float() / temperature)
-    return temperature**2 * (divergence / len(student))
+    return temperature**2 * (divergence / count)
 
 
 def logits_terms(

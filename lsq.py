@@ -24,14 +24,16 @@ from quant import SMALLEST_SCALE, ActQuantizer, QuantConfig, WeightQuantizer, be
 
 
 class _LearnedStep(torch.autograd.Function):
-    """Q(x) for one scale or one per row; Q_min, Q_max are Python integers."""
+    """Q(x) for one scale or one per row.  largest: Q_max, at least 1.  All three are numbers, or tensors of one, which
+    the host of a GPU does not wait for.
+    """
 
     @staticmethod
-    def forward(ctx, x, scale, quant_min, quant_max):
+    def forward(ctx, x, scale, quant_min, quant_max, largest):
         ratio = x * scale.reciprocal()
         codes = ratio.round().clamp_(quant_min, quant_max)
         ctx.save_for_backward(ratio, codes)
-        ctx.grid, ctx.shape = (quant_min, quant_max), scale.shape
+        ctx.grid, ctx.largest, ctx.shape = (quant_min, quant_max), largest, scale.shape
         return codes * scale
 
     @staticmethod
@@ -39,9 +41,8 @@ class _LearnedStep(torch.autograd.Function):
         ratio, codes = ctx.saved_tensors
         inside = (ratio >= ctx.grid[0]) & (ratio <= ctx.grid[1])
         by_scale = torch.where(inside, codes - ratio, codes).mul_(grad)
-        # Q_max is 0 for an activation that is never positive.
-        factor = (ratio.numel() / ctx.shape.numel() * max(ctx.grid[1], 1)) ** -0.5
-        return grad * inside, by_scale.sum_to_size(ctx.shape) * factor, None, None
+        factor = (ratio.numel() / ctx.shape.numel() * ctx.largest) ** -0.5
+        return grad * inside, by_scale.sum_to_size(ctx.shape) * factor, None, None, None
 
 
 class LearnedScale(WeightQuantizer):
@@ -75,7 +76,7 @@ class LearnedScale(WeightQuantizer):
         return self.log_scale.exp()
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _LearnedStep.apply(weight, self.scale(weight), self.quant_min, self.quant_max)
+        return _LearnedStep.apply(weight, self.scale(weight), self.quant_min, self.quant_max, max(self.quant_max, 1))
 
 
 class LearnedActQuantizer(ActQuantizer):
@@ -97,6 +98,6 @@ class LearnedActQuantizer(ActQuantizer):
         return self.log_step.exp(), self.zero_point
 
     def rounded(self, x: Tensor) -> Tensor:
-        zero_point = int(self.zero_point)
-        grid = self.quant_min - zero_point, self.quant_max - zero_point
-        return _LearnedStep.apply(x, self.log_step.exp(), *grid)
+        least, most = self.quant_min - self.zero_point, self.quant_max - self.zero_point
+        # Q_max is 0 for an activation that is never positive.
+        return _LearnedStep.apply(x, self.log_step.exp(), least, most, most.double().clamp(min=1.0))

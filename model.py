@@ -46,6 +46,7 @@ TAPS = (
     "query", "key", "value", "score", "map", "context", "output", "residual", "normed", "hidden"
 )  # fmt: skip
 Taps = dict[str, list[Tensor]]
+DISTILLED = {"score", "map", "context"}  # taps inside attention that losses compare
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -124,7 +125,7 @@ class WordEmbedding(nn.Embedding):
         self.row_quantizer = nn.Identity()
 
     def forward(self, ids: Tensor) -> Tensor:
-        distinct, where = torch.unique(ids, return_inverse=True)  # (U,), (B, T)
+        distinct, where = distinct_ids(ids)  # (U,), (B, T)
         return F.embedding(where, self.rows(distinct))  # (B, T, C)
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -132,6 +133,19 @@ class WordEmbedding(nn.Embedding):
         if getattr(self.row_quantizer, "by_number", False):  # pq.py decodes them from its own parameters
             return self.row_quantizer(self.weight, ids)
         return self.row_quantizer(F.embedding(ids, self.weight, sparse=self.sparse))
+
+
+def distinct_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The different ids, and the place of each of `ids` among them.
+
+    On CUDA there are as many as ids, the last ones repeat the first: to know their number the host would have to wait.
+    """
+    if not ids.is_cuda:
+        return torch.unique(ids, return_inverse=True)
+    values, order = ids.flatten().sort()
+    place = F.pad(values[1:] != values[:-1], (1, 0)).cumsum(dim=0)
+    where = torch.empty_like(place).scatter_(0, order, place)
+    return values[:1].repeat(len(values)).scatter_(0, place, values), where.view_as(ids)
 
 
 class Attention(nn.Module):
@@ -161,14 +175,15 @@ class Attention(nn.Module):
         heads = [t.view(B, T, H, D).transpose(1, 2) for t in self.project(x)]  # (B, H, T, D) each
         for name, t in zip(("query", "key", "value"), heads, strict=True):
             record(taps, name, t)
-        if heads[0].dtype == torch.bfloat16 and not x.is_cuda:
-            # On CPU the backward of fused attention takes ten times as long in bf16 as in float32.
-            with torch.autocast("cpu", enabled=False):
+        if heads[0].dtype == torch.bfloat16 and (not x.is_cuda or DISTILLED & {*taps}):
+            # What is distilled needs more digits than bf16 has. On CPU, moreover, the backward of fused attention takes
+            # ten times as long in bf16 as in float32.
+            with torch.autocast(x.device.type, enabled=False):
                 context = self.attend(*(t.float() for t in heads), key_mask, taps)
         else:
             context = self.attend(*heads, key_mask, taps)
         record(taps, "context", context)
-        output = self.output(context.transpose(1, 2).reshape(B, T, C))
+        output = self.output(context.transpose(1, 2).reshape(B, T, C).to(x.dtype))
         record(taps, "output", output)
         residual = x + self.dropout(output)
         record(taps, "residual", residual)
@@ -179,7 +194,7 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, taps: Taps) -> Tensor:
         """softmax(Q K^T / sqrt(D)) V of each head: (B, H, T, D)."""
         q, k, v = self.query_quantizer(q), self.key_quantizer(k), self.value_quantizer(v)
-        fused = type(self.map_quantizer) is nn.Identity
+        fused = isinstance(self.map_quantizer, nn.Identity)
         if fused and "score" not in taps and "map" not in taps:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
         score = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, T)

@@ -94,7 +94,7 @@ class ProductQuantizer(UniformQuantizer):
 
     def __init__(self, config: QuantConfig, weight: Tensor, per_row: bool, multiplied: bool):
         super().__init__(config, weight, per_row, multiplied)
-        self.shape, self.waiting = weight.shape, False
+        self.shape, self.waiting, self.assigned = weight.shape, False, False
         square = self.shape[0] == self.shape[1]  # as matrices of attention are, and those of feed-forward layers not
         self.stage = STAGES.index("embeddings" if not multiplied else "attention" if square else "ffn")
         self.block = 4 if self.stage == STAGES.index("attention") else 8
@@ -113,7 +113,8 @@ class ProductQuantizer(UniformQuantizer):
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
         """Find the centroids, unless they were found before."""
-        if self.counts.any():
+        self.assigned = self.assigned or bool(self.counts.any())  # asked once: on a GPU the host waits for it
+        if self.assigned:
             return
         centroids, assignments = kmeans(weight.detach().reshape(-1, self.block))
         self.centroids.copy_(centroids)

@@ -97,8 +97,9 @@ def task_terms(logits: Logits, batch: Batch) -> dict[str, Tensor]:
     if batch.tags is None:
         return {"task": F.cross_entropy(logits.float(), batch.labels)}
     intents, slots = logits if isinstance(logits, tuple) else (None, logits)
-    words, smoothing = batch.tags != IGNORE, LABEL_SMOOTHING if intents is not None else 0.0
-    of_words = F.cross_entropy(slots[words].float(), batch.tags[words], label_smoothing=smoothing)
+    smoothing = LABEL_SMOOTHING if intents is not None else 0.0
+    words = slots.float().flatten(0, 1), batch.tags.flatten()
+    of_words = F.cross_entropy(*words, ignore_index=IGNORE, label_smoothing=smoothing)
     if intents is None:
         return {"task": of_words}
     return {"task": F.cross_entropy(intents.float(), batch.labels, label_smoothing=smoothing), "slots": of_words}
@@ -169,7 +170,7 @@ def train(model: Model, teacher: Model | None, data: Data, run: Run, method: str
     for step in range(state.step, plan.steps):
         plan.begin(step, optimizers)
         # a function of seed and step: a resumed run gets the same batches
-        batch = training_batch(data.train, config.batch_size, config.seed, step).to(run.device)
+        batch = training_batch(data.train, config.batch_size, config.seed, step)
 
         # forward and backward: the whole batch at once, or the parts that this process has of it
         model.train()

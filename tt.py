@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsq import LearnedScale
-from model import WordEmbedding
+from model import WordEmbedding, distinct_ids
 from quant import Codes, QuantConfig, UniformQuantizer, product
 
 FEW = 64  # ids whose rows are built one by one: to find the distinct ones takes longer
@@ -343,13 +343,14 @@ class TTMEmbedding(TensorTrain):
 def lookup(ids: Tensor, left: Tensor, right: Tensor, num_embeddings: int) -> Tensor:
     """Rows of the table with the halves L (V_1, C_1, r) and R (V_2, r, C_2): (...) -> (..., C).
 
-    Raises IndexError for an id outside the table, also if the padded table has it.
+    On CPU raises IndexError for an id outside the table, also if the padded table has it: to look at the values, the
+    host of a GPU would have to wait at every step.
     """
     if ids.numel() <= FEW:
         distinct, where = ids.flatten(), torch.arange(ids.numel(), device=ids.device).view_as(ids)
     else:
-        distinct, where = torch.unique(ids, return_inverse=True)  # each is built once
-    if distinct.numel() and (distinct.min() < 0 or distinct.max() >= num_embeddings):
+        distinct, where = distinct_ids(ids)  # each is built once
+    if distinct.numel() and not ids.is_cuda and (distinct.min() < 0 or distinct.max() >= num_embeddings):
         raise IndexError(f"an id is outside the table of {num_embeddings} rows")
     first, second = distinct // len(right), distinct % len(right)
     a = F.embedding(first, left.flatten(1)).view(-1, *left.shape[1:])  # (U, C_1, r)

@@ -88,7 +88,10 @@ class Batch:
     types: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and v.device.type != device.type}
+        if device.type == "cuda":  # pinned memory is copied without a wait of the host
+            tensors = {k: v.pin_memory() for k, v in tensors.items()}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
     def rows(self, rows: slice) -> "Batch":
         """Some rows, without the columns that only others need."""

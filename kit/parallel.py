@@ -115,13 +115,16 @@ def backward(
     each term is a mean over, a key of batch.sizes(); tokens if it is not there.
     """
     found: dict[str, Tensor] = {}
-    for part, shares in parts(batch, count):  # usually the whole batch
-        terms = {name: term * shares[over.get(name, "tokens")] if shares else term for name, term in loss(part).items()}
+    device = next(model.parameters()).device
+    for part, shares in parts(batch, count):  # usually the whole batch; cut before it is moved: a GPU's host would wait
+        terms = loss(part.to(device))
+        if shares:
+            terms = {name: term * shares[over.get(name, "tokens")] for name, term in terms.items()}
         sum(terms.values()).backward()
         found = {name: found.get(name, 0) + term.detach() for name, term in terms.items()}
     if world_size() == 1:
         return found
-    sum_gradients(model, batch.ids)
+    sum_gradients(model, batch.ids.to(device))
     total = torch.stack(list(found.values()))
     dist.all_reduce(total)
     return dict(zip(found, total, strict=True))
