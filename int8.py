@@ -41,6 +41,7 @@ from tt import QuantTTLinear, TTLinear, TTMEmbedding, lookup
 # --------------------------------------------------------------------------------------- kernels
 def activation_codes(quantizer: ActQuantizer, x: Tensor) -> Codes:
     """The integers that the student's quantizer rounds x to, one byte each (uint8), also with fewer than 8 bits."""
+    x = x.float()  # see in_bfloat16
     scale, zero_point = quantizer.qparams(x)
     if x.is_cuda or torch.compiler.is_compiling() or not rounds_in_one_pass():
         return Codes(quantize(x, scale, zero_point, 0, quantizer.quant_max).to(torch.uint8), scale, zero_point)
@@ -88,19 +89,20 @@ FLOATS = ("none", 1.0, 0, torch.float32)  # of OneDNNKernel.layer: y as it is
 # A kernel packs an int8 matrix (N, K) once and multiplies uint8 activations (M, K) by it many times: sums(q_x) = sum_k
 # (q_x - offset) q_w, float32 (M, N). A `fused` kernel computes a whole layer in one call if the activation's range is
 # static: see OneDNNKernel.
-class FloatKernel:
+class FloatKernel(nn.Module):
     """Integers multiplied in float32, whose sums are exact below 2^24 and rounded in the seventh digit above."""
 
     offset, fused = 0, False
 
     def __init__(self, weight: Tensor):
-        self.weight = weight.float()
+        super().__init__()
+        self.weight = nn.Buffer(weight.float())
 
     def sums(self, values: Tensor) -> Tensor:
         return F.linear(values.float(), self.weight)
 
 
-class OneDNNKernel:
+class OneDNNKernel(nn.Module):
     """oneDNN's u8 x s8 product on CPU. The operator is undocumented, made for PyTorch's compiler: choose_kernel tries
     it before it is used.
     """
@@ -108,9 +110,10 @@ class OneDNNKernel:
     offset, fused = 0, True
 
     def __init__(self, weight: Tensor):
-        self.weight = torch.ops.onednn.qlinear_prepack(weight, None)
-        self.ones = torch.ones(len(weight))
-        self.zero_points = torch.zeros(len(weight), dtype=torch.int32)
+        super().__init__()
+        self.weight = torch.ops.onednn.qlinear_prepack(weight, None)  # no buffer: its layout is oneDNN's own
+        self.ones = nn.Buffer(torch.ones(len(weight)))
+        self.zero_points = nn.Buffer(torch.zeros(len(weight), dtype=torch.int32))
 
     def __reduce__(self) -> tuple:
         """A copy, or a kernel in another process, packs the weight again."""
@@ -131,7 +134,7 @@ class OneDNNKernel:
         )
 
 
-class CudaKernel:
+class CudaKernel(nn.Module):
     """cuBLAS's s8 x s8 product, torch._int_mm, with activations shifted by 128 to be signed.
 
     It requires M > 16 and K, N in multiples of 8: operands are padded with zeros.
@@ -140,9 +143,10 @@ class CudaKernel:
     offset, fused = 128, False
 
     def __init__(self, weight: Tensor):
+        super().__init__()
         (self.N, K) = weight.shape
         self.more_k = -K % 8
-        self.weight = F.pad(weight, (0, self.more_k, 0, -self.N % 8)).contiguous()
+        self.weight = nn.Buffer(F.pad(weight, (0, self.more_k, 0, -self.N % 8)).contiguous())
 
     def sums(self, values: Tensor) -> Tensor:
         M = len(values)
@@ -173,13 +177,13 @@ def choose_kernel(device: str, largest: int) -> str:
 
 
 class IntLinear(nn.Module):
-    """A Linear layer in integers, for x float32 or Codes: (..., K) -> (..., N).
+    """A Linear layer in integers, for x in floats or Codes: (..., K) -> (..., N).
 
     few: multiply the integers of up to FEW tokens in float32. A call of an integer kernel takes some 40 microseconds,
     twice the time of that with a thin matrix.
     """
 
-    FEW = 64
+    FEW, floats = 64, torch.float32
 
     def __init__(
         self, weight: Weight, bias: Tensor | None, act: ActQuantizer, kernel: str, device: str, few: bool = False
@@ -191,10 +195,11 @@ class IntLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.to(device))
         self.register_buffer("column", codes.sum(dim=1, dtype=torch.float32))
         self.register_buffer("scale", weight.scale.to(device).flatten().expand(N).contiguous())
-        self.constants = None  # s_x s_w and z_x of a static range
         if act.static:
             scale, zero_point = act.static_range()
-            self.constants = scale.to(device) * self.scale, int(zero_point)
+            self.both = nn.Buffer(scale.to(device) * self.scale)  # s_x s_w
+            self.shifted = nn.Buffer((0 if bias is None else self.bias) - int(zero_point) * self.column * self.both)
+            self.constants = self.both, int(zero_point)
         self.then, self.next_grid = FLOATS, None  # see pass_codes
 
     def pass_codes(self, act: ActQuantizer, post: str = "none") -> None:
@@ -209,15 +214,19 @@ class IntLinear(nn.Module):
     def forward(self, x: Tensor | Codes) -> Tensor | Codes:
         x = self.codes(x)
         values, shape = x.values.flatten(0, -2), (*x.values.shape[:-1], -1)
-        kernel = self.few_kernel if self.few_kernel is not None and len(values) <= self.FEW else self.kernel
-        if kernel.fused and not x.scale.dim():  # per tensor
-            scale, zero_point = self.constants or (x.scale * self.scale, int(x.zero_point))
+        static, compiling = self.act_quantizer.static, torch.compiler.is_compiling()
+        few = self.few_kernel is not None and not compiling and len(values) <= self.FEW
+        kernel = self.few_kernel if few else self.kernel
+        if kernel.fused and static and compiling:  # a program is of all layers and lengths: no numbers but in tensors
+            return kernel.layer(values, 0, self.both, self.shifted, FLOATS).view(shape)
+        if kernel.fused and not x.scale.dim() and not compiling:  # per tensor
+            scale, zero_point = self.constants if static else (x.scale * self.scale, int(x.zero_point))
             y = kernel.layer(values, zero_point, scale, self.bias, self.then).view(shape)
             return Codes(y, *self.next_grid) if self.next_grid else y
         sums = kernel.sums(values).view(shape)
         if kernel.offset:
             x = x._replace(zero_point=x.zero_point - kernel.offset)
-        return rescale(sums, self.column, x, self.scale, self.bias)
+        return rescale(sums, self.column, x, self.scale, self.bias).to(self.floats)
 
 
 class IntTTLinear(nn.Module):
@@ -255,14 +264,16 @@ class MergedTable(nn.Module):
 
 
 class IntEmbedding(nn.Module):
-    """Rows of an int8 table, as float32: (B, T) -> (B, T, C)."""
+    """Rows of an int8 table, in floats: (B, T) -> (B, T, C)."""
+
+    floats = torch.float32
 
     def __init__(self, weight: Weight):
         super().__init__()
         self.weight, self.scale = nn.Buffer(weight.codes), nn.Buffer(weight.scale)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight).float() * F.embedding(ids, self.scale)
+        return (F.embedding(ids, self.weight).float() * F.embedding(ids, self.scale)).to(self.floats)
 
 
 class IntAttention(Attention):
@@ -312,21 +323,16 @@ def adopt(module: nn.Module, source: nn.Module) -> None:
     vars(module).update(vars(source))
 
 
-def compiled(model: Model) -> Callable:
-    """An integer model through torch.compile, faster with few tokens: (ids, mask) -> (logits, taps).
-
-    It needs a C++ compiler, static ranges or ranges per token, and a minute (again for other lengths, and for batches).
-    Its loops add in another order, so activations halfway between two integers may round to the other one: the logits
-    are not the student's bit for bit.
+def in_bfloat16(model: Model) -> None:
+    """Compute in bfloat16 what stands between the products of an encoder of integers on CUDA: half the bytes. The logits
+    are then the student's to two or three digits.
     """
-    program = torch.compile(model)
-
-    def run(*inputs: Tensor) -> tuple:
-        # oneDNN's weights must be constants ("freezing"); no Python between operators ("cpp_wrapper")
-        with torch.no_grad(), torch._inductor.config.patch(freezing=True, cpp_wrapper=True):
-            return program(*inputs)
-
-    return run
+    model.head.register_forward_pre_hook(lambda head, inputs: (inputs[0].float(), *inputs[1:]))
+    for module in model.encoder.modules():
+        if isinstance(module, (nn.LayerNorm, nn.Embedding, nn.Linear, MergedTable)):
+            module.bfloat16()
+        elif isinstance(module, (IntLinear, IntEmbedding)):
+            module.floats = torch.bfloat16
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from aot import compile_layers
 from checkpoint import fake_quantized, read_student, tokenizer_of
 from config import COUNT
 from data.batches import (
@@ -64,7 +65,7 @@ TOKENS = 4096  # per batch, padding included
 
 
 class Student(NamedTuple):
-    """A model that is ready to predict; it can be copied and pickled.
+    """A model that is ready to predict; unless it is compiled, it can be copied and pickled.
 
     labels: of a text; slots: tags of words, () if the model has none.  max_length: where texts are cut, and texts: 1
     or 2, both as in training.
@@ -78,9 +79,9 @@ class Student(NamedTuple):
     texts: int
 
 
-def load(path: str, device: str = "auto", threads: int | None = None) -> Student:
+def load(path: str, device: str = "auto", threads: int | None = None, compiled: bool = False) -> Student:
     """A student as an integer model. Worker processes must be spawned: PyTorch hangs in one that is forked after a
-    prediction with several threads.
+    prediction with several threads.  compiled: through aot.compile_layers.
 
     Raises UserError for a damaged file or one without integers.
     """
@@ -89,7 +90,10 @@ def load(path: str, device: str = "auto", threads: int | None = None) -> Student
     if read.config.head == "token":  # its labels are those of words
         labels, slots = (), labels
     texts, tokenizer = int(read.notes.get("texts", 1)), tokenizer_of(path, read)
-    return Student(integer_model(read, device), tokenizer, labels, slots, read.max_length, texts)
+    model = integer_model(read, device)
+    if compiled:
+        compile_layers(model)
+    return Student(model, tokenizer, labels, slots, read.max_length, texts)
 
 
 def problem(student: Student, text: str | tuple[str, str]) -> str:
@@ -354,9 +358,12 @@ def evaluate_student(path: str, args: argparse.Namespace) -> None:
         raise UserError(f"{path} reads {notes['texts']} text(s) per row, {folder} has others")
     if note := cut_note([*tests.values()], "texts", read.max_length):
         print(f"NOTE: {note}, as in training")
-    floats = 32 in (quant.weight_bits, quant.act_bits)  # there are no integers to multiply
+    floats = 32 in (quant.weight_bits, quant.act_bits) and not args.compiled  # there are no integers to multiply
     model = fake_quantized(read).to(device) if floats else integer_model(read, device)
     kind = "fake-quantized" if floats else f"integers, {type(model.encoder.layers[0].ffn.up.kernel).__name__}"
+    if args.compiled:
+        compile_layers(model)
+        kind += ", compiled"
     row = evaluate_languages("student", model, tests, task, device)
     row |= {"size_bytes": os.path.getsize(path), "train_seconds": 0}
     name = f"{notes.get('method')} W{quant.weight_bits}A{quant.act_bits}"
@@ -421,6 +428,8 @@ def main(argv: list[str] | None = None) -> None:
         "--out", type=npy, metavar="FILE.npy", help="of a student of --task embed: write vectors, one row per line"
     )
     parser.add_argument("--prompt", metavar="TEXT", help="put before every sentence instead of the model's own")
+    about = "faster with few tokens, after half a minute the first time; not to the last bit (aot.py)"
+    parser.add_argument("--compiled", action="store_true", help=about)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
     parser.add_argument("--threads", type=COUNT, help="CPU threads (default: all cores)")
     group = parser.add_argument_group("evaluation")
@@ -435,7 +444,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.evaluate:
         evaluate_student(args.student, args)
         return
-    student = load(args.student, args.device, args.threads)
+    student = load(args.student, args.device, args.threads, args.compiled)
     if args.prompt is not None:
         student.tokenizer.set_prompt(args.prompt)
     if args.out:

@@ -10,12 +10,13 @@ from tools import backends
 from tt import TTConfig, TTLinear, TTMEmbedding
 
 CPU = torch.device("cpu")
-OURS = ("fp32", "fake-quantized", "int8 dynamic", "int8 static")
+OURS = ("fp32", "bf16", "fake-quantized", "int8 dynamic", "int8 static")
 
 
 def test_missing_packages_are_reported(monkeypatch, capsys):
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(backends, "multiplies_bf16", lambda device: True)
     assert backends.available_backends(CPU) == OURS
     printed = capsys.readouterr().out
     assert "Hugging Face fp32: not measured, transformers" in printed

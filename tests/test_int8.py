@@ -1,7 +1,6 @@
 """int8.py: exact integer kernels, and integer models that give the same bits as their students."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from int8 import (
 from kit.common import UserError
 from prepare import WEIGHTS
 from quant import ActQuantizer, Codes, QuantConfig
-from tools.backends import has_compiler
 from tt import TTConfig
 
 # ---------------------------------------------------------------------------------------- kernels
@@ -176,18 +174,6 @@ def test_feed_forward_in_pieces(values, make, tiny_config, monkeypatch):
         found = to_integer(model, config, kernel=kernel)
         assert found.encoder.layers[0].ffn.in_pieces == (values == {})
         assert same_logits(logits_of(found, *batch), logits_of(model, *batch))
-
-
-@pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no C++ compiler: compiled() is not tested")
-def test_compiled(tiny_config, tmp_path, monkeypatch):
-    """Close to the integer model."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # with nothing compiled before
-    torch._dynamo.reset()
-    integer = to_integer(*make_student(replace(tiny_config, num_layers=1), act_range="static"))
-    ids, mask = random_ids([9, 5, 1], tiny_config.vocab_size)
-    found = int8.compiled(integer)(ids, mask)[0]
-    torch.testing.assert_close(found, integer(ids, mask)[0], atol=1e-3, rtol=1e-3)
-    assert not torch._inductor.config.freezing  # other models are compiled as before
 
 
 def test_integer_model_holds_integers(tiny_config):

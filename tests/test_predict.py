@@ -62,12 +62,16 @@ def test_predictions_are_those_of_the_report(student, pairs):
         assert list(predict.predict(again, texts)) == found
 
 
-def test_command_line(student, pairs, tmp_path, capsys):
-    """From a file and from standard input."""
+def test_command_line(student, pairs, tmp_path, capsys, monkeypatch):
+    """From a file and from standard input; --compiled is tested in test_aot.py."""
+    compiled = []
+    monkeypatch.setattr(predict, "compile_layers", compiled.append)
     path, file = student[1], tmp_path / "texts.tsv"
     file.write_text("\ufeff" + "".join("\t".join(pair) + "\n" for pair in pairs[0]), encoding="utf-8")
     expected = "".join(f"{label}\t{p:.4f}\n" for label, p in predict.predict(predict.load(path), pairs[0]))
-    assert predict.main([path, str(file)]) == 0 and capsys.readouterr().out == expected
+    assert predict.main([path, str(file)]) == 0 and capsys.readouterr().out == expected and not compiled
+    assert predict.main([path, str(file), "--compiled"]) == 0 and capsys.readouterr().out == expected
+    assert [type(model).__name__ for model in compiled] == ["Model"]
     before = os.dup(0)
     with open(file) as texts:
         os.dup2(texts.fileno(), 0)
@@ -194,7 +198,9 @@ def test_a_student_is_evaluated_again(student, capsys, monkeypatch):
     scores = [evaluations[language]["accuracy"] for language in ("en", "de", "sw")]
     assert cells[:3] == ["qat W8A8", f"{scores[0]:.2f}", f"{sum(scores[1:]) / 2:.2f}"] and seen == {32}
     assert cells[-2:] == [f"{score:.1f}" for score in scores[1:]] and "\nintegers, " in output
-    evaluate(capsys, path, f"--data-dir {SAMPLE} --eval-split dev --max-eval 1")
+    monkeypatch.setattr(predict, "compile_layers", lambda model: seen.add("compiled"))
+    output = evaluate(capsys, path, f"--data-dir {SAMPLE} --eval-split dev --max-eval 1 --compiled")[1]
+    assert "compiled" in seen and ", compiled, " in output
 
 
 def test_dynamic_ranges_per_tensor_get_one_row_at_a_time(tiny_config):

@@ -12,10 +12,8 @@ import copy
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import warnings
 from argparse import Namespace
@@ -35,9 +33,11 @@ if __package__ in (None, ""):  # run as a script: put the repository root on the
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import checkpoint
+from aot import compile_layers, has_compiler
 from convert import CONFIG_NAMES, key_table
 from data.batches import IGNORE, Batch
-from int8 import IntLinear, MergedTable, choose_kernel, compiled, integer_model, to_integer
+from int8 import IntLinear, MergedTable, choose_kernel, integer_model, to_integer
+from kit.common import multiplies_bf16
 from model import Model, ModelConfig, build_model, initialize
 from prepare import calibrate, prepare
 from quant import ActQuantizer, QuantConfig, UniformQuantizer, choose_qparams
@@ -50,6 +50,7 @@ BACKENDS = {  # name -> (its file, the packages that it needs). The first one th
     "Hugging Face fp32": ("hugging-face/model.safetensors", HUGGING_FACE),
     "Hugging Face bf16": ("hugging-face/model.safetensors", HUGGING_FACE),
     "fp32": ("fp32.safetensors", ()),
+    "bf16": ("fp32.safetensors", ()),
     "fake-quantized": ("dynamic.safetensors", ()),
     "int8 dynamic": ("dynamic.safetensors", ()),
     "int8 static": ("static.safetensors", ()),
@@ -79,7 +80,9 @@ def available_backends(device: torch.device) -> tuple[str, ...]:
     for name, (_, packages) in BACKENDS.items():
         missing = [package for package in packages if not is_installed(package)]
         cpu_only = packages and not name.startswith("Hugging Face")
-        if name.startswith("torch.ao") and not has_torch_ao():
+        if name == "bf16" and not multiplies_bf16(device):
+            print(f"{name}: not measured, this processor does not multiply it")
+        elif name.startswith("torch.ao") and not has_torch_ao():
             print(f"{name}: not measured, this PyTorch has no kernels for it")
         elif name.endswith("compiled") and not has_compiler(device):
             print(f"{name}: not measured, no C++ compiler with Python's headers, or no Triton for a GPU")
@@ -96,13 +99,6 @@ def is_installed(package: str) -> bool:
 
 def path_of(name: str, folder: str) -> str:
     return os.path.join(folder, BACKENDS[name][0])
-
-
-def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile has what int8.compiled needs: a C++ compiler with Python's headers; on CUDA also Triton."""
-    headers = os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h"))
-    found = headers and shutil.which(os.environ.get("CXX", "g++")) is not None
-    return found and (device.type != "cuda" or is_installed("triton"))
 
 
 # ------------------------------------------------------------------------------- shapes and inputs
@@ -270,14 +266,15 @@ def load_backend(name: str, folder: str, device: torch.device) -> Runner:
         if name == "Hugging Face bf16":
             reference = reference.bfloat16()
         return lambda ids, mask: reference(ids, attention_mask=mask).logits
-    if name == "fp32":
-        model = checkpoint.load_model(path).to(device)
+    if name in ("fp32", "bf16"):
+        model = checkpoint.load_model(path).to(device, torch.float32 if name == "fp32" else torch.bfloat16)
     elif name == "fake-quantized":
         model = checkpoint.fake_quantized(checkpoint.read_student(path)).to(device)
     else:
         model = integer_model(checkpoint.read_student(path), device)
-    run = compiled(model) if name.endswith("compiled") else model
-    return lambda ids, mask: run(ids, mask)[0]
+    if name.endswith("compiled"):
+        compile_layers(model)
+    return lambda ids, mask: model(ids, mask)[0]
 
 
 def errors_of(runners: dict[str, Runner], ids: Tensor) -> dict[str, float]:
@@ -328,6 +325,8 @@ def peak_memory(name: str, folder: str, rows: int, tokens: int, device: torch.de
         torch.cuda.reset_peak_memory_stats()
         run(ids, None)
         return torch.cuda.max_memory_allocated()
+    if name.endswith("compiled"):
+        load_backend(name, folder, device)  # so that the process does not compile, which takes memory
     command = [sys.executable, os.path.abspath(__file__), name, folder, str(rows), str(tokens)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
@@ -396,7 +395,7 @@ def tt_models(
     models = {name: (model.to(device), size) for name, (model, size) in models.items()}
     if has_compiler(device):
         static, size = models["TT W8A8 static"]
-        models["TT W8A8 static compiled"] = compiled(static), size
+        models["TT W8A8 static compiled"] = compile_layers(copy.deepcopy(static)), size
     return models
 
 
