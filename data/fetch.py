@@ -247,8 +247,9 @@ def unpack(archive: str, members: tuple[str, ...], folder: str, optional: tuple[
                 raise UserError(f"{name} has no file {min(missing)}")
             wanted = {*members, *optional}
             targets = {member: os.path.join(folder, *member.split("/")) for member in present if member in wanted}
+            how = {"filter": "data"} if hasattr(tarfile, "data_filter") and not is_zip else {}  # from Python 3.11.4 on
             for member in targets:
-                file.extract(member, temporary, **({} if is_zip else {"filter": "data"}))
+                file.extract(member, temporary, **how)
             for member, target in targets.items():
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 os.replace(os.path.join(temporary, *member.split("/")), target)
