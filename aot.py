@@ -89,7 +89,10 @@ def program_path(layer: Layer) -> str:
 
 
 def compile_layer(layer: Layer, path: str) -> None:
-    """Write the program of all layers like this one. It holds this one's tensors, which others replace."""
+    """Write the program of all layers like this one. It holds this one's tensors, which others replace.
+
+    Raises UserError if a number of this layer has become part of the code.
+    """
     import torch.fx.experimental._config as shapes
 
     batch, length = torch.export.Dim("batch", min=1, max=2**16), torch.export.Dim("length", min=2, max=2**16)
@@ -102,6 +105,10 @@ def compile_layer(layer: Layer, path: str) -> None:
         exported = torch.export.export(Program(layer), (x, mask, {}), dynamic_shapes=sizes)
         made = os.path.join(made_in, "layer.pt2")
         torch._inductor.aoti_compile_and_package(exported, package_path=made, inductor_configs=how)
+        tensors = exported.graph_signature.inputs_to_parameters | exported.graph_signature.inputs_to_buffers
+        used = {tensors[node.name] for node in exported.graph.nodes if node.name in tensors and node.users}
+        if used - {*torch._inductor.aoti_load_package(made).get_constant_fqns()}:
+            raise UserError(f"PyTorch {torch.__version__} compiles numbers of a layer into its program: not --compiled")
         os.replace(made, path)
 
 
@@ -119,7 +126,7 @@ def load_program(layer: Layer, path: str) -> Run:
         names = {*package.get_constant_fqns()} - {"x_scale", "x_zp"}  # 1 and 0, see OneDNNKernel.layer
         given = {name: tensors[name] for name in names}
         package.load_constants(given, check_full_update=False, user_managed=True)
-        close = (package(x, mask, {}) - expected).norm() < 0.01 * expected.norm()
+        close = (package(x, mask, {}) - expected).norm() < 0.1 * expected.norm()  # some integers are the neighbours
     except (RuntimeError, KeyError):
         close = False
     if not close:
