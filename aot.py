@@ -12,11 +12,11 @@ are not the student's bit for bit. On CUDA, moreover, what stands between produc
 
 import glob
 import hashlib
+import io
 import os
 import shutil
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from int8 import OneDNNKernel, in_bfloat16
 from kit.common import UserError, cpuinfo
+from kit.files import atomic_write
 from model import Layer, Model, Taps
 
 Run = Callable[[Tensor, Tensor, Taps], Tensor]
@@ -98,18 +99,16 @@ def compile_layer(layer: Layer, path: str) -> None:
     batch, length = torch.export.Dim("batch", min=1, max=2**16), torch.export.Dim("length", min=2, max=2**16)
     sizes, x, mask = ({0: batch, 1: length}, {0: batch, 3: length}, {}), *example(layer, 40)
     how = {"always_keep_tensor_constants": True, "joint_graph_constant_folding": False, "cpp.dynamic_threads": True}
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    # oblivious: a batch of one is like others
-    with tempfile.TemporaryDirectory(dir=folder) as made_in, shapes.patch(backed_size_oblivious=True):
+    program = io.BytesIO()
+    with shapes.patch(backed_size_oblivious=True):  # a batch of one is like others
         exported = torch.export.export(Program(layer), (x, mask, {}), dynamic_shapes=sizes)
-        made = os.path.join(made_in, "layer.pt2")
-        torch._inductor.aoti_compile_and_package(exported, package_path=made, inductor_configs=how)
-        tensors = exported.graph_signature.inputs_to_parameters | exported.graph_signature.inputs_to_buffers
-        used = {tensors[node.name] for node in exported.graph.nodes if node.name in tensors and node.users}
-        if used - {*torch._inductor.aoti_load_package(made).get_constant_fqns()}:
-            raise UserError(f"PyTorch {torch.__version__} compiles numbers of a layer into its program: not --compiled")
-        os.replace(made, path)
+        torch._inductor.aoti_compile_and_package(exported, package_path=program, inductor_configs=how)
+    tensors = exported.graph_signature.inputs_to_parameters | exported.graph_signature.inputs_to_buffers
+    used = {tensors[node.name] for node in exported.graph.nodes if node.name in tensors and node.users}
+    if used - {*torch._inductor.aoti_load_package(program).get_constant_fqns()}:
+        raise UserError(f"PyTorch {torch.__version__} compiles numbers of a layer into its program: not --compiled")
+    with atomic_write(path, temporary=f"{path}.{os.getpid()}") as file:
+        file.write(program.getvalue())
 
 
 def load_program(layer: Layer, path: str) -> Run:

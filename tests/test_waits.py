@@ -2,6 +2,7 @@
 device, which is not part of this repository; without it (../shared/tools/pretend_cuda) or a C++ compiler this is skipped.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -83,8 +84,6 @@ print(json.dumps({name: waits(*how[:1], **how[1]) for name, how in {
 @pytest.mark.skipif(not os.path.isfile(PRETEND) or not shutil.which("g++"), reason="no pretended GPU here")
 def test_a_step_waits_for_the_gpu_twice():
     """For the number of different words, whose gradients are added up, and for the loss."""
-    import json
-
     command = ["bash", PRETEND, "-c", SCRIPT]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr[-2000:]
